@@ -1,0 +1,1 @@
+"""From original datasets to batches on the device. Knows nothing of models or training."""
