@@ -1,0 +1,103 @@
+"""What is done to a picture: the `data:` section of a recipe.
+
+Every field is documented where it is declared. Lengths are in pixels, angles in degrees, fractions between 0 and 1.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError(f"must be two positive numbers, the smaller first, but is {pair}")
+    return pair
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RandomResizedCropConfig(_Config):
+    """Cut out a random box and resize it to the image size (Szegedy et al. 2014, with torchvision's rule)."""
+
+    scale: Range = (0.08, 1.0)
+    """The box's share of the picture's area, drawn uniformly."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """The box's width over its height, drawn uniformly in the logarithm."""
+
+
+class AffineConfig(_Config):
+    """A small random rotation, shift and zoom about the centre of the resized picture; what comes in is black."""
+
+    degrees: float = Field(0.0, ge=0, le=180)
+    """Rotation, drawn uniformly from [-degrees, degrees]."""
+    translate: Fraction = 0.0
+    """Shift along each axis, drawn uniformly from [-translate, translate] times the image's size."""
+    scale: Range = (1.0, 1.0)
+    """Zoom, drawn uniformly."""
+
+
+class AugmentConfig(_Config):
+    """What makes a training picture differ from epoch to epoch. Each part is off where it is not named."""
+
+    random_resized_crop: RandomResizedCropConfig | None = None
+    """None resizes the whole picture."""
+    horizontal_flip: Fraction = 0.0
+    """Probability of mirroring left to right."""
+    affine: AffineConfig | None = None
+    """Meant for small pictures such as digits."""
+
+
+class InputConfig(_Config):
+    """The way from shards on disk to a normalised batch on the device."""
+
+    path: Path
+    """The dataset's folder, as written by `python -m data_pipeline.build`."""
+    train_split: str = "train"
+    """The split that is trained on."""
+    val_split: str = "val"
+    """The split that is evaluated on."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the square that the model sees, or (height, width)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from each channel; red, green, blue in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Each channel is divided by it after the mean is subtracted."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    """How training and evaluation resize; always with antialiasing, as Pillow does it."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of the training split."""
+    eval_crop_ratio: float = Field(0.875, gt=0, le=1)
+    """Evaluation resizes the short side to image size / this ratio, then crops the centre; 0.875 is 256 -> 224."""
+    shuffle_window: int = Field(16, ge=1)
+    """Samples are shuffled within this many shards at a time; one shard is read almost sequentially, more mix better."""
+    lanes: int = Field(1, ge=1)
+    """Cut the order into this many lanes, each with its own part of the shards, so that a node reads only the shards of
+    the lanes it serves. Part of the order: a run keeps its number of lanes for life. Must divide the global batch."""
+    threads: int | None = Field(None, ge=1)
+    """DALI's CPU threads per rank; None shares the cores that this process may use among the ranks on the machine."""
+    prefetch: int = Field(2, ge=1)
+    """Micro-batches that are prepared ahead."""
+    max_bad_fraction: Fraction = 0.001
+    """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""
+
+    @model_validator(mode="after")
+    def _positive_size(self) -> "InputConfig":
+        if min(self.size) < 1:
+            raise ValueError(f"image_size must be positive, but is {self.image_size}")
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the model sees, in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
