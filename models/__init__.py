@@ -1,1 +1,18 @@
 """The network and its losses. Knows torch, nothing of files, ranks or recipes."""
+
+from models.config import LaViTConfig
+from models.diagonality import diagonality_loss, diagonality_loss_as_printed
+from models.lavit import LaViT
+from models.variants import create_model, list_models, model_config
+from models.weights import load_weights
+
+__all__ = [
+    "LaViT",
+    "LaViTConfig",
+    "create_model",
+    "diagonality_loss",
+    "diagonality_loss_as_printed",
+    "list_models",
+    "load_weights",
+    "model_config",
+]

@@ -1,0 +1,221 @@
+"""Vanilla Attention, Less Attention, and the class attention that pools the last stage.
+
+Scores are kept KEY-MAJOR, (batch, heads, M keys, N queries): the transpose of the paper's matrices. Psi, the larger of
+the two Linear layers of a Less Attention block, then acts on the last axis as one matrix product over the whole batch,
+and its gradient is one too; the query axis is also where the attention residual pools, as a picture. Nothing is
+transposed in memory on the way from block to block.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import Grid
+from models.diagonality import diagonality_loss, pool_queries
+from models.resample import resample_map, resample_table
+
+Observer = Callable[[Tensor, Grid, Grid], None]
+"""Receives softmaxed attention (batch, heads, M, N), the query grid and the key grid; see `models.diagnostics`."""
+
+
+class SpatialReduction(nn.Module):
+    """One key for each `ratio` x `ratio` square of tokens: a strided convolution and a LayerNorm, as in PVT."""
+
+    def __init__(self, width: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, ratio, stride=ratio)
+        self.norm = norm(width)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """(batch, N, C) to (batch, M, C). The picture is a channels-last view of the tokens, not a copy."""
+        batch, _, width = tokens.shape
+        picture = tokens.transpose(1, 2).unflatten(2, grid)
+        return self.norm(self.conv(picture).permute(0, 2, 3, 1).reshape(batch, -1, width))
+
+
+class TokenMap(nn.Module):
+    """A Linear layer over the tokens of a grid, initialised to the identity (this project's choice).
+
+    Its weight is stored for one grid. For any other it is resampled as a map from grid to grid while running, so a
+    network can be fed another picture size at every call.
+    """
+
+    def __init__(self, grid: Grid, *, bias: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        tokens = grid[0] * grid[1]
+        self.weight = nn.Parameter(torch.eye(tokens))
+        self.bias = nn.Parameter(torch.zeros(tokens)) if bias else None
+
+    def on_grid(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Weight (T, T) and bias (T,) for `grid`, T its number of tokens."""
+        if grid == self.grid:
+            return self.weight, self.bias
+        weight = resample_map(self.weight, self.grid, grid)
+        return weight, None if self.bias is None else resample_table(self.bias[:, None], self.grid, grid)[:, 0]
+
+
+class Theta(TokenMap):
+    """The Linear layer over key tokens, with a bias: it shifts a key for all queries."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid, bias=True)
+
+    def forward(self, scores: Tensor, key_grid: Grid) -> Tensor:
+        """Scores (batch, heads, M, N) to the same shape: `A W^T + 1 b^T` in the paper's orientation."""
+        weight, bias = self.on_grid(key_grid)
+        assert bias is not None
+        return torch.matmul(weight, scores) + bias[:, None]
+
+
+class Psi(TokenMap):
+    """The Linear layer over query tokens.
+
+    Without a bias (this project's choice): it would add one number to all of a query's scores, which the softmax does
+    not see; in the last block of a stage such a parameter never gets a gradient.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid, bias=False)
+
+    def forward(self, scores: Tensor, grid: Grid) -> Tensor:
+        """Scores (batch, heads, M, N) to the same shape: `W A` in the paper's orientation."""
+        return F.linear(scores, self.on_grid(grid)[0])
+
+
+class Attention(nn.Module):
+    """What both kinds share: keys' grid, values, output projection, the diagonality loss, and an observer."""
+
+    observer: Observer | None = None
+
+    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ratio = ratio
+        self.reduction = SpatialReduction(width, ratio, norm) if ratio > 1 else None
+        self.proj = nn.Linear(width, width)
+
+    def key_grid(self, grid: Grid) -> Grid:
+        """The grid of keys for a grid of queries."""
+        return (grid[0] // self.ratio, grid[1] // self.ratio)
+
+    def reduced(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The tokens that keys and values are made from: (batch, M, C)."""
+        return tokens if self.reduction is None else self.reduction(tokens, grid)
+
+    def split(self, features: Tensor) -> Tensor:
+        """(batch, T, C) to (batch, heads, T, d), a view."""
+        return features.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, features: Tensor) -> Tensor:
+        """(batch, heads, T, d) to (batch, T, C), projected."""
+        return self.proj(features.transpose(1, 2).flatten(2))
+
+    def attend(self, scores: Tensor, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Softmax over the keys: the attention (batch, heads, M, N) and the output (batch, N, C)."""
+        attention = scores.softmax(dim=-2)
+        if self.observer is not None:
+            self.observer(attention, grid, self.key_grid(grid))
+        return attention, self.merge(attention.transpose(-2, -1) @ values)
+
+
+class VanillaAttention(Attention):
+    """`A = Q K^T / sqrt(d)`, output `softmax(A) V`, with spatially reduced keys and values.
+
+    Keys and values have no bias (this project's choice): a key's bias adds one number to all of a query's scores,
+    which the softmax does not see, and a value's bias is a part of the output projection's, as rows sum to one.
+    """
+
+    def __init__(
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool
+    ) -> None:
+        super().__init__(width, heads, ratio, norm)
+        self.keeps_scores = keeps_scores
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grid: Grid,
+        initial: Tensor | None,
+        with_diagonality: bool,  # noqa: ARG002  the loss is defined on Less Attention blocks; both kinds are called alike
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attend.
+
+        Args:
+            tokens: (batch, N, C).
+            grid: query grid, N = height x width.
+            initial: the attention residual (batch, heads, M, N), added before the softmax, or None.
+            with_diagonality: no effect here.
+
+        Returns:
+            Output (batch, N, C); the pre-softmax scores (batch, heads, M, N) if this block keeps them; None.
+        """
+        query = self.split(self.q(tokens))
+        key, value = (self.split(half) for half in self.kv(self.reduced(tokens, grid)).chunk(2, dim=-1))
+        if not self.keeps_scores and self.observer is None:
+            # The fused kernel wants its mask query-major; only the first block of a stage has one.
+            mask = None if initial is None else initial.to(query.dtype).transpose(-2, -1).contiguous()
+            return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)), None, None
+        scores = (key * query.shape[-1] ** -0.5) @ query.transpose(-2, -1)
+        if initial is not None:
+            scores = scores + initial.to(scores.dtype)
+        return self.attend(scores, value, grid)[1], scores if self.keeps_scores else None, None
+
+
+class LessAttention(Attention):
+    """`A_l = Psi(Theta(A_{l-1})^T)^T`, output `softmax(A_l) V`: no queries, no keys.
+
+    Theta acts on the key axis, Psi on the query axis; one pair a block, shared by the heads (this project's choice).
+    """
+
+    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid) -> None:
+        super().__init__(width, heads, ratio, norm)
+        self.v = nn.Linear(width, width, bias=False)
+        self.theta = Theta(self.key_grid(grid))
+        self.psi = Psi(grid)
+
+    def forward(
+        self, tokens: Tensor, grid: Grid, scores: Tensor, with_diagonality: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Attend with scores made from the previous block's.
+
+        Args:
+            tokens: (batch, N, C).
+            grid: query grid, N = height x width.
+            scores: the previous block's pre-softmax scores (batch, heads, M, N).
+            with_diagonality: whether to compute the diagonality loss.
+
+        Returns:
+            Output (batch, N, C); this block's scores (batch, heads, M, N); the diagonality loss or None.
+        """
+        key_grid = self.key_grid(grid)
+        scores = self.psi(self.theta(scores, key_grid), grid)
+        attention, output = self.attend(scores, self.split(self.v(self.reduced(tokens, grid))), grid)
+        loss = diagonality_loss(pool_queries(attention, grid, key_grid)) if with_diagonality else None
+        return output, scores, loss
+
+
+class ClassAttention(nn.Module):
+    """One class token, the query, attends to all tokens of the last stage and so summarises them.
+
+    The class token stays out of the score matrices of the blocks, whose axes are grids (this project's choice). It is a
+    constant, so it needs no query projection and no residual: both would fold into parameters that are here anyway.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, N, C) to (batch, C)."""
+        heads = (self.heads, -1)
+        key, value = (half.unflatten(-1, heads).transpose(1, 2) for half in self.kv(tokens).chunk(2, dim=-1))
+        query = self.class_token.to(key.dtype).view(1, self.heads, 1, -1).expand(len(tokens), -1, -1, -1)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).flatten(1))

@@ -1,0 +1,141 @@
+"""The whole network: shapes, options, dropped paths, checkpointing, parameter groups."""
+
+import json
+
+import pytest
+import torch
+
+from models import LaViT, LaViTConfig, create_model
+
+
+def small(**overrides) -> LaViT:
+    torch.manual_seed(0)
+    fields = {"widths": (8, 16, 16, 24), "heads": (1, 2, 2, 3), "depths": (1, 2, 3, 2), "vanilla_blocks": (1, 1, 1, 1)}
+    return create_model("lavit_micro", num_classes=5, **fields | overrides)
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (3, 32, 64), (2, 80, 48)])
+def test_logits_and_maps_have_the_stated_shapes_at_any_rectangle(batch, height, width):
+    model = small(image_size=(32, 48)).eval()
+    images = torch.randn(batch, 3, height, width)
+    logits, diagonality = model(images, with_diagonality=True)
+    assert logits.shape == (batch, 5)
+    assert diagonality.shape == ()
+    assert diagonality.dtype == torch.float32
+    assert torch.equal(model(images), logits)
+    shapes = [tuple(features.shape) for features in model.forward_features(images)]
+    assert shapes == [(batch, w, height // s, width // s) for w, s in zip((8, 16, 16, 24), (2, 4, 8, 16), strict=True)]
+
+
+@pytest.mark.parametrize("pool", ["class_attention", "mean"])
+@pytest.mark.parametrize("vanilla", [(1, 1, 1, 1), (1, 2, 2, 1), (1, 2, 3, 2)])
+def test_every_parameter_gets_a_gradient(pool, vanilla):
+    model = small(pool=pool, vanilla_blocks=vanilla)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "theta" in name or "psi" in name or "gamma" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    logits, diagonality = model(torch.randn(4, 3, 32, 32), with_diagonality=True)
+    (torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3])) + diagonality).backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
+    assert dead == []
+
+
+def test_less_attention_blocks_have_no_query_and_no_key_parameters():
+    for stage in small().stages:
+        for index, block in enumerate(stage.blocks):
+            owned = {name.split(".")[0] for name, _ in block.attention.named_parameters()}
+            expected = {"v", "theta", "psi", "proj"} if index >= 1 else {"q", "kv", "proj"}
+            assert owned - {"reduction"} == expected
+
+
+def test_without_less_attention_the_diagonality_is_zero_and_the_loss_trains():
+    model = create_model("lavit_micro_vanilla", num_classes=5)
+    logits, diagonality = model(torch.randn(2, 3, 32, 32), with_diagonality=True)
+    assert diagonality == 0
+    (logits.sum() + diagonality).backward()
+
+
+def test_given_uniforms_decide_which_paths_are_dropped():
+    model = small(drop_path=0.5)
+    images = torch.randn(3, 3, 32, 32)
+    keep_all = torch.full((model.num_drop_paths, 3), 0.999)
+    uniforms = keep_all.clone()
+    uniforms[-1, 1] = 0.0  # the last MLP branch (rate 0.5), second sample
+    assert torch.equal(model(images, drop_path_uniforms=uniforms), model(images, drop_path_uniforms=uniforms))
+    kept, dropped = model(images, drop_path_uniforms=keep_all), model(images, drop_path_uniforms=uniforms)
+    assert torch.equal(kept[[0, 2]], dropped[[0, 2]])
+    assert not torch.allclose(kept[1], dropped[1])
+    # a row of the batch depends on its own draws only: any split over ranks gives the same
+    one = model(images[1:2], drop_path_uniforms=uniforms[:, 1:2])
+    torch.testing.assert_close(one, dropped[1:2])
+    model.eval()
+    assert torch.equal(model(images, drop_path_uniforms=uniforms), model(images))
+
+
+def test_dropped_paths_leave_the_mean_unchanged():
+    from models.block import drop_path
+
+    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    out = drop_path(torch.ones(20000, 1, 1), uniforms, 0.3)
+    assert set(out.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert out.mean().item() == pytest.approx(1.0, abs=0.02)  # four standard errors of 0.0046
+
+
+def test_without_given_uniforms_training_draws_from_torchs_generator():
+    model = small(drop_path=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    first = model(images)
+    assert not torch.equal(first, model(images))
+    torch.manual_seed(1)
+    assert torch.equal(first, model(images))
+
+
+@pytest.mark.parametrize("policy", ["all", (False, True, True, False)])
+def test_activation_checkpointing_gives_the_same_loss_and_gradients(policy):
+    model = small(drop_path=0.3)
+    images = torch.randn(2, 3, 32, 32)
+    uniforms = torch.rand(model.num_drop_paths, 2)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
+        (logits.square().sum() + diagonality).backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    logits, gradients = loss_and_gradients()
+    model.set_activation_checkpointing(policy)
+    again, recomputed = loss_and_gradients()
+    assert torch.equal(logits, again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+
+
+def test_the_configuration_survives_json_and_rebuilds_the_network():
+    model = small(drop_path=0.1, image_size=(64, 32))
+    config = LaViTConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
+    assert config == model.config
+    assert config.name == "lavit_micro"
+    twin = LaViT(config)
+    assert {n: p.shape for n, p in twin.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}
+
+
+def test_layer_groups_hold_every_parameter_once_from_stem_to_head():
+    model = small()
+    groups = model.layer_groups()
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert len(groups) == 2 + 8
+    assert groups[0] == [n for n in names if n.startswith(("stages.0.embed", "stages.0.position"))]
+    assert "stages.1.residual.scale.gamma" in groups[2]
+    assert "stages.1.blocks.1.norm1.weight" in groups[3]
+    assert "head.weight" in groups[-1]
+
+
+def test_weight_decay_spares_norms_biases_layerscale_positions_and_the_class_token():
+    model = small()
+    spared = model.no_weight_decay()
+    for name, parameter in model.named_parameters():
+        expected = parameter.ndim == 1 or name.endswith("position.table")
+        assert (name in spared) == expected, name
