@@ -1,0 +1,204 @@
+"""Everything between a checked recipe and the first step."""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
+from pretrain.checkpoint import Progress, load_newest
+from pretrain.console import RunConsole
+from pretrain.deepspeed_config import ResolvedDeepSpeed
+from pretrain.distributed import Rank
+from pretrain.engine import build_engine, build_model
+from pretrain.metrics import MetricsWriter
+from pretrain.outcome import UserError
+from pretrain.pieces import OptimizerPieces
+from pretrain.recipe import Recipe
+from pretrain.run import Run
+from pretrain.run_folder import RunFolder, RunState
+from pretrain.stop import StopAgreement, StopFlag
+
+T = TypeVar("T")
+LOCK_WAIT_S = 90.0
+"""How long a start waits for a former incarnation that is still saving."""
+
+
+def assemble(
+    recipe: Recipe,
+    resolved: ResolvedDeepSpeed,
+    folder: RunFolder,
+    *,
+    rank: Rank,
+    device: torch.device,
+    flag: StopFlag,
+    control: dist.ProcessGroup,
+) -> Run:
+    """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
+
+    Raises:
+        UserError: recipe, run folder or checkpoints do not fit together.
+        DataError: the dataset is missing or damaged.
+    """
+    train_set = Dataset.open(recipe.data.path, recipe.data.train_split)
+    val_set = Dataset.open(recipe.data.path, recipe.data.val_split)
+    facts = {
+        "dataset": {
+            "name": train_set.name,
+            "fingerprint": train_set.fingerprint,
+            "samples": len(train_set),
+            "class_names": list(train_set.class_names),
+        }
+    }
+    model = build_model(recipe, train_set.num_classes)
+    state = first_rank_decides(control, lambda: _open_folder(folder, recipe, resolved, facts, rank))
+
+    engine = build_engine(model, recipe, resolved, device)
+    pieces = OptimizerPieces(engine)
+    loaded = load_newest(folder.checkpoints, pieces, group=control)
+    progress, warnings = loaded or (Progress(), [])
+    epoch_size, batch = len(train_set), resolved.batch
+    total_steps = max(1, int(recipe.schedule.epochs * epoch_size) // batch.global_batch)
+    console = RunConsole(
+        speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
+    )
+    for line in (*resolved.notes, *warnings):
+        console.say(line if line in resolved.notes else f"WARNING {line}")
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    console.say(
+        f"{recipe.model.name}: {parameters:,} parameters; {recipe.data.path}: {epoch_size:,} train, "
+        f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
+        f"{batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}; ZeRO stage {resolved.stage}, "
+        f"{resolved.precision}, {device.type}"
+    )
+    if loaded:
+        console.say(
+            f"resuming {folder.path} at step {progress.step} of {total_steps}, {progress.samples_seen:,} images seen"
+        )
+
+    def tell_bad_sample(bad: BadSample) -> None:
+        folder.append_bad_sample(
+            {
+                "id": bad.id,
+                "name": bad.name,
+                "shard": bad.shard,
+                "reason": bad.reason,
+                "replaced_by": bad.replaced_by,
+                "rank": rank.rank,
+                "time": time.time(),
+            }
+        )
+
+    where: dict[str, Any] = {
+        "rank": rank.rank,
+        "world_size": rank.world_size,
+        "device": device,
+        "local_ranks": rank.local_world_size,
+        "on_bad_sample": tell_bad_sample,
+    }
+    train_loader = TrainLoader(
+        train_set,
+        recipe.data,
+        seed=recipe.seed,
+        global_batch=batch.global_batch,
+        micro_batch=batch.micro_batch,
+        start_sample=progress.samples_seen,
+        **where,
+    )
+    eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
+    metrics = None
+    if rank.is_first:
+        metrics = MetricsWriter(folder.metrics, folder.tensorboard, samples_seen=progress.samples_seen)
+        state.state, state.total_steps = "running", total_steps
+        folder.write_state(state)
+    return Run(
+        recipe=recipe,
+        batch=batch,
+        epoch_size=epoch_size,
+        total_steps=total_steps,
+        device=device,
+        engine=engine,
+        dtype=torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
+        pieces=pieces,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        folder=folder,
+        state=state,
+        metrics=metrics,
+        console=console,
+        stop=StopAgreement(flag, control),
+        control=control,
+        progress=progress,
+        saved_at=progress.samples_seen if loaded else -1,
+    )
+
+
+def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
+    """Run ``decide`` on rank 0 and give its result, or its ``UserError``, to every rank. Collective."""
+    answer: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1]:
+        raise UserError(answer[1])
+    result: T = answer[0]
+    return result
+
+
+def _open_folder(
+    folder: RunFolder, recipe: Recipe, resolved: ResolvedDeepSpeed, facts: dict[str, Any], rank: Rank
+) -> RunState:
+    """Check that the folder holds this run or none, take its lock, and describe what runs now."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        _lock(folder.path / ".lock")
+        folder.check_recipe(recipe, resolved.config)
+        environment = folder.path / "environment.json"
+        if environment.exists():
+            before = json.loads(environment.read_text()).get("dataset", {}).get("fingerprint")
+            if before != facts["dataset"]["fingerprint"]:
+                raise UserError(
+                    f"{recipe.data.path} holds other pictures than when {folder.path} was started: give "
+                    "the run another name with --set name=..., or put the old dataset back"
+                )
+        former = folder.read_state()
+        folder.write_description(recipe, resolved.config, facts)
+    except OSError as error:
+        raise UserError(f"{folder.path} cannot be written: {error}") from None
+    return RunState(
+        state="running",
+        restarts=former.restarts + 1 if former else 0,
+        world_size=rank.world_size,
+        job_id=rank.job_id,
+        host=rank.host,
+    )
+
+
+_locks: list[Any] = []  # held open for the life of the process
+
+
+def _lock(path: Path) -> None:
+    handle = path.open("a")
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process is training {path.parent}: stop it first, or choose another name "
+                    "with --set name=..."
+                ) from None
+            time.sleep(0.2)
+        else:
+            _locks.append(handle)
+            return

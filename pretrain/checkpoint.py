@@ -1,0 +1,289 @@
+"""Checkpoints that are keyed by parameter name: N ranks of any ZeRO stage write, M ranks of any stage read.
+
+    checkpoints/step-00001000/
+        rank-00000.safetensors     what rank 0 owned: flat fp32 tensors "parameter", "exp_avg", "exp_avg_sq"; its
+        rank-00001.safetensors     metadata "pieces" lists (name, shape, offset, length, step) in the same order
+        manifest.json              format, progress, sizes and BLAKE2 digests of the files; written last
+
+A checkpoint is written into a hidden folder that is renamed when all is on disk, so it is complete or absent. It is
+verified when read; one that fails is passed over, loudly, for the one before. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pretrain.files import fsync_directory, write_json
+from pretrain.outcome import UserError
+from pretrain.pieces import KINDS, OptimizerPieces
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``samples_seen`` is the position; the others only say what has been done on the way."""
+
+    samples_seen: int = 0
+    """Pictures trained on, counted over all epochs: the position in the global order."""
+    step: int = 0
+    """Optimizer steps."""
+    evaluated_at: int = 0
+    """``samples_seen`` of the last finished evaluation."""
+    train_seconds: float = 0.0
+    """Wall-clock time of the training loop over all incarnations, without what was lost to a crash."""
+
+
+class CheckpointDamagedError(Exception):
+    """A checkpoint that cannot be trusted; the text names the file and what is wrong with it."""
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints under ``folder``, the newest first; unfinished ones do not count."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    pieces: OptimizerPieces,
+    progress: Progress,
+    *,
+    keep: int,
+    facts: dict[str, Any],
+    group: dist.ProcessGroup,
+) -> str:
+    """Write a checkpoint and remove the oldest beyond ``keep``. Collective.
+
+    Args:
+        folder: the run's ``checkpoints`` folder, on storage that all ranks share.
+        pieces: what this rank owns.
+        progress: stored in the manifest, names the checkpoint.
+        keep: how many to keep, at least 1.
+        facts: further JSON for the manifest.
+        group: CPU group over all ranks.
+
+    Returns:
+        "" when all went well, else what failed on which rank. Nothing half-written is left, and training can go on.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    final = folder / f"step-{progress.step:08d}"
+    draft = folder / f".{final.name}.unfinished"
+    problem, entry = "", {}
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        entry = _write_rank_file(draft / f"rank-{rank:05d}.safetensors", pieces)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        problem = f"rank {rank}: {error}"
+    reports: list[tuple[str, dict[str, Any]]] = [("", {})] * world
+    dist.all_gather_object(reports, (problem, entry), group=group)
+    problem = next((report[0] for report in reports if report[0]), "")
+    verdict = [problem]
+    if rank == 0:
+        try:
+            if not problem:
+                manifest = {
+                    "format": FORMAT,
+                    "progress": asdict(progress),
+                    **facts,
+                    "world_size": world,
+                    "zero_stage": pieces.stage,
+                    "files": {k: v for _, e in reports for k, v in e.items()},
+                }
+                _publish(draft, final, manifest, keep)
+        except OSError as error:
+            verdict = [f"rank 0: {error}"]
+        if verdict[0]:
+            shutil.rmtree(draft, ignore_errors=True)
+    dist.broadcast_object_list(verdict, src=0, group=group)
+    return verdict[0]
+
+
+def load_newest(
+    folder: Path, pieces: OptimizerPieces, *, group: dist.ProcessGroup
+) -> tuple[Progress, list[str]] | None:
+    """Fill the engine from the newest checkpoint that is whole. Collective.
+
+    Returns:
+        progress and a line for each newer checkpoint that was passed over as damaged; None if there is no checkpoint.
+
+    Raises:
+        UserError: there are checkpoints but none is whole, or the newest whole one is of another model.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    listing = [list_checkpoints(folder) if rank == 0 else []]
+    dist.broadcast_object_list(listing, src=0, group=group)
+    warnings: list[str] = []
+    for path in listing[0]:
+        problem = ""
+        try:
+            verify(path, part=rank, parts=world)
+        except CheckpointDamagedError as error:
+            problem = str(error)
+        problems = [""] * world
+        dist.all_gather_object(problems, problem, group=group)
+        problem = next((p for p in problems if p), "")
+        if not problem:
+            progress = Progress(**read_manifest(path)["progress"])
+            _fill(path, pieces)
+            return progress, warnings
+        warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
+    if warnings:
+        raise UserError(f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over")
+    return None
+
+
+def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Check sizes and digests of a checkpoint's files; with ``parts`` > 1 only of every ``parts``-th.
+
+    Raises:
+        CheckpointDamagedError: a file is missing, has another size or other content than when it was written.
+    """
+    manifest = read_manifest(path)
+    for name, expected in sorted(manifest["files"].items())[part::parts]:
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size != expected["size"]:
+                raise CheckpointDamagedError(f"{file} has {size} bytes instead of {expected['size']}")
+            if _digest(file) != expected["blake2"]:
+                raise CheckpointDamagedError(f"{file} has other content than when it was written")
+        except OSError as error:
+            raise CheckpointDamagedError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Put the fp32 weights of a checkpoint together, by name, without an engine.
+
+    Raises:
+        CheckpointDamagedError: the pieces do not cover every parameter exactly once.
+    """
+    index = _PieceIndex(path)
+    return {name: index.read(name, "parameter", 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
+
+
+def _write_rank_file(file: Path, pieces: OptimizerPieces) -> dict[str, Any]:
+    pieces.prepare_state()
+    optimizer = pieces.optimizer
+    tensors = {
+        kind: torch.cat([torch.empty(0), *(p.view(kind, optimizer).float().cpu() for p in pieces.pieces)])
+        for kind in KINDS
+    }
+    index = [(p.name, p.shape, p.offset, p.length, pieces.step_of(p)) for p in pieces.pieces]
+    save_file(tensors, file, metadata={"pieces": json.dumps(index)})
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return {file.name: {"size": file.stat().st_size, "blake2": _digest(file)}}
+
+
+def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    for file in draft.iterdir():
+        if file.name not in manifest["files"]:
+            file.unlink()  # left by an earlier attempt with more ranks
+    write_json(draft / MANIFEST, manifest | {"blake2": _digest_of(manifest)})
+    fsync_directory(draft)
+    if final.exists():  # damaged, passed over on loading, and reached again
+        shutil.rmtree(final)
+    draft.rename(final)
+    fsync_directory(final.parent)
+    for path in list_checkpoints(final.parent)[keep:]:
+        shutil.rmtree(path)
+    for leftover in final.parent.glob(".step-*.unfinished"):
+        shutil.rmtree(leftover)
+
+
+def _fill(path: Path, pieces: OptimizerPieces) -> None:
+    index = _PieceIndex(path)
+    pieces.prepare_state()
+    wanted = {p.name: p.shape for p in pieces.pieces}
+    if unknown := sorted(wanted.keys() - index.shapes.keys()):
+        raise UserError(f"{path} holds another model: it has no {', '.join(unknown[:3])}; give this run another name")
+    for name, shape in wanted.items():
+        if tuple(index.shapes[name]) != shape:
+            raise UserError(
+                f"{path} holds another model: {name} is {tuple(index.shapes[name])} there and {shape} "
+                "here; give this run another name"
+            )
+    for piece in pieces.pieces:
+        for kind in KINDS:
+            piece.view(kind, pieces.optimizer).copy_(index.read(piece.name, kind, piece.offset, piece.length))
+    pieces.set_steps(index.steps)
+    pieces.share_stage0_state()
+    pieces.refresh_model()
+
+
+class _PieceIndex:
+    """Where every stretch of every parameter lies in the files of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.steps: dict[str, float] = {}
+        self._stretches: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)  # offset, length, file, at
+        self._files = [safe_open(path / name, framework="pt") for name in sorted(read_manifest(path)["files"])]
+        for number, file in enumerate(self._files):
+            at = 0
+            for name, shape, offset, length, step in json.loads(file.metadata()["pieces"]):
+                self.shapes[name] = tuple(shape)
+                self.steps[name] = step
+                self._stretches[name].append((offset, length, number, at))
+                at += length
+        for name, stretches in self._stretches.items():
+            stretches.sort()
+            end = 0
+            for offset, length, *_ in stretches:
+                if offset != end:
+                    raise CheckpointDamagedError(f"{path}: {name} has a gap or an overlap at element {end}")
+                end += length
+            if end != self.numel(name):
+                raise CheckpointDamagedError(f"{path}: {name} ends at element {end} of {self.numel(name)}")
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter."""
+        return int(torch.Size(self.shapes[name]).numel())
+
+    def read(self, name: str, kind: str, offset: int, length: int) -> torch.Tensor:
+        """Elements ``[offset, offset + length)`` of a flattened parameter or moment, fp32."""
+        parts = []
+        for start, size, number, at in self._stretches[name]:
+            a, b = max(start, offset), min(start + size, offset + length)
+            if a < b:
+                parts.append(self._files[number].get_slice(kind)[at + a - start : at + b - start])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, verified by its own digest.
+
+    Raises:
+        CheckpointDamagedError: missing, not JSON, or changed since it was written.
+        UserError: of a format that this version does not read.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {error}") from None
+    digest = manifest.pop("blake2", None) if isinstance(manifest, dict) else None
+    if digest != _digest_of(manifest):
+        raise CheckpointDamagedError(f"{path / MANIFEST} has other content than when it was written")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+    return manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

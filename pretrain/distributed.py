@@ -1,0 +1,98 @@
+"""This process among the others: rank, device, process groups."""
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pretrain.outcome import UserError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process stands, as whoever started it says in the environment."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    host: str
+    job_id: str
+    """Slurm's, or ""."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes to the run's folder and speaks."""
+        return self.rank == 0
+
+
+def read_rank() -> Rank:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as ``deepspeed`` and ``torchrun`` set them; alone without them.
+
+    Raises:
+        UserError: some are set and others are not.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif missing:
+        raise UserError(
+            f"{', '.join(missing)} not set though other rank variables are: start with `deepspeed`, or set "
+            f"all of {', '.join(names)}"
+        )
+    world_size = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    return Rank(
+        int(os.environ["RANK"]),
+        world_size,
+        int(os.environ["LOCAL_RANK"]),
+        local,
+        host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        job_id=os.environ.get("SLURM_JOB_ID", ""),
+    )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU that computes in bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def choose_device(rank: Rank) -> torch.device:
+    """The GPU of this local rank where there are GPUs, else the CPU with its cores shared among the local ranks."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it while it is imported
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    return torch.device("cpu")
+
+
+def init_distributed(device: torch.device) -> dist.ProcessGroup:
+    """Start DeepSpeed's default group (NCCL on GPUs, gloo on CPUs).
+
+    Returns:
+        a gloo group of all ranks for flags and small objects, which never touches the device.
+    """
+    import deepspeed  # noqa: PLC0415 - slow to import, and only after choose_device
+    from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
+
+    # On a CPU it would compile a shared-memory all-reduce for a minute, and needs a compiler for it.
+    compatible_ops["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False
+    )
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    assert group is not None
+    return group

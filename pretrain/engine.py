@@ -1,0 +1,46 @@
+"""Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
+
+import logging
+from typing import Any
+
+import torch
+
+from models import LaViT, create_model
+from pretrain.deepspeed_config import ResolvedDeepSpeed
+from pretrain.optimization import build_optimizer
+from pretrain.outcome import UserError
+from pretrain.recipe import Recipe
+
+
+def build_model(recipe: Recipe, num_classes: int) -> LaViT:
+    """The recipe's network with weights drawn from its seed: equal on every rank.
+
+    Raises:
+        UserError: the variant does not exist, or a field of it makes no sense.
+    """
+    torch.manual_seed(recipe.seed)
+    try:
+        model = create_model(
+            recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
+        )
+        model.set_activation_checkpointing(recipe.model.activation_checkpointing)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {error}") from None
+    return model
+
+
+def build_engine(model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device) -> Any:
+    """Wrap the model by ``deepspeed.initialize``; the process group must exist.
+
+    Returns:
+        ``deepspeed.DeepSpeedEngine``. Called as ``engine(images, ...)`` it takes what ``LaViT.forward`` takes.
+    """
+    import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model.to(device)
+    optimizer = build_optimizer(model, recipe.optimizer, set(model.no_weight_decay()), device)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+    )
+    return engine

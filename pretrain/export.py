@@ -1,0 +1,80 @@
+"""Write the hand-off of a run from its newest checkpoint: ``python -m pretrain.export RUN``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from models import create_model
+from pretrain.checkpoint import CheckpointDamagedError, list_checkpoints, read_manifest, read_weights, verify
+from pretrain.handoff import model_card, write_handoff
+from pretrain.metrics import read_metrics
+from pretrain.outcome import ExitCode, UserError
+from pretrain.recipe import validate_recipe
+from pretrain.run_folder import RunFolder
+
+
+def export_run(folder: RunFolder) -> Path:
+    """Write ``RUN/handoff`` from the newest checkpoint that is whole. Needs no engine and no process group.
+
+    Returns:
+        the hand-off's folder.
+
+    Raises:
+        UserError: not a run, or it has no usable checkpoint.
+    """
+    content = folder.read_recipe()
+    if content is None:
+        raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
+    recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
+    dataset = json.loads((folder.path / "environment.json").read_text())["dataset"]
+    checkpoint = _newest_whole(folder.checkpoints)
+    samples_seen = read_manifest(checkpoint)["progress"]["samples_seen"]
+    class_names = dataset.pop("class_names")
+    model = create_model(
+        recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
+    )
+    evaluations = [row for row in read_metrics(folder.metrics, "eval") if row["samples_seen"] <= samples_seen]
+    if not evaluations:
+        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
+    handoff = {
+        "architecture": model.config.to_dict(),
+        "num_classes": len(class_names),
+        "class_names": class_names,
+        "input": recipe.data.model_dump(mode="json"),
+        "weights": "raw",
+        "dataset": dataset,
+        "recipe": recipe.model_dump(mode="json"),
+        "metrics": {name: evaluations[-1][name] for name in ("top1", "top5", "loss")},
+        "samples_seen": samples_seen,
+    }
+    write_handoff(folder.handoff, read_weights(checkpoint), handoff, model_card(handoff, evaluations[-1]["samples"]))
+    return folder.handoff
+
+
+def _newest_whole(checkpoints: Path) -> Path:
+    problems = []
+    for path in list_checkpoints(checkpoints):
+        try:
+            verify(path)
+        except CheckpointDamagedError as error:
+            problems.append(str(error))
+        else:
+            return path
+    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the hand-off of a run from its newest checkpoint."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.export", description=main.__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
+    try:
+        print(export_run(RunFolder(parser.parse_args(arguments).run)))  # noqa: T201
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return ExitCode.WILL_FAIL_AGAIN
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

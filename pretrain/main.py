@@ -1,0 +1,133 @@
+"""The door to training: ``deepspeed pretrain/main.py --recipe recipes/demo.yaml``."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch.distributed as dist  # noqa: E402
+
+from data_pipeline.errors import DataError  # noqa: E402
+from pretrain.assemble import assemble  # noqa: E402
+from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
+from pretrain.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
+from pretrain.outcome import ExitCode, UserError  # noqa: E402
+from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
+from pretrain.run import Run  # noqa: E402
+from pretrain.run_folder import RunFolder  # noqa: E402
+from pretrain.stop import StopFlag, watch_launcher  # noqa: E402
+from pretrain.summary import summary_lines  # noqa: E402
+from pretrain.train import train  # noqa: E402
+
+DESCRIPTION = """\
+Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
+
+  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     two processes on this machine
+  deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
+
+Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    epilog = "\n".join(
+        [
+            "exit status:",
+            *(f"  {code.value:<3} {code.name.lower().replace('_', ' ')}" for code in ExitCode),
+            "",
+            "fields of a recipe, for --set:",
+            *describe_fields(),
+        ]
+    )
+    parser = argparse.ArgumentParser(
+        prog="deepspeed pretrain/main.py",
+        description=DESCRIPTION,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=Path("ds_config.json"),
+        metavar="FILE",
+        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="change a field of the recipe, for example optimizer.lr=1e-3; may be repeated",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the run folders (default: runs)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> ExitCode:
+    """Train; the result is the exit status."""
+    options = parse_arguments(arguments)
+    flag = StopFlag()
+    flag.install_signal_handlers()
+    watch_launcher(flag)
+    rank: Rank | None = None
+    run: Run | None = None
+    try:
+        rank = read_rank()
+        device = choose_device(rank)
+        recipe = load_recipe(options.recipe, options.assignments)
+        folder = RunFolder(options.runs / recipe.name)
+        config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
+        resolved = resolve_deepspeed_config(config, world_size=rank.world_size, has_bf16_gpu=has_bf16(device))
+        folder.check_recipe(recipe, resolved.config)
+        if _already_finished(folder, rank):
+            return ExitCode.FINISHED
+        control = init_distributed(device)
+        run = assemble(recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control)
+        code = train(run)
+    except (UserError, DataError) as error:
+        if rank is None or rank.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _close(run, f"{error}")
+        return ExitCode.WILL_FAIL_AGAIN
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
+        traceback.print_exc()
+        _close(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}")
+        sys.stderr.flush()
+        os._exit(ExitCode.RETRY)  # an orderly end would wait for peers that may be gone
+    run.close()
+    if code is ExitCode.FINISHED and rank.is_first:
+        print("\n".join(summary_lines(folder)))  # noqa: T201
+    dist.barrier(control)  # the launcher ends the others as soon as one is gone
+    dist.destroy_process_group()
+    return code
+
+
+def _already_finished(folder: RunFolder, rank: Rank) -> bool:
+    state = folder.read_state()
+    if state is None or state.state != "finished":
+        return False
+    if rank.is_first:
+        print(f"{folder.path} is finished; to train again choose --set name=..., or remove the folder")  # noqa: T201
+        print("\n".join(summary_lines(folder)))  # noqa: T201
+    return True
+
+
+def _close(run: Run | None, reason: str) -> None:
+    """Say in run.json why a run failed, and give the terminal back."""
+    if run is not None:
+        run.write_state("failed", reason.splitlines()[0] if reason else "")
+        run.console.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Parameter groups, learning-rate schedule and the keyed draws of drop path."""
+
+import math
+
+import numpy as np
+import torch
+
+from pretrain.recipe import OptimizerSection, ScheduleSection
+
+
+def build_optimizer(
+    model: torch.nn.Module, section: OptimizerSection, no_decay: set[str], device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW with two groups: weights with decay, and what ``no_decay`` names without.
+
+    The learning rate is set before every step (see ``learning_rate``); the one given here is never used.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if unknown := no_decay - {name for name, _ in named}:
+        raise ValueError(f"no_weight_decay names parameters that the model does not have: {sorted(unknown)}")
+    groups = [
+        {"params": [p for name, p in named if name not in no_decay], "weight_decay": section.weight_decay},
+        {"params": [p for name, p in named if name in no_decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
+    """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
+
+    Args:
+        samples: pictures that will have been trained on after this step; counting them instead of steps keeps the
+            schedule the same under another global batch.
+        peak: learning rate at the end of the warm-up.
+        schedule: lengths in epochs.
+        epoch_size: pictures in an epoch.
+    """
+    warmup = schedule.warmup_epochs * epoch_size
+    total = schedule.epochs * epoch_size
+    if samples < warmup:
+        return peak * samples / warmup
+    done = min(1.0, (samples - warmup) / max(1.0, total - warmup))
+    return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def drop_path_uniforms(seed: int, step: int, rows: np.ndarray, *, branches: int, global_batch: int) -> torch.Tensor:
+    """Uniforms in [0, 1) that decide which residual branches a picture skips: (branches, len(rows)), fp32.
+
+    They are a pure function of (seed, step, row of the global batch), drawn for the whole batch by Philox (Salmon et
+    al. 2011) and then indexed, so they do not depend on how the batch is split over ranks and micro-batches.
+    """
+    generator = np.random.Generator(
+        np.random.Philox(
+            key=np.array([seed, 0x64726F70], dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64)
+        )
+    )
+    draws = generator.random((global_batch, branches), dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(draws[rows].T))

@@ -1,0 +1,23 @@
+"""How a run can end: exit codes with meanings, and the error that says it would fail again."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of ``pretrain/main.py``. Whoever starts runs decides by these alone.
+
+    Python ends with 1 on an uncaught exception and argparse with 2 on bad usage, so those numbers keep their sense.
+    """
+
+    FINISHED = 0
+    """All samples were trained on and the hand-off is written. Do not start again."""
+    RETRY = 1
+    """Something broke that another start may survive: a lost peer, a lost node, a crash."""
+    WILL_FAIL_AGAIN = 2
+    """The recipe, the data or the command is wrong; starting again unchanged is pointless."""
+    STOPPED = 75
+    """Asked to stop, saved, can be resumed (75 is EX_TEMPFAIL of sysexits.h)."""
+
+
+class UserError(Exception):
+    """Something a person has to change. Its text is one line: what is wrong, where, and what to do."""

@@ -1,0 +1,158 @@
+"""The optimizer's state under any ZeRO stage, seen as named pieces of parameters.
+
+DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. A
+``Piece`` says which stretch of which parameter a rank owns and gives views of it, so a checkpoint that is keyed by
+(name, offset, length) can be written and read under any layout. DeepSpeed has no public way to do this for all
+stages; the attributes used here are its internals, so its version is pinned and a missing one is an error at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("parameter", *MOMENTS)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``[offset, offset + length)`` of a flattened parameter, owned by this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    offset: int
+    length: int
+    owner: torch.Tensor
+    """The fp32 tensor that the optimizer steps: a flat partition, or the parameter itself at stage 0."""
+    owner_offset: int
+    """Where the piece begins in the flattened ``owner``."""
+
+    def view(self, kind: str, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """A writable 1-D view of the master weights (``"parameter"``) or of a moment, fp32, ``length`` elements."""
+        whole = self.owner.data if kind == "parameter" else optimizer.state[self.owner][kind]
+        return whole.view(-1).narrow(0, self.owner_offset, self.length)
+
+
+class OptimizerPieces:
+    """All pieces that this rank owns of a DeepSpeed engine, with the means to fill them."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._zero = engine.optimizer
+        self.stage: int = engine.zero_optimization_stage()
+        """ZeRO stage of the engine."""
+        self.optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        """The torch optimizer that steps the owners."""
+        names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        find: Callable[[dict[Any, str]], list[Piece]] = {
+            0: self._whole_parameters,
+            1: self._flat_partitions,
+            2: self._flat_partitions,
+            3: self._sharded_parameters,
+        }[self.stage]
+        self.pieces = find(names)
+        """This rank's pieces, in the order of the model's parameters."""
+
+    def prepare_state(self) -> None:
+        """Give every owner zero moments and a zero step count, where the optimizer has not made them yet."""
+        capturable = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
+        for owner in self._owners():
+            state = self.optimizer.state[owner]
+            for kind in MOMENTS:
+                state.setdefault(kind, torch.zeros_like(owner.data))
+            state.setdefault("step", torch.zeros((), device=owner.device if capturable else "cpu"))
+
+    def step_of(self, piece: Piece) -> float:
+        """How many steps the optimizer has taken on this piece."""
+        return float(self.optimizer.state[piece.owner]["step"])
+
+    def set_steps(self, steps: dict[str, float]) -> None:
+        """Set the step count of every owner from those of its parameters, which must agree.
+
+        Raises:
+            ValueError: parameters that share a flat partition here took different numbers of steps.
+        """
+        by_owner: dict[torch.Tensor, set[float]] = {}
+        for piece in self.pieces:
+            by_owner.setdefault(piece.owner, set()).add(steps[piece.name])
+        for owner, values in by_owner.items():
+            if len(values) != 1:
+                raise ValueError(f"parameters of one partition have different optimizer steps: {sorted(values)}")
+            self.optimizer.state[owner]["step"].fill_(values.pop())
+
+    def refresh_model(self) -> None:
+        """Bring the model's weights in line with the master weights just filled. Collective."""
+        if self.stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self.stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+            self._zero.checkpoint_event_epilogue()
+        else:  # at stage 0 each rank has filled only what it owns
+            for piece in self._all_parameters():
+                dist.broadcast(piece.data, src=self._stage0_owner[piece])
+
+    def share_stage0_state(self) -> None:
+        """At stage 0 every rank holds all state but has filled only its own pieces: send them round. Collective."""
+        if self.stage == 0:
+            for parameter in self._all_parameters():
+                for kind in (*MOMENTS, "step"):
+                    value = self.optimizer.state[parameter][kind].to(parameter.device)
+                    dist.broadcast(value, src=self._stage0_owner[parameter])
+                    self.optimizer.state[parameter][kind].copy_(value)
+
+    def _owners(self) -> list[torch.Tensor]:
+        if self.stage == 0:
+            return list(self._all_parameters())
+        return list({id(piece.owner): piece.owner for piece in self.pieces}.values()) + self._empty_owners()
+
+    def _empty_owners(self) -> list[torch.Tensor]:
+        """Flat partitions of this rank that hold padding only; the optimizer steps them all the same."""
+        zero = self._zero
+        flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        owned = {id(piece.owner) for piece in self.pieces}
+        return [flat for flat in flats if id(flat) not in owned]
+
+    def _all_parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._stage0_owner)
+
+    def _whole_parameters(self, names: dict[Any, str]) -> list[Piece]:
+        # Every rank has everything; spread the writing, largest first onto the least loaded rank.
+        load = [0] * dist.get_world_size()
+        self._stage0_owner: dict[torch.nn.Parameter, int] = {}
+        for parameter in sorted(names, key=lambda p: -p.numel()):
+            rank = load.index(min(load))
+            load[rank] += parameter.numel()
+            self._stage0_owner[parameter] = rank
+        return [
+            Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+            for parameter, name in names.items()
+            if self._stage0_owner[parameter] == dist.get_rank()
+        ]
+
+    def _flat_partitions(self, names: dict[Any, str]) -> list[Piece]:
+        pieces = []
+        for parameter, name in names.items():
+            mapping = parameter._hp_mapping  # noqa: SLF001
+            if mapping is None:
+                continue  # another rank's
+            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            pieces.append(Piece(name, tuple(parameter.shape), here.start, here.numel, flat, there.start))
+        return pieces
+
+    def _sharded_parameters(self, names: dict[Any, str]) -> list[Piece]:
+        pieces = []
+        for parameter, name in names.items():
+            group, flat_offset, partition = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            offset = min(dist.get_rank() * partition, parameter.ds_numel)
+            length = min(partition, parameter.ds_numel - offset)
+            if length:
+                flat = self._zero.fp32_partitioned_groups_flat[group]
+                pieces.append(Piece(name, tuple(parameter.ds_shape), offset, length, flat, flat_offset))
+        return pieces

@@ -1,0 +1,220 @@
+"""The recipe: one YAML file, validated once into one frozen object. Rooms are handed the part that they need."""
+
+import difflib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.transforms import InputConfig
+from pretrain.outcome import UserError
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """Which network is trained."""
+
+    name: str
+    """Variant, as ``models.list_models()`` gives them."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the variant's configuration to change, by name."""
+    activation_checkpointing: Literal["none", "all"] | tuple[bool, bool, bool, bool] = "none"
+    """Recompute activations in the backward pass: in no stage, in all, or one choice for each of the four."""
+
+
+class LossSection(Section):
+    """What is minimised."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread evenly over all classes."""
+    diagonality_weight: float = Field(default=0.0, ge=0)
+    """Weight of the diagonality-preserving loss of the LA blocks; 0 leaves it out."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate, for the global batch as it is: nothing rescales it."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled weight decay; norms, biases, scales and position embeddings are left out."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moment estimates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+class ScheduleSection(Section):
+    """How long, and the learning rate on the way: linear warm-up, then cosine, both in samples seen."""
+
+    epochs: float = Field(gt=0)
+    """Passes over the training split; a fraction is allowed."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Length of the linear warm-up."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+
+
+class EvaluationSection(Section):
+    """Evaluation on the validation split during training; the end is always evaluated."""
+
+    every_epochs: float = Field(default=1.0, gt=0)
+    """Distance between evaluations."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures per rank and step of evaluation."""
+
+
+class CheckpointSection(Section):
+    """When the state is saved; a stop and the end are always saved."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps between checkpoints: what a crash can cost at most."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest are kept. With 1 there is nothing to fall back to."""
+
+
+class Recipe(Section):
+    """Everything that defines a run, but for what is DeepSpeed's own (see ``deepspeed``)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder is ``runs/NAME``."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes initialisation, order, augmentation and drop path."""
+    data: InputConfig
+    """Which pictures, and how they become batches."""
+    model: ModelSection
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log_every_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between lines of metrics."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's configuration that this run sets otherwise than the file given by ``--deepspeed_config``."""
+
+
+# What may differ between the run that is resumed and the recipe that resumes it: it changes how the run is
+# carried out, not what is computed. Everything else would make the curve a lie.
+CHANGEABLE = (
+    "evaluation",
+    "checkpoint",
+    "log_every_steps",
+    "deepspeed",
+    "data.path",
+    "data.threads",
+    "data.prefetch",
+    "model.activation_checkpointing",
+)
+
+
+def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: YAML file.
+        assignments: ``key.sub=value`` changes, applied in order; values are read as YAML.
+
+    Raises:
+        UserError: no such file, not YAML, or a key or value that does not fit; one line for all that is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        raise UserError(f"{path}: no such recipe" + (f"; there are: {', '.join(near)}" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
+    for assignment in assignments or []:
+        _assign(content, assignment)
+    return validate_recipe(content, where=str(path))
+
+
+def validate_recipe(content: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe given as nested dictionaries; ``where`` names it in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for what differs and may not change on a resume."""
+    lines = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        if name in CHANGEABLE or old.get(key) == new.get(key):
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += recipe_differences(a, b, f"{name}.")
+        else:
+            lines.append(f"{name}: {a} -> {b}")
+    return lines
+
+
+def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Yield one help line per field of the recipe: its name, default and meaning."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        # InputConfig and its parts belong to the data pipeline; whatever is a pydantic model is opened up.
+        inner = [k for k in (kind, *_members(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if inner:
+            yield from describe_fields(inner[0], f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+        yield f"  {prefix}{name} ({default}): {' '.join((field.description or '').split())}"
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is types.UnionType or "Union" in str(get_origin(kind)) else ()
+
+
+def _assign(content: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {assignment}: write it as key=value, for example --set optimizer.lr=1e-3")
+    *path, last = key.split(".")
+    node = content
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {assignment}: {part} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {assignment}: the value is not valid YAML") from None
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        return f"unknown key {key}" + (f" (did you mean {'.'.join([*location[:-1], near[0]])}?)" if near else "")
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        kind = section.model_fields[part].annotation if part in section.model_fields else None
+        inner = [k for k in (kind, *_members(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)

@@ -1,0 +1,250 @@
+"""One run on one rank: all its parts, and what is done with them between steps."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import EvalLoader, TrainLoader
+from pretrain.checkpoint import Progress, save_checkpoint
+from pretrain.console import RunConsole
+from pretrain.deepspeed_config import BatchPlan
+from pretrain.evaluate import Evaluation, evaluate
+from pretrain.export import export_run
+from pretrain.metrics import MetricsWriter
+from pretrain.outcome import UserError
+from pretrain.pieces import OptimizerPieces
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder, RunState, State
+from pretrain.stop import StopAgreement
+from pretrain.summary import write_summary
+
+FAILED_SAVES_ALLOWED = 1
+"""A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
+
+
+class Meter:
+    """Sums what the steps of an interval measured on the device, so that a step never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+        self.steps = 0
+        self.data_wait_s = 0.0
+        self._began = time.monotonic()
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add the measurements of a micro-batch; scalars on the device."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value.detach().float()
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the interval and all ranks. Collective; waits for the device."""
+        if not self._count:
+            return {}
+        stacked = torch.stack(list(self._sums.values())) / (self._count * dist.get_world_size())
+        dist.all_reduce(stacked)
+        return dict(zip(self._sums, stacked.tolist(), strict=True))
+
+    def seconds(self) -> float:
+        """Wall-clock time of the interval, without what was excluded."""
+        return time.monotonic() - self._began
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not training, such as an evaluation, out of the interval."""
+        self._began += seconds
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank. ``progress`` is the only state; all else is how."""
+
+    recipe: Recipe
+    batch: BatchPlan
+    epoch_size: int
+    """Pictures in the training split."""
+    total_steps: int
+    device: torch.device
+    engine: Any
+    dtype: torch.dtype
+    """What the engine computes in."""
+    pieces: OptimizerPieces
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    folder: RunFolder
+    state: RunState
+    metrics: MetricsWriter | None
+    """On rank 0 only."""
+    console: RunConsole
+    stop: StopAgreement
+    control: dist.ProcessGroup
+    """CPU group for small objects."""
+    progress: Progress
+    saved_at: int = -1
+    """``samples_seen`` of the newest checkpoint on disk."""
+    failed_saves: int = 0
+    last_evaluation: Evaluation | None = None
+    meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.device)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.progress.step >= self.total_steps
+
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation boundary was passed, or the end reached, and not yet evaluated."""
+        interval = self.recipe.evaluation.every_epochs * self.epoch_size
+        seen, evaluated = self.progress.samples_seen, self.progress.evaluated_at
+        return seen // interval > evaluated // interval or (self.done and evaluated < seen)
+
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint stands at this step and is not yet on disk."""
+        due = self.done or self.progress.step % self.recipe.checkpoint.every_steps == 0
+        return due and self.progress.samples_seen not in (0, self.saved_at)
+
+    def evaluate(self) -> None:
+        """Evaluate on the validation split and write it down; a stop on the way leaves it undone."""
+        began = time.monotonic()
+        self.engine.eval()
+        result = evaluate(
+            lambda images: self.engine(images.to(self.dtype)), self.eval_loader, stop=self.stop.at_step_boundary
+        )
+        self.engine.train()
+        took = time.monotonic() - began
+        self.progress.train_seconds += took
+        if result is not None:
+            self.progress.evaluated_at = self.progress.samples_seen
+            self.last_evaluation = result
+            self.console.say(f"eval  epoch {self.progress.samples_seen / self.epoch_size:.2f}  {result}")
+            if self.metrics:
+                self.metrics.write(
+                    "eval",
+                    self.progress.samples_seen,
+                    {
+                        "step": self.progress.step,
+                        "epoch": round(self.progress.samples_seen / self.epoch_size, 4),
+                        "top1": result.top1,
+                        "top5": result.top5,
+                        "loss": result.loss,
+                        "samples": result.samples,
+                        "seconds": round(took, 3),
+                    },
+                )
+        self._interval_broken(took)
+
+    def save(self) -> None:
+        """Write a checkpoint. Failing once is told and survived, failing twice in a row ends the run.
+
+        Raises:
+            UserError: the loss is not finite, so that the state is not worth keeping; or the second failure in a row.
+        """
+        began = time.monotonic()
+        self._check_finite(self.meter.means())
+        problem = save_checkpoint(
+            self.folder.checkpoints,
+            self.pieces,
+            self.progress,
+            group=self.control,
+            keep=self.recipe.checkpoint.keep,
+            facts={"run": self.recipe.name},
+        )
+        took = time.monotonic() - began
+        self.progress.train_seconds += took
+        self._interval_broken(took)
+        if not problem:
+            self.saved_at, self.failed_saves = self.progress.samples_seen, 0
+            return
+        self.failed_saves += 1
+        self.console.say(f"WARNING checkpoint at step {self.progress.step} could not be written: {problem}")
+        if self.failed_saves > FAILED_SAVES_ALLOWED:
+            raise UserError(
+                f"two checkpoints in a row could not be written to {self.folder.checkpoints} ({problem}): "
+                "make space or mend the storage, then start again"
+            )
+        self.saved_at = self.progress.samples_seen  # do not try again at the same step
+
+    def log_due(self) -> bool:
+        """Whether the metrics of an interval are written after this step."""
+        return self.progress.step % self.recipe.log_every_steps == 0 or self.done
+
+    def log(self, lr: float) -> None:
+        """Write the interval's means as metrics and as a line; collective.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        values = self.meter.means()
+        self._check_finite(values)
+        norm = self.engine.get_global_grad_norm()
+        values |= {"lr": lr} | ({"grad_norm": float(norm)} if norm is not None else {})
+        seconds = self.meter.seconds()
+        rate = self.meter.steps * self.batch.global_batch / seconds
+        epoch = self.progress.samples_seen / self.epoch_size
+        self.console.log_metrics(self.progress.step, epoch, values)
+        if self.metrics:
+            self.metrics.write(
+                "train",
+                self.progress.samples_seen,
+                {
+                    "step": self.progress.step,
+                    "epoch": round(epoch, 4),
+                    **values,
+                    "images_per_second": round(rate, 2),
+                    "data_wait": round(self.meter.data_wait_s / seconds, 4),
+                },
+            )
+            self.write_state("running")
+        self.meter.reset()
+
+    def finish(self) -> None:
+        """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
+        if self.metrics and self.last_evaluation is not None:
+            export_run(self.folder)
+            write_summary(
+                self.folder,
+                top1=self.last_evaluation.top1,
+                train_images=self.progress.samples_seen,
+                seconds=self.progress.train_seconds,
+            )
+            self.write_state("finished")
+        dist.barrier(self.control)
+
+    def write_state(self, state: State, reason: str = "") -> None:
+        """Write ``run.json``; on rank 0."""
+        if self.metrics:
+            self.state.state, self.state.reason = state, reason
+            self.state.step, self.state.samples_seen = self.progress.step, self.progress.samples_seen
+            self.folder.write_state(self.state)
+
+    def close(self) -> None:
+        """Free loaders, flush metrics, give the terminal back."""
+        self.train_loader.close()
+        self.eval_loader.close()
+        self.console.close()
+        if self.metrics:
+            self.metrics.close()
+
+    def _interval_broken(self, seconds: float) -> None:
+        """Keep time that was not training out of the rates."""
+        self.meter.exclude(seconds)
+        self.console.step_done(self.progress.step, waited_s=seconds)
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{' and '.join(bad)} became non-finite by step {self.progress.step}: lower optimizer.lr or "
+                "lengthen schedule.warmup_epochs, under a new name; the newest checkpoint is from before"
+            )

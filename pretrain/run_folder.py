@@ -1,0 +1,153 @@
+"""A run on disk: what really ran, how it stands, what it measured."""
+
+import getpass
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from pretrain.files import write_json, write_text
+from pretrain.outcome import UserError
+from pretrain.recipe import Recipe, recipe_differences
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+@dataclass
+class RunState:
+    """``run.json``: what a person or a launcher needs to know about a run."""
+
+    state: State
+    reason: str = ""
+    """Why the run is in this state, in one line."""
+    step: int = 0
+    total_steps: int = 0
+    samples_seen: int = 0
+    restarts: int = 0
+    """How often the run was started again after the first time."""
+    world_size: int = 0
+    job_id: str = ""
+    """Slurm's, where there is one."""
+    host: str = ""
+    """Where rank 0 runs."""
+    updated: float = 0.0
+    """Unix time of the last change: the heartbeat."""
+
+
+class RunFolder:
+    """``runs/NAME``. Only rank 0 writes to it, but for checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.handoff = path / "handoff"
+        self.metrics = path / "metrics.jsonl"
+        self.bad_samples = path / "bad_samples.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.summary = path / "summary.json"
+
+    def read_recipe(self) -> dict[str, Any] | None:
+        """The recipe as it was resolved when the run was started last; None for a new run."""
+        try:
+            content: dict[str, Any] = yaml.safe_load((self.path / "recipe.yaml").read_text())
+        except FileNotFoundError:
+            return None
+        return content
+
+    def read_state(self) -> RunState | None:
+        """``run.json``; None for a new run."""
+        try:
+            return RunState(**json.loads((self.path / "run.json").read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.path / 'run.json'} cannot be read: {error}; remove it to go on from the newest checkpoint"
+            ) from None
+
+    def write_state(self, state: RunState) -> None:
+        """Replace ``run.json``."""
+        state.updated = time.time()
+        write_json(self.path / "run.json", asdict(state))
+
+    def check_recipe(self, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+        """Refuse to continue a run with a recipe that computes something else.
+
+        Raises:
+            UserError: names every field that differs and may not.
+        """
+        old = self.read_recipe()
+        if old is None:
+            return
+        lines = recipe_differences(old, recipe.model_dump(mode="json"))
+        before = json.loads((self.path / "ds_config.json").read_text())
+        lines += [
+            f"{key}: {before.get(key)} -> {deepspeed.get(key)}"
+            for key in ("train_batch_size", "gradient_clipping")
+            if before.get(key) != deepspeed.get(key)
+        ]
+        if lines:
+            raise UserError(
+                f"{self.path} holds a run of another recipe ({'; '.join(lines)}): choose another name with "
+                f"--set name=..., or remove the folder to start over"
+            )
+
+    def write_description(self, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_json(self.path / "ds_config.json", deepspeed)
+        write_json(self.path / "environment.json", describe_environment() | facts)
+
+    def append_bad_sample(self, line: dict[str, Any]) -> None:
+        """Add a line to ``bad_samples.jsonl``; any rank may."""
+        with self.bad_samples.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and source state, for whoever wants to repeat the run."""
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "user": getpass.getuser(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run([git, *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (subprocess.CalledProcessError, OSError):
+        return None

@@ -1,0 +1,56 @@
+"""``summary.json``: what a finished run came to."""
+
+import json
+from typing import Any
+
+from pretrain.files import write_json
+from pretrain.run_folder import RunFolder
+
+
+def write_summary(folder: RunFolder, *, top1: float, train_images: int, seconds: float) -> None:
+    """Write the summary of a finished run.
+
+    Args:
+        folder: the run.
+        top1: of the last evaluation during training, in percent.
+        train_images: pictures trained on, counted over all epochs.
+        seconds: wall-clock time of the training loop over all incarnations, evaluations and checkpoints included.
+    """
+    write_json(
+        folder.summary,
+        {
+            "top1": top1,
+            "train_images": train_images,
+            "seconds": round(seconds, 2),
+            "images_per_second": round(train_images / seconds, 2),
+            "handoff_top1": None,
+        },
+    )
+
+
+def record_handoff_evaluation(folder: RunFolder, top1: float) -> None:
+    """Add the top-1 (percent) that ``pretrain.evaluate`` measured on the hand-off itself."""
+    write_json(folder.summary, _read(folder) | {"handoff_top1": top1})
+
+
+def summary_lines(folder: RunFolder) -> list[str]:
+    """The summary as lines for a person."""
+    summary = _read(folder)
+    handoff = summary["handoff_top1"]
+    lines = [
+        f"run           {folder.path}",
+        f"top-1         {summary['top1']:.2f} %" + (f" (hand-off: {handoff:.2f} %)" if handoff is not None else ""),
+        (
+            f"trained on    {summary['train_images']:,} images in {summary['seconds']:.0f} s "
+            f"({summary['images_per_second']:.0f} images/s, evaluations included)"
+        ),
+        f"hand-off      {folder.handoff}",
+        f"curves        tensorboard --logdir {folder.path.parent}",
+    ]
+    width = max(len(line) for line in lines)
+    return ["-" * width, *lines, "-" * width]
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(folder.summary.read_text())
+    return content

@@ -1,0 +1,96 @@
+"""The training loop."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from data_pipeline.loader import Batch
+from pretrain.optimization import drop_path_uniforms, learning_rate
+from pretrain.outcome import ExitCode
+from pretrain.run import Run
+
+
+def train(run: Run) -> ExitCode:
+    """Train until all steps are taken or a stop is agreed on; either way the state is on disk afterwards.
+
+    What is due at a boundary is derived from ``run.progress``, so that a run resumed at a boundary does there what
+    its former incarnation had not come to.
+    """
+    progress, batches = run.progress, iter(run.train_loader)
+    while True:
+        if run.evaluation_due():
+            run.evaluate()
+        if run.checkpoint_due():
+            run.save()
+        if run.done or run.stop.at_step_boundary():
+            break
+        began = time.monotonic()
+        lr = train_step(run, batches)
+        progress.step += 1
+        progress.samples_seen += run.batch.global_batch
+        progress.train_seconds += time.monotonic() - began
+        run.console.step_done(progress.step)
+        if run.log_due():
+            run.log(lr)
+    if run.done and not run.evaluation_due():
+        run.finish()
+        return ExitCode.FINISHED
+    if run.saved_at != progress.samples_seen and progress.samples_seen:
+        run.save()
+    reason = run.stop.reason()
+    run.console.say(
+        f"stopped at step {progress.step} of {run.total_steps} ({reason}), saved; the same command goes on from here"
+    )
+    run.write_state("preempted", reason)
+    return ExitCode.STOPPED
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> float:
+    """One optimizer step over the global batch, in as many micro-batches as fit.
+
+    Returns:
+        the learning rate that it was taken with.
+    """
+    recipe, progress = run.recipe, run.progress
+    lr = learning_rate(
+        progress.samples_seen + run.batch.global_batch,
+        peak=recipe.optimizer.lr,
+        schedule=recipe.schedule,
+        epoch_size=run.epoch_size,
+    )
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = lr
+    for _ in range(run.batch.accumulation):
+        waiting = time.monotonic()
+        batch = next(batches)
+        run.meter.data_wait_s += time.monotonic() - waiting
+        loss, parts = micro_batch_loss(run, batch)
+        run.engine.backward(loss)
+        run.engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
+        run.meter.add({"loss": loss, **parts})
+    run.meter.steps += 1
+    return lr
+
+
+def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Forward pass and loss of one micro-batch: cross-entropy plus the weighted diagonality loss.
+
+    Returns:
+        the scalar to minimise, and its unweighted parts.
+    """
+    recipe, model = run.recipe, run.engine.module
+    uniforms = None
+    if model.config.drop_path > 0:
+        uniforms = drop_path_uniforms(
+            recipe.seed,
+            run.progress.step,
+            batch.rows,
+            branches=model.num_drop_paths,
+            global_batch=run.batch.global_batch,
+        ).to(run.device)
+    logits, diagonality = run.engine(batch.images.to(run.dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+    cross_entropy = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.loss.label_smoothing)
+    loss = cross_entropy + recipe.loss.diagonality_weight * diagonality.float()
+    return loss, {"cross_entropy": cross_entropy, "diagonality": diagonality}
