@@ -24,7 +24,7 @@ Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class RandomResizedCropConfig(_Config):

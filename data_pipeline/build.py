@@ -1,0 +1,256 @@
+"""Build WebDataset shards: `python -m data_pipeline.build SOURCE DEST`.
+
+Every picture is fully decoded once, normalised or rejected by the rules in `data_pipeline.normalise`, and put at a random
+place among all the others. DEST holds the dataset when dataset.json names the split; until then everything lies in
+DEST/.building-SPLIT, which needs as much room as the dataset itself. Killed or out of room, the same command goes on
+where it stopped, and the result is the same, byte for byte.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data_pipeline import assemble, normalise, units
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of
+from data_pipeline.shards import write_atomically
+from data_pipeline.sources import Source
+from data_pipeline.sources.digits import Digits
+from data_pipeline.sources.folder import Folder
+from data_pipeline.workers import workers_pool
+
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may choose."""
+
+    workers: int
+    max_side: int | None = None
+
+
+def build(source: Source, dest: Path, options: Options, console: Console) -> Manifest:
+    """Build all splits of a source into `dest` and return what the dataset holds.
+
+    Raises:
+        DataError: the source or the destination is not as it should be, or the disk is full.
+    """
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        with _locked(dest):
+            for split in source.splits:
+                _build_split(source, split, dest, options, console)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DataError(
+                f"no space left for {dest}; building needs twice the size of the dataset for a while. "
+                "Make room and run the same command again: it goes on from here"
+            ) from None
+        raise DataError(f"{error.filename or dest}: {error.strerror}; mend it and run the same command again") from None
+    return Manifest.read(dest)
+
+
+def _build_split(source: Source, split: str, dest: Path, options: Options, console: Console) -> None:
+    built = source.describe() | {
+        "shuffle_seed": SHUFFLE_SEED, "max_side": options.max_side, "shard_bytes": source.shard_bytes,
+        "jpeg_quality": normalise.QUALITY, "pillow": PIL.__version__,
+    }  # fmt: skip
+    manifest = Manifest.read(dest) if (dest / FILE_NAME).exists() else None
+    scratch = dest / f".building-{split}"
+    if manifest is not None and split in manifest.splits:
+        if manifest.splits[split].built != built:
+            raise DataError(f"{dest} already holds a split '{split}' that was built otherwise; name another folder")
+        shutil.rmtree(scratch, ignore_errors=True)
+        console.print(f"{dest}: split '{split}' is complete ({manifest.splits[split].samples} samples); nothing to do")
+        return
+    prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
+    _prepare(scratch, dest, prefix, built, console)
+    with _progress(console) as progress, workers_pool(options.workers) as pool:
+        task = progress.add_task(f"{split}: decode", total=source.count(split))
+        jobs = units.cut(source.pictures(split), scratch, SHUFFLE_SEED, options.max_side)
+        made = sorted(_make_units(jobs, pool, options.workers, progress, task))
+        if not made:
+            raise DataError(f"split '{split}' of the source has no pictures; check what SOURCE names")
+        class_ids, class_names = _classes(source, manifest, made)
+        table_units = [path for path in made if _pictures_in(path)]
+        if not table_units:
+            first = assemble.rejects(made)[0]
+            raise DataError(f"no picture of split '{split}' can be used; the first, {first.name}: {first.reason}")
+        table = assemble.merge(made, class_ids, source.shard_bytes)
+        task = progress.add_task(f"{split}: write shards", total=len(table.label))
+        shards = _write_shards(table, scratch, prefix, pool, options.workers, progress, task)
+    assemble.publish(shards, scratch, dest)
+    table_path = dest / f"{prefix}.samples.npz"
+    table.save(table_path)
+    rejected = assemble.rejects(made)
+    entry = Split(
+        samples=len(table.label), class_counts=np.bincount(table.label, minlength=len(class_ids)).tolist(), shards=shards,
+        table=file_of(table_path), rejected=rejected, built=built,
+    )  # fmt: skip
+    splits = (manifest.splits if manifest is not None else {}) | {split: entry}
+    Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits).write(dest)
+    shutil.rmtree(scratch)
+    left_out = f", {len(rejected)} rejected (listed in {FILE_NAME})" if rejected else ""
+    console.print(f"{dest}: split '{split}': {entry.samples} samples in {len(shards)} shards{left_out}")
+
+
+def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], console: Console) -> None:
+    """Make the scratch folder, or find the one of an interrupted build of the same thing."""
+    plan = scratch / "plan.json"
+    text = json.dumps(built, sort_keys=True).encode()
+    if scratch.exists() and not (plan.exists() and plan.read_bytes() == text):
+        console.print(f"{scratch} is of another source, other options or another version: starting anew")
+        for record in scratch.glob(f"{prefix}-*.json"):  # shards of that build which were already in their place
+            for suffix in (".tar", ".idx"):
+                (dest / record.name).with_suffix(suffix).unlink(missing_ok=True)
+        shutil.rmtree(scratch)
+    if not scratch.exists():
+        strangers = sorted(dest.glob(f"{prefix}-*.tar"))
+        if strangers:
+            raise DataError(f"{strangers[0]} exists but belongs to no dataset built here; name another folder")
+        scratch.mkdir()
+        write_atomically(plan, text)
+    elif any(scratch.glob("unit-*.npz")):
+        console.print(f"{dest}: going on with an interrupted build")
+
+
+def _make_units(
+    jobs: Iterable[units.Job], pool: assemble.Runner, workers: int, progress: Progress, task: Any
+) -> Iterator[Path]:
+    """Make units a few at a time, so that a source that is faster than the workers does not fill the memory."""
+    running: dict[Future[Any], units.Job] = {}
+
+    def finish() -> Iterator[Path]:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+            job = running.pop(future)
+            progress.advance(task, len(job.pictures))
+            yield job.path
+
+    for job in jobs:
+        if job.complete():
+            progress.advance(task, len(job.pictures))
+            yield job.path
+            continue
+        running[pool.submit(units.make, job)] = job
+        while len(running) > workers:
+            yield from finish()
+    while running:
+        yield from finish()
+
+
+def _write_shards(
+    table: assemble.Table, scratch: Path, prefix: str, pool: assemble.Runner, workers: int, progress: Progress, task: Any
+) -> list[Shard]:
+    records: dict[Path, Shard] = {}
+    running: dict[Future[Shard], Path] = {}
+    for job in assemble.shard_jobs(table, scratch, scratch, prefix):
+        known = assemble.written(job)
+        if known is not None:
+            records[job.stem] = known
+            progress.advance(task, known.samples)
+            continue
+        running[pool.submit(assemble.write, job)] = job.stem
+        while len(running) > workers:
+            _collect(running, records, progress, task)
+    while running:
+        _collect(running, records, progress, task)
+    return [records[stem] for stem in sorted(records)]
+
+
+def _collect(running: dict[Future[Shard], Path], records: dict[Path, Shard], progress: Progress, task: Any) -> None:
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        shard = future.result()
+        records[running.pop(future)] = shard
+        progress.advance(task, shard.samples)
+
+
+def _pictures_in(unit: Path) -> int:
+    with np.load(unit) as table:
+        return len(table["key"])
+
+
+def _classes(source: Source, manifest: Manifest | None, made: list[Path]) -> tuple[list[str], list[str]]:
+    """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
+    found = assemble.classes_of(made)
+    stated = source.class_names() or {class_id: class_id for class_id in sorted(found)}
+    if manifest is not None:
+        known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
+        strange = sorted((found | set(stated)) - known.keys())
+        if strange:
+            raise DataError(f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source")
+        stated = known
+    missing = sorted(found - stated.keys())
+    if missing:
+        raise DataError(f"class '{missing[0]}' is not in the source's list of classes; complete the list")
+    return list(stated), list(stated.values())
+
+
+@contextmanager
+def _locked(dest: Path) -> Iterator[None]:
+    """Keep a second build out of the same folder; the lock goes with the process, however it ends."""
+    with (dest / ".building.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another build is writing to {dest}; wait for it, or name another folder") from None
+        yield
+        (dest / ".building.lock").unlink()
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def source_named(name: str, split: str | None) -> Source:
+    """Find out what SOURCE is; DataError when it is nothing we know."""
+    if name == "digits":
+        if split is not None:
+            raise DataError("digits come with their own splits; leave --split out")
+        return Digits()
+    path = Path(name)
+    if path.is_dir():
+        return Folder(path, split or "train")
+    raise DataError(f"{name} is neither 'digits' nor a folder of class folders")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 when the dataset is complete, 1 with one line when it cannot be built."""
+    parser = argparse.ArgumentParser("python -m data_pipeline.build", description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", metavar="SOURCE", help="'digits', or a folder of class folders")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
+    parser.add_argument("--split", help="name of the split that a folder becomes (default: train)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
+    args = parser.parse_args(arguments)
+    try:
+        source = source_named(args.source, args.split)
+        build(source, args.dest, Options(max(1, args.workers), args.max_side), Console(stderr=True))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

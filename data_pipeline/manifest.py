@@ -1,0 +1,100 @@
+"""dataset.json: what a dataset holds, how it was built, and the checksums of all its files."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards import write_atomically
+
+FILE_NAME = "dataset.json"
+SCHEMA = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Part):
+    """One file of the dataset."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Shard(_Part):
+    """One shard and its index."""
+
+    samples: int
+    tar: File
+    idx: File
+
+
+class Reject(_Part):
+    """A picture of the source that is not in the dataset."""
+
+    name: str
+    reason: str
+
+
+class Split(_Part):
+    """One split: its shards in order, its table, and what was left out."""
+
+    samples: int
+    class_counts: list[int]
+    shards: list[Shard]
+    table: File
+    rejected: list[Reject]
+    built: dict[str, Any]
+    """Everything that decided the bytes: the source, its options, the versions that encode."""
+
+
+class Manifest(_Part):
+    """The dataset."""
+
+    schema_version: Literal[1] = SCHEMA
+    name: str
+    class_ids: list[str]
+    class_names: list[str]
+    splits: dict[str, Split]
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write dataset.json atomically, with its own checksum."""
+        text = json.dumps({**self.model_dump(), "sha256": self._digest()}, indent=1, ensure_ascii=False)
+        write_atomically(folder / FILE_NAME, (text + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read dataset.json; DataError when it is missing or not as it was written."""
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_bytes())
+            digest = content.pop("sha256")
+            manifest = cls.model_validate(content)
+        except FileNotFoundError:
+            raise DataError(
+                f"there is no dataset in {folder} (no {FILE_NAME}); build one: python -m data_pipeline.build SOURCE {folder}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise DataError(f"{path} cannot be read ({_first_line(error)}); build the dataset again") from None
+        if digest != manifest._digest():  # noqa: SLF001  (our own class)
+            raise DataError(f"{path} is not as it was written: its checksum differs; build the dataset again")
+        return manifest
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def file_of(path: Path) -> File:
+    """Describe a file that is on disk."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(name=path.name, bytes=path.stat().st_size, sha256=digest)

@@ -1,0 +1,87 @@
+"""The bytes of a shard and of its index.
+
+A shard is a USTAR archive in which each sample is two members, KEY.cls (the label, fixed-width ASCII) and KEY.jpg. The
+index beside it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then per sample `ext offset size name ...`.
+"""
+
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+BLOCK = 512
+CLS_WIDTH = 5
+_END = tarfile.RECORDSIZE  # an archive is filled up to a multiple of this, as GNU tar does
+_PERMISSIONS = 0o644
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a picture was put."""
+
+    offset: int
+    """First byte of the JPEG in the shard."""
+    index: str
+    """The sample's line in the index."""
+
+
+def sample_bytes(length: int) -> int:
+    """Return how many bytes of a shard a sample takes whose JPEG has `length` bytes."""
+    return 3 * BLOCK + -(-length // BLOCK) * BLOCK
+
+
+def _member(name: str, data: bytes) -> Iterator[bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), _PERMISSIONS  # mtime, uid and gid stay 0: the same input gives the same bytes
+    yield info.tobuf(tarfile.USTAR_FORMAT)
+    yield data
+    yield bytes(-len(data) % BLOCK)
+
+
+def write_shard(out: BinaryIO, samples: Iterable[tuple[str, int, bytes]]) -> list[Written]:
+    """Write samples (key, label, JPEG) to an open file and say where each one is."""
+    written = []
+    position = 0
+    for key, label, jpeg in samples:
+        cls = b"%0*d" % (CLS_WIDTH, label)
+        picture = position + 3 * BLOCK
+        for part in (*_member(f"{key}.cls", cls), *_member(f"{key}.jpg", jpeg)):
+            position += out.write(part)
+        line = f"cls {picture - 2 * BLOCK} {len(cls)} {key}.cls jpg {picture} {len(jpeg)} {key}.jpg"
+        written.append(Written(picture, line))
+    out.write(bytes(2 * BLOCK))
+    out.write(bytes(-(position + 2 * BLOCK) % _END))
+    return written
+
+
+def index_text(lines: Iterable[str]) -> str:
+    """Return the text of a shard's index from its samples' lines."""
+    rows = list(lines)
+    return "\n".join([f"v1.2 {len(rows)}", *rows, ""])
+
+
+def member_name(shard: BinaryIO, offset: int) -> str:
+    """Return the name of the member whose data begin at `offset`, or '' when there is no header before it."""
+    shard.seek(offset - BLOCK)
+    try:
+        return tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "replace").name
+    except tarfile.HeaderError:
+        return ""
+
+
+def crc32(data: bytes) -> int:
+    """Return the checksum of a picture's bytes that the dataset's table holds."""
+    return zlib.crc32(data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either absent, old or whole, whatever happens."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)

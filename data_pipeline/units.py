@@ -1,0 +1,119 @@
+"""The first half of building: pictures, checked and normalised, in sorted runs on disk.
+
+Building is an external merge sort by a random key, so that a shuffle of all pictures needs little memory:
+the source is cut into units of at most UNIT_PICTURES pictures or UNIT_BYTES bytes; a worker decodes the pictures of one
+unit, sorts them by key and writes them to scratch. `data_pipeline.assemble` then merges all units into shards.
+A unit is complete when its .npz exists, so an interrupted build goes on after the last complete unit.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.normalise import Rejected, normalise
+from data_pipeline.shards import crc32, write_atomically
+from data_pipeline.sources import Extent, Picture
+
+UNIT_PICTURES = 4096
+UNIT_BYTES = 256 * 2**20
+_NAME_BYTES = 48  # of the original name, kept in the shard's member names so that a person can find the picture again
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit to be made."""
+
+    number: int
+    pictures: tuple[Picture, ...]
+    scratch: Path
+    seed: int
+    max_side: int | None
+
+    @property
+    def path(self) -> Path:
+        """The unit's table; its pictures lie beside it."""
+        return self.scratch / f"unit-{self.number:06d}.npz"
+
+    def digest(self) -> str:
+        """Identify the pictures that the unit is made of."""
+        total = hashlib.sha256()
+        for picture in self.pictures:
+            total.update(f"{picture.name}\0{picture.class_id}\0{_size(picture)}\n".encode())
+        return total.hexdigest()
+
+    def complete(self) -> bool:
+        """Whether an earlier build has made this unit, from the same pictures."""
+        if not self.path.exists():
+            return False
+        with np.load(self.path) as table:
+            return str(table["digest"]) == self.digest()
+
+
+def cut(pictures: Iterable[Picture], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
+    """Group a source's pictures into units."""
+    group: list[Picture] = []
+    size = number = 0
+    for picture in pictures:
+        group.append(picture)
+        size += _size(picture)
+        if len(group) == UNIT_PICTURES or size >= UNIT_BYTES:
+            yield Job(number, tuple(group), scratch, seed, max_side)
+            group, size, number = [], 0, number + 1
+    if group:
+        yield Job(number, tuple(group), scratch, seed, max_side)
+
+
+def _size(picture: Picture) -> int:
+    return picture.data.length if isinstance(picture.data, Extent) else len(picture.data)
+
+
+def make(job: Job) -> tuple[int, int]:
+    """Make one unit and return how many pictures it holds and how many were rejected."""
+    kept, rejected = [], []
+    for picture in job.pictures:
+        data = picture.data.read() if isinstance(picture.data, Extent) else picture.data
+        result = normalise(data, job.max_side)
+        if isinstance(result, Rejected):
+            rejected.append({"name": picture.name, "reason": result.reason})
+        else:
+            kept.append((_key(job.seed, picture.name), picture, result))
+    kept.sort(key=lambda entry: entry[:1])
+    bytes_path = job.path.with_suffix(".bin")
+    with bytes_path.open("wb") as out:
+        out.writelines(result.jpeg for _, _, result in kept)
+    classes = sorted({picture.class_id for _, picture, _ in kept})
+    number_of = {class_id: number for number, class_id in enumerate(classes)}
+    aside = job.path.with_suffix(".part")
+    with aside.open("wb") as out:
+        np.savez(
+            out,
+            allow_pickle=False,
+            digest=job.digest(),
+            key=np.array([key for key, _, _ in kept], np.uint64),
+            name=np.array([_short(picture.name) for _, picture, _ in kept], f"S{_NAME_BYTES}"),
+            class_ids=np.array(classes, str),
+            class_number=np.array([number_of[picture.class_id] for _, picture, _ in kept], np.int32),
+            length=np.array([len(result.jpeg) for _, _, result in kept], np.int32),
+            width=np.array([result.width for _, _, result in kept], np.uint16),
+            height=np.array([result.height for _, _, result in kept], np.uint16),
+            crc32=np.array([crc32(result.jpeg) for _, _, result in kept], np.uint32),
+        )
+    write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
+    aside.replace(job.path)
+    return len(kept), len(rejected)
+
+
+def _key(seed: int, name: str) -> int:
+    """Return where a picture stands in the shuffled order: a hash, so independent of how the source is cut."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _short(name: str) -> bytes:
+    """Return the end of the name's stem in the characters that every tar tool agrees on; dots would end a key."""
+    stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem).encode()[-_NAME_BYTES:]
