@@ -158,7 +158,13 @@ def _make_units(
 
 
 def _write_shards(
-    table: assemble.Table, scratch: Path, prefix: str, pool: assemble.Runner, workers: int, progress: Progress, task: Any
+    table: assemble.Table,
+    scratch: Path,
+    prefix: str,
+    pool: assemble.Runner,
+    workers: int,
+    progress: Progress,
+    task: Any,
 ) -> list[Shard]:
     records: dict[Path, Shard] = {}
     running: dict[Future[Shard], Path] = {}
@@ -197,7 +203,9 @@ def _classes(source: Source, manifest: Manifest | None, made: list[Path]) -> tup
         known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
         strange = sorted((found | set(stated)) - known.keys())
         if strange:
-            raise DataError(f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source")
+            raise DataError(
+                f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source"
+            )
         stated = known
     missing = sorted(found - stated.keys())
     if missing:
@@ -218,7 +226,13 @@ def _locked(dest: Path) -> Iterator[None]:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
@@ -240,7 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="SOURCE", help="'digits', or a folder of class folders")
     parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
     parser.add_argument("--split", help="name of the split that a folder becomes (default: train)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+    )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
     args = parser.parse_args(arguments)
     try:

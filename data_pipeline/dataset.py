@@ -1,27 +1,130 @@
 """A dataset on disk, opened for reading."""
 
+import hashlib
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split
+from data_pipeline.shards import member_name
 
+
+@dataclass(frozen=True)
 class Dataset:
-    """One split of a dataset."""
+    """One split of a dataset. Sample ids count through the shards in their order; every array is (samples,)."""
 
+    path: Path
     name: str
     split: str
-    num_classes: int
-    class_names: tuple[str, ...]
     class_ids: tuple[str, ...]
-    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
     fingerprint: str
+    """Identifies the content: equal for two copies, different when a single picture or label differs."""
+    shards: tuple[Shard, ...]
+    shard_sizes: NDArray[np.int64]
+    """(shards,) samples of each shard."""
+    labels: NDArray[np.int32]
+    shard: NDArray[np.int32]
+    """Number of the shard that holds the sample."""
+    offset: NDArray[np.int64]
+    """First byte of the JPEG in its shard."""
+    length: NDArray[np.int32]
+    """Bytes of the JPEG."""
+    width: NDArray[np.uint16]
+    """In pixels, as decoded (after the EXIF rotation)."""
+    height: NDArray[np.uint16]
+    crc32: NDArray[np.uint32]
+    """Checksum of the JPEG's bytes."""
 
     @classmethod
-    def open(cls, path: Path, split: str) -> "Dataset":
-        """Open a split; DataError when it is missing or does not agree with its index."""
-        raise NotImplementedError
+    def open(cls, path: Path | str, split: str) -> "Dataset":
+        """Open a split.
+
+        Raises:
+            DataError: there is no such dataset or split, a shard is missing or has another size than the index says, or
+                a label lies outside the classes.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        if split not in manifest.splits:
+            there = ", ".join(f"'{name}'" for name in manifest.splits)
+            raise DataError(f"{folder} has no split '{split}' (there is {there}); name one of these, or build it")
+        entry = manifest.splits[split]
+        _check_sizes(folder, entry)
+        table = _table(folder, entry)
+        identity = hashlib.sha256("\0".join([entry.table.sha256, *manifest.class_ids]).encode()).hexdigest()
+        dataset = cls(
+            path=folder, name=manifest.name, split=split, class_ids=tuple(manifest.class_ids),
+            class_names=tuple(manifest.class_names), fingerprint=identity[:16], shards=tuple(entry.shards),
+            shard_sizes=np.array([shard.samples for shard in entry.shards], np.int64), labels=table.pop("label"), **table,
+        )  # fmt: skip
+        dataset._check_table(entry)
+        return dataset
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        raise NotImplementedError
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; labels are smaller."""
+        return len(self.class_ids)
+
+    def shard_path(self, shard: int) -> Path:
+        """Return where a shard lies."""
+        return self.path / self.shards[shard].tar.name
+
+    def sample_name(self, sample: int) -> str:
+        """Return the name of a sample's member in its shard."""
+        with self.shard_path(int(self.shard[sample])).open("rb") as shard:
+            return member_name(shard, int(self.offset[sample])) or f"sample {sample}"
+
+    def _check_table(self, entry: Split) -> None:
+        where = self.path / entry.table.name
+        if not np.array_equal(np.bincount(self.shard, minlength=len(self.shards)), self.shard_sizes):
+            raise DataError(
+                f"{where} does not count the samples of the shards as {FILE_NAME} does; build the dataset again"
+            )
+        if (np.diff(self.shard) < 0).any():
+            raise DataError(f"{where} is not in the order of the shards; build the dataset again")
+        strange = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if len(strange):
+            sample = int(strange[0])
+            raise DataError(
+                f"sample {self.sample_name(sample)} in {self.shard_path(int(self.shard[sample]))} has label "
+                f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; mend the label or the list of classes"
+            )
+
+
+def _check_sizes(folder: Path, entry: Split) -> None:
+    for shard in entry.shards:
+        for file in (shard.tar, shard.idx):
+            try:
+                size = (folder / file.name).stat().st_size
+            except OSError as error:
+                raise DataError(
+                    f"{folder / file.name}: {error.strerror}; copy it here or build the dataset again"
+                ) from None
+            if size != file.bytes:
+                raise DataError(
+                    f"{folder / file.name} has {size} bytes, but {FILE_NAME} says {file.bytes}: "
+                    "it is not the file that was indexed; copy it again or build the dataset again"
+                )
+
+
+def _table(folder: Path, entry: Split) -> dict[str, NDArray]:
+    path = folder / entry.table.name
+    try:
+        if path.stat().st_size != entry.table.bytes:
+            raise DataError(f"{path} is not the file that {FILE_NAME} names: its size differs; copy it again")
+        with np.load(path, allow_pickle=False) as stored:
+            table = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read ({error}); copy it again or build the dataset again") from None
+    if {len(column) for column in table.values()} != {entry.samples}:
+        raise DataError(f"{path} does not hold {entry.samples} samples as {FILE_NAME} says; build the dataset again")
+    return table

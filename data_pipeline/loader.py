@@ -1,47 +1,138 @@
 """Batches on the device, in the order that `data_pipeline.order` states."""
 
+import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from data_pipeline.batch import BadSample, Batch
 from data_pipeline.dataset import Dataset
+from data_pipeline.draws import Draws, Params, eval_params, train_params
+from data_pipeline.engine import Engine, Prepared, Rows
+from data_pipeline.errors import DataError
+from data_pipeline.order import Order
+from data_pipeline.reader import Reader
 from data_pipeline.transforms import InputConfig
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's micro-batch of m pictures."""
-
-    images: torch.Tensor
-    """(m, 3, H, W) float32 on the device, normalised."""
-    labels: torch.Tensor
-    """(m,) int64 on the device."""
-    sample_ids: NDArray[np.int64]
-    """(m,) which sample of the dataset stands in each row."""
-    epochs: NDArray[np.int64]
-    """(m,) which epoch each row belongs to; a batch may cross the boundary."""
-    rows: NDArray[np.int64]
-    """(m,) the row in the global batch."""
-    valid: NDArray[np.bool_]
-    """(m,) False only for padding in evaluation."""
+__all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader"]
+OnBadSample = Callable[[BadSample], None]
+_REPLACEMENTS = 100
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be used, and what stands in its place."""
+class _Loader:
+    """What training and evaluation share: reading, replacing what is bad, decoding."""
 
-    id: int
-    name: str
-    shard: str
-    reason: str
-    replaced_by: int
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: InputConfig,
+        *,
+        train: bool,
+        batch_size: int,
+        device: torch.device,
+        local_ranks: int,
+        on_bad_sample: OnBadSample | None,
+    ) -> None:
+        self._dataset, self._config, self._device, self._on_bad = dataset, config, device, on_bad_sample
+        self._reader = Reader(dataset)
+        self._bad: set[int] = set()
+        self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
+        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        """CPU threads that decode."""
+        self._engine = Engine(
+            config, self._prepare, train=train, batch_size=batch_size, threads=self.threads, device=device
+        )
+
+    def close(self) -> None:
+        """Stop prefetching and free the device's memory."""
+        self._engine.close()
+        self._reader.close()
+
+    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
+        raise NotImplementedError
+
+    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _prepare(self, rows: Rows) -> Prepared:
+        seen = rows.sample_ids.copy()
+        jpegs, bad = [], []
+        for row, sample in enumerate(rows.sample_ids.tolist()):
+            data, reason = self._reader.read(sample)
+            if reason:
+                seen[row], data = self._replacement(sample)
+                bad.append(self._described(sample, reason, int(seen[row])))
+            jpegs.append(data)
+        sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
+        # Drawn for the sample that should stand here, so that its replacement looks other than where it stands itself.
+        params = self._params(rows, *sizes)
+        rows = Rows(seen, rows.epochs, rows.rows, self._valid(rows, seen))
+        return Prepared(rows, self._dataset.labels[seen].astype(np.int64), jpegs, params, bad)
+
+    def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
+        """Return the next good sample of the same shard: the same one whoever asks."""
+        shard = int(self._dataset.shard[sample])
+        size = int(self._dataset.shard_sizes[shard])
+        first = int(self._dataset.shard_sizes[:shard].sum())
+        for step in range(1, min(size, _REPLACEMENTS)):
+            other = first + (sample - first + step) % size
+            data, reason = self._reader.read(other)
+            if not reason:
+                return other, data
+        raise DataError(
+            f"{self._dataset.shard_path(shard)}: sample {self._dataset.sample_name(sample)} and all after it are damaged; "
+            "copy the shard again or build the dataset again"
+        )
+
+    def _described(self, sample: int, reason: str, replaced_by: int) -> BadSample:
+        shard = self._dataset.shard_path(int(self._dataset.shard[sample])).name
+        return BadSample(sample, self._dataset.sample_name(sample), shard, reason, replaced_by)
+
+    def _batches(self, plan: Iterator[Rows]) -> Iterator[Batch]:
+        for prepared, images in self._engine.run(plan):
+            for bad in prepared.bad:
+                self._report(bad)
+            labels = torch.from_numpy(prepared.labels).to(self._device, non_blocking=True)
+            rows = prepared.rows
+            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid)
+
+    def _report(self, bad: BadSample) -> None:
+        self._bad.add(bad.id)
+        if self._on_bad is not None:
+            self._on_bad(bad)
+        if len(self._bad) > self._bad_allowed:
+            raise DataError(
+                f"{len(self._bad)} samples of {self._dataset.path} are damaged, more than max_bad_fraction "
+                f"({self._config.max_bad_fraction}) allows; the last, {bad.name} in {bad.shard}: {bad.reason}. "
+                f"Run python -m data_pipeline.verify {self._dataset.path}"
+            )
 
 
-class TrainLoader:
-    """This rank's micro-batches, for ever."""
+class TrainLoader(_Loader):
+    """This rank's micro-batches, for ever.
+
+    Global batch g covers the stream positions start_sample + g * global_batch and following; rank r takes the contiguous
+    rows r * global_batch / world_size and following, in micro-batches of consecutive rows. The state is one integer: the
+    samples seen, from which another loader, of any world size, goes on.
+
+    Args:
+        dataset: the split to train on.
+        config: how pictures are read, augmented and normalised.
+        seed: decides the order and the augmentation.
+        global_batch: samples per optimizer step over all ranks.
+        micro_batch: samples per yielded batch.
+        rank: this rank.
+        world_size: number of ranks.
+        device: where batches appear; DALI decodes there.
+        start_sample: samples seen before.
+        local_ranks: ranks that share this machine's cores.
+        on_bad_sample: called for each sample that had to be replaced.
+
+    Raises:
+        DataError: the global batch cannot be divided as asked.
+    """
 
     def __init__(
         self,
@@ -56,20 +147,61 @@ class TrainLoader:
         device: torch.device,
         start_sample: int = 0,
         local_ranks: int = 1,
-        on_bad_sample: Callable[[BadSample], None] | None = None,
+        on_bad_sample: OnBadSample | None = None,
     ) -> None:
-        raise NotImplementedError
+        if global_batch % (world_size * micro_batch):
+            raise DataError(
+                f"a global batch of {global_batch} cannot be divided among {world_size} ranks in micro-batches of "
+                f"{micro_batch}; choose a multiple of {world_size * micro_batch}"
+            )
+        if global_batch % config.lanes:
+            raise DataError(f"lanes ({config.lanes}) must divide the global batch ({global_batch}); choose other lanes")
+        self._seed, self._start = seed, start_sample
+        self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
+        self._first_row = rank * self._share
+        self._order = Order(
+            dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes
+        )
+        super().__init__(
+            dataset, config, train=True, batch_size=micro_batch, device=device, local_ranks=local_ranks,
+            on_bad_sample=on_bad_sample,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches without end."""
-        raise NotImplementedError
+        """Yield micro-batches without end, beginning at `start_sample`."""
+        return self._batches(self._plan())
 
-    def close(self) -> None:
-        """Stop prefetching and free the device's memory."""
+    def _plan(self) -> Iterator[Rows]:
+        step = self._start
+        while True:
+            for low in range(self._first_row, self._first_row + self._share, self._micro):
+                epochs, ids = self._order.samples(step + low, step + low + self._micro)
+                yield Rows(ids, epochs, np.arange(low, low + self._micro), np.ones(self._micro, bool))
+            step += self._global
+
+    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
+        return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
+
+    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        return rows.valid
 
 
-class EvalLoader:
-    """Every sample of a split exactly once over all ranks; may be iterated again and again."""
+class EvalLoader(_Loader):
+    """Every sample of a split exactly once over all ranks; may be iterated again and again.
+
+    Each rank takes a contiguous share. All ranks yield the same number of batches of the same size; what is missing at the
+    end is padded with rows whose `valid` is False.
+
+    Args:
+        dataset: the split to evaluate on.
+        config: how pictures are read and normalised.
+        batch_size: samples per yielded batch.
+        rank: this rank.
+        world_size: number of ranks.
+        device: where batches appear; DALI decodes there.
+        local_ranks: ranks that share this machine's cores.
+        on_bad_sample: called for each sample that cannot be evaluated.
+    """
 
     def __init__(
         self,
@@ -81,17 +213,33 @@ class EvalLoader:
         world_size: int,
         device: torch.device,
         local_ranks: int = 1,
-        on_bad_sample: Callable[[BadSample], None] | None = None,
+        on_bad_sample: OnBadSample | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._size, self._share = batch_size, -(-len(dataset) // world_size)
+        self._first = rank * self._share
+        super().__init__(
+            dataset, config, train=False, batch_size=batch_size, device=device, local_ranks=local_ranks,
+            on_bad_sample=on_bad_sample,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Return the number of batches, equal on every rank."""
-        raise NotImplementedError
+        return -(-self._share // self._size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rank's share of the split once."""
-        raise NotImplementedError
+        return self._batches(self._plan())
 
-    def close(self) -> None:
-        """Stop prefetching and free the device's memory."""
+    def _plan(self) -> Iterator[Rows]:
+        end = min(self._first + self._share, len(self._dataset))
+        for batch in range(len(self)):
+            ids = self._first + batch * self._size + np.arange(self._size)
+            valid = ids < end
+            rows = np.where(valid, ids, 0)
+            yield Rows(rows, np.zeros_like(ids), rows, valid)
+
+    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002
+        return eval_params(self._config, widths, heights)
+
+    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
+        return rows.valid & (seen == rows.sample_ids)

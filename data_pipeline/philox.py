@@ -28,7 +28,9 @@ def philox(seed: int, c0: ArrayLike, c1: ArrayLike = 0, c2: ArrayLike = 0, c3: A
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"a seed is an integer from 0 to 2**64 - 1, but this one is {seed}")
-    x0, x1, x2, x3 = (a.astype(np.uint64) & _LOW for a in np.broadcast_arrays(*(np.asarray(c) for c in (c0, c1, c2, c3))))
+    x0, x1, x2, x3 = (
+        a.astype(np.uint64) & _LOW for a in np.broadcast_arrays(*(np.asarray(c) for c in (c0, c1, c2, c3)))
+    )
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
         p0, p1 = x0 * _M0, x2 * _M1

@@ -6,7 +6,7 @@ Every field is documented where it is declared. Lengths are in pixels, angles in
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,6 +21,10 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+def _location(value: object) -> object:
+    return value if isinstance(value, str) and "://" in value else Path(str(value))
 
 
 class _Config(BaseModel):
@@ -61,8 +65,8 @@ class AugmentConfig(_Config):
 class InputConfig(_Config):
     """The way from shards on disk to a normalised batch on the device."""
 
-    path: Path
-    """The dataset's folder, as written by `python -m data_pipeline.build`."""
+    path: Annotated[Path | str, BeforeValidator(_location)]
+    """The dataset's folder, as written by `python -m data_pipeline.build`; or a URL that fsspec knows."""
     train_split: str = "train"
     """The split that is trained on."""
     val_split: str = "val"

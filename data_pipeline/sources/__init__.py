@@ -22,7 +22,9 @@ class Extent:
                 stream.seek(self.offset)
                 data = stream.read(self.length)
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read ({error.strerror}); make it readable and build again") from None
+            raise DataError(
+                f"{self.path} cannot be read ({error.strerror}); make it readable and build again"
+            ) from None
         if len(data) != self.length:
             raise DataError(f"{self.path} ended early: it changed while it was read; build again from a quiet source")
         return data

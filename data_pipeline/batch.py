@@ -1,0 +1,38 @@
+"""What the loaders give."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's micro-batch of m pictures."""
+
+    images: torch.Tensor
+    """(m, 3, H, W) float32 on the device, normalised."""
+    labels: torch.Tensor
+    """(m,) int64 on the device."""
+    sample_ids: NDArray[np.int64]
+    """(m,) which sample of the dataset is seen in each row; for a bad sample, the one that replaces it."""
+    epochs: NDArray[np.int64]
+    """(m,) which epoch each row belongs to; a batch may cross the boundary."""
+    rows: NDArray[np.int64]
+    """(m,) the row in the global batch (training) or in the split (evaluation)."""
+    valid: NDArray[np.bool_]
+    """(m,) False only in evaluation: for padding, and for a bad sample, which is reported."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used, and what stands in its place."""
+
+    id: int
+    name: str
+    """Name of its member in the shard, which ends with the name of the original file."""
+    shard: str
+    reason: str
+    replaced_by: int
+    """Id of the sample that is seen instead."""

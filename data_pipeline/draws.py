@@ -1,0 +1,110 @@
+"""Everything random or computed that the DALI graph needs to know about each picture, drawn on the host.
+
+All numbers of a picture come from a generator keyed on (seed; sample, epoch, block): each augmentation owns its blocks of
+four words, so that switching one on changes no other, and the pixels do not depend on ranks, batches, threads or restarts.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.philox import philox, uniform
+from data_pipeline.transforms import AffineConfig, InputConfig, RandomResizedCropConfig
+
+Params = dict[str, NDArray]
+_CROP, _FLIP, _AFFINE = 0, 16, 17
+_TRIES = 10
+
+
+class Draws:
+    """Uniform numbers for a batch of n pictures."""
+
+    def __init__(self, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+        self._seed, self._epochs, self._ids = seed, epochs, ids
+
+    def uniform(self, block: int, count: int) -> NDArray[np.float64]:
+        """Return (n, count) numbers in [0, 1), from as many blocks as that takes, beginning with `block`."""
+        blocks = np.arange(block, block + -(-count // 4))
+        ids, epochs = self._ids[:, None], self._epochs[:, None]
+        words = philox(self._seed, ids, ids >> 32, epochs, blocks[None, :])
+        return uniform(words.reshape(len(ids), -1)[:, :count])
+
+
+def train_params(config: InputConfig, draws: Draws, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
+    """Return the graph's inputs for training; widths and heights are (n,) pixels of the stored pictures."""
+    augment = config.augment
+    if augment.random_resized_crop is None:
+        params = _whole(widths, heights)
+    else:
+        params = random_resized_crop(augment.random_resized_crop, draws, widths, heights)
+    params["mirror"] = (draws.uniform(_FLIP, 1)[:, 0] < augment.horizontal_flip).astype(np.int32)
+    if augment.affine is not None:
+        params["affine"] = affine(augment.affine, draws, config.size)
+    return params
+
+
+def _whole(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
+    shape = np.stack([heights, widths], axis=1).astype(np.int32)
+    return {"start": np.zeros_like(shape), "shape": shape}
+
+
+def random_resized_crop(
+    config: RandomResizedCropConfig, draws: Draws, widths: NDArray[np.int64], heights: NDArray[np.int64]
+) -> Params:
+    """Draw boxes by torchvision's rule: the first of ten tries that fits, else the largest centred box of allowed ratio.
+
+    Returns:
+        start and shape, each (n, 2) int32: top and left, height and width.
+    """
+    u = draws.uniform(_CROP, 2 * _TRIES + 2)
+    area = (widths * heights)[:, None] * (config.scale[0] + u[:, :_TRIES] * (config.scale[1] - config.scale[0]))
+    low, high = np.log(config.ratio)
+    ratio = np.exp(low + u[:, _TRIES : 2 * _TRIES] * (high - low))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w >= 1) & (w <= widths[:, None]) & (h >= 1) & (h <= heights[:, None])
+    first = fits.argmax(axis=1)[:, None]
+    some = fits.any(axis=1)
+    # No try fits: the whole picture, cut to the nearest allowed ratio, centred.
+    picture = widths / heights
+    whole_w = np.where(picture > config.ratio[1], np.rint(heights * config.ratio[1]), widths)
+    whole_h = np.where(picture < config.ratio[0], np.rint(widths / config.ratio[0]), heights)
+    width = np.where(some, np.take_along_axis(w, first, 1)[:, 0], np.maximum(whole_w, 1))
+    height = np.where(some, np.take_along_axis(h, first, 1)[:, 0], np.maximum(whole_h, 1))
+    top = np.where(some, np.floor(u[:, -2] * (heights - height + 1)), (heights - height) // 2)
+    left = np.where(some, np.floor(u[:, -1] * (widths - width + 1)), (widths - width) // 2)
+    return {
+        "start": np.stack([top, left], axis=1).astype(np.int32),
+        "shape": np.stack([height, width], axis=1).astype(np.int32),
+    }
+
+
+def affine(config: AffineConfig, draws: Draws, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Return (n, 2, 3) matrices that map a pixel (x, y) of the result to where it comes from."""
+    u = draws.uniform(_AFFINE, 4)
+    angle = np.deg2rad(config.degrees) * (2 * u[:, 0] - 1)
+    shift = config.translate * (2 * u[:, 1:3] - 1) * np.array([size[1], size[0]])
+    zoom = config.scale[0] + u[:, 3] * (config.scale[1] - config.scale[0])
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    linear = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], axis=1)
+    centre = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's centre lies at +0.5
+    offset = centre - np.einsum("nij,nj->ni", linear, centre + shift)
+    return np.concatenate([linear, offset[:, :, None]], axis=2).astype(np.float32)
+
+
+def eval_params(config: InputConfig, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
+    """Return the graph's inputs for evaluation: torchvision's Resize and CenterCrop, with their rounding.
+
+    The picture is resized so that it covers image size / eval_crop_ratio, then its centre is cut out.
+    """
+    target = np.floor(np.array(config.size) / config.eval_crop_ratio + 1e-6)
+    scale = np.maximum(target[0] / heights, target[1] / widths)
+    # The side that decides gets exactly its target; the other is rounded down, as torchvision does.
+    size = np.stack([np.floor(heights * scale + 1e-6), np.floor(widths * scale + 1e-6)], axis=1)
+    size = np.maximum(size, target)
+    room = size - np.array(config.size)
+    start = np.rint(room / 2)
+    position = np.divide(start, room, out=np.zeros_like(start), where=room > 0)
+    return _whole(widths, heights) | {
+        "resize": size.astype(np.float32),
+        "crop_y": position[:, 0].astype(np.float32),
+        "crop_x": position[:, 1].astype(np.float32),
+    }

@@ -1,0 +1,105 @@
+"""The DALI graphs. They hold no random operator: whatever differs from picture to picture comes in as an argument.
+
+One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the host, pixels on the device) and everything
+after it follows the pixels; without one it is "cpu".
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, types
+
+from data_pipeline.transforms import InputConfig
+
+Source = Callable[..., list[Any]]
+
+_INTERPOLATION = {
+    "bilinear": types.INTERP_LINEAR,
+    "bicubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
+# Dimensions and type of a picture's inputs, as DALI wants them.
+_INPUTS = {
+    "jpeg": (1, types.UINT8),
+    "start": (1, types.INT32),
+    "shape": (1, types.INT32),
+    "mirror": (0, types.INT32),
+    "affine": (2, types.FLOAT),
+    "resize": (1, types.FLOAT),
+    "crop_x": (0, types.FLOAT),
+    "crop_y": (0, types.FLOAT),
+}
+
+
+def _inputs(names: list[str], source: Source) -> dict[str, Any]:
+    """Return the node of each input; `source` is called for every batch and returns their values in this order."""
+    kinds = [_INPUTS[name] for name in names]
+    nodes = fn.external_source(
+        source, num_outputs=len(names), ndim=[ndim for ndim, _ in kinds], dtype=[dtype for _, dtype in kinds]
+    )
+    return dict(zip(names, nodes, strict=True))
+
+
+def _decode(inputs: dict[str, Any], device_id: int | None) -> Any:
+    device = "cpu" if device_id is None else "mixed"
+    return fn.decoders.image_slice(
+        inputs["jpeg"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], device=device, output_type=types.RGB
+    )
+
+
+def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
+    return fn.crop_mirror_normalize(
+        images, dtype=types.FLOAT, output_layout="CHW",
+        mean=(np.array(config.mean) * 255).tolist(), std=(np.array(config.std) * 255).tolist(), **arguments,
+    )  # fmt: skip
+
+
+def train_inputs(config: InputConfig) -> list[str]:
+    """Return the names of what the training graph is fed with."""
+    return ["jpeg", "start", "shape", "mirror"] + ["affine"] * (config.augment.affine is not None)
+
+
+def train_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | None) -> Any:
+    """Return the node that gives (3, H, W) float32 training pictures."""
+    images = _decode(inputs, device_id)
+    images = fn.resize(images, size=config.size, interp_type=_INTERPOLATION[config.interpolation], antialias=True)
+    if config.augment.affine is not None:
+        images = fn.warp_affine(
+            images, matrix=inputs["affine"], inverse_map=True, interp_type=types.INTERP_LINEAR, fill_value=0
+        )
+    return _normalise(images, config, mirror=inputs["mirror"])
+
+
+def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_inputs)
+    """Return the names of what the evaluation graph is fed with."""
+    return ["jpeg", "start", "shape", "resize", "crop_x", "crop_y"]
+
+
+def eval_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | None) -> Any:
+    """Return the node that gives (3, H, W) float32 evaluation pictures."""
+    images = _decode(inputs, device_id)
+    images = fn.resize(images, size=inputs["resize"], interp_type=_INTERPOLATION[config.interpolation], antialias=True)
+    return _normalise(images, config, crop=config.size, crop_pos_x=inputs["crop_x"], crop_pos_y=inputs["crop_y"])
+
+
+def pipeline(
+    config: InputConfig, source: Source, *, train: bool, batch_size: int, threads: int, device_id: int | None
+) -> Pipeline:
+    """Build a pipeline that keeps `config.prefetch` batches on their way.
+
+    Args:
+        config: what the graph does.
+        source: called for every batch with the names of the inputs; returns their values, or raises StopIteration.
+        train: the training graph, else the evaluation graph.
+        batch_size: pictures in a batch.
+        threads: CPU threads.
+        device_id: the GPU, or None for the CPU.
+    """
+    pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=config.prefetch)
+    names = (train_inputs if train else eval_inputs)(config)
+    with pipe:
+        inputs = _inputs(names, lambda: source(names))
+        pipe.set_outputs((train_graph if train else eval_graph)(config, inputs, device_id))
+    pipe.build()
+    return pipe
