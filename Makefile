@@ -14,3 +14,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda$(CUDA),dev]'
 	@touch $@
+
+# SIGINT is ignored by the launcher and reaches the ranks through it, so that Ctrl-C saves and ends in order.
+demo: setup
+	$(BIN)/python -m data_pipeline.build digits data/digits
+	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml
+	$(BIN)/python -m pretrain.evaluate runs/demo --data data/digits
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf data runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,36 @@
+"""Runs a function on several real ranks (gloo, DeepSpeed) in processes of their own."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(control_group, *arguments)`` on every rank; an exception on any of them is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Ranks are forked from a server that has imported DeepSpeed once, which takes seconds.
+    multiprocessing.set_forkserver_preload(["deepspeed", "safetensors.torch", "torch.distributed"])
+    mp.start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from pretrain.distributed import choose_device, init_distributed, read_rank
+
+    torch.set_num_threads(1)
+    control = init_distributed(choose_device(read_rank()))
+    function(control, *arguments)
+    dist.barrier(control)
+    dist.destroy_process_group()

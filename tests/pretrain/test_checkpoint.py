@@ -1,0 +1,241 @@
+"""Checkpoints keyed by name: any ZeRO stage and world size to any other, whole or absent, never trusted blindly."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.checkpoint import (
+    CheckpointDamagedError,
+    Progress,
+    list_checkpoints,
+    load_newest,
+    read_manifest,
+    read_weights,
+    save_checkpoint,
+    verify,
+)
+from pretrain.outcome import UserError
+from pretrain.pieces import KINDS, OptimizerPieces
+from tests.pretrain.ranks import run_ranks
+
+STAGES = (0, 1, 2, 3)
+BATCH = 8
+
+
+def build_engine(stage: int, *, width: int = 7, bf16: bool = False) -> Any:
+    """A small network with sizes that two ranks do not divide evenly, and two parameter groups."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, 3))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    config = {
+        "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "gradient_clipping": 1.0, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.02), config=config)
+    return engine
+
+
+def steps(engine: Any, first: int, count: int) -> list[float]:
+    """Global losses of ``count`` steps from step ``first`` on data that depends on the step alone."""
+    losses = []
+    rows = torch.arange(BATCH).chunk(dist.get_world_size())[dist.get_rank()]
+    dtype = next(engine.module.parameters()).dtype
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(BATCH, 5, generator=generator), torch.randint(3, (BATCH,), generator=generator)
+        loss = F.cross_entropy(engine(x[rows].to(dtype)).float(), y[rows])
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        losses.append(mean.item())
+    return losses
+
+
+def write_all_stages(control: dist.ProcessGroup, folder: Path) -> None:
+    for stage in STAGES:
+        engine = build_engine(stage)
+        steps(engine, 0, 3)
+        pieces, progress = OptimizerPieces(engine), Progress(samples_seen=3 * BATCH, step=3)
+        problem = save_checkpoint(folder / f"stage{stage}", pieces, progress, keep=2, facts={}, group=control)
+        assert problem == ""
+        losses = steps(engine, 3, 3)
+        if dist.get_rank() == 0:
+            (folder / f"stage{stage}.json").write_text(json.dumps(losses))
+
+
+def read_all_stages(control: dist.ProcessGroup, folder: Path) -> None:
+    for source in STAGES:
+        expected = json.loads((folder / f"stage{source}.json").read_text())
+        for target in STAGES:
+            engine = build_engine(target)
+            loaded = load_newest(folder / f"stage{source}", OptimizerPieces(engine), group=control)
+            assert loaded == (Progress(samples_seen=3 * BATCH, step=3), [])
+            losses = steps(engine, 3, 3)
+            # Other layouts sum in another order; 1e-6 is a few units in the last place of a loss of about 1.
+            assert losses == pytest.approx(expected, abs=1e-6), f"stage {source} to stage {target}"
+
+
+@pytest.fixture(scope="module")
+def all_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    run_ranks(2, write_all_stages, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_any_stage_continues_at_any_stage_and_world_size(all_stages: Path, world_size: int) -> None:
+    run_ranks(world_size, read_all_stages, all_stages)
+
+
+def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
+    for stage in (1, 2, 3):
+        engine = build_engine(stage, bf16=True)
+        steps(engine, 0, 3)
+        before = OptimizerPieces(engine)
+        save_checkpoint(folder / str(stage), before, Progress(step=3), keep=1, facts={}, group=control)
+        other = build_engine(stage, bf16=True)
+        after = OptimizerPieces(other)
+        load_newest(folder / str(stage), after, group=control)
+        for a, b in zip(before.pieces, after.pieces, strict=True):
+            assert (a.name, a.offset, a.length) == (b.name, b.offset, b.length)
+            assert before.step_of(a) == after.step_of(b) == 3
+            for kind in KINDS:
+                assert torch.equal(a.view(kind, before.optimizer), b.view(kind, after.optimizer)), (stage, a.name, kind)
+        x = torch.ones(4, 5, dtype=torch.bfloat16)
+        assert torch.equal(engine(x), other(x)), "the bf16 weights were not refreshed from the masters"
+
+
+@pytest.mark.slow
+def test_bf16_state_is_bit_equal_after_loading(tmp_path: Path) -> None:
+    run_ranks(2, bf16_state_survives, tmp_path)
+
+
+def write_two(control: dist.ProcessGroup, folder: Path) -> None:
+    engine = build_engine(1)
+    pieces = OptimizerPieces(engine)
+    for step in (1, 2, 3):
+        steps(engine, step - 1, 1)
+        save_checkpoint(folder, pieces, Progress(step * BATCH, step), keep=2, facts={"run": "x"}, group=control)
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save(weights, folder / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(2, write_two, folder)
+    return folder
+
+
+def test_only_the_newest_are_kept_and_nothing_unfinished_stays(two_checkpoints: Path) -> None:
+    assert [path.name for path in list_checkpoints(two_checkpoints)] == ["step-00000003", "step-00000002"]
+    assert not list(two_checkpoints.glob(".*"))
+
+
+def test_weights_are_put_together_without_an_engine(two_checkpoints: Path) -> None:
+    expected = torch.load(two_checkpoints / "weights.pt")
+    weights = read_weights(two_checkpoints / "step-00000003")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def flip_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def read_back(control: dist.ProcessGroup, folder: Path) -> None:
+    for case in sorted(folder.iterdir()):
+        loaded = load_newest(case, OptimizerPieces(build_engine(1)), group=control)
+        assert loaded is not None
+        progress, warnings = loaded
+        assert progress.step == 2, case.name
+        assert len(warnings) == 1
+        assert "step-00000003 is damaged" in warnings[0]
+
+
+def test_every_file_flipped_cut_or_deleted_makes_it_fall_back(two_checkpoints: Path, tmp_path: Path) -> None:
+    files = sorted(path.name for path in (two_checkpoints / "step-00000003").iterdir())
+    assert files == ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"]
+    for file in files:
+        for damage in (flip_byte, cut, Path.unlink):
+            case = tmp_path / f"{damage.__name__}-{file}"
+            shutil.copytree(two_checkpoints, case)
+            damage(case / "step-00000003" / file)
+            with pytest.raises(CheckpointDamagedError, match=file):
+                verify(case / "step-00000003")
+    run_ranks(1, read_back, tmp_path)
+
+
+def refuse_all_damaged(control: dist.ProcessGroup, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no usable checkpoint .* move the folder away"):
+        load_newest(folder, OptimizerPieces(build_engine(1)), group=control)
+
+
+def test_with_no_whole_checkpoint_it_stops_rather_than_starts_over(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    shutil.copytree(two_checkpoints, folder)
+    for path in list_checkpoints(folder):
+        flip_byte(path / "rank-00000.safetensors")
+    run_ranks(1, refuse_all_damaged, folder)
+
+
+def refuse_other_model(control: dist.ProcessGroup, folder: Path) -> None:
+    with pytest.raises(UserError, match="another model"):
+        load_newest(folder, OptimizerPieces(build_engine(1, width=9)), group=control)
+
+
+def test_a_checkpoint_of_another_model_is_refused(two_checkpoints: Path) -> None:
+    run_ranks(1, refuse_other_model, two_checkpoints)
+
+
+def test_a_manifest_changed_by_hand_is_not_trusted(two_checkpoints: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step-00000003"
+    shutil.copytree(two_checkpoints / copy.name, copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"samples_seen": 24', '"samples_seen": 16'))
+    with pytest.raises(CheckpointDamagedError, match="other content"):
+        read_manifest(copy)
+
+
+def full_disk(control: dist.ProcessGroup, folder: Path) -> None:
+    engine = build_engine(1)
+    pieces = OptimizerPieces(engine)
+    steps(engine, 0, 1)
+    blocked = folder / "blocked"
+    if dist.get_rank() == 1:
+        # Only the second rank's storage fails: its file cannot be made where a folder stands.
+        (blocked / ".step-00000001.unfinished" / "rank-00001.safetensors").mkdir(parents=True)
+    dist.barrier(control)
+    problem = save_checkpoint(blocked, pieces, Progress(BATCH, 1), keep=2, facts={}, group=control)
+    assert problem.startswith("rank 1:"), problem
+    assert not list(blocked.iterdir()), "something half-written was left"
+    dist.barrier(control)
+    assert save_checkpoint(blocked, pieces, Progress(BATCH, 1), keep=2, facts={}, group=control) == ""
+
+
+def test_a_rank_that_cannot_write_fails_the_checkpoint_on_all_and_leaves_nothing(tmp_path: Path) -> None:
+    run_ranks(2, full_disk, tmp_path)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+
+from pretrain.outcome import UserError
+from pretrain.recipe import describe_fields, load_recipe, recipe_differences
+
+DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
+
+
+def refusal(*assignments: str, path: Path = DEMO) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, list(assignments))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_set_changes_fields_and_reads_values_as_yaml() -> None:
+    recipe = load_recipe(DEMO, ["optimizer.lr=1e-3", "name=other", "data.augment.affine=null"])
+    assert (recipe.optimizer.lr, recipe.name, recipe.data.augment.affine) == (1e-3, "other", None)
+
+
+def test_an_unknown_key_is_refused_and_the_near_one_named() -> None:
+    assert "unknown key optimizer.learning_rate" in refusal("optimizer.learning_rate=1")
+    assert "did you mean optimizer.weight_decay?" in refusal("optimizer.weight_decai=1")
+    assert "did you mean schedule?" in refusal("shedule.epochs=1")
+    assert "did you mean data.augment.affine.degrees?" in refusal("data.augment.affine.degree=1")
+
+
+def test_a_value_that_does_not_fit_is_refused_with_its_key() -> None:
+    assert "optimizer.lr" in refusal("optimizer.lr=fast")
+    assert "optimizer.lr" in refusal("optimizer.lr=-1")
+    assert "name" in refusal("name=../elsewhere")
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    text = refusal("optimizer.lr=fast", "schedule.epochs=0")
+    assert "optimizer.lr" in text
+    assert "schedule.epochs" in text
+
+
+def test_an_assignment_without_value_says_how_to_write_it() -> None:
+    assert "key=value" in refusal("optimizer.lr")
+
+
+def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    assert "a.yaml" in refusal(path=tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "a: [1\n", "name: x\n", "\x00"])
+def test_what_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    assert str(path) in refusal(path=path)
+
+
+def test_a_resume_may_change_how_it_runs_but_not_what_it_computes() -> None:
+    old = load_recipe(DEMO).model_dump(mode="json")
+    allowed = load_recipe(DEMO, ["log_every_steps=1", "checkpoint.keep=5", "data.threads=4", "data.path=elsewhere"])
+    assert recipe_differences(old, allowed.model_dump(mode="json")) == []
+    changed = load_recipe(DEMO, ["optimizer.lr=1e-4", "data.augment.affine.degrees=3", "seed=1"])
+    lines = recipe_differences(old, changed.model_dump(mode="json"))
+    assert [line.split(":")[0] for line in lines] == ["data.augment.affine.degrees", "optimizer.lr", "seed"]
+
+
+def test_every_field_explains_itself() -> None:
+    lines = list(describe_fields())
+    assert any(line.lstrip().startswith("optimizer.lr (required)") for line in lines)
+    assert all(line.split("): ", 1)[1] for line in lines), "a field without a description"

@@ -1,0 +1,117 @@
+"""Starts training as a person does, and knows every process that came of it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from pretrain.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/demo.yaml"
+PATIENCE_S = 180.0
+"""A start takes ten seconds on a quiet machine; the bound only keeps a hang from lasting for ever."""
+
+
+class Launched:
+    """A started ``deepspeed`` (or bare ``python``) with the log that it writes."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        self.log = log
+        with log.open("w") as handle:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._seen: dict[int, psutil.Process] = {}
+
+    def output(self) -> str:
+        """What was printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def ranks(self) -> list[psutil.Process]:
+        """Training processes below the launcher, in the order of their rank."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any(word.endswith("pretrain/main.py") for word in process.cmdline()) and not any(
+                        word == "deepspeed.launcher.launch" for word in process.cmdline()
+                    ):
+                        found.append(process)
+        self._seen |= {process.pid: process for process in found}
+        return sorted(found, key=lambda p: p.pid)
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Poll until ``condition`` holds; fails with the log when the run ends or time is up before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            self.ranks()
+            assert self.process.poll() is None, f"ended before {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}:\n{self.output()}"
+            time.sleep(0.05)
+        self.ranks()
+
+    def wait_for_steps(self, run: Path, steps: int) -> None:
+        """Wait until ``metrics.jsonl`` of a run tells of so many steps."""
+        metrics = run / "metrics.jsonl"
+        self.wait_for(
+            lambda: metrics.exists() and any(row["step"] >= steps for row in read_metrics(metrics, "train")),
+            f"step {steps}",
+        )
+
+    def end(self) -> int:
+        """Wait for the launcher to end; its exit status."""
+        return self.process.wait(PATIENCE_S)
+
+    def assert_no_rank_stays(self) -> None:
+        """Every rank that was ever seen is gone soon."""
+        _, alive = psutil.wait_procs(list(self._seen.values()), timeout=60)
+        assert not alive, f"{alive} still run:\n{self.output()}"
+
+    def kill_all(self) -> None:
+        """Leave nothing behind, whatever the test did."""
+        self.ranks()
+        for process in [*self._seen.values()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def launched(folder: Path, *arguments: str, ranks: int = 2, recipe: Path = RECIPE) -> Iterator[Launched]:
+    """Start training with ``deepspeed`` on so many ranks; with 0, start ``main.py`` bare. Runs lie in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("launch-*.log")))
+    starter = [sys.executable]
+    if ranks:
+        deepspeed = Path(sys.executable).parent / "deepspeed"
+        starter = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [*starter, "pretrain/main.py", "--recipe", str(recipe)]
+    started = Launched([*command, "--runs", str(folder), *arguments], folder / f"launch-{number}.log")
+    try:
+        yield started
+    finally:
+        started.kill_all()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def changes(**fields: object) -> list[str]:
+    """``--set`` arguments; dots of a key are written as double underscores."""
+    return [word for key, value in fields.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]

@@ -1,0 +1,72 @@
+"""What a person gets wrong: one clear line, the exit status for "will fail again", no traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.outcome import ExitCode
+from tests.system.launching import ROOT, changes, launched
+
+pytestmark = pytest.mark.slow
+
+
+def error_of(folder: Path, *arguments: str, ranks: int = 0) -> str:
+    """The one line on stderr of a start that must be refused."""
+    with launched(folder, *arguments, ranks=ranks) as run:
+        assert run.end() == ExitCode.WILL_FAIL_AGAIN, run.output()
+        run.assert_no_rank_stays()
+        output = run.output()
+    assert "Traceback" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+def test_help_explains_itself() -> None:
+    command = [sys.executable, "pretrain/main.py", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for word in ("--recipe", "--deepspeed_config", "--set", "resumes", "exit status", "optimizer.lr (required)"):
+        assert word in text
+
+
+def test_an_unknown_recipe_key(tmp_path: Path) -> None:
+    assert "unknown key optimizer.lrr (did you mean optimizer.lr?)" in error_of(tmp_path, *changes(optimizer__lrr=1))
+
+
+def test_a_missing_data_folder_names_it_and_the_command_that_builds_it(tmp_path: Path) -> None:
+    line = error_of(tmp_path, *changes(data__path=tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in line
+    assert "python -m data_pipeline.build" in line
+
+
+def test_a_label_outside_the_classes_names_the_sample(tmp_path: Path, digits: Path) -> None:
+    import numpy as np
+
+    broken = tmp_path / "digits"
+    shutil.copytree(digits, broken)
+    table = broken / "digits-train.samples.npz"
+    with np.load(table) as file:
+        columns = dict(file)
+    columns["label"][7] = 10
+    np.savez(table, **columns)
+    line = error_of(tmp_path, *changes(data__path=broken))
+    assert "digits-train.samples.npz" in line or "label" in line
+
+
+def test_ranks_that_do_not_divide_the_global_batch(tmp_path: Path, digits: Path) -> None:
+    line = error_of(tmp_path, *changes(data__path=digits), ranks=3)
+    assert "global batch of 64" in line
+    assert "2 or 4 ranks" in line
+
+
+def test_an_unknown_model(tmp_path: Path, digits: Path) -> None:
+    assert "lavit_micro" in error_of(tmp_path, *changes(data__path=digits, model__name="lavit_mikro"))
+
+
+def test_an_unknown_deepspeed_key(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 1.0, "zero": {}}))
+    assert "unknown DeepSpeed key zero" in error_of(tmp_path, "--deepspeed_config", str(tmp_path / "ds.json"))

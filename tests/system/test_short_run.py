@@ -1,0 +1,170 @@
+"""Twenty steps of the demo on two ranks: equal to plain torch, stopped and resumed exactly, told in plain words."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import TrainLoader
+from pretrain.engine import build_model
+from pretrain.metrics import read_metrics
+from pretrain.optimization import drop_path_uniforms
+from pretrain.outcome import ExitCode
+from pretrain.recipe import load_recipe
+from tests.system.launching import RECIPE, changes, launched
+
+STEPS = 20
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def short(digits: Path) -> list[str]:
+    """Arguments of a run of 20 steps that writes every step's metrics."""
+    return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
+                   checkpoint__every_steps=6)  # fmt: skip
+
+
+def train_rows(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl", "train")
+
+
+def state(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, short: list[str]) -> Path:
+    """The run without any trouble."""
+    folder = tmp_path_factory.mktemp("straight")
+    with launched(folder, *short) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        run.assert_no_rank_stays()
+    return folder / "demo"
+
+
+def test_two_ranks_of_zero_1_equal_a_plain_torch_loop(straight: Path, digits: Path) -> None:
+    recipe = load_recipe(straight / "recipe.yaml")
+    torch.set_num_threads(1)
+    train_set = Dataset.open(digits, "train")
+    model = build_model(recipe, train_set.num_classes)
+    spared = model.no_weight_decay()
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n not in spared], "weight_decay": 0.05},
+        {"params": [p for n, p in model.named_parameters() if n in spared], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
+    loader = TrainLoader(train_set, recipe.data, seed=0, global_batch=64, micro_batch=64, rank=0, world_size=1,
+                         device=torch.device("cpu"))  # fmt: skip
+    rows = train_rows(straight)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for step, batch in zip(range(STEPS), loader, strict=False):
+        uniforms = drop_path_uniforms(0, step, batch.rows, branches=model.num_drop_paths, global_batch=64)
+        logits, diagonality = model(batch.images, drop_path_uniforms=uniforms, with_diagonality=True)
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1) + 0.1 * diagonality
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rows[step]["lr"]
+        optimizer.step()
+        assert rows[step]["loss"] == pytest.approx(loss.item(), abs=1e-5), f"step {step + 1}"
+    loader.close()
+
+
+def test_learning_rate_warms_up_and_falls_by_samples_seen(straight: Path) -> None:
+    rates = [row["lr"] for row in train_rows(straight)]
+    peak = rates.index(max(rates))
+    assert rates[0] == pytest.approx(2e-3 * 64 / (0.3 * 1437))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 1 < peak < STEPS - 1
+
+
+def test_a_finished_run_is_whole_and_a_second_start_does_nothing(straight: Path, short: list[str]) -> None:
+    assert state(straight)["state"] == "finished"
+    files = {path.name for path in straight.iterdir()}
+    assert files >= {"recipe.yaml", "ds_config.json", "environment.json", "run.json", "metrics.jsonl", "tensorboard",
+                     "checkpoints", "handoff", "summary.json"}  # fmt: skip
+    before = (straight / "metrics.jsonl").read_bytes()
+    with launched(straight.parent, *short, ranks=0) as again:
+        assert again.end() == ExitCode.FINISHED
+        assert "is finished" in again.output()
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C on the terminal", "SIGKILL of a rank"])
+def test_stopped_in_the_middle_it_resumes_and_equals_the_straight_run(
+    how: str, straight: Path, short: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "demo"
+    with launched(tmp_path, *short) as run:
+        run.wait_for_steps(folder, 8)
+        if how == "SIGTERM to the launcher":
+            run.process.terminate()
+        elif how == "Ctrl-C on the terminal":
+            os.killpg(run.process.pid, signal.SIGINT)
+        else:
+            run.ranks()[-1].kill()
+        run.end()
+        run.assert_no_rank_stays()
+        if how != "SIGKILL of a rank":
+            assert "stopped at step" in run.output()
+            assert state(folder)["state"] == "preempted"
+            assert state(folder)["step"] >= 8
+        assert not list((folder / "checkpoints").glob(".*")) or how == "SIGKILL of a rank"
+    with launched(tmp_path, *short) as resumed:
+        assert resumed.end() == ExitCode.FINISHED, resumed.output()
+        text = resumed.output()
+        resumed.assert_no_rank_stays()
+    first = int(text.split("at step ")[1].split()[0])
+    assert first >= (6 if how == "SIGKILL of a rank" else 8), text
+    assert f"resuming {folder} at step {first} of {STEPS}" in text
+    assert state(folder)["restarts"] == 1
+    expected, rows = train_rows(straight), train_rows(folder)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected], "a step is missing or stands twice"
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected], "the losses are not bit-identical"
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resumed_with_another_number_of_ranks_the_curve_goes_on(
+    ranks: int, straight: Path, short: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "demo"
+    with launched(tmp_path, *short) as run:
+        run.wait_for_steps(folder, 8)
+        run.process.terminate()
+        run.end()
+        run.assert_no_rank_stays()
+    with launched(tmp_path, *short, ranks=ranks) as resumed:
+        assert resumed.end() == ExitCode.FINISHED, resumed.output()
+    losses = [row["loss"] for row in train_rows(folder)]
+    assert losses == pytest.approx([row["loss"] for row in train_rows(straight)], abs=1e-5)
+
+
+def test_a_killed_launcher_leaves_no_rank_and_a_saved_run(short: list[str], tmp_path: Path) -> None:
+    with launched(tmp_path, *short) as run:
+        run.wait_for_steps(tmp_path / "demo", 8)
+        for process in psutil.Process(run.process.pid).children():  # the half of the launcher that starts the ranks
+            process.kill()
+        run.end()
+        run.assert_no_rank_stays()
+    assert state(tmp_path / "demo")["state"] == "preempted"
+
+
+def test_a_changed_recipe_is_not_taken_for_the_same_run(straight: Path, short: list[str]) -> None:
+    with launched(straight.parent, *short, *changes(optimizer__lr=0.1), ranks=0) as other:
+        assert other.end() == ExitCode.WILL_FAIL_AGAIN
+        assert "optimizer.lr: 0.002 -> 0.1" in other.output()
+
+
+def test_the_recipe_is_the_demos() -> None:
+    assert load_recipe(RECIPE).name == "demo"
