@@ -6,11 +6,10 @@ Each shard takes one contiguous range of each unit, so that scratch is read almo
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +17,6 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import File, Reject, Shard, file_of
 from data_pipeline.shards import index_text, sample_bytes, write_atomically, write_shard
-
-
-class Runner(Protocol):
-    """Runs functions, in this process or in others."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> "Future[Any]":
-        """Start a call."""
 
 
 @dataclass(frozen=True)

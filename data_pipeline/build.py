@@ -1,9 +1,9 @@
 """Build WebDataset shards: `python -m data_pipeline.build SOURCE DEST`.
 
-Every picture is fully decoded once, normalised or rejected by the rules in `data_pipeline.normalise`, and put at a random
-place among all the others. DEST holds the dataset when dataset.json names the split; until then everything lies in
-DEST/.building-SPLIT, which needs as much room as the dataset itself. Killed or out of room, the same command goes on
-where it stopped, and the result is the same, byte for byte.
+Every picture is fully decoded once, normalised or rejected by the rules in `data_pipeline.normalise`, and put at a
+random place among all the others. DEST holds the dataset when dataset.json names the split; until then everything
+lies in DEST/.building-SPLIT, which needs as much room as the dataset itself. Killed or out of room, the same command
+goes on where it stopped, and the result is the same, byte for byte.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from data_pipeline.shards import write_atomically
 from data_pipeline.sources import Source
 from data_pipeline.sources.digits import Digits
 from data_pipeline.sources.folder import Folder
-from data_pipeline.workers import workers_pool
+from data_pipeline.workers import run_all, workers_pool
 
 SHUFFLE_SEED = 0
+Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     with _progress(console) as progress, workers_pool(options.workers) as pool:
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.pictures(split), scratch, SHUFFLE_SEED, options.max_side)
-        made = sorted(_make_units(jobs, pool, options.workers, progress, task))
+        made = _units(jobs, pool, options.workers, partial(progress.advance, task))
         if not made:
             raise DataError(f"split '{split}' of the source has no pictures; check what SOURCE names")
         class_ids, class_names = _classes(source, manifest, made)
@@ -95,15 +97,21 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
             raise DataError(f"no picture of split '{split}' can be used; the first, {first.name}: {first.reason}")
         table = assemble.merge(made, class_ids, source.shard_bytes)
         task = progress.add_task(f"{split}: write shards", total=len(table.label))
-        shards = _write_shards(table, scratch, prefix, pool, options.workers, progress, task)
+        jobs_left = assemble.shard_jobs(table, scratch, scratch, prefix)
+        shards = _shards(jobs_left, pool, options.workers, partial(progress.advance, task))
     assemble.publish(shards, scratch, dest)
     table_path = dest / f"{prefix}.samples.npz"
     table.save(table_path)
     rejected = assemble.rejects(made)
+    counts = np.bincount(table.label, minlength=len(class_ids)).tolist()
     entry = Split(
-        samples=len(table.label), class_counts=np.bincount(table.label, minlength=len(class_ids)).tolist(), shards=shards,
-        table=file_of(table_path), rejected=rejected, built=built,
-    )  # fmt: skip
+        samples=len(table.label),
+        class_counts=counts,
+        shards=shards,
+        table=file_of(table_path),
+        rejected=rejected,
+        built=built,
+    )
     splits = (manifest.splits if manifest is not None else {}) | {split: entry}
     Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits).write(dest)
     shutil.rmtree(scratch)
@@ -131,63 +139,40 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
         console.print(f"{dest}: going on with an interrupted build")
 
 
-def _make_units(
-    jobs: Iterable[units.Job], pool: assemble.Runner, workers: int, progress: Progress, task: Any
-) -> Iterator[Path]:
-    """Make units a few at a time, so that a source that is faster than the workers does not fill the memory."""
-    running: dict[Future[Any], units.Job] = {}
+def _units(jobs: Iterable[units.Job], pool: Executor, workers: int, advance: Advance) -> list[Path]:
+    """Make the units that an earlier build has not made, and return them all."""
 
-    def finish() -> Iterator[Path]:
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-            job = running.pop(future)
-            progress.advance(task, len(job.pictures))
-            yield job.path
+    def missing() -> Iterator[units.Job]:
+        for job in jobs:
+            paths.append(job.path)
+            if job.complete():
+                advance(len(job.pictures))
+            else:
+                yield job
 
-    for job in jobs:
-        if job.complete():
-            progress.advance(task, len(job.pictures))
-            yield job.path
-            continue
-        running[pool.submit(units.make, job)] = job
-        while len(running) > workers:
-            yield from finish()
-    while running:
-        yield from finish()
+    paths: list[Path] = []
+    for job, _ in run_all(pool, units.make, missing(), workers):
+        advance(len(job.pictures))
+    return paths
 
 
-def _write_shards(
-    table: assemble.Table,
-    scratch: Path,
-    prefix: str,
-    pool: assemble.Runner,
-    workers: int,
-    progress: Progress,
-    task: Any,
-) -> list[Shard]:
+def _shards(jobs: Iterable[assemble.ShardJob], pool: Executor, workers: int, advance: Advance) -> list[Shard]:
+    """Write the shards that an earlier build has not written, and return them all."""
+
+    def missing() -> Iterator[assemble.ShardJob]:
+        for job in jobs:
+            known = assemble.written(job)
+            if known is None:
+                yield job
+            else:
+                records[job.stem] = known
+                advance(known.samples)
+
     records: dict[Path, Shard] = {}
-    running: dict[Future[Shard], Path] = {}
-    for job in assemble.shard_jobs(table, scratch, scratch, prefix):
-        known = assemble.written(job)
-        if known is not None:
-            records[job.stem] = known
-            progress.advance(task, known.samples)
-            continue
-        running[pool.submit(assemble.write, job)] = job.stem
-        while len(running) > workers:
-            _collect(running, records, progress, task)
-    while running:
-        _collect(running, records, progress, task)
+    for job, shard in run_all(pool, assemble.write, missing(), workers):
+        records[job.stem] = shard
+        advance(shard.samples)
     return [records[stem] for stem in sorted(records)]
-
-
-def _collect(running: dict[Future[Shard], Path], records: dict[Path, Shard], progress: Progress, task: Any) -> None:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        shard = future.result()
-        records[running.pop(future)] = shard
-        progress.advance(task, shard.samples)
 
 
 def _pictures_in(unit: Path) -> int:
@@ -259,11 +244,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
     args = parser.parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
     try:
         source = source_named(args.source, args.split)
-        build(source, args.dest, Options(max(1, args.workers), args.max_side), Console(stderr=True))
+        build(source, args.dest, Options(max(1, args.workers), args.max_side), console)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.print(f"error: {error}", markup=False, highlight=False)
         return 1
     return 0
 

@@ -58,10 +58,17 @@ class Dataset:
         table = _table(folder, entry)
         identity = hashlib.sha256("\0".join([entry.table.sha256, *manifest.class_ids]).encode()).hexdigest()
         dataset = cls(
-            path=folder, name=manifest.name, split=split, class_ids=tuple(manifest.class_ids),
-            class_names=tuple(manifest.class_names), fingerprint=identity[:16], shards=tuple(entry.shards),
-            shard_sizes=np.array([shard.samples for shard in entry.shards], np.int64), labels=table.pop("label"), **table,
-        )  # fmt: skip
+            path=folder,
+            name=manifest.name,
+            split=split,
+            class_ids=tuple(manifest.class_ids),
+            class_names=tuple(manifest.class_names),
+            fingerprint=identity[:16],
+            shards=tuple(entry.shards),
+            shard_sizes=np.array([shard.samples for shard in entry.shards], np.int64),
+            labels=table.pop("label"),
+            **table,
+        )
         dataset._check_table(entry)
         return dataset
 
@@ -96,7 +103,8 @@ class Dataset:
             sample = int(strange[0])
             raise DataError(
                 f"sample {self.sample_name(sample)} in {self.shard_path(int(self.shard[sample]))} has label "
-                f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; mend the label or the list of classes"
+                f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; "
+                "mend the label or the list of classes"
             )
 
 

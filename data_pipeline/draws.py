@@ -1,7 +1,8 @@
 """Everything random or computed that the DALI graph needs to know about each picture, drawn on the host.
 
-All numbers of a picture come from a generator keyed on (seed; sample, epoch, block): each augmentation owns its blocks of
-four words, so that switching one on changes no other, and the pixels do not depend on ranks, batches, threads or restarts.
+All numbers of a picture come from a generator keyed on (seed; sample, epoch, block): each augmentation owns its
+blocks of four words, so that switching one on changes no other, and the pixels do not depend on ranks, batches,
+threads or restarts.
 """
 
 import numpy as np
@@ -50,7 +51,7 @@ def _whole(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
 def random_resized_crop(
     config: RandomResizedCropConfig, draws: Draws, widths: NDArray[np.int64], heights: NDArray[np.int64]
 ) -> Params:
-    """Draw boxes by torchvision's rule: the first of ten tries that fits, else the largest centred box of allowed ratio.
+    """Draw boxes by torchvision's rule: the first of ten tries that fits, else a centred box as large as can be.
 
     Returns:
         start and shape, each (n, 2) int32: top and left, height and width.

@@ -47,7 +47,8 @@ class Prepare(Protocol):
 class Engine:
     """Keeps `prefetch` micro-batches being read and as many being decoded.
 
-    Reading happens in threads (it waits for disks), decoding in DALI. Nothing here has a state that a restart would need.
+    Reading happens in threads (it waits for disks), decoding in DALI. Nothing here has a state that a restart would
+    need.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Engine:
             # No copy: DALI's dynamic executor gives a batch its own memory, which lives as long as this view of it.
             images = torch.from_numpy(np.asarray(output.as_tensor()))
         else:
-            # Bound to torch's stream: the copy is queued behind the decoding, and the buffer is used again behind the copy.
+            # Bound to torch's stream: the copy is queued behind the decoding, and a later use of the buffer behind it.
             (output,) = self._pipe.share_outputs(torch.cuda.current_stream(self._device))
             images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
         self._pipe.release_outputs()

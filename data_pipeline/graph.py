@@ -1,7 +1,7 @@
 """The DALI graphs. They hold no random operator: whatever differs from picture to picture comes in as an argument.
 
-One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the host, pixels on the device) and everything
-after it follows the pixels; without one it is "cpu".
+One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the host, pixels on the device) and
+everything after it follows the pixels; without one it is "cpu".
 """
 
 from collections.abc import Callable

@@ -82,8 +82,8 @@ class _Loader:
             if not reason:
                 return other, data
         raise DataError(
-            f"{self._dataset.shard_path(shard)}: sample {self._dataset.sample_name(sample)} and all after it are damaged; "
-            "copy the shard again or build the dataset again"
+            f"{self._dataset.shard_path(shard)}: sample {self._dataset.sample_name(sample)} and all after it "
+            "are damaged; copy the shard again or build the dataset again"
         )
 
     def _described(self, sample: int, reason: str, replaced_by: int) -> BadSample:
@@ -113,9 +113,9 @@ class _Loader:
 class TrainLoader(_Loader):
     """This rank's micro-batches, for ever.
 
-    Global batch g covers the stream positions start_sample + g * global_batch and following; rank r takes the contiguous
-    rows r * global_batch / world_size and following, in micro-batches of consecutive rows. The state is one integer: the
-    samples seen, from which another loader, of any world size, goes on.
+    Global batch g covers the stream positions start_sample + g * global_batch and following; rank r takes the
+    contiguous rows r * global_batch / world_size and following, in micro-batches of consecutive rows. The state is
+    one integer: the samples seen, from which another loader, of any world size, goes on.
 
     Args:
         dataset: the split to train on.
@@ -189,8 +189,8 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every sample of a split exactly once over all ranks; may be iterated again and again.
 
-    Each rank takes a contiguous share. All ranks yield the same number of batches of the same size; what is missing at the
-    end is padded with rows whose `valid` is False.
+    Each rank takes a contiguous share. All ranks yield the same number of batches of the same size; what is missing
+    at the end is padded with rows whose `valid` is False.
 
     Args:
         dataset: the split to evaluate on.
@@ -224,7 +224,7 @@ class EvalLoader(_Loader):
 
     def __len__(self) -> int:
         """Return the number of batches, equal on every rank."""
-        return -(-self._share // self._size)
+        return math.ceil(self._share / self._size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rank's share of the split once."""

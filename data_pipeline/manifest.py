@@ -11,7 +11,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.shards import write_atomically
 
 FILE_NAME = "dataset.json"
-SCHEMA = 1
 
 
 class _Part(BaseModel):
@@ -56,7 +55,7 @@ class Split(_Part):
 class Manifest(_Part):
     """The dataset."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     name: str
     class_ids: list[str]
     class_names: list[str]
@@ -80,7 +79,8 @@ class Manifest(_Part):
             manifest = cls.model_validate(content)
         except FileNotFoundError:
             raise DataError(
-                f"there is no dataset in {folder} (no {FILE_NAME}); build one: python -m data_pipeline.build SOURCE {folder}"
+                f"there is no dataset in {folder} (no {FILE_NAME}); "
+                f"build one: python -m data_pipeline.build SOURCE {folder}"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise DataError(f"{path} cannot be read ({_first_line(error)}); build the dataset again") from None

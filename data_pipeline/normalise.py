@@ -1,10 +1,10 @@
 """Every picture is fully decoded once, before it enters a shard; what is kept as it is and what is not, is stated here.
 
 Kept byte for byte: a JPEG (baseline or progressive) in gray or RGB with 8 bits, whose EXIF orientation is upright.
-Encoded again as RGB JPEG, quality 95, without chroma subsampling: CMYK and YCCK; every other format (PNG, WebP, BMP, GIF,
-TIFF; the first frame; an alpha channel is dropped, 16 bits are scaled to 8); a picture whose EXIF orientation is not
-upright (it is turned first); and, with `max_side`, a picture whose longer side is longer (resized with antialiasing).
-Rejected: what does not decode to its last row, and what has more than MAX_PIXELS.
+Encoded again as RGB JPEG, quality 95, without chroma subsampling: CMYK and YCCK; every other format (PNG, WebP, BMP,
+GIF, TIFF; the first frame; an alpha channel is dropped, 16 bits are scaled to 8); a picture whose EXIF orientation is
+not upright (it is turned first); and, with `max_side`, a picture whose longer side is longer (resized with
+antialiasing). Rejected: what does not decode to its last row, and what has more than MAX_PIXELS.
 """
 
 import io

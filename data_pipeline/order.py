@@ -6,8 +6,8 @@ boundary of an epoch and no tail is lost. Within an epoch:
 1. The shards stand in one order that depends on the seed alone. It is cut into `lanes`, so that a lane keeps its shards
    from epoch to epoch (as the canonical nodes of MosaicML streaming); only the cuts move, by less than a global batch.
 2. Each lane permutes its shards anew in every epoch, and permutes the samples of `window` shards at a time.
-3. Position p belongs to lane (p // lane_block) % lanes: with lane_block = global batch / lanes, the rows of a global batch
-   that a node holds always come from the same lanes.
+3. Position p belongs to lane (p // lane_block) % lanes: with lane_block = global batch / lanes, the rows of a global
+   batch that a node holds always come from the same lanes.
 
 Nothing is stored but the sizes of the shards and the permutations of the windows in use.
 """

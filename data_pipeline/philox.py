@@ -1,7 +1,8 @@
 """Random numbers that are a function of what they are for, not of what was drawn before.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter of four 32-bit words and
-a key of two give four random words. Written with numpy, so that the numbers do not change with a library's version.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter of four 32-bit words
+and a key of two give four random words. Written with numpy, so that the numbers do not change with a library's
+version.
 """
 
 import numpy as np
@@ -47,7 +48,8 @@ def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
 def permutation(n: int, seed: int, stream: int, index: int = 0, subindex: int = 0) -> NDArray[np.int64]:
     """Return a permutation of 0..n-1 that is a pure function of the arguments.
 
-    The elements are sorted by a random 64-bit key each. `stream` keeps the uses of one seed apart; it must be below 256.
+    The elements are sorted by a random 64-bit key each. `stream` keeps the uses of one seed apart; it must be below
+    256.
     """
     counter = np.arange((n + 1) // 2, dtype=np.uint64)
     # The stream shares a word with the high bits of subindex, which stay far below 2**24.

@@ -84,7 +84,8 @@ class InputConfig(_Config):
     eval_crop_ratio: float = Field(0.875, gt=0, le=1)
     """Evaluation resizes the short side to image size / this ratio, then crops the centre; 0.875 is 256 -> 224."""
     shuffle_window: int = Field(16, ge=1)
-    """Samples are shuffled within this many shards at a time; one shard is read almost sequentially, more mix better."""
+    """Samples are shuffled within this many shards at a time; one shard is read almost sequentially, more mix
+    better."""
     lanes: int = Field(1, ge=1)
     """Cut the order into this many lanes, each with its own part of the shards, so that a node reads only the shards of
     the lanes it serves. Part of the order: a run keeps its number of lanes for life. Must divide the global batch."""

@@ -4,11 +4,13 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+J = TypeVar("J")
+R = TypeVar("R")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,6 +31,23 @@ def _die_with_parent(parent: int) -> None:
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the work in order
+
+
+def run_all(pool: Executor, function: Callable[[J], R], jobs: Iterable[J], ahead: int) -> Iterator[tuple[J, R]]:
+    """Yield each job with its result, as they are done; at most `ahead` wait, so that a fast source fills no memory."""
+    running: dict[Future[R], J] = {}
+
+    def finished() -> Iterator[tuple[J, R]]:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield running.pop(future), future.result()
+
+    for job in jobs:
+        running[pool.submit(function, job)] = job
+        while len(running) > ahead:
+            yield from finished()
+    while running:
+        yield from finished()
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Where pictures come from. A source is a small class that names pictures in a fixed order and says where their bytes are."""
+"""Where pictures come from.
+
+A source is a small class that names pictures in a fixed order and says where their bytes are.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,10 +47,13 @@ class Picture:
 class Source(Protocol):
     """Something that pictures come from."""
 
-    splits: tuple[str, ...]
-    """The splits that this source can give."""
-    shard_bytes: int
-    """Size that shards should have."""
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that this source can give."""
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size that shards should have."""
 
     def describe(self) -> dict[str, Any]:
         """Say in JSON what decides the pictures, for dataset.json and to recognise an interrupted build."""

@@ -1,0 +1,141 @@
+"""Check a dataset: `python -m data_pipeline.verify DEST`.
+
+Every file is read and compared with its size and checksum in dataset.json, which carries its own; every index must be
+the one that belongs to its shard, every row of the table must point at a picture with its checksum and a label equal
+to its .cls member, and the counts must add up. With --decode every picture is decoded as well and its size compared.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import Progress
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.index import Sample, scan
+from data_pipeline.manifest import FILE_NAME, File, Manifest, file_of
+from data_pipeline.shards import crc32, index_text
+from data_pipeline.workers import workers_pool
+
+_AGAIN = "copy it again or build the dataset again"
+
+
+def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> list[str]:
+    """Return what is wrong with a dataset, a line each; an empty list when nothing is.
+
+    Raises:
+        DataError: dataset.json itself, a table or a file's size is not as it should be.
+    """
+    manifest = Manifest.read(folder)
+    problems: list[str] = []
+    with workers_pool(workers) as pool, Progress(console=console, disable=not console.is_terminal) as progress:
+        for split, entry in manifest.splits.items():
+            problems += _check_file(folder, entry.table)
+            dataset = Dataset.open(folder, split)
+            counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
+            if counts != entry.class_counts:
+                problems.append(
+                    f"{folder / FILE_NAME} does not count the classes of '{split}' as the table does; {_AGAIN}"
+                )
+            task = progress.add_task(split, total=len(entry.shards))
+            running = [pool.submit(check_shard, folder, split, shard, decode) for shard in range(len(entry.shards))]
+            for future in as_completed(running):
+                problems += future.result()
+                progress.advance(task)
+    return problems
+
+
+def check_shard(folder: Path, split: str, shard: int, decode: bool) -> list[str]:
+    """Return what is wrong with one shard, its index and its rows of the table."""
+    dataset = Dataset.open(folder, split)
+    entry, path = dataset.shards[shard], dataset.shard_path(shard)
+    problems = [line for file in (entry.tar, entry.idx) for line in _check_file(folder, file)]
+    if problems:
+        return problems
+    samples = scan(path)
+    if index_text(sample.line for sample in samples) != (folder / entry.idx.name).read_text():
+        problems.append(f"{folder / entry.idx.name} is not the index of its shard; {_AGAIN}")
+    with path.open("rb") as stream:
+        at = {member.offset: sample for sample in samples for member in sample.members}
+        for row in np.flatnonzero(dataset.shard == shard).tolist():
+            stream.seek(int(dataset.offset[row]))
+            jpeg = stream.read(int(dataset.length[row]))
+            sample = at.get(int(dataset.offset[row]))
+            wrong = _row(dataset, row, jpeg, decode=decode) or _label(dataset, row, sample, stream)
+            if wrong:
+                problems.append(f"{path}, {dataset.sample_name(row)}: {wrong}; {_AGAIN}")
+    return problems
+
+
+def _check_file(folder: Path, file: File) -> Iterator[str]:
+    try:
+        if file_of(folder / file.name) != file:
+            yield f"{folder / file.name} is not as it was written: its size or checksum differs; {_AGAIN}"
+    except OSError as error:
+        yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
+
+
+def _row(dataset: Dataset, row: int, jpeg: bytes, *, decode: bool) -> str:
+    if crc32(jpeg) != dataset.crc32[row]:
+        return "its checksum is not the one in the table"
+    if decode:
+        try:
+            with Image.open(io.BytesIO(jpeg)) as image:
+                size = ImageOps.exif_transpose(image).size
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"it does not decode ({error})"
+        if size != (dataset.width[row], dataset.height[row]):
+            return f"it is {size[0]} x {size[1]}, the table says {dataset.width[row]} x {dataset.height[row]}"
+    return ""
+
+
+def _label(dataset: Dataset, row: int, sample: Sample | None, stream: io.BufferedReader) -> str:
+    member = sample.member("cls") if sample is not None else None
+    if member is None:
+        return "there is no sample with a .cls where the table says"
+    stream.seek(member.offset)
+    text = stream.read(member.size)
+    return (
+        ""
+        if text.strip().isdigit() and int(text) == dataset.labels[row]
+        else f"its .cls says {text!r}, the table {dataset.labels[row]}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 when all is well, 1 with a line for each thing that is not."""
+    parser = argparse.ArgumentParser(
+        "python -m data_pipeline.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
+    parser.add_argument("--decode", action="store_true", help="decode every picture as well")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    args = parser.parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        workers = args.workers or len(os.sched_getaffinity(0))
+        problems = verify(args.dest, console, workers=workers, decode=args.decode)
+        splits = Manifest.read(args.dest).splits
+    except DataError as error:
+        problems = [str(error)]
+    for problem in problems:
+        console.print(f"error: {problem}", markup=False, highlight=False)
+    if problems:
+        return 1
+    counts = ", ".join(
+        f"{split}: {entry.samples} samples in {len(entry.shards)} shards" for split, entry in splits.items()
+    )
+    console.print(f"{args.dest} is whole ({counts}{', all decoded' if args.decode else ''})", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
