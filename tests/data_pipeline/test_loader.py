@@ -1,0 +1,196 @@
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.loader import EvalLoader, TrainLoader
+from data_pipeline.transforms import AffineConfig, AugmentConfig, InputConfig
+
+CPU = torch.device("cpu")
+AUGMENT = AugmentConfig(affine=AffineConfig(degrees=10, translate=0.1, scale=(0.9, 1.1)), horizontal_flip=0.5)
+
+
+def config(dataset: Dataset, **changes) -> InputConfig:
+    settings = {"image_size": 32, "eval_crop_ratio": 1.0, "augment": AUGMENT, "threads": 1}
+    return InputConfig(path=dataset.path, **(settings | changes))
+
+
+def digests(dataset, *, world=1, micro=16, start=0, steps=4, batch=64, **changes):
+    """Per stream position: (sample id, epoch, label, digest of its pixels), as all ranks together see them."""
+    seen = {}
+    for rank in range(world):
+        loader = TrainLoader(
+            dataset, config(dataset, **changes), seed=3, global_batch=batch, micro_batch=micro, rank=rank,
+            world_size=world, device=CPU, start_sample=start,
+        )  # fmt: skip
+        per_step = batch // world // micro
+        for i, out in enumerate(itertools.islice(loader, steps * per_step)):
+            for k in range(micro):
+                position = start + i // per_step * batch + int(out.rows[k])
+                pixels = hashlib.md5(out.images[k].numpy().tobytes()).hexdigest()
+                assert position not in seen
+                seen[position] = (int(out.sample_ids[k]), int(out.epochs[k]), int(out.labels[k]), pixels)
+        loader.close()
+    assert sorted(seen) == list(range(start, start + steps * batch))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def reference(digits):
+    # 30 steps of 64 are more than the 1437 samples: the epoch's boundary lies inside a batch.
+    return digests(Dataset.open(digits, "train"), steps=30)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"world": 2}, {"world": 4, "micro": 8}, {"micro": 64}, {"micro": 4}, {"threads": 3}, {"prefetch": 5},
+        {"world": 2, "micro": 32, "threads": 2, "prefetch": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_pixel_is_the_same_on_any_number_of_ranks_batches_and_threads(train, reference, changes):
+    assert digests(train, steps=30, **changes) == reference
+
+
+@pytest.mark.parametrize(("world", "steps"), [(1, 7), (2, 21), (4, 23)])
+def test_a_restart_in_the_middle_goes_on_with_the_same_pixels(train, reference, world, steps):
+    after = digests(train, world=world, micro=16, start=steps * 64, steps=30 - steps)
+    assert after == {position: value for position, value in reference.items() if position >= steps * 64}
+
+
+def test_an_epoch_holds_every_sample_once_and_the_next_one_other_pixels(reference):
+    first = {s: d for s, e, _, d in reference.values() if e == 0}
+    second = {s: d for s, e, _, d in reference.values() if e == 1}
+    assert sorted(first) == list(range(1437))
+    assert second
+    assert all(first[sample] != digest for sample, digest in second.items())
+
+
+def test_labels_belong_to_the_pictures(train, val, reference):
+    assert all(train.labels[sample] == label for sample, _, label, _ in reference.values())
+
+
+def test_a_kept_batch_does_not_change_while_others_are_loaded(train):
+    loader = TrainLoader(
+        train, config(train), seed=1, global_batch=32, micro_batch=32, rank=0, world_size=1, device=CPU
+    )
+    kept = [(batch.images, batch.images.clone()) for batch in itertools.islice(loader, 40)]
+    loader.close()
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 50), (2, 64), (7, 10), (1, 400), (360, 1), (500, 2)])
+def test_evaluation_sees_every_sample_once_on_any_number_of_ranks(val, world, size):
+    seen, lengths = [], set()
+    for rank in range(world) if world < 10 else (0, 1, world // 2, world - 2, world - 1):
+        loader = EvalLoader(val, config(val), batch_size=size, rank=rank, world_size=world, device=CPU)
+        batches = list(loader)
+        lengths.add(len(batches))
+        assert len(batches) == len(loader)
+        for batch in batches:
+            assert batch.images.shape == (size, 3, 32, 32)
+            seen += batch.sample_ids[batch.valid].tolist()
+        loader.close()
+    assert len(lengths) == 1
+    if world < 10:
+        assert sorted(seen) == list(range(360))
+    else:
+        assert len(seen) == len(set(seen))
+
+
+def test_evaluation_can_be_repeated_and_left_early(val):
+    loader = EvalLoader(val, config(val), batch_size=32, rank=0, world_size=1, device=CPU)
+    first = torch.cat([batch.images for batch in loader])
+    next(iter(loader))
+    for _ in itertools.islice(loader, 3):
+        pass
+    again = torch.cat([batch.images for batch in loader])
+    loader.close()
+    assert torch.equal(first, again)
+
+
+def test_pixels_are_normalised_with_mean_and_std(val):
+    def one(**changes):
+        loader = EvalLoader(val, config(val, **changes), batch_size=16, rank=0, world_size=1, device=CPU)
+        batch = next(iter(loader))
+        loader.close()
+        return batch.images
+
+    plain = one(mean=(0, 0, 0), std=(1, 1, 1))
+    assert 0 <= plain.min() < 0.01
+    assert 0.9 < plain.max() <= 1
+    mean, std = torch.tensor((0.1, 0.2, 0.3)), torch.tensor((0.5, 0.6, 0.7))
+    expected = (plain - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(one(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)), expected)
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(64, 16, 3), (64, 24, 2), (60, 16, 2)])
+def test_a_global_batch_that_cannot_be_divided_is_refused(train, batch, micro, world):
+    with pytest.raises(DataError, match=f"global batch of {batch} cannot be divided among {world} ranks"):
+        TrainLoader(
+            train, config(train), seed=0, global_batch=batch, micro_batch=micro, rank=0, world_size=world, device=CPU
+        )
+
+
+def damage(dataset, samples):
+    for sample in samples:
+        with dataset.shard_path(int(dataset.shard[sample])).open("r+b") as shard:
+            shard.seek(int(dataset.offset[sample]) + 300)
+            shard.write(b"\xff\xd9bad!")
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    import shutil
+
+    dataset = Dataset.open(shutil.copytree(digits, tmp_path / "digits"), "train")
+    damage(dataset, [5, 6, 900])
+    return dataset
+
+
+def test_a_bad_sample_is_replaced_by_the_next_and_reported_by_name(damaged):
+    reports = []
+    loader = TrainLoader(
+        damaged, config(damaged, max_bad_fraction=0.01), seed=3, global_batch=64, micro_batch=64, rank=0, world_size=1,
+        device=CPU, on_bad_sample=reports.append,
+    )  # fmt: skip
+    ids = []
+    for batch in itertools.islice(loader, 30):
+        assert (damaged.labels[batch.sample_ids] == batch.labels.numpy()).all()
+        ids += batch.sample_ids.tolist()
+    loader.close()
+    first = {report.id: report for report in reports}
+    assert {i: r.replaced_by for i, r in first.items()} == {5: 7, 6: 7, 900: 901}
+    assert not {5, 6, 900} & set(ids)
+    assert first[5].name.startswith("00000005-scan")
+    assert first[5].shard == "digits-train-000000.tar"
+    assert "checksum" in first[5].reason
+
+
+def test_more_bad_samples_than_allowed_stop_with_a_line_that_says_so(damaged):
+    loader = TrainLoader(
+        damaged, config(damaged, max_bad_fraction=0.001), seed=3, global_batch=64, micro_batch=64, rank=0, world_size=1,
+        device=CPU,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"3 samples .* damaged, more than max_bad_fraction \(0.001\) allows"):
+        for _ in itertools.islice(loader, 30):
+            pass
+    loader.close()
+
+
+def test_a_bad_sample_is_left_out_of_evaluation_and_reported(damaged):
+    reports = []
+    loader = EvalLoader(
+        damaged, config(damaged, max_bad_fraction=0.01), batch_size=100, rank=0, world_size=1, device=CPU,
+        on_bad_sample=reports.append,
+    )  # fmt: skip
+    valid = np.concatenate([batch.sample_ids[batch.valid] for batch in loader])
+    loader.close()
+    assert sorted(set(range(1437)) - set(valid.tolist())) == [5, 6, 900]
+    assert len(valid) == 1434
+    assert sorted(report.id for report in reports) == [5, 6, 900]

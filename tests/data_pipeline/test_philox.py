@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from data_pipeline.philox import permutation, philox, uniform
+
+
+@pytest.mark.parametrize(
+    ("seed", "counter", "expected"),
+    [
+        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (2**64 - 1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            0x299F31D0A4093822,
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_its_authors(seed, counter, expected):
+    assert tuple(philox(seed, *counter).tolist()) == expected
+
+
+def test_a_seed_outside_64_bits_is_refused():
+    with pytest.raises(ValueError, match="seed"):
+        philox(-1, 0)
+
+
+def test_uniform_numbers_lie_in_the_half_open_interval():
+    words = np.array([0, 2**32 - 1], np.uint32)
+    assert uniform(words)[0] == 0
+    assert uniform(words)[1] < 1
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 1000])
+def test_a_permutation_holds_every_element_once(n):
+    assert sorted(permutation(n, 5, 1, 2, 3).tolist()) == list(range(n))
+
+
+def test_permutations_differ_by_seed_stream_and_index():
+    base = permutation(100, 1, 1, 1, 1).tolist()
+    for other in ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)):
+        assert permutation(100, *other).tolist() != base
+
+
+def test_a_permutation_is_the_same_in_every_version():
+    assert permutation(8, 7, 1).tolist() == [5, 6, 7, 1, 0, 3, 4, 2]
