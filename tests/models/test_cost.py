@@ -1,0 +1,42 @@
+"""The closed formulae agree with what torch builds and counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import LaViT, create_model, list_models, model_config
+from models.cost import count_macs, count_parameters
+
+
+def counted_macs(model, image_size):
+    """Half the FLOPs that torch counts for one picture, on the meta device, where nothing is computed."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.empty(1, model.config.in_channels, *image_size, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+OTHERS = [
+    {"pool": "mean", "reduction_ratios": (4, 2, 1, 1), "vanilla_blocks": (1, 1, 2, 1)},
+    {"attention_residual": False, "num_classes": 7, "in_channels": 1, "patch_size": 8, "image_size": (128, 192)},
+    {"mlp_ratios": (8.0, 8.0, 4.0, 2.5), "heads": (2, 4, 5, 16), "vanilla_blocks": (1, 1, 1, 1)},
+]
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_formulae_agree_with_torch_for_every_named_model(name):
+    config = model_config(name)
+    with torch.device("meta"):
+        model = LaViT(config)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
+    assert counted_macs(model, config.image_size) == count_macs(config)
+
+
+@pytest.mark.parametrize("overrides", OTHERS)
+def test_formulae_agree_with_torch_for_other_shapes(overrides):
+    fields = {"widths": (32, 64, 160, 256), "depths": (2, 2, 3, 2), "patch_size": 4, "image_size": (64, 96),
+              "heads": (1, 2, 5, 8), "reduction_ratios": (8, 4, 2, 1)}  # fmt: skip
+    with torch.device("meta"):
+        model = create_model("lavit_micro", **fields | overrides)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(model.config)
+    assert counted_macs(model, model.config.image_size) == count_macs(model.config)
