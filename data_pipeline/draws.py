@@ -8,11 +8,18 @@ threads or restarts.
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.auto_augment import draw_rand_augment, draw_trivial_augment
 from data_pipeline.philox import philox, uniform
-from data_pipeline.transforms import AffineConfig, InputConfig, RandomResizedCropConfig
+from data_pipeline.transforms import (
+    AffineConfig,
+    ColorJitterConfig,
+    InputConfig,
+    RandomErasingConfig,
+    RandomResizedCropConfig,
+)
 
 Params = dict[str, NDArray]
-_CROP, _FLIP, _AFFINE = 0, 16, 17
+_CROP, _FLIP, _AFFINE, _POLICY, _JITTER, _ERASE = 0, 16, 17, 18, 32, 33
 _TRIES = 10
 
 
@@ -40,6 +47,14 @@ def train_params(config: InputConfig, draws: Draws, widths: NDArray[np.int64], h
     params["mirror"] = (draws.uniform(_FLIP, 1)[:, 0] < augment.horizontal_flip).astype(np.int32)
     if augment.affine is not None:
         params["affine"] = affine(augment.affine, draws, config.size)
+    if augment.color_jitter is not None:
+        params |= color_jitter(augment.color_jitter, draws)
+    if augment.rand_augment is not None:
+        params |= draw_rand_augment(augment.rand_augment, draws.uniform(_POLICY, 5 * augment.rand_augment.operations))
+    if augment.trivial_augment:
+        params |= draw_trivial_augment(draws.uniform(_POLICY, 3))
+    if augment.random_erasing is not None:
+        params |= random_erasing(augment.random_erasing, draws, config.size)
     return params
 
 
@@ -89,6 +104,41 @@ def affine(config: AffineConfig, draws: Draws, size: tuple[int, int]) -> NDArray
     centre = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's centre lies at +0.5
     offset = centre - np.einsum("nij,nj->ni", linear, centre + shift)
     return np.concatenate([linear, offset[:, :, None]], axis=2).astype(np.float32)
+
+
+def color_jitter(config: ColorJitterConfig, draws: Draws) -> Params:
+    """Return factors around 1 for brightness, contrast and saturation, and degrees for hue, each (n,) float32."""
+    u = 2 * draws.uniform(_JITTER, 4) - 1
+    values = {
+        "brightness": 1 + config.brightness * u[:, 0],
+        "contrast": 1 + config.contrast * u[:, 1],
+        "saturation": 1 + config.saturation * u[:, 2],
+        "hue": 360 * config.hue * u[:, 3],
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def random_erasing(config: RandomErasingConfig, draws: Draws, size: tuple[int, int]) -> Params:
+    """Draw boxes by timm's rule: the first of ten tries that is smaller than the picture.
+
+    Returns:
+        erase_start and erase_shape, each (n, 2) float32: top and left, height and width, which are 0 to erase nothing.
+    """
+    u = draws.uniform(_ERASE, 2 * _TRIES + 3)
+    area = size[0] * size[1] * (config.scale[0] + u[:, :_TRIES] * (config.scale[1] - config.scale[0]))
+    low, high = np.log(config.ratio)
+    ratio = np.exp(low + u[:, _TRIES : 2 * _TRIES] * (high - low))
+    h, w = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (h < size[0]) & (w < size[1])
+    first = fits.argmax(axis=1)[:, None]
+    erased = fits.any(axis=1) & (u[:, -1] < config.probability)
+    height = np.where(erased, np.take_along_axis(h, first, 1)[:, 0], 0)
+    width = np.where(erased, np.take_along_axis(w, first, 1)[:, 0], 0)
+    top, left = np.floor(u[:, -3] * (size[0] - height + 1)), np.floor(u[:, -2] * (size[1] - width + 1))
+    return {
+        "erase_start": np.stack([top, left], axis=1).astype(np.float32),
+        "erase_shape": np.stack([height, width], axis=1).astype(np.float32),
+    }
 
 
 def eval_params(config: InputConfig, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:

@@ -4,12 +4,15 @@ One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the h
 everything after it follows the pixels; without one it is "cpu".
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
 
+from data_pipeline import auto_augment
 from data_pipeline.transforms import InputConfig
 
 Source = Callable[..., list[Any]]
@@ -26,12 +29,22 @@ _INPUTS = {
     "shape": (1, types.INT32),
     "mirror": (0, types.INT32),
     "affine": (2, types.FLOAT),
+    "brightness": (0, types.FLOAT),
+    "contrast": (0, types.FLOAT),
+    "saturation": (0, types.FLOAT),
+    "hue": (0, types.FLOAT),
+    "operation": (1, types.INT32),
+    "strength": (1, types.INT32),
+    "sign": (1, types.INT32),
+    "erase_start": (1, types.FLOAT),
+    "erase_shape": (1, types.FLOAT),
     "resize": (1, types.FLOAT),
     "crop_x": (0, types.FLOAT),
     "crop_y": (0, types.FLOAT),
 }
 
 
+@do_not_convert  # type: ignore[untyped-decorator]
 def _inputs(names: list[str], source: Source) -> dict[str, Any]:
     """Return the node of each input; `source` is called for every batch and returns their values in this order."""
     kinds = [_INPUTS[name] for name in names]
@@ -50,14 +63,28 @@ def _decode(inputs: dict[str, Any], device_id: int | None) -> Any:
 
 def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
     return fn.crop_mirror_normalize(
-        images, dtype=types.FLOAT, output_layout="CHW",
+        images, dtype=types.FLOAT16 if config.dtype == "float16" else types.FLOAT, output_layout="CHW",
         mean=(np.array(config.mean) * 255).tolist(), std=(np.array(config.std) * 255).tolist(), **arguments,
     )  # fmt: skip
 
 
 def train_inputs(config: InputConfig) -> list[str]:
     """Return the names of what the training graph is fed with."""
-    return ["jpeg", "start", "shape", "mirror"] + ["affine"] * (config.augment.affine is not None)
+    augment = config.augment
+    names = ["jpeg", "start", "shape", "mirror"]
+    if augment.affine is not None:
+        names += ["affine"]
+    if augment.color_jitter is not None:
+        names += ["brightness", "contrast", "saturation", "hue"]
+    if _has_policy(config):
+        names += ["operation", "strength", "sign"]
+    if augment.random_erasing is not None:
+        names += ["erase_start", "erase_shape"]
+    return names
+
+
+def _has_policy(config: InputConfig) -> bool:
+    return config.augment.rand_augment is not None or config.augment.trivial_augment
 
 
 def train_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | None) -> Any:
@@ -68,7 +95,17 @@ def train_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | No
         images = fn.warp_affine(
             images, matrix=inputs["affine"], inverse_map=True, interp_type=types.INTERP_LINEAR, fill_value=0
         )
-    return _normalise(images, config, mirror=inputs["mirror"])
+    if config.augment.color_jitter is not None:
+        jitter = {name: inputs[name] for name in ("brightness", "contrast", "saturation", "hue")}
+        images = fn.color_twist(images, **jitter)
+    if _has_policy(config):
+        images = auto_augment.apply(images, config.augment, inputs, config.size)
+    images = _normalise(images, config, mirror=inputs["mirror"])
+    if config.augment.random_erasing is not None:
+        images = fn.erase(
+            images, anchor=inputs["erase_start"], shape=inputs["erase_shape"], axis_names="HW", fill_value=0
+        )
+    return images
 
 
 def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_inputs)
@@ -96,10 +133,21 @@ def pipeline(
         threads: CPU threads.
         device_id: the GPU, or None for the CPU.
     """
-    pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=config.prefetch)
     names = (train_inputs if train else eval_inputs)(config)
-    with pipe:
-        inputs = _inputs(names, lambda: source(names))
-        pipe.set_outputs((train_graph if train else eval_graph)(config, inputs, device_id))
+
+    def feed() -> list[Any]:
+        return source(names)
+
+    # RandAugment's choice between operations is a condition in the graph, for which DALI must convert this function.
+    @pipeline_def(enable_conditionals=train and _has_policy(config))  # type: ignore[untyped-decorator]
+    def graph() -> Any:
+        inputs = _inputs(names, feed)
+        return (train_graph if train else eval_graph)(config, inputs, device_id)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # DALI's own augmentations use names that it has moved
+        pipe = graph(
+            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=config.prefetch
+        )
     pipe.build()
     return pipe

@@ -51,6 +51,43 @@ class AffineConfig(_Config):
     """Zoom, drawn uniformly."""
 
 
+class RandAugmentConfig(_Config):
+    """RandAugment, with the meaning of timm's `rand-m9-mstd0.5-inc1`."""
+
+    operations: int = Field(2, ge=1, le=4)
+    """Operations drawn for each picture, one after the other."""
+    magnitude: float = Field(9.0, ge=0, le=10)
+    """How strong they are: 0 is not at all (nearly, for some), 10 is the most."""
+    magnitude_std: float = Field(0.5, ge=0)
+    """Standard deviation of the magnitude, which differs from operation to operation."""
+    probability: Fraction = 0.5
+    """Each operation is applied with this probability."""
+
+
+class ColorJitterConfig(_Config):
+    """Random brightness, contrast, saturation and hue; DALI applies them in this fixed order, in one pass."""
+
+    brightness: Fraction = 0.0
+    """A factor from [1 - brightness, 1 + brightness]."""
+    contrast: Fraction = 0.0
+    """A factor from [1 - contrast, 1 + contrast], about mid-gray."""
+    saturation: Fraction = 0.0
+    """A factor from [1 - saturation, 1 + saturation]."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """A turn of the colour circle from [-hue, hue]; 0.5 is half of it."""
+
+
+class RandomErasingConfig(_Config):
+    """Random erasing (Zhong et al. 2017): a box of the normalised picture becomes 0, the mean colour."""
+
+    probability: Fraction = 0.25
+    """Share of the pictures that lose a box."""
+    scale: Range = (0.02, 1 / 3)
+    """The box's share of the area, drawn uniformly."""
+    ratio: Range = (0.3, 1 / 0.3)
+    """The box's height over its width, drawn uniformly in the logarithm."""
+
+
 class AugmentConfig(_Config):
     """What makes a training picture differ from epoch to epoch. Each part is off where it is not named."""
 
@@ -60,6 +97,20 @@ class AugmentConfig(_Config):
     """Probability of mirroring left to right."""
     affine: AffineConfig | None = None
     """Meant for small pictures such as digits."""
+    rand_augment: RandAugmentConfig | None = None
+    """At most one of this and trivial_augment."""
+    trivial_augment: bool = False
+    """One operation of any strength for each picture, as torchvision's TrivialAugmentWide."""
+    color_jitter: ColorJitterConfig | None = None
+    """Applied before RandAugment or TrivialAugment."""
+    random_erasing: RandomErasingConfig | None = None
+    """Applied last."""
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> "AugmentConfig":
+        if self.rand_augment is not None and self.trivial_augment:
+            raise ValueError("rand_augment and trivial_augment exclude each other; choose one")
+        return self
 
 
 class InputConfig(_Config):
@@ -79,6 +130,8 @@ class InputConfig(_Config):
     """Each channel is divided by it after the mean is subtracted."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     """How training and evaluation resize; always with antialiasing, as Pillow does it."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the pictures' values."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of the training split."""
     eval_crop_ratio: float = Field(0.875, gt=0, le=1)

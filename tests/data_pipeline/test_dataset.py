@@ -28,7 +28,7 @@ def test_a_missing_dataset_is_an_error_with_the_command_that_builds_it(tmp_path)
 
 
 def test_a_missing_split_is_an_error_that_names_those_there_are(digits):
-    with pytest.raises(DataError, match="no split 'test' .*'train', 'val'"):
+    with pytest.raises(DataError, match=r"no split 'test' .*'train', 'val'"):
         Dataset.open(digits, "test")
 
 

@@ -46,7 +46,9 @@ def test_a_slice_read_in_pieces_by_a_new_process_equals_the_slice_read_at_once(o
     st.sampled_from([8, 16, 24]),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_changes_of_world_size_in_mid_epoch_go_on_exactly(shards, seed, window, lanes, worlds, batch):
+def test_any_changes_of_world_size_in_mid_epoch_go_on_exactly(shards, seed, window, *rest):
+    lanes, worlds, batch = rest
+
     def order():
         return Order(np.array(shards), seed, window, lanes, batch // lanes)
 

@@ -1,0 +1,115 @@
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) on a batch on its device, with soft targets.
+
+Row 2i of the global batch is mixed with row 2i + 1 and the other way round, with one draw for both, so that partners
+always share a rank and a micro-batch. The draws are keyed on (seed, step, pair): a batch is mixed in the same way on any
+number of ranks and after any restart. Erasing and flipping are done before, by DALI.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.special import betaincinv  # type: ignore[import-untyped]
+
+from data_pipeline.errors import DataError
+from data_pipeline.philox import philox, uniform
+
+_STREAM = 1 << 31  # apart from the order's streams and the augmentation's blocks
+
+
+class MixingConfig(BaseModel):
+    """How the pictures of a batch are mixed and how their labels become targets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of the share that a picture keeps; 0 switches mixup off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of the area that a picture keeps; 0 switches CutMix off."""
+    switch_probability: float = Field(0.5, ge=0, le=1)
+    """Share of CutMix where both are on."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Spread over all classes in every target."""
+
+
+def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
+    """Return (m, num_classes) float32 targets: s / num_classes for every class, and 1 - s more for the label."""
+    targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
+
+
+def mix(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    rows: NDArray[np.int64],
+    *,
+    config: MixingConfig,
+    num_classes: int,
+    seed: int,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix a micro-batch.
+
+    Args:
+        images: (m, 3, H, W) on any device; left as they are.
+        labels: (m,) int64 on the same device.
+        rows: (m,) rows of the global batch, as `Batch.rows` says.
+        config: how to mix.
+        num_classes: width of the targets.
+        seed: the run's seed.
+        step: optimizer step, from 0, that the global batch belongs to.
+
+    Returns:
+        Mixed pictures of the same shape and type, and (m, num_classes) float32 targets.
+
+    Raises:
+        DataError: mixing is on and the rows are not whole pairs (2i, 2i + 1).
+    """
+    targets = soft_targets(labels, num_classes, config.label_smoothing)
+    if not (config.mixup or config.cutmix):
+        return images, targets
+    if len(rows) % 2 or rows[0] % 2 or (np.diff(rows) != 1).any():
+        raise DataError(
+            f"mixup and cutmix need whole pairs of rows, but a micro-batch holds {len(rows)} rows from row {rows[0]}; "
+            "choose an even micro-batch"
+        )
+    height, width = images.shape[-2:]
+    keep, boxes = _draw(config, seed, step, rows // 2, (height, width))
+    partner = torch.arange(len(rows), device=images.device) ^ 1
+
+    def on_device(values: NDArray) -> torch.Tensor:
+        return torch.from_numpy(values).to(images.device, non_blocking=True)
+
+    top, bottom, left, right = (on_device(boxes[:, i]).view(-1, 1, 1, 1) for i in range(4))
+    y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    share = on_device(keep.astype(np.float32))
+    # A pair either has a box or is blended; without a box, `blend` is the share that a picture keeps.
+    blend = torch.where(on_device(boxes[:, 1] > boxes[:, 0]), 1.0, share).to(images.dtype).view(-1, 1, 1, 1)
+    other = images[partner]
+    mixed = torch.where(inside, other, blend * images + (1 - blend) * other)
+    return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]
+
+
+def _draw(
+    config: MixingConfig, seed: int, step: int, pairs: NDArray[np.int64], size: tuple[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return what each row keeps, (m,), and the box it takes from its partner, (m, 4): top, bottom, left, right."""
+    u = uniform(philox(seed, pairs, step, step >> 32, _STREAM))
+    cut = u[:, 0] < (config.switch_probability if config.mixup and config.cutmix else float(config.cutmix > 0))
+    # Half a step of the generator from 0 and 1, where the inverse of a Beta distribution is degenerate.
+    middle = u[:, 1] + 2.0**-33
+    keep = np.empty(len(pairs))
+    for chosen, alpha in ((cut, config.cutmix), (~cut, config.mixup)):
+        if chosen.any():
+            keep[chosen] = betaincinv(alpha, alpha, middle[chosen])
+    boxes = np.zeros((len(pairs), 4), np.int64)
+    side = np.sqrt(1 - keep)
+    for axis, length in enumerate(size):
+        centre, half = np.floor(u[:, 2 + axis] * length), np.floor(side * length) // 2
+        boxes[:, 2 * axis] = np.where(cut, np.clip(centre - half, 0, length), 0)
+        boxes[:, 2 * axis + 1] = np.where(cut, np.clip(centre + half, 0, length), 0)
+    # A box that the border has cut off is smaller than drawn: the label follows the pixels.
+    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+    return np.where(cut, 1 - area / (size[0] * size[1]), keep), boxes
