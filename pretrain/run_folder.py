@@ -19,7 +19,7 @@ import yaml
 
 from pretrain.files import write_json, write_text
 from pretrain.outcome import UserError
-from pretrain.recipe import Recipe, recipe_differences
+from pretrain.recipe import Recipe, recipe_differences, validate_recipe
 
 State = Literal["running", "preempted", "finished", "failed"]
 
@@ -90,6 +90,8 @@ class RunFolder:
         old = self.read_recipe()
         if old is None:
             return
+        # Read as a recipe, so that a field which is newer than the run has its default on both sides.
+        old = validate_recipe(old, where=str(self.path / "recipe.yaml")).model_dump(mode="json")
         lines = recipe_differences(old, recipe.model_dump(mode="json"))
         before = json.loads((self.path / "ds_config.json").read_text())
         lines += [

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def short(digits: Path) -> list[str]:
-    """Arguments of a run of 20 steps that writes every step's metrics."""
+    """Arguments of a run of 20 steps of a network that is cheap enough to be started often; each step is logged."""
+    cheap = "{patch_size: 4, reduction_ratios: [2, 1, 1, 1], drop_path: 0.05}"
     return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
-                   checkpoint__every_steps=6)  # fmt: skip
+                   checkpoint__every_steps=6, model__overrides=cheap)  # fmt: skip
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
@@ -68,7 +69,7 @@ def test_two_ranks_of_zero_1_equal_a_plain_torch_loop(straight: Path, digits: Pa
     for step, batch in zip(range(STEPS), loader, strict=False):
         uniforms = drop_path_uniforms(0, step, batch.rows, branches=model.num_drop_paths, global_batch=64)
         logits, diagonality = model(batch.images, drop_path_uniforms=uniforms, with_diagonality=True)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1) + 0.1 * diagonality
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1) + 0.01 * diagonality
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
