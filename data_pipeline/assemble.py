@@ -18,6 +18,18 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import File, Reject, Shard, file_of
 from data_pipeline.shards import index_text, sample_bytes, write_atomically, write_shard
 
+_STORED = ("label", "shard", "offset", "length", "width", "height", "crc32")
+
+
+def save_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
+    """Write NAME-split.samples.npz atomically; every column is (samples,), in the order of the shards."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as out:
+        np.savez(out, allow_pickle=False, **{field: columns[field] for field in _STORED})
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -36,13 +48,7 @@ class Table:
 
     def save(self, path: Path) -> None:
         """Write what readers need as NAME-split.samples.npz, atomically."""
-        aside = path.with_name(path.name + ".part")
-        fields = ("label", "shard", "offset", "length", "width", "height", "crc32")
-        with aside.open("wb") as out:
-            np.savez(out, allow_pickle=False, **{field: getattr(self, field) for field in fields})
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(path)
+        save_table(path, {field: getattr(self, field) for field in _STORED})
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ goes on where it stopped, and the result is the same, byte for byte.
 import argparse
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,15 +30,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline import assemble, normalise, units
 from data_pipeline.errors import DataError
+from data_pipeline.in_place import index_in_place
 from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of
 from data_pipeline.shards import write_atomically
-from data_pipeline.sources import Source
+from data_pipeline.sources import Source, imagenet1k
 from data_pipeline.sources.digits import Digits
 from data_pipeline.sources.folder import Folder
-from data_pipeline.workers import run_all, workers_pool
+from data_pipeline.sources.imagenet1k import ImageNet1k
+from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.workers import Advance, run_all, workers_pool
 
 SHUFFLE_SEED = 0
-Advance = Callable[[float], None]
+_SOURCES = """'digits'; a folder of class folders; a folder with the three ImageNet-1k archives; an ImageNet-21k
+archive; or a quoted pattern of jpg + cls shards such as 'DEST/*.tar', which are indexed where they lie"""
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,10 @@ def _locked(dest: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"another build is writing to {dest}; wait for it, or name another folder") from None
-        yield
-        (dest / ".building.lock").unlink()
+        try:
+            yield
+        finally:
+            (dest / ".building.lock").unlink()
 
 
 def _progress(console: Console) -> Progress:
@@ -221,33 +228,71 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def source_named(name: str, split: str | None) -> Source:
+def source_named(name: str, split: str | None, classes: Path | None) -> Source:
     """Find out what SOURCE is; DataError when it is nothing we know."""
-    if name == "digits":
-        if split is not None:
-            raise DataError("digits come with their own splits; leave --split out")
-        return Digits()
     path = Path(name)
-    if path.is_dir():
+    if path.is_file():
+        source: Source = ImageNet21k(path, None if classes is None else _lines(classes))
+    elif (path / imagenet1k.TRAIN).exists():
+        source = ImageNet1k(path)
+    elif path.is_dir():
         return Folder(path, split or "train")
-    raise DataError(f"{name} is neither 'digits' nor a folder of class folders")
+    elif name == "digits":
+        source = Digits()
+    else:
+        raise DataError(f"{name} is not 'digits', a folder, an archive or a pattern of shards; check the path")
+    if split is not None:
+        raise DataError(f"{name} comes with its own splits ({', '.join(source.splits)}); leave --split out")
+    return source
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a list of WordNet ids, one a line") from None
+
+
+def _adopt(pattern: str, dest: Path, split: str, workers: int, console: Console) -> None:
+    """Index shards where they lie."""
+    paths = sorted(Path(path) for path in glob.glob(pattern))  # noqa: PTH207  (the pattern may be absolute)
+    if not paths:
+        raise DataError(f"no file matches {pattern}; quote the pattern and check the path")
+    if any(path.parent.resolve() != dest.resolve() for path in paths):
+        raise DataError(f"shards are indexed where they lie; name {paths[0].parent} as DEST")
+    with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
+        task = progress.add_task(f"{split}: index", total=len(paths))
+        entry = index_in_place(paths, dest, split, pool, partial(progress.advance, task))
+    left_out = f", {len(entry.rejected)} left out (listed in {FILE_NAME})" if entry.rejected else ""
+    console.print(
+        f"{dest}: split '{split}': {entry.samples} samples in {len(paths)} shards, indexed in place{left_out}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 when the dataset is complete, 1 with one line when it cannot be built."""
-    parser = argparse.ArgumentParser("python -m data_pipeline.build", description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", metavar="SOURCE", help="'digits', or a folder of class folders")
+    parser = argparse.ArgumentParser(
+        "python -m data_pipeline.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCES)
     parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
-    parser.add_argument("--split", help="name of the split that a folder becomes (default: train)")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+        "--split", help="name of the split that a folder or a pattern of shards becomes (default: train)"
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="WordNet ids to take from ImageNet-21k, one a line"
     )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
+    parser.add_argument("--workers", type=int, help="processes (default: as many as cores)")
     args = parser.parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True)
+    workers = max(1, args.workers or len(os.sched_getaffinity(0)))
     try:
-        source = source_named(args.source, args.split)
-        build(source, args.dest, Options(max(1, args.workers), args.max_side), console)
+        if any(c in args.source for c in "*?["):
+            _adopt(args.source, args.dest, args.split or "train", workers, console)
+        else:
+            source = source_named(args.source, args.split, args.classes)
+            build(source, args.dest, Options(workers, args.max_side), console)
     except DataError as error:
         console.print(f"error: {error}", markup=False, highlight=False)
         return 1

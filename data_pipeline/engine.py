@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,66 +32,99 @@ class Rows:
 class Prepared:
     """A micro-batch with all that the graph needs."""
 
+    planned: Rows
+    """The rows as the order has them."""
     rows: Rows
+    """The rows with bad samples replaced."""
     labels: NDArray[np.int64]
     jpegs: list[NDArray[np.uint8]]
     params: Params
     bad: list[BadSample] = field(default_factory=list)
 
 
-class Prepare(Protocol):
-    """Reads and draws what a micro-batch needs; called in a thread."""
+class Preparer(Protocol):
+    """Reads and draws what micro-batches need."""
 
-    def __call__(self, rows: Rows) -> Prepared:
-        """Return the batch, ready for the graph."""
+    def prepare(self, rows: Rows) -> Prepared:
+        """Return the batch, ready for the graph; called in threads."""
+
+    def condemn(self, sample: int, reason: str) -> None:
+        """Treat a sample as bad from now on."""
 
 
 class Engine:
     """Keeps `prefetch` micro-batches being read and as many being decoded.
 
     Reading happens in threads (it waits for disks), decoding in DALI. Nothing here has a state that a restart would
-    need.
+    need. A picture that passes the screen but not the decoder costs DALI the whole pipeline: it is then found by
+    decoding one by one, condemned, and the batches on their way are prepared again without it.
     """
 
     def __init__(
-        self, config: InputConfig, prepare: Prepare, *, train: bool, batch_size: int, threads: int, device: torch.device
+        self,
+        config: InputConfig,
+        preparer: Preparer,
+        *,
+        train: bool,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
     ) -> None:
-        self._device, self._prepare, self._depth = device, prepare, config.prefetch
-        device_id = None if device.type == "cpu" else device.index or 0
+        self._device, self._preparer, self._depth = device, preparer, config.prefetch
+        self._device_id = None if device.type == "cpu" else device.index or 0
         self._plan: Iterator[Rows] = iter(())
-        self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="data-reader")
-        self._reading: deque[Future[Prepared]] = deque()
+        self._reading: deque[tuple[Rows, Future[Prepared]]] = deque()
         self._decoding: deque[Prepared] = deque()
-        self._pipe = graph.pipeline(
-            config, self._source, train=train, batch_size=batch_size, threads=threads, device_id=device_id
+        self._runs = 0
+        self._build = partial(
+            graph.pipeline,
+            config,
+            self._source,
+            train=train,
+            batch_size=batch_size,
+            threads=threads,
+            device_id=self._device_id,
         )
+        self._pipe: Any = self._build()  # None when closed
+        self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="data-reader")
 
     def run(self, plan: Iterator[Rows]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-        """Yield each planned micro-batch with its pictures, (m, 3, H, W) float32 on the device."""
-        self._stop()  # an earlier run that was not read to its end
-        self._plan = plan
+        """Yield each planned micro-batch with its pictures, (m, 3, H, W) on the device; ends an earlier run."""
+        self._stop()
+        self._runs += 1
+        current, self._plan = self._runs, plan
         try:
-            self._read_ahead()
-            self._pipe.schedule_run()
+            self._start()
             while self._decoding:
-                images = self._take()
-                prepared = self._decoding.popleft()
-                self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
+                try:
+                    images = self._take()
+                    prepared = self._decoding.popleft()
+                    self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
+                except RuntimeError as error:
+                    self._recover(error)
+                    continue
                 yield prepared, images
+                if self._runs != current:
+                    raise RuntimeError("another iteration of this loader was begun; go on with that one")
         finally:
-            self._stop()
+            if self._runs == current:
+                self._stop()
 
     def close(self) -> None:
         """End the threads and free what DALI holds."""
         self._stop()
         self._readers.shutdown(wait=True, cancel_futures=True)
-        del self._pipe
+        self._pipe = None
+
+    def _start(self) -> None:
+        self._read_ahead()
+        self._pipe.schedule_run()
 
     def _source(self, names: list[str]) -> list[Any]:
         """Give DALI the next batch; called by it from schedule_run, first for as many batches as it prefetches."""
         if not self._reading:
             raise StopIteration
-        prepared = self._reading.popleft().result()
+        prepared = self._reading.popleft()[1].result()
         self._read_ahead()
         self._decoding.append(prepared)
         return [prepared.jpegs if name == "jpeg" else prepared.params[name] for name in names]
@@ -99,7 +134,7 @@ class Engine:
             rows = next(self._plan, None)
             if rows is None:
                 return
-            self._reading.append(self._readers.submit(self._prepare, rows))
+            self._reading.append((rows, self._readers.submit(self._preparer.prepare, rows)))
 
     def _take(self) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -113,14 +148,39 @@ class Engine:
         self._pipe.release_outputs()
         return images
 
+    def _recover(self, error: RuntimeError) -> None:
+        """Condemn the samples that DALI cannot decode and begin again at the first batch that was not yielded."""
+        suspects = {
+            int(sample): (jpeg, prepared.params["start"][row], prepared.params["shape"][row])
+            for prepared in self._decoding
+            for row, (sample, jpeg) in enumerate(zip(prepared.rows.sample_ids, prepared.jpegs, strict=True))
+        }
+        reasons = {sample: graph.why_not_decoded(*inputs, self._device_id) for sample, inputs in suspects.items()}
+        guilty = {sample: reason for sample, reason in reasons.items() if reason}
+        if not guilty or len(guilty) == len(suspects):
+            raise error  # not the fault of a picture
+        for sample, reason in guilty.items():
+            self._preparer.condemn(sample, reason)
+        again = [prepared.planned for prepared in self._decoding] + [rows for rows, _ in self._reading]
+        self._plan = chain(again, self._plan)
+        self._reading.clear()
+        self._decoding.clear()
+        self._pipe = self._build()
+        self._start()
+
     def _stop(self) -> None:
         """Throw away what is on its way and make the pipeline ready for another run."""
         self._plan = iter(())
         while self._reading:
-            self._reading.popleft().cancel()
-        while not self._pipe.empty():
-            self._pipe.share_outputs()
-            self._pipe.release_outputs()
+            self._reading.popleft()[1].cancel()
         self._decoding.clear()
-        self._pipe.schedule_run()  # finds no batch: the end, after which DALI can be reset
-        self._pipe.reset()
+        if self._pipe is None:
+            return
+        try:
+            while not self._pipe.empty():
+                self._pipe.share_outputs()
+                self._pipe.release_outputs()
+            self._pipe.schedule_run()  # finds no batch: the end, after which DALI can be reset
+            self._pipe.reset()
+        except RuntimeError:  # it failed on a batch that nobody will see
+            self._pipe = self._build()

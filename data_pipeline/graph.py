@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
@@ -151,3 +152,20 @@ def pipeline(
         )
     pipe.build()
     return pipe
+
+
+def why_not_decoded(
+    jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32], device_id: int | None
+) -> str:
+    """Decode one picture alone and return DALI's reason when it cannot, else ''."""
+    pipe = Pipeline(1, 1, device_id, prefetch_queue_depth=1)
+    with pipe:
+        values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
+        pipe.set_outputs(_decode(_inputs(list(values), lambda: list(values.values())), device_id))
+    try:
+        pipe.run()
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # DALI's message is a page; the line after the source position says what is wrong.
+        return next((line for line in lines if "decode" in line.lower() or "codec" in line.lower()), lines[0])
+    return ""

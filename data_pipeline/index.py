@@ -1,11 +1,9 @@
 """Finding the samples of a shard that is already written, as DALI's `wds2idx` finds them."""
 
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import DataError
+from data_pipeline.archive import entries
 
 
 @dataclass(frozen=True)
@@ -37,39 +35,16 @@ class Sample:
 
 
 def scan(path: Path) -> list[Sample]:
-    """Return the samples of a shard in their order.
-
-    Raises:
-        DataError: the file is not a whole tar archive.
-    """
+    """Return the samples of a shard in their order; DataError when the file is not a whole tar archive."""
     samples: list[Sample] = []
-    try:
-        for member in _members(path):
-            stem, dot, extension = member.name.rpartition("/")[2].partition(".")
-            if not stem or not dot:
-                continue  # hidden files, and files that belong to no sample
-            key = member.name[: len(member.name) - len(extension) - 1]
-            if samples and samples[-1].key == key:
-                samples[-1] = Sample(key, (*samples[-1].members, _with(member, extension)))
-            else:
-                samples.append(Sample(key, (_with(member, extension),)))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(
-            f"{path} is not a whole tar archive ({error}); copy it again or build the dataset again"
-        ) from None
+    for entry in entries(path):
+        stem, dot, extension = entry.name.rpartition("/")[2].partition(".")
+        if not stem or not dot:
+            continue  # hidden files, and files that belong to no sample
+        key = entry.name[: len(entry.name) - len(extension) - 1]
+        member = Member(extension, entry.offset, entry.size, entry.name)
+        if samples and samples[-1].key == key:
+            samples[-1] = Sample(key, (*samples[-1].members, member))
+        else:
+            samples.append(Sample(key, (member,)))
     return samples
-
-
-def _with(member: Member, extension: str) -> Member:
-    return Member(extension, member.offset, member.size, member.name)
-
-
-def _members(path: Path) -> Iterator[Member]:
-    size = path.stat().st_size
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
-            if info.offset_data + info.size > size:
-                raise EOFError(f"it ends inside {info.name}")
-            if info.isreg():
-                yield Member("", info.offset_data, info.size, info.name)

@@ -41,9 +41,7 @@ class _Loader:
         self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
         """CPU threads that decode."""
-        self._engine = Engine(
-            config, self._prepare, train=train, batch_size=batch_size, threads=self.threads, device=device
-        )
+        self._engine = Engine(config, self, train=train, batch_size=batch_size, threads=self.threads, device=device)
 
     def close(self) -> None:
         """Stop prefetching and free the device's memory."""
@@ -56,7 +54,13 @@ class _Loader:
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def _prepare(self, rows: Rows) -> Prepared:
+    def condemn(self, sample: int, reason: str) -> None:
+        """Treat a sample as bad from now on."""
+        self._reader.condemned[sample] = reason
+
+    def prepare(self, rows: Rows) -> Prepared:
+        """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
+        planned = rows
         seen = rows.sample_ids.copy()
         jpegs, bad = [], []
         for row, sample in enumerate(rows.sample_ids.tolist()):
@@ -69,7 +73,7 @@ class _Loader:
         # Drawn for the sample that should stand here, so that its replacement looks other than where it stands itself.
         params = self._params(rows, *sizes)
         rows = Rows(seen, rows.epochs, rows.rows, self._valid(rows, seen))
-        return Prepared(rows, self._dataset.labels[seen].astype(np.int64), jpegs, params, bad)
+        return Prepared(planned, rows, self._dataset.labels[seen].astype(np.int64), jpegs, params, bad)
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
         """Return the next good sample of the same shard: the same one whoever asks."""

@@ -1,8 +1,8 @@
 """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) on a batch on its device, with soft targets.
 
 Row 2i of the global batch is mixed with row 2i + 1 and the other way round, with one draw for both, so that partners
-always share a rank and a micro-batch. The draws are keyed on (seed, step, pair): a batch is mixed in the same way on any
-number of ranks and after any restart. Erasing and flipping are done before, by DALI.
+always share a rank and a micro-batch. The draws are keyed on (seed, step, pair): a batch is mixed in the same way on
+any number of ranks and after any restart. Erasing and flipping are done before, by DALI.
 """
 
 import numpy as np

@@ -9,11 +9,14 @@ antialiasing). Rejected: what does not decode to its last row, and what has more
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+T = TypeVar("T")
 MAX_PIXELS = 100_000_000
 QUALITY = 95
 _UPRIGHT = 1
@@ -38,6 +41,30 @@ class Rejected:
 
 def normalise(data: bytes, max_side: int | None = None) -> Normalised | Rejected:
     """Decode a picture and return it as it enters a shard, or why it does not."""
+
+    def keep_or_encode(image: Image.Image) -> Normalised:
+        upright = image.getexif().get(_ORIENTATION, _UPRIGHT) in {0, _UPRIGHT}
+        small = max_side is None or max(image.size) <= max_side
+        if image.format == "JPEG" and image.mode in {"L", "RGB"} and upright and small:
+            return Normalised(data, image.width, image.height)
+        return _encoded(_to_rgb(ImageOps.exif_transpose(image)), max_side)
+
+    return decoded(data, keep_or_encode)
+
+
+def decoded_size(data: bytes) -> tuple[int, int] | Rejected:
+    """Return width and height of a picture as DALI decodes it, with the EXIF rotation, or why it cannot be used."""
+
+    def size(image: Image.Image) -> tuple[int, int] | Rejected:
+        if image.mode.startswith("I"):
+            return Rejected("16 bits per channel, which decoders do not agree on")
+        return ImageOps.exif_transpose(image).size
+
+    return decoded(data, size)
+
+
+def decoded(data: bytes, use: Callable[[Image.Image], T]) -> T | Rejected:
+    """Decode a picture to its last row and hand it to `use`; whatever is wrong with it becomes a reason."""
     if not data:
         return Rejected("empty file")
     try:
@@ -47,11 +74,9 @@ def normalise(data: bytes, max_side: int | None = None) -> Normalised | Rejected
                 if image.width * image.height > MAX_PIXELS:
                     return Rejected(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
                 image.load()
-                upright = image.getexif().get(_ORIENTATION, _UPRIGHT) in (0, _UPRIGHT)
-                small = max_side is None or max(image.size) <= max_side
-                if image.format == "JPEG" and image.mode in {"L", "RGB"} and upright and small:
-                    return Normalised(data, image.width, image.height)
-                return _encoded(_to_rgb(ImageOps.exif_transpose(image)), max_side)
+                return use(image)
+    except UnidentifiedImageError:
+        return Rejected("does not decode: it is no picture that Pillow knows")
     except Image.DecompressionBombError:
         return Rejected(f"more than {MAX_PIXELS} pixels")
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:

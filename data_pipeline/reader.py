@@ -19,6 +19,8 @@ class Reader:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
+        self.condemned: dict[int, str] = {}
+        """Samples that passed the screen but not the decoder, with the reason."""
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -29,7 +31,9 @@ class Reader:
             DataError: the shard itself cannot be read.
         """
         data = self._bytes(sample)
-        if len(data) != self.dataset.length[sample]:
+        if sample in self.condemned:
+            reason = self.condemned[sample]
+        elif len(data) != self.dataset.length[sample]:
             reason = f"the shard ends after {len(data)} of its {self.dataset.length[sample]} bytes"
         elif crc32(data) != self.dataset.crc32[sample]:
             reason = "its checksum differs from the one taken when the shards were built"

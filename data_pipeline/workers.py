@@ -9,6 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+Advance = Callable[[float], None]
+"""Told how much more is done, for a progress bar."""
 J = TypeVar("J")
 R = TypeVar("R")
 _PR_SET_PDEATHSIG = 1

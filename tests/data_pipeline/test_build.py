@@ -103,7 +103,7 @@ def test_a_split_with_a_strange_class_is_refused(photos, tmp_path, capsys):
 @pytest.mark.parametrize("source", ["/nowhere", "dogits"])
 def test_an_unknown_source_is_one_clear_line(source, tmp_path, capsys):
     assert build([source, str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {source} is neither")
+    assert capsys.readouterr().err.startswith(f"error: {source} is not 'digits'")
 
 
 def test_members_are_sorted_plain_and_owned_by_nobody(digits):

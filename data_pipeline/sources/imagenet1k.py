@@ -1,0 +1,95 @@
+"""ImageNet-1k (ILSVRC 2012) as downloaded: three archives in one folder, none of them unpacked."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.archive import entries
+from data_pipeline.errors import DataError
+from data_pipeline.sources import Extent, Picture
+
+TRAIN = "ILSVRC2012_img_train.tar"
+VAL = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+
+
+class ImageNet1k:
+    """The training archive of per-class archives, the validation archive, and the labels from the development kit.
+
+    Labels count through the WordNet ids in their alphabetical order, as everywhere.
+    """
+
+    splits = ("train", "val")
+    shard_bytes = 256 * 2**20
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in (TRAIN, VAL, DEVKIT):
+            if not (root / name).is_file():
+                raise DataError(f"{root / name} does not exist; download it from image-net.org into {root}")
+        self._wnid_of, self._names, self._truth = _read_devkit(root / DEVKIT)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what decides the pictures."""
+        return {"source": "imagenet-1k", "bytes": {name: (self.root / name).stat().st_size for name in (TRAIN, VAL)}}
+
+    def class_names(self) -> dict[str, str]:
+        """Return WordNet id -> words."""
+        return dict(sorted(self._names.items()))
+
+    def count(self, split: str) -> int | None:
+        """Return the number of validation pictures; the training archive does not say."""
+        return len(self._truth) if split == "val" else None
+
+    def pictures(self, split: str) -> Iterator[Picture]:
+        """Yield the pictures in the order of the archives."""
+        return self._train() if split == "train" else self._val()
+
+    def _train(self) -> Iterator[Picture]:
+        path = self.root / TRAIN
+        for outer in entries(path):
+            wnid = outer.name.removesuffix(".tar")
+            if wnid not in self._names:
+                raise DataError(f"{path} holds {outer.name}, which is no class of {DEVKIT}; download both again")
+            for entry in entries(path, outer.offset, outer.offset + outer.size):
+                yield Picture(f"{wnid}/{entry.name}", wnid, Extent(str(path), entry.offset, entry.size))
+
+    def _val(self) -> Iterator[Picture]:
+        path = self.root / VAL
+        found = 0
+        for entry in entries(path):
+            found += 1
+            # The name ends with the picture's number, from 1, which is its line in the ground truth.
+            line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
+            if not line.isdigit() or not 1 <= int(line) <= len(self._truth):
+                raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
+            wnid = self._wnid_of[self._truth[int(line) - 1]]
+            yield Picture(entry.name, wnid, Extent(str(path), entry.offset, entry.size))
+        if found != len(self._truth):
+            raise DataError(f"{path} holds {found} pictures, but {DEVKIT} labels {len(self._truth)}; download it again")
+
+
+def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]:
+    """Return number -> WordNet id, WordNet id -> words, and the number of each validation picture."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
+
+    try:
+        with tarfile.open(path) as archive:
+            found = {name.rpartition("/")[2]: name for name in archive.getnames()}
+            meta, truth = (
+                archive.extractfile(found[name]).read()  # type: ignore[union-attr]
+                for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            )
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # Numbers above the leaves are inner nodes of the hierarchy, which label no picture.
+        leaves = [row for row in synsets if int(row["num_children"]) == 0]
+        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+        names = {str(row["WNID"]): str(row["words"]) for row in leaves}
+        numbers = [int(line) for line in truth.split()]
+        if not set(numbers) <= set(wnid_of):
+            raise ValueError("the ground truth names classes that meta.mat does not have")
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not the development kit of ILSVRC 2012 ({error}); download it again") from None
+    return wnid_of, names, numbers
