@@ -17,13 +17,20 @@ from data_pipeline.build import main as build
 from data_pipeline.verify import main as verify
 from tests.data_pipeline.pictures import jpeg
 
-# Small units and shards, so that there is much to be interrupted in; every file operation is slowed down a little.
+# Small units and shards, so that there is much to be interrupted in, and slow enough to be hit in the middle.
 SCRIPT = """
-import sys
-from data_pipeline import units
+import sys, time
+from data_pipeline import assemble, units
 from data_pipeline.sources.folder import Folder
 from data_pipeline.build import main
 units.UNIT_PICTURES, Folder.shard_bytes = 7, 40_000
+def slowly(function):
+    def slow(*args):
+        for item in function(*args):
+            time.sleep(0.002)
+            yield item
+    return slow
+Folder.pictures, assemble.shard_jobs = slowly(Folder.pictures), slowly(assemble.shard_jobs)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -64,7 +71,7 @@ def test_a_build_killed_again_and_again_gives_the_same_bytes(folder, tmp_path):
     for _ in range(40):
         process = start(folder, dest)
         # Kill it after it has made a few more files than any before: every stage is hit, and it always gets on.
-        goal = seen + chance.randint(2, 12)
+        goal = seen + chance.randint(5, 25)
         while process.poll() is None and traces(dest) < goal:
             time.sleep(0.002)
         seen = max(seen, traces(dest))
