@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,19 @@ def load_handoff(folder: Path) -> tuple[LaViT, HandoffConfig]:
         UserError: no hand-off, unfinished, or its files do not belong together.
     """
     try:
-        config = HandoffConfig.model_validate_json((folder / CONFIG).read_text())
+        config = HandoffConfig.model_validate(json.loads((folder / CONFIG).read_text()))
         content = (folder / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} is not a finished hand-off: {error.filename} is missing; "
             "`python -m pretrain.export RUN` writes one"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UserError(f"{folder / CONFIG}: {where}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
     if _blake2(content) != config.weights_blake2:
         raise UserError(f"{folder / WEIGHTS} has other content than when it was handed off: copy it again")
     try:

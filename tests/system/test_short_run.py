@@ -101,64 +101,54 @@ def test_a_finished_run_is_whole_and_a_second_start_does_nothing(straight: Path,
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C on the terminal", "SIGKILL of a rank"])
-def test_stopped_in_the_middle_it_resumes_and_equals_the_straight_run(
-    how: str, straight: Path, short: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("how", "ranks"),
+    [
+        ("SIGTERM to the launcher", 2),
+        ("SIGKILL of a rank", 2),
+        ("Ctrl-C on the terminal", 4),
+        ("SIGKILL of the launcher's half that starts the ranks", 1),
+    ],
+)
+def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
+    how: str, ranks: int, straight: Path, short: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "demo"
+    crashed = how == "SIGKILL of a rank"
     with launched(tmp_path, *short) as run:
         run.wait_for_steps(folder, 8)
         if how == "SIGTERM to the launcher":
             run.process.terminate()
         elif how == "Ctrl-C on the terminal":
             os.killpg(run.process.pid, signal.SIGINT)
-        else:
+        elif crashed:
             run.ranks()[-1].kill()
+        else:
+            for process in psutil.Process(run.process.pid).children():
+                process.kill()
         run.end()
         run.assert_no_rank_stays()
-        if how != "SIGKILL of a rank":
+        if not crashed:
             assert "stopped at step" in run.output()
             assert state(folder)["state"] == "preempted"
             assert state(folder)["step"] >= 8
-        assert not list((folder / "checkpoints").glob(".*")) or how == "SIGKILL of a rank"
-    with launched(tmp_path, *short) as resumed:
+            assert not list((folder / "checkpoints").glob(".*"))
+    with launched(tmp_path, *short, ranks=ranks) as resumed:
         assert resumed.end() == ExitCode.FINISHED, resumed.output()
         text = resumed.output()
         resumed.assert_no_rank_stays()
     first = int(text.split("at step ")[1].split()[0])
-    assert first >= (6 if how == "SIGKILL of a rank" else 8), text
+    assert first >= (6 if crashed else 8), text
     assert f"resuming {folder} at step {first} of {STEPS}" in text
     assert state(folder)["restarts"] == 1
     expected, rows = train_rows(straight), train_rows(folder)
     assert [row["step"] for row in rows] == [row["step"] for row in expected], "a step is missing or stands twice"
-    assert [row["loss"] for row in rows] == [row["loss"] for row in expected], "the losses are not bit-identical"
+    losses, straight_losses = [row["loss"] for row in rows], [row["loss"] for row in expected]
+    if ranks == 2:
+        assert losses == straight_losses, "the losses are not bit-identical"
+    else:  # another number of ranks adds the same gradients in another order
+        assert losses == pytest.approx(straight_losses, abs=1e-5)
     assert not list((folder / "checkpoints").glob(".*"))
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_resumed_with_another_number_of_ranks_the_curve_goes_on(
-    ranks: int, straight: Path, short: list[str], tmp_path: Path
-) -> None:
-    folder = tmp_path / "demo"
-    with launched(tmp_path, *short) as run:
-        run.wait_for_steps(folder, 8)
-        run.process.terminate()
-        run.end()
-        run.assert_no_rank_stays()
-    with launched(tmp_path, *short, ranks=ranks) as resumed:
-        assert resumed.end() == ExitCode.FINISHED, resumed.output()
-    losses = [row["loss"] for row in train_rows(folder)]
-    assert losses == pytest.approx([row["loss"] for row in train_rows(straight)], abs=1e-5)
-
-
-def test_a_killed_launcher_leaves_no_rank_and_a_saved_run(short: list[str], tmp_path: Path) -> None:
-    with launched(tmp_path, *short) as run:
-        run.wait_for_steps(tmp_path / "demo", 8)
-        for process in psutil.Process(run.process.pid).children():  # the half of the launcher that starts the ranks
-            process.kill()
-        run.end()
-        run.assert_no_rank_stays()
-    assert state(tmp_path / "demo")["state"] == "preempted"
 
 
 def test_a_changed_recipe_is_not_taken_for_the_same_run(straight: Path, short: list[str]) -> None:

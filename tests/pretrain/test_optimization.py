@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pretrain.optimization import build_optimizer, drop_path_uniforms, learning_rate
+from pretrain.recipe import OptimizerSection, ScheduleSection
+
+SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)
+
+
+def at(samples: int) -> float:
+    return learning_rate(samples, peak=1.0, schedule=SCHEDULE, epoch_size=100)
+
+
+def test_the_schedule_warms_up_linearly_then_follows_a_cosine_to_its_floor() -> None:
+    assert at(50) == pytest.approx(0.25)
+    assert at(200) == pytest.approx(1.0)
+    assert at(600) == pytest.approx((1.0 + 0.1) / 2)
+    assert at(1000) == pytest.approx(0.1)
+    assert at(1100) == pytest.approx(0.1)
+
+
+def test_the_schedule_agrees_with_torchs_cosine() -> None:
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=800, eta_min=0.1)
+    for samples in range(200, 1000):
+        assert at(samples) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+
+
+def test_drop_path_draws_do_not_depend_on_how_the_batch_is_split() -> None:
+    whole = drop_path_uniforms(7, 3, np.arange(12), branches=5, global_batch=12)
+    parts = [drop_path_uniforms(7, 3, rows, branches=5, global_batch=12) for rows in np.split(np.arange(12), 4)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> None:
+    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20, global_batch=1000)
+    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20, global_batch=1000),
+                  drop_path_uniforms(8, 3, np.arange(1000), branches=20, global_batch=1000)):  # fmt: skip
+        assert not torch.equal(draws, other)
+        assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.03
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert draws.mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_must_not_decay_has_its_own_group() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    spared = {"0.bias", "1.weight", "1.bias"}
+    optimizer = build_optimizer(model, OptimizerSection(lr=1.0, weight_decay=0.3), spared, torch.device("cpu"))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
+    }  # fmt: skip
+
+
+def test_a_spared_name_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothere"):
+        build_optimizer(nn.Linear(2, 2), OptimizerSection(lr=1.0), {"nothere"}, torch.device("cpu"))
