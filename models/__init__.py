@@ -1,14 +1,19 @@
 """The network and its losses. Knows torch, nothing of files, ranks or recipes."""
 
 from models.config import LaViTConfig
+from models.diagnostics import BlockDiagnostics, attention_diagnostics
 from models.diagonality import diagonality_loss, diagonality_loss_as_printed
 from models.lavit import LaViT
+from models.transplant import apply_less_attention
 from models.variants import create_model, list_models, model_config
 from models.weights import load_weights
 
 __all__ = [
+    "BlockDiagnostics",
     "LaViT",
     "LaViTConfig",
+    "apply_less_attention",
+    "attention_diagnostics",
     "create_model",
     "diagonality_loss",
     "diagonality_loss_as_printed",

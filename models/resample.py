@@ -7,10 +7,10 @@ from torch import Tensor
 from models.config import Grid
 
 
-def _interpolate(fields: Tensor, grid: Grid, mode: str) -> Tensor:
-    """(K, h, w) to (K, *grid), low-pass filtered where it shrinks; in fp32, which is what the kernels support."""
+def _interpolate(fields: Tensor, grid: Grid) -> Tensor:
+    """(K, h, w) to (K, *grid), bicubic, low-pass filtered where it shrinks; in fp32, which the kernels support."""
     dtype = fields.dtype if fields.dtype == torch.float64 else torch.float32
-    return F.interpolate(fields[None].to(dtype), grid, mode=mode, align_corners=False, antialias=True)[0]
+    return F.interpolate(fields[None].to(dtype), grid, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 def resample_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
@@ -25,14 +25,14 @@ def resample_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
         (T', C), T' = target height x width.
     """
     picture = table.T.unflatten(1, source)
-    return _interpolate(picture, target, "bicubic").flatten(1).T.to(table.dtype)
+    return _interpolate(picture, target).flatten(1).T.to(table.dtype)
 
 
 def resample_map(weight: Tensor, source: Grid, target: Grid) -> Tensor:
     """A Linear layer over tokens, seen as a map from grid to grid, for another grid (this project's choice).
 
-    With `W = I + D`, the identity stays what it is and D is interpolated bilinearly, over the grid it reads and over
-    the grid it writes. It is multiplied by T / T', as each output now sums over T' tokens in place of T: a smooth
+    With `W = I + D`, the identity stays what it is and D is interpolated over the grid it reads and over the grid it
+    writes. It is multiplied by T / T', as each output now sums over T' tokens in place of T: a smooth
     picture of scores, enlarged and mapped, equals the mapped one, enlarged.
 
     Args:
@@ -45,6 +45,6 @@ def resample_map(weight: Tensor, source: Grid, target: Grid) -> Tensor:
     """
     before, after = source[0] * source[1], target[0] * target[1]
     change = weight - torch.eye(before, device=weight.device, dtype=weight.dtype)
-    reads = _interpolate(change.unflatten(1, source), target, "bilinear").flatten(1) * (before / after)
-    writes = _interpolate(reads.T.unflatten(1, source), target, "bilinear").flatten(1).T
+    reads = _interpolate(change.unflatten(1, source), target).flatten(1) * (before / after)
+    writes = _interpolate(reads.T.unflatten(1, source), target).flatten(1).T
     return (writes + torch.eye(after, device=weight.device, dtype=writes.dtype)).to(weight.dtype)

@@ -115,7 +115,7 @@ def test_the_residuals_four_axis_kernel_weighs_key_offsets_and_query_offsets_apa
     scores = torch.randn(1, 3, 16, 16)
     out = residual(scores, (4, 4), (4, 4))
     kernel = residual.pool.weight.view(3, 2, 2, 2, 2)  # head, key offsets, query offsets
-    patches = scores.view(3, 2, 2, 2, 2, 2, 2, 2, 2)  # head, then (grid, offset) for key rows, columns, query rows, columns
+    patches = scores.view(3, 2, 2, 2, 2, 2, 2, 2, 2)  # head, (grid, offset) of 4 axes
     pooled = torch.einsum("hiajbkcld,habcd->hijkl", patches, kernel)
     mixed = torch.einsum("gh,hijkl->gijkl", residual.mix.weight[:, :, 0, 0], pooled)
     expected = mixed * residual.scale.gamma.view(4, 1, 1, 1, 1)

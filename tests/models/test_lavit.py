@@ -7,11 +7,20 @@ import torch
 
 from models import LaViT, LaViTConfig, create_model
 
+SMALL = {
+    "patch_size": 2,
+    "widths": (8, 16, 16, 24),
+    "depths": (1, 2, 3, 2),
+    "vanilla_blocks": (1, 1, 1, 1),
+    "heads": (1, 2, 2, 3),
+    "reduction_ratios": (4, 2, 1, 1),
+}
+"""A few thousand parameters on grids of 16, 8, 4 and 2 tokens a side, with every mechanism."""
+
 
 def small(**overrides) -> LaViT:
     torch.manual_seed(0)
-    fields = {"widths": (8, 16, 16, 24), "heads": (1, 2, 2, 3), "depths": (1, 2, 3, 2), "vanilla_blocks": (1, 1, 1, 1)}
-    return create_model("lavit_micro", num_classes=5, **fields | overrides)
+    return create_model("lavit_micro", num_classes=5, **SMALL | overrides)
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (3, 32, 64), (2, 80, 48)])

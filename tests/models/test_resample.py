@@ -1,0 +1,143 @@
+"""Other picture sizes: Psi, Theta and position embeddings follow the grid."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import create_model, load_weights
+from models.attention import LessAttention
+from models.resample import resample_map, resample_table
+from tests.models.test_lavit import SMALL, small
+
+
+def smooth(grid, harmonics=2):
+    """A smooth picture with values of order one: the product of a few cosines that fit the grid's borders."""
+    rows = (torch.arange(grid[0]) + 0.5) / grid[0] * torch.pi
+    columns = (torch.arange(grid[1]) + 0.5) / grid[1] * torch.pi
+    generator = torch.Generator().manual_seed(0)
+    amounts = torch.randn(harmonics, harmonics, generator=generator)
+    pairs = [(i, j) for i in range(harmonics) for j in range(harmonics)]
+    return sum(amounts[i, j] * torch.outer((i * rows).cos(), (j * columns).cos()) for i, j in pairs)
+
+
+@pytest.mark.parametrize("target", [(24, 24), (32, 48), (7, 7), (9, 21)])
+def test_a_fresh_identity_stays_exactly_the_identity(target):
+    weight = resample_map(torch.eye(14 * 14), (14, 14), target)
+    assert torch.equal(weight, torch.eye(target[0] * target[1]))
+
+
+def test_the_same_grid_changes_nothing():
+    weight, table = torch.randn(12, 12), torch.randn(12, 5)
+    torch.testing.assert_close(resample_map(weight, (3, 4), (3, 4)), weight)
+    torch.testing.assert_close(resample_table(table, (3, 4), (3, 4)), table)
+
+
+@pytest.mark.parametrize("target", [(16, 16), (12, 20), (8, 6)])
+def test_a_smooth_map_follows_its_formula_to_another_grid(target):
+    """A map written as products of cosines is known on every grid; a sum over T' tokens weighs each by 1 / T'."""
+
+    def formula(grid):
+        tokens = grid[0] * grid[1]
+        waves = [smooth(grid, n).flatten() for n in (1, 2)]
+        return sum(torch.outer(a, b) for a in waves for b in waves) / tokens
+
+    resampled = resample_map(torch.eye(64) + formula((8, 8)), (8, 8), target)
+    expected = formula(target)
+    error = (resampled - torch.eye(len(resampled)) - expected).norm() / expected.norm()
+    assert error < 0.03  # bicubic on half a wave of 8 samples; repeating nearest tokens misses by more than twice that
+
+
+def perturbed(model, amount=0.05):
+    """As after training: Psi and Theta moved smoothly off the identity, position embeddings smooth and large."""
+    with torch.no_grad():
+        for stage in model.stages:
+            grid = stage.position.grid
+            for channel in range(stage.position.table.shape[2]):
+                stage.position.table[:, :, channel] = smooth(grid, 1 + channel % 2) * 0.2
+            for block in stage.blocks:
+                if isinstance(block.attention, LessAttention):
+                    for module in (block.attention.theta, block.attention.psi):
+                        wave = smooth(module.grid).flatten()
+                        module.weight += amount * torch.outer(wave, wave) / wave.numel()
+            if stage.residual is not None:
+                stage.residual.scale.gamma.fill_(0.3)
+    return model
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 96), (32, 64)])
+def test_loading_at_another_size_equals_resampling_on_the_way(size):
+    model = perturbed(small()).eval()
+    other = small(image_size=size).eval()
+    resampled = load_weights(other, model.state_dict())
+    assert "stages.2.blocks.1.attention.psi.weight" in resampled
+    assert "stages.0.position.table" in resampled
+    images = torch.randn(1, 3, *size)
+    torch.testing.assert_close(other(images), model(images))
+    assert not torch.allclose(other(images), small(image_size=size).eval()(images))
+
+
+@pytest.mark.parametrize("size", [384, (512, 768)])
+def test_weights_of_224_load_at_larger_sizes_and_run(size):
+    fields = {"widths": (8, 8, 16, 16), "heads": (1, 1, 1, 1), "depths": (1, 1, 2, 2), "vanilla_blocks": (1, 1, 1, 1)}
+    model = perturbed(create_model("lavit_tiny", num_classes=3, **fields))
+    other = create_model("lavit_tiny", num_classes=3, image_size=size, **fields).eval()
+    assert len(load_weights(other, model.state_dict())) == 4 + 2 * 3
+    height, width = other.config.image_size
+    assert other(torch.randn(1, 3, height, width)).isfinite().all()
+
+
+def test_features_of_a_smoothly_enlarged_picture_stay_close():
+    """Measure: how far mean-pooled features of every stage move, over their distance to another picture's features."""
+    model = perturbed(small(image_size=(64, 64), reduction_ratios=(8, 4, 2, 1))).eval()
+    picture = torch.stack([smooth((64, 64), n) for n in (2, 3, 4)])[None]
+    other = picture.flip(1).transpose(2, 3) * 0.7 - 0.2
+    enlarged = F.interpolate(picture, scale_factor=1.5, mode="bicubic", antialias=True)
+    with torch.no_grad():
+        maps = [model.forward_features(images) for images in (picture, enlarged, other)]
+    for small_map, large_map, other_map in zip(*maps, strict=True):
+        pooled, pooled_large, pooled_other = (m.mean((2, 3)) for m in (small_map, large_map, other_map))
+        moved = (pooled - pooled_large).norm() / (pooled - pooled_other).norm()
+        assert moved < 0.2
+
+
+def test_each_output_still_sums_the_same_weight_over_more_tokens():
+    weight = torch.eye(64) + torch.full((64, 64), 1 / 64)
+    torch.testing.assert_close(resample_map(weight, (8, 8), (16, 16)).sum(1), torch.full((256,), 2.0))
+
+
+def test_loading_names_every_tensor_that_does_not_fit_and_changes_nothing():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    state = {k: v + 1 for k, v in small().state_dict().items()}
+    state["head.weight"] = torch.zeros(7, 24)
+    del state["norm.bias"]
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        load_weights(model, state)
+    for line in ("shape: head.weight is (7, 24), not (5, 24)", "missing: norm.bias", "unknown: extra"):
+        assert line in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_deeper_trunk_is_no_matter_of_the_grid():
+    with pytest.raises(ValueError, match=r"unknown: stages\.2\.blocks\.2"):
+        load_weights(small(depths=(1, 2, 2, 2)), small().state_dict())
+    with pytest.raises(ValueError, match=r"shape: stages\.0\.embed\.conv\.weight"):
+        load_weights(small(patch_size=4, image_size=(64, 64)), small().state_dict())
+
+
+def test_a_fresh_head_is_left_as_it_is_and_the_rest_is_loaded():
+    source, model = small(), create_model("lavit_micro", num_classes=9, **SMALL)
+    head = model.head.weight.clone()
+    assert load_weights(model, source.state_dict(), fresh=["head."]) == []
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert torch.equal(model.stages[2].blocks[0].mlp.fc1.weight, source.stages[2].blocks[0].mlp.fc1.weight)
+
+
+def test_resampling_on_the_way_passes_gradients():
+    model = small()
+    model(torch.randn(1, 3, 48, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
