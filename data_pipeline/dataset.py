@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split
+from data_pipeline.manifest import FILE_NAME, Shard, Split
 from data_pipeline.shards import member_name
+from data_pipeline.store import CacheConfig, LocalStore, Store, open_store
 
 
 @dataclass(frozen=True)
 class Dataset:
     """One split of a dataset. Sample ids count through the shards in their order; every array is (samples,)."""
 
-    path: Path
+    store: Store
+    path: Path | str
     name: str
     split: str
     class_ids: tuple[str, ...]
@@ -41,24 +43,31 @@ class Dataset:
     """Checksum of the JPEG's bytes."""
 
     @classmethod
-    def open(cls, path: Path | str, split: str) -> "Dataset":
+    def open(cls, path: Path | str, split: str, cache: CacheConfig | None = None) -> "Dataset":
         """Open a split.
+
+        Args:
+            path: the dataset's folder, or a URL that fsspec knows.
+            split: which split.
+            cache: for a URL, where files are kept on local disk.
 
         Raises:
             DataError: there is no such dataset or split, a shard is missing or has another size than the index says, or
                 a label lies outside the classes.
         """
-        folder = Path(path)
-        manifest = Manifest.read(folder)
+        store = open_store(path, cache)
+        manifest = store.manifest()
         if split not in manifest.splits:
             there = ", ".join(f"'{name}'" for name in manifest.splits)
-            raise DataError(f"{folder} has no split '{split}' (there is {there}); name one of these, or build it")
+            raise DataError(f"{path} has no split '{split}' (there is {there}); name one of these, or build it")
         entry = manifest.splits[split]
-        _check_sizes(folder, entry)
-        table = _table(folder, entry)
+        if isinstance(store, LocalStore):  # a remote shard is checked against its checksum when it is fetched
+            _check_sizes(store.folder, entry)
+        table = _table(store, entry)
         identity = hashlib.sha256("\0".join([entry.table.sha256, *manifest.class_ids]).encode()).hexdigest()
         dataset = cls(
-            path=folder,
+            store=store,
+            path=path,
             name=manifest.name,
             split=split,
             class_ids=tuple(manifest.class_ids),
@@ -82,8 +91,12 @@ class Dataset:
         return len(self.class_ids)
 
     def shard_path(self, shard: int) -> Path:
-        """Return where a shard lies."""
-        return self.path / self.shards[shard].tar.name
+        """Return a local path of a shard; DataError when it is remote and cannot be had."""
+        return self.store.file(self.shards[shard].tar)
+
+    def where(self, shard: int) -> str:
+        """Name a shard for a message."""
+        return self.store.where(self.shards[shard].tar.name)
 
     def sample_name(self, sample: int) -> str:
         """Return the name of a sample's member in its shard."""
@@ -91,7 +104,7 @@ class Dataset:
             return member_name(shard, int(self.offset[sample])) or f"sample {sample}"
 
     def _check_table(self, entry: Split) -> None:
-        where = self.path / entry.table.name
+        where = self.store.where(entry.table.name)
         if not np.array_equal(np.bincount(self.shard, minlength=len(self.shards)), self.shard_sizes):
             raise DataError(
                 f"{where} does not count the samples of the shards as {FILE_NAME} does; build the dataset again"
@@ -102,7 +115,7 @@ class Dataset:
         if len(strange):
             sample = int(strange[0])
             raise DataError(
-                f"sample {self.sample_name(sample)} in {self.shard_path(int(self.shard[sample]))} has label "
+                f"sample {self.sample_name(sample)} in {self.where(int(self.shard[sample]))} has label "
                 f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; "
                 "mend the label or the list of classes"
             )
@@ -124,8 +137,8 @@ def _check_sizes(folder: Path, entry: Split) -> None:
                 )
 
 
-def _table(folder: Path, entry: Split) -> dict[str, NDArray]:
-    path = folder / entry.table.name
+def _table(store: Store, entry: Split) -> dict[str, NDArray]:
+    path = store.file(entry.table)
     try:
         if path.stat().st_size != entry.table.bytes:
             raise DataError(f"{path} is not the file that {FILE_NAME} names: its size differs; copy it again")

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
+from data_pipeline.fetcher import Fetcher
 from data_pipeline.order import Order
 from data_pipeline.reader import Reader
+from data_pipeline.store import RemoteStore
 from data_pipeline.transforms import InputConfig
 
 __all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader"]
@@ -37,6 +40,7 @@ class _Loader:
     ) -> None:
         self._dataset, self._config, self._device, self._on_bad = dataset, config, device, on_bad_sample
         self._reader = Reader(dataset)
+        self._fetcher = Fetcher(dataset) if isinstance(dataset.store, RemoteStore) else None
         self._bad: set[int] = set()
         self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
@@ -47,6 +51,8 @@ class _Loader:
         """Stop prefetching and free the device's memory."""
         self._engine.close()
         self._reader.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
 
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
         raise NotImplementedError
@@ -86,12 +92,12 @@ class _Loader:
             if not reason:
                 return other, data
         raise DataError(
-            f"{self._dataset.shard_path(shard)}: sample {self._dataset.sample_name(sample)} and all after it "
+            f"{self._dataset.where(shard)}: sample {self._dataset.sample_name(sample)} and all after it "
             "are damaged; copy the shard again or build the dataset again"
         )
 
     def _described(self, sample: int, reason: str, replaced_by: int) -> BadSample:
-        shard = self._dataset.shard_path(int(self._dataset.shard[sample])).name
+        shard = self._dataset.shards[int(self._dataset.shard[sample])].tar.name
         return BadSample(sample, self._dataset.sample_name(sample), shard, reason, replaced_by)
 
     def _batches(self, plan: Iterator[Rows]) -> Iterator[Batch]:
@@ -178,10 +184,21 @@ class TrainLoader(_Loader):
     def _plan(self) -> Iterator[Rows]:
         step = self._start
         while True:
+            if self._fetcher is not None:
+                self._fetcher.want(self._shards_ahead(step))
             for low in range(self._first_row, self._first_row + self._share, self._micro):
                 epochs, ids = self._order.samples(step + low, step + low + self._micro)
                 yield Rows(ids, epochs, np.arange(low, low + self._micro), np.ones(self._micro, bool))
             step += self._global
+
+    def _shards_ahead(self, step: int) -> list[int]:
+        """Return the shards that this rank reads next, those of its lanes one after the other."""
+        block = self._global // self._config.lanes
+        firsts = range(self._first_row // block * block, self._first_row + self._share, block)
+        window = self._config.shuffle_window
+        ahead = [self._order.shards_ahead(step + max(first, self._first_row), 2 * window) for first in firsts]
+        columns = zip_longest(*(self._dataset.shard[samples].tolist() for samples in ahead))
+        return [shard for column in columns for shard in column if shard is not None]
 
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
         return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)

@@ -20,7 +20,7 @@ _STREAM = 1 << 31  # apart from the order's streams and the augmentation's block
 class MixingConfig(BaseModel):
     """How the pictures of a batch are mixed and how their labels become targets."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mixup: float = Field(0.0, ge=0)
     """Alpha of the Beta distribution of the share that a picture keeps; 0 switches mixup off."""

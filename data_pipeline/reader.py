@@ -54,12 +54,17 @@ class Reader:
                 os.close(duplicate)
         except OSError as error:
             raise DataError(
-                f"{dataset.shard_path(shard)} cannot be read ({error.strerror}); mend the disk or copy it again"
+                f"{dataset.where(shard)} cannot be read ({error.strerror}); mend the disk or copy it again"
             ) from None
 
     def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.dataset.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        while shard not in self._files:
+            try:
+                self._files[shard] = os.open(self.dataset.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not self.dataset.store.remote:
+                    raise
+                continue  # another process dropped it from the cache just now: it is fetched again
             if len(self._files) > _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from data_pipeline.store import CacheConfig
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -118,6 +120,8 @@ class InputConfig(_Config):
 
     path: Annotated[Path | str, BeforeValidator(_location)]
     """The dataset's folder, as written by `python -m data_pipeline.build`; or a URL that fsspec knows."""
+    cache: CacheConfig | None = None
+    """Needed for a URL: where its files are kept on local disk."""
     train_split: str = "train"
     """The split that is trained on."""
     val_split: str = "val"

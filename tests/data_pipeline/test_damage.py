@@ -237,7 +237,7 @@ def test_a_wrong_size_in_the_table_is_found_by_the_decoder_and_replaced(copy):
 
 
 BEFORE_THE_FIRST_BATCH = {
-    "a shard cut short": (lambda f: os.truncate(f / "digits-train-000002.tar", 9999), "000002.tar has 9999 bytes"),
+    "a short shard": (lambda f: os.truncate(f / "digits-train-000002.tar", 9999), "000002.tar has 9999 bytes"),
     "an empty shard": (lambda f: os.truncate(f / "digits-train-000002.tar", 0), "000002.tar has 0 bytes"),
     "a missing shard": (lambda f: (f / "digits-train-000002.tar").unlink(), "000002.tar: No such file"),
     "another shard in its place": (
@@ -264,7 +264,7 @@ def test_a_dataset_that_disagrees_with_itself_is_an_error_before_the_first_batch
 
 
 def test_a_shard_of_the_same_size_with_other_content_is_never_a_silent_wrong_label(copy):
-    # The same size, so that opening does not see it: every picture fails its checksum, and the loader says so and stops.
+    # Of the same size, so that opening does not see it: every picture fails its checksum; the loader says so and stops.
     shard = copy / "digits-train-000002.tar"
     other = copy / "digits-train-000003.tar"
     assert shard.stat().st_size == other.stat().st_size

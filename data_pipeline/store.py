@@ -1,0 +1,204 @@
+"""Where a dataset's files are: in a local folder, or at a URL with a cache of whole files on local disk."""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import FILE_NAME, File, Manifest
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between one try and the next."""
+STALLED = 60
+"""Seconds without a byte after which a try is given up."""
+_CHUNK = 8 * 2**20
+
+
+class CacheConfig(BaseModel):
+    """Local disk for files of a remote dataset, shared by all ranks of a machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    """Where files are kept; best on a local NVMe disk."""
+    gigabytes: float = Field(gt=0)
+    """The files that are kept take no more than this (10^9 bytes); the least recently used go first."""
+
+
+class Store(Protocol):
+    """Gives files of a dataset as local paths."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether files have to be fetched."""
+
+    def manifest(self) -> Manifest:
+        """Return dataset.json."""
+
+    def file(self, file: File) -> Path:
+        """Return a local path at which the file is whole; DataError when it cannot be had."""
+
+    def where(self, name: str) -> str:
+        """Name a file for a message."""
+
+
+class LocalStore:
+    """A folder."""
+
+    remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def manifest(self) -> Manifest:
+        """Return dataset.json."""
+        return Manifest.read(self.folder)
+
+    def file(self, file: File) -> Path:
+        """Return where the file lies."""
+        return self.folder / file.name
+
+    def where(self, name: str) -> str:
+        """Name a file for a message."""
+        return str(self.folder / name)
+
+
+class RemoteStore:
+    """A folder at a URL that fsspec knows: s3://, gs://, http(s)://, or any other.
+
+    Files are fetched whole, checked against their checksum, and named by it, so that a cached file is never stale. A
+    file appears by renaming; one process of a machine fetches it while the others wait for its lock.
+    """
+
+    remote = True
+
+    def __init__(self, url: str, cache: CacheConfig) -> None:
+        import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415  (only for those who need it)
+
+        self.url, self.limit = url.rstrip("/"), int(cache.gigabytes * 1e9)
+        self.folder = cache.folder
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url))
+        except ImportError as error:
+            raise DataError(f"{url} needs another package ({error}); install it") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{url} cannot be opened ({error}); check the URL and the cache's folder") from None
+
+    def where(self, name: str) -> str:
+        """Name a file for a message."""
+        return f"{self.url}/{name}"
+
+    def manifest(self) -> Manifest:
+        """Fetch dataset.json anew: it is small, and says which version of all other files is meant."""
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        folder = self.folder / f"{name}.{os.getpid()}"
+        folder.mkdir(exist_ok=True)
+        try:
+            self._fetch(FILE_NAME, folder / FILE_NAME, None)
+            return Manifest.read(folder)
+        finally:
+            (folder / FILE_NAME).unlink(missing_ok=True)
+            folder.rmdir()
+
+    def file(self, file: File) -> Path:
+        """Return the cached file, fetching it if it is not there; DataError after the last try."""
+        path = self.folder / f"{file.sha256[:24]}-{file.name}"
+        try:
+            if not path.exists():
+                with _lock(path.with_name(path.name + ".lock")):
+                    if not path.exists():  # another process may have fetched it while we waited
+                        self._make_room(file.bytes)
+                        self._fetch(file.name, path, file)
+            os.utime(path)  # for the order in which files are dropped
+        except FileNotFoundError:  # dropped by another process just now
+            return self.file(file)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; make room in the cache's folder, or name another") from None
+        return path
+
+    def _make_room(self, size: int) -> None:
+        if size > self.limit:
+            raise DataError(f"the cache may hold {self.limit} bytes, but a shard has {size}; give it more gigabytes")
+        with _lock(self.folder / "room.lock"):
+            files = {path: path.stat() for path in self.folder.glob("*-*") if path.suffix != ".lock"}
+            total = sum(stat.st_size for stat in files.values()) + size
+            for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
+                if total <= self.limit:
+                    return
+                if path.suffix != ".part":  # what is being fetched counts, but stays
+                    path.unlink(missing_ok=True)  # a process that has it open reads on
+                    total -= stat.st_size
+
+    def _fetch(self, name: str, path: Path, expected: File | None) -> None:
+        """Download a file, trying again after PAUSES."""
+        reason = ""
+        aside = path.with_name(path.name + ".part")
+        for pause in (*PAUSES, None):
+            try:
+                digest = self._download(name, aside)
+            except FileNotFoundError:
+                raise DataError(f"{self.where(name)} does not exist; check the URL") from None
+            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+                if getattr(error, "status", None) == HTTPStatus.NOT_FOUND:
+                    raise DataError(f"{self.where(name)} does not exist; check the URL") from None
+                reason = str(error).strip() or type(error).__name__
+            else:
+                if expected is None or digest == expected.sha256:
+                    aside.replace(path)
+                    return
+                reason = "its content is not what dataset.json says"
+            aside.unlink(missing_ok=True)
+            if pause is not None:
+                time.sleep(pause)
+        raise DataError(
+            f"{self.where(name)} cannot be fetched after {len(PAUSES) + 1} tries ({reason}); check the store"
+        )
+
+    def _download(self, name: str, aside: Path) -> str:
+        digest = hashlib.sha256()
+        remote = self._fs.open(f"{self._root}/{name}", "rb", block_size=_CHUNK, cache_type="readahead")
+        with remote, aside.open("wb") as out:
+            while chunk := remote.read(_CHUNK):
+                digest.update(chunk)
+                out.write(chunk)
+        return digest.hexdigest()
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Return settings that make a stalled connection an error; trying again is ours."""
+    if url.startswith("http"):
+        import aiohttp  # noqa: PLC0415
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+        return {"client_kwargs": {"timeout": timeout}}
+    if url.startswith("s3"):
+        return {"config_kwargs": {"connect_timeout": STALLED, "read_timeout": STALLED, "retries": {"max_attempts": 1}}}
+    return {}
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that goes with the process, however it ends."""
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def open_store(path: Path | str, cache: CacheConfig | None) -> Store:
+    """Return the store of a local folder or a URL."""
+    if not (isinstance(path, str) and "://" in path):
+        return LocalStore(Path(path))
+    if cache is None:
+        raise DataError(
+            f"{path} is remote; say in the recipe where its files are kept: data.cache.folder and .gigabytes"
+        )
+    return RemoteStore(path, cache)

@@ -1,0 +1,226 @@
+"""Datasets behind a real HTTP server and a stand-in for S3, with errors and slowness."""
+
+import http.server
+import itertools
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline import store
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.loader import TrainLoader
+from data_pipeline.store import CacheConfig
+from data_pipeline.transforms import InputConfig
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; `trouble` says what goes wrong with a request."""
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        self.server.requests.append(name)
+        trouble = self.server.trouble.get(name, [])
+        kind = trouble.pop(0) if trouble else None
+        if kind == "error":
+            self.send_error(503, "try later")
+        elif kind == "gone":
+            self.send_error(404)
+        elif kind in {"cut", "stall", "rot"}:
+            data = bytearray(Path(self.translate_path(self.path)).read_bytes())
+            if kind == "rot":
+                data[len(data) // 2] ^= 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if kind == "rot" else data[: len(data) // 2])
+            if kind == "stall":
+                time.sleep(3)
+            self.close_connection = True
+        else:
+            time.sleep(0.3 if kind == "slow" else 0)
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(digits, monkeypatch):
+    monkeypatch.setattr(store, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(store, "STALLED", 0.5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=digits.parent)) as running:
+        running.requests, running.trouble = [], {}
+        running.url = f"http://127.0.0.1:{running.server_port}/digits"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def epoch(dataset, cache=None, **changes) -> list[tuple[int, float]]:
+    config = InputConfig(path=dataset.path, cache=cache, image_size=16, threads=1, shuffle_window=2, **changes)
+    loader = TrainLoader(
+        dataset, config, seed=1, global_batch=64, micro_batch=64, rank=0, world_size=1, device=torch.device("cpu")
+    )
+    try:
+        return [
+            (int(i), float(s))
+            for b in itertools.islice(loader, 22)
+            for i, s in zip(b.sample_ids, b.images.sum((1, 2, 3)), strict=True)
+        ]
+    finally:
+        loader.close()
+
+
+def test_a_dataset_behind_http_gives_the_same_batches_as_on_disk(server, train, tmp_path):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(server.url, "train", cache)
+    assert remote.fingerprint == train.fingerprint
+    assert epoch(remote, cache) == epoch(train)
+    shards = [name for name in server.requests if name.endswith(".tar")]
+    assert len(shards) == len(set(shards)) == 10  # each was fetched once
+    server.requests.clear()
+    assert epoch(Dataset.open(server.url, "train", cache), cache) == epoch(train)
+    assert set(server.requests) <= {"dataset.json"}
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot", "slow"])
+def test_a_fetch_that_fails_twice_is_tried_again(server, train, tmp_path, kind):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(server.url, "train", cache)
+    server.trouble["digits-train-000004.tar"] = [kind] * 2
+    assert epoch(remote, cache) == epoch(train)
+    if kind != "slow":
+        assert server.requests.count("digits-train-000004.tar") >= 3
+
+
+@pytest.mark.parametrize(("kind", "message"), [("error", "after 3 tries"), ("rot", "after 3 tries.*content is not")])
+def test_a_shard_that_cannot_be_fetched_is_a_clear_error_that_names_it(server, tmp_path, kind, message):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(server.url, "train", cache)
+    server.trouble["digits-train-000004.tar"] = [kind] * 99
+    with pytest.raises(DataError, match=rf"{server.url}/digits-train-000004.tar cannot be fetched {message}") as caught:
+        epoch(remote, cache)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*000004.tar"))
+
+
+def test_a_missing_dataset_or_shard_is_named_at_once(server, tmp_path):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    with pytest.raises(DataError, match=r"nothing/dataset.json does not exist"):
+        Dataset.open(server.url + "/nothing", "train", cache)
+    remote = Dataset.open(server.url, "train", cache)
+    server.trouble["digits-train-000004.tar"] = ["gone"] * 99
+    with pytest.raises(DataError, match=r"digits-train-000004.tar does not exist"):
+        epoch(remote, cache)
+
+
+def test_a_url_without_a_cache_is_refused():
+    with pytest.raises(DataError, match=r"is remote; say in the recipe"):
+        Dataset.open("http://127.0.0.1:9/digits", "train")
+
+
+def test_the_cache_keeps_within_its_size(server, train, tmp_path):
+    limit = 2.5e-3  # four shards of half a megabyte and the table
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=limit)
+    remote = Dataset.open(server.url, "train", cache)
+    sizes, stop = [], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            sizes.append(sum(size_of(path) for path in (tmp_path / "cache").iterdir()))
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert epoch(remote, cache) == epoch(train)
+    finally:
+        stop.set()
+        watcher.join()
+    assert 0 < max(sizes) <= limit * 1e9
+
+
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_cache_smaller_than_a_shard_is_refused(server, tmp_path):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1e-4)
+    remote = Dataset.open(server.url, "train", cache)
+    with pytest.raises(DataError, match="give it more gigabytes"):
+        epoch(remote, cache)
+
+
+FETCH_ALL = """
+import sys
+from pathlib import Path
+from data_pipeline.dataset import Dataset
+from data_pipeline.store import CacheConfig
+dataset = Dataset.open(sys.argv[1], "train", CacheConfig(folder=Path(sys.argv[2]), gigabytes=1))
+print([dataset.shard_path(shard).stat().st_size for shard in range(len(dataset.shards))])
+"""
+
+
+def test_processes_of_a_machine_share_the_cache_and_fetch_each_shard_once(server, train, tmp_path):
+    command = [sys.executable, "-c", FETCH_ALL, server.url, str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [process.communicate()[0].strip() for process in processes]
+    assert found == [str([shard.tar.bytes for shard in train.shards])] * 3
+    shards = [name for name in server.requests if name.endswith(".tar")]
+    assert sorted(shards) == sorted(shard.tar.name for shard in train.shards)
+
+
+def test_shards_are_fetched_before_they_are_read(server, tmp_path):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(server.url, "train", cache)
+    config = InputConfig(path=server.url, cache=cache, image_size=16, threads=1, shuffle_window=2)
+    loader = TrainLoader(
+        remote, config, seed=1, global_batch=8, micro_batch=8, rank=0, world_size=1, device=torch.device("cpu")
+    )
+    batch = next(iter(loader))
+    read = set(np.unique(remote.shard[batch.sample_ids]).tolist())
+    deadline = time.monotonic() + 10
+    while len(list((tmp_path / "cache").glob("*.tar"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    loader.close()
+    assert len(read) <= 2
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 4  # the window that is read, and the next one
+
+
+def test_a_dataset_in_s3_gives_the_same_batches_as_on_disk(digits, train, tmp_path, monkeypatch):
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="pictures")
+        for path in digits.iterdir():
+            client.upload_file(str(path), "pictures", f"sets/digits/{path.name}")
+        cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+        remote = Dataset.open("s3://pictures/sets/digits", "train", cache)
+        assert epoch(remote, cache) == epoch(train)
+        shutil.rmtree(tmp_path / "cache")
+        client.delete_object(Bucket="pictures", Key="sets/digits/digits-train-000004.tar")
+        with pytest.raises(DataError, match=r"s3://pictures/sets/digits/digits-train-000004.tar does not exist"):
+            epoch(Dataset.open("s3://pictures/sets/digits", "train", cache), cache)
+    finally:
+        running.stop()
