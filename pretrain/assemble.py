@@ -60,7 +60,7 @@ def assemble(
     state = first_rank_decides(control, lambda: _open_folder(folder, recipe, resolved, facts, rank))
 
     engine = build_engine(model, recipe, resolved, device)
-    pieces = OptimizerPieces(engine)
+    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])
     epoch_size, batch = len(train_set), resolved.batch

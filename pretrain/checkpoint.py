@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from pretrain.files import fsync_directory, write_json
 from pretrain.outcome import UserError
-from pretrain.pieces import KINDS, OptimizerPieces
+from pretrain.pieces import AVERAGE, OptimizerPieces
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -162,22 +162,25 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
             raise CheckpointDamagedError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
     """Put the fp32 weights of a checkpoint together, by name, without an engine.
+
+    Args:
+        path: the checkpoint.
+        average: take the moving average of the weights, which the run must have kept.
 
     Raises:
         CheckpointDamagedError: the pieces do not cover every parameter exactly once.
     """
-    index = _PieceIndex(path)
-    return {name: index.read(name, "parameter", 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
+    index, kind = _PieceIndex(path), AVERAGE if average else "parameter"
+    return {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
 
 
 def _write_rank_file(file: Path, pieces: OptimizerPieces) -> dict[str, Any]:
-    pieces.prepare_state()
     optimizer = pieces.optimizer
     tensors = {
         kind: torch.cat([torch.empty(0), *(p.view(kind, optimizer).float().cpu() for p in pieces.pieces)])
-        for kind in KINDS
+        for kind in pieces.kinds
     }
     index = [(p.name, p.shape, p.offset, p.length, pieces.step_of(p)) for p in pieces.pieces]
     save_file(tensors, file, metadata={"pieces": json.dumps(index)})
@@ -204,7 +207,6 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> N
 
 def _fill(path: Path, pieces: OptimizerPieces) -> None:
     index = _PieceIndex(path)
-    pieces.prepare_state()
     wanted = {p.name: p.shape for p in pieces.pieces}
     if unknown := sorted(wanted.keys() - index.shapes.keys()):
         raise UserError(f"{path} holds another model: it has no {', '.join(unknown[:3])}; give this run another name")
@@ -215,7 +217,7 @@ def _fill(path: Path, pieces: OptimizerPieces) -> None:
                 "here; give this run another name"
             )
     for piece in pieces.pieces:
-        for kind in KINDS:
+        for kind in pieces.kinds:
             piece.view(kind, pieces.optimizer).copy_(index.read(piece.name, kind, piece.offset, piece.length))
     pieces.set_steps(index.steps)
     pieces.share_stage0_state()

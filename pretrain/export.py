@@ -34,7 +34,11 @@ def export_run(folder: RunFolder) -> Path:
     model = create_model(
         recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
     )
-    evaluations = [row for row in read_metrics(folder.metrics, "eval") if row["samples_seen"] <= samples_seen]
+    evaluations = [
+        row
+        for row in read_metrics(folder.metrics, "eval_average" if recipe.ema else "eval")
+        if row["samples_seen"] <= samples_seen
+    ]
     if not evaluations:
         raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
     handoff = {
@@ -42,13 +46,18 @@ def export_run(folder: RunFolder) -> Path:
         "num_classes": len(class_names),
         "class_names": class_names,
         "input": recipe.data.model_dump(mode="json"),
-        "weights": "raw",
+        "weights": "average" if recipe.ema else "raw",
         "dataset": dataset,
         "recipe": recipe.model_dump(mode="json"),
         "metrics": {name: evaluations[-1][name] for name in ("top1", "top5", "loss")},
         "samples_seen": samples_seen,
     }
-    write_handoff(folder.handoff, read_weights(checkpoint), handoff, model_card(handoff, evaluations[-1]["samples"]))
+    write_handoff(
+        folder.handoff,
+        read_weights(checkpoint, average=recipe.ema is not None),
+        handoff,
+        model_card(handoff, evaluations[-1]["samples"]),
+    )
     return folder.handoff
 
 

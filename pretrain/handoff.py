@@ -36,7 +36,7 @@ class HandoffConfig(BaseModel):
     input: InputConfig
     """Size, mean, standard deviation, interpolation and crop that evaluation uses."""
     weights: str
-    """Which weights these are: "raw" are the last step's."""
+    """Which weights these are: "raw" are the last step's, "average" their exponential moving average."""
     weights_blake2: str
     """BLAKE2 digest (16 bytes) of ``model.safetensors``."""
     dataset: dict[str, Any]

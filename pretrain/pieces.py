@@ -6,7 +6,8 @@ DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout 
 stages; the attributes used here are its internals, so its version is pinned and a missing one is an error at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("parameter", *MOMENTS)
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class Piece:
     """Where the piece begins in the flattened ``owner``."""
 
     def view(self, kind: str, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """A writable 1-D view of the master weights (``"parameter"``) or of a moment, fp32, ``length`` elements."""
+        """A writable 1-D view, fp32, ``length`` elements.
+
+        Args:
+            kind: "parameter" for the master weights, or the name of a state that the owner has: a moment, the average.
+            optimizer: holds the owners' state.
+        """
         whole = self.owner.data if kind == "parameter" else optimizer.state[self.owner][kind]
         return whole.view(-1).narrow(0, self.owner_offset, self.length)
 
@@ -40,8 +46,15 @@ class Piece:
 class OptimizerPieces:
     """All pieces that this rank owns of a DeepSpeed engine, with the means to fill them."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, *, average: bool = False) -> None:
+        """Find the pieces.
+
+        Args:
+            engine: ``deepspeed.DeepSpeedEngine``.
+            average: keep a moving average of the weights beside the moments.
+        """
+        self.kinds = ("parameter", *MOMENTS, *((AVERAGE,) if average else ()))
+        """What a checkpoint holds of every piece."""
         self._zero = engine.optimizer
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
@@ -56,14 +69,17 @@ class OptimizerPieces:
         }[self.stage]
         self.pieces = find(names)
         """This rank's pieces, in the order of the model's parameters."""
+        self._prepare_state()
 
-    def prepare_state(self) -> None:
+    def _prepare_state(self) -> None:
         """Give every owner zero moments and a zero step count, where the optimizer has not made them yet."""
         capturable = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
         for owner in self._owners():
             state = self.optimizer.state[owner]
             for kind in MOMENTS:
                 state.setdefault(kind, torch.zeros_like(owner.data))
+            if AVERAGE in self.kinds and AVERAGE not in state:
+                state[AVERAGE] = owner.data.clone()
             state.setdefault("step", torch.zeros((), device=owner.device if capturable else "cpu"))
 
     def step_of(self, piece: Piece) -> float:
@@ -101,10 +117,39 @@ class OptimizerPieces:
         """At stage 0 every rank holds all state but has filled only its own pieces: send them round. Collective."""
         if self.stage == 0:
             for parameter in self._all_parameters():
-                for kind in (*MOMENTS, "step"):
+                for kind in (*self.kinds[1:], "step"):
                     value = self.optimizer.state[parameter][kind].to(parameter.device)
                     dist.broadcast(value, src=self._stage0_owner[parameter])
                     self.optimizer.state[parameter][kind].copy_(value)
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Move the average of the weights towards them: ``average = decay * average + (1 - decay) * weights``.
+
+        It is kept on the same flat fp32 partitions as the weights, so it needs no communication at any stage.
+        """
+        owners = self._owners()
+        averages = [self.optimizer.state[owner][AVERAGE] for owner in owners]
+        torch._foreach_lerp_(averages, [owner.data for owner in owners], 1.0 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Let the model compute with the average of its weights within the block. Collective."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for owner in self._owners():
+            average = self.optimizer.state[owner][AVERAGE]
+            weights = owner.data.clone()
+            owner.data.copy_(average)
+            average.copy_(weights)
+        if self.stage:  # at stage 0 the owners are the model's parameters themselves, on every rank
+            self.refresh_model()
 
     def _owners(self) -> list[torch.Tensor]:
         if self.stage == 0:

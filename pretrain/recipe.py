@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_pipeline.mixing import MixingConfig
 from data_pipeline.transforms import InputConfig
 from pretrain.outcome import UserError
 
@@ -33,8 +34,6 @@ class ModelSection(Section):
 class LossSection(Section):
     """What is minimised."""
 
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target spread evenly over all classes."""
     diagonality_weight: float = Field(default=0.0, ge=0)
     """Weight of the diagonality-preserving loss of the LA blocks; 0 leaves it out."""
 
@@ -50,6 +49,13 @@ class OptimizerSection(Section):
     """Decay rates of the two moment estimates."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
+
+
+class EmaSection(Section):
+    """Exponential moving average of the weights, in fp32; it is evaluated beside them and handed off in their place."""
+
+    decay: float = Field(ge=0, lt=1)
+    """Share that the average keeps per step; in the first steps less: at most (1 + step) / (10 + step)."""
 
 
 class ScheduleSection(Section):
@@ -90,9 +96,13 @@ class Recipe(Section):
     """Fixes initialisation, order, augmentation and drop path."""
     data: InputConfig
     """Which pictures, and how they become batches."""
+    mixing: MixingConfig = MixingConfig()
+    """Mixup, CutMix and label smoothing of the batch."""
     model: ModelSection
     loss: LossSection = LossSection()
     optimizer: OptimizerSection
+    ema: EmaSection | None = None
+    """Average of the weights; off when not given."""
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -115,34 +115,38 @@ class Run:
         return due and self.progress.samples_seen not in (0, self.saved_at)
 
     def evaluate(self) -> None:
-        """Evaluate on the validation split and write it down; a stop on the way leaves it undone."""
+        """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
+        began = time.monotonic()
+        complete = self._evaluate("eval")
+        if complete and self.recipe.ema is not None:
+            with self.pieces.averaged_weights():
+                complete = self._evaluate("eval_average")
+        if complete:
+            self.progress.evaluated_at = self.progress.samples_seen
+        took = time.monotonic() - began
+        self.progress.train_seconds += took
+        self._interval_broken(took)
+
+    def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
         self.engine.eval()
         result = evaluate(
             lambda images: self.engine(images.to(self.dtype)), self.eval_loader, stop=self.stop.at_step_boundary
         )
         self.engine.train()
-        took = time.monotonic() - began
-        self.progress.train_seconds += took
-        if result is not None:
-            self.progress.evaluated_at = self.progress.samples_seen
-            self.last_evaluation = result
-            self.console.say(f"eval  epoch {self.progress.samples_seen / self.epoch_size:.2f}  {result}")
-            if self.metrics:
-                self.metrics.write(
-                    "eval",
-                    self.progress.samples_seen,
-                    {
-                        "step": self.progress.step,
-                        "epoch": round(self.progress.samples_seen / self.epoch_size, 4),
-                        "top1": result.top1,
-                        "top5": result.top5,
-                        "loss": result.loss,
-                        "samples": result.samples,
-                        "seconds": round(took, 3),
-                    },
-                )
-        self._interval_broken(took)
+        if result is None:
+            return False
+        self.last_evaluation = result
+        self.console.say(f"{kind}  epoch {self.progress.samples_seen / self.epoch_size:.2f}  {result}")
+        if self.metrics:
+            values = {
+                "step": self.progress.step,
+                "epoch": round(self.progress.samples_seen / self.epoch_size, 4),
+                **asdict(result),
+                "seconds": round(time.monotonic() - began, 3),
+            }
+            self.metrics.write(kind, self.progress.samples_seen, values)
+        return True
 
     def save(self) -> None:
         """Write a checkpoint. Failing once is told and survived, failing twice in a row ends the run.

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.loader import Batch
+from data_pipeline.batch import Batch
+from data_pipeline.mixing import mix
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
@@ -70,6 +71,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
         run.engine.backward(loss)
         run.engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
         run.meter.add({"loss": loss, **parts})
+    if recipe.ema is not None:
+        run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
     run.meter.steps += 1
     return lr
 
@@ -90,7 +93,16 @@ def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, to
             branches=model.num_drop_paths,
             global_batch=run.batch.global_batch,
         ).to(run.device)
-    logits, diagonality = run.engine(batch.images.to(run.dtype), drop_path_uniforms=uniforms, with_diagonality=True)
-    cross_entropy = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.loss.label_smoothing)
+    images, targets = mix(
+        batch.images,
+        batch.labels,
+        batch.rows,
+        config=recipe.mixing,
+        num_classes=model.config.num_classes,
+        seed=recipe.seed,
+        step=run.progress.step,
+    )
+    logits, diagonality = run.engine(images.to(run.dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+    cross_entropy = F.cross_entropy(logits.float(), targets)
     loss = cross_entropy + recipe.loss.diagonality_weight * diagonality.float()
     return loss, {"cross_entropy": cross_entropy, "diagonality": diagonality}

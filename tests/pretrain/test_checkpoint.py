@@ -23,7 +23,7 @@ from pretrain.checkpoint import (
     verify,
 )
 from pretrain.outcome import UserError
-from pretrain.pieces import KINDS, OptimizerPieces
+from pretrain.pieces import OptimizerPieces
 from tests.pretrain.ranks import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -104,6 +104,45 @@ def test_any_stage_continues_at_any_stage_and_world_size(all_stages: Path, world
     run_ranks(world_size, read_all_stages, all_stages)
 
 
+def average_is_right_and_survives(control: dist.ProcessGroup, folder: Path) -> None:
+    averages = []
+    for stage in STAGES:
+        engine = build_engine(stage)
+        pieces = OptimizerPieces(engine, average=True)
+        save_checkpoint(folder / f"{stage}-0", pieces, Progress(), keep=1, facts={}, group=control)
+        expected = read_weights(folder / f"{stage}-0" / "step-00000000")
+        for step in range(4):
+            steps(engine, step, 1)
+            pieces.update_average(0.7)
+            save_checkpoint(folder / f"{stage}", pieces, Progress(step=step), keep=1, facts={}, group=control)
+            weights = read_weights(folder / f"{stage}" / f"step-{step:08d}")
+            expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
+        newest = folder / f"{stage}" / "step-00000003"
+        averages.append(read_weights(newest, average=True))
+        for name, value in averages[-1].items():
+            assert torch.allclose(value, expected[name], atol=1e-6), (stage, name)
+            assert not torch.allclose(value, weights[name], atol=1e-4), (stage, name)
+        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+        raw = engine(x)
+        model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+        model.load_state_dict(averages[-1])
+        with pieces.averaged_weights():
+            assert torch.allclose(engine(x), model(x), atol=1e-6), stage
+        assert torch.equal(engine(x), raw), "the weights did not come back"
+        other = OptimizerPieces(build_engine((stage + 1) % 4), average=True)
+        load_newest(folder / f"{stage}", other, group=control)
+        save_checkpoint(folder / f"{stage}-again", other, Progress(step=3), keep=1, facts={}, group=control)
+        again = read_weights(folder / f"{stage}-again" / "step-00000003", average=True)
+        assert all(torch.equal(again[name], averages[-1][name]) for name in again), stage
+    for other in averages[1:]:
+        assert all(torch.allclose(other[name], averages[0][name], atol=1e-6) for name in other)
+
+
+@pytest.mark.slow
+def test_the_average_equals_one_kept_by_name_at_every_stage(tmp_path: Path) -> None:
+    run_ranks(2, average_is_right_and_survives, tmp_path)
+
+
 def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
     for stage in (1, 2, 3):
         engine = build_engine(stage, bf16=True)
@@ -116,7 +155,7 @@ def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
         for a, b in zip(before.pieces, after.pieces, strict=True):
             assert (a.name, a.offset, a.length) == (b.name, b.offset, b.length)
             assert before.step_of(a) == after.step_of(b) == 3
-            for kind in KINDS:
+            for kind in before.kinds:
                 assert torch.equal(a.view(kind, before.optimizer), b.view(kind, after.optimizer)), (stage, a.name, kind)
         x = torch.ones(4, 5, dtype=torch.bfloat16)
         assert torch.equal(engine(x), other(x)), "the bf16 weights were not refreshed from the masters"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
+from data_pipeline.mixing import mix
 from pretrain.engine import build_model
 from pretrain.metrics import read_metrics
 from pretrain.optimization import drop_path_uniforms
@@ -26,10 +27,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def short(digits: Path) -> list[str]:
-    """Arguments of a run of 20 steps of a network that is cheap enough to be started often; each step is logged."""
-    cheap = "{patch_size: 4, reduction_ratios: [2, 1, 1, 1], drop_path: 0.05}"
+    """Arguments of a run of 20 steps with everything on that must survive a resume; each step is logged."""
     return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
-                   checkpoint__every_steps=6, model__overrides=cheap)  # fmt: skip
+                   checkpoint__every_steps=6, ema__decay=0.9, mixing__mixup=0.8, mixing__cutmix=1.0)  # fmt: skip
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
@@ -68,8 +68,10 @@ def test_two_ranks_of_zero_1_equal_a_plain_torch_loop(straight: Path, digits: Pa
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for step, batch in zip(range(STEPS), loader, strict=False):
         uniforms = drop_path_uniforms(0, step, batch.rows, branches=model.num_drop_paths, global_batch=64)
-        logits, diagonality = model(batch.images, drop_path_uniforms=uniforms, with_diagonality=True)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=0.1) + 0.01 * diagonality
+        images, targets = mix(batch.images, batch.labels, batch.rows, config=recipe.mixing, num_classes=10, seed=0,
+                              step=step)  # fmt: skip
+        logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
+        loss = F.cross_entropy(logits, targets) + 0.01 * diagonality
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -146,6 +148,8 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
     losses, straight_losses = [row["loss"] for row in rows], [row["loss"] for row in expected]
     if ranks == 2:
         assert losses == straight_losses, "the losses are not bit-identical"
+        weights, straight_weights = (run / "handoff/model.safetensors" for run in (folder, straight))
+        assert weights.read_bytes() == straight_weights.read_bytes(), "the averaged weights are not bit-identical"
     else:  # another number of ranks adds the same gradients in another order
         assert losses == pytest.approx(straight_losses, abs=1e-5)
     assert not list((folder / "checkpoints").glob(".*"))
