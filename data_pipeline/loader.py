@@ -22,6 +22,7 @@ from data_pipeline.transforms import InputConfig
 __all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader"]
 OnBadSample = Callable[[BadSample], None]
 _REPLACEMENTS = 100
+_PLANNED = 4096
 
 
 class _Loader:
@@ -183,13 +184,17 @@ class TrainLoader(_Loader):
 
     def _plan(self) -> Iterator[Rows]:
         step = self._start
+        share = self._first_row + np.arange(self._share)
         while True:
-            if self._fetcher is not None:
-                self._fetcher.want(self._shards_ahead(step))
-            for low in range(self._first_row, self._first_row + self._share, self._micro):
-                epochs, ids = self._order.samples(step + low, step + low + self._micro)
-                yield Rows(ids, epochs, np.arange(low, low + self._micro), np.ones(self._micro, bool))
-            step += self._global
+            # Many steps at once: the order costs less than a microsecond per sample then.
+            steps = step + self._global * np.arange(max(1, _PLANNED // self._share))
+            epochs, ids = self._order.at((steps[:, None] + share).reshape(-1))
+            for low in range(0, len(ids), self._micro):
+                if self._fetcher is not None and low % self._share == 0:
+                    self._fetcher.want(self._shards_ahead(step + low // self._share * self._global))
+                part, row = slice(low, low + self._micro), self._first_row + low % self._share
+                yield Rows(ids[part], epochs[part], np.arange(row, row + self._micro), np.ones(self._micro, bool))
+            step += self._global * len(steps)
 
     def _shards_ahead(self, step: int) -> list[int]:
         """Return the shards that this rank reads next, those of its lanes one after the other."""

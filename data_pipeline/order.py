@@ -9,7 +9,7 @@ boundary of an epoch and no tail is lost. Within an epoch:
 3. Position p belongs to lane (p // lane_block) % lanes: with lane_block = global batch / lanes, the rows of a global
    batch that a node holds always come from the same lanes.
 
-Nothing is stored but the sizes of the shards and the permutations of the windows in use.
+Nothing is stored but the sizes of the shards and their order in the epochs in use.
 """
 
 from collections import OrderedDict
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.philox import permutation
+from data_pipeline.philox import permutation, shuffled
 
 Int64 = NDArray[np.int64]
 _SHARDS, _PIECES, _SAMPLES = 1, 2, 3
-_KEPT = 2  # per lane: what is being read and what was read last
+_KEPT = 2  # epochs: a batch may hold the end of one and the beginning of the next
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Order:
         self._shard_first = (np.cumsum(sizes) - sizes)[fixed]
         self._shard_start = np.concatenate([[0], np.cumsum(sizes[fixed])])
         self._lane_cache: OrderedDict[tuple[int, int], _Lane] = OrderedDict()
-        self._window_cache: OrderedDict[tuple[int, int, int], Int64] = OrderedDict()
 
     def samples(self, start: int, stop: int) -> tuple[Int64, Int64]:
         """Return (epochs, ids) of the positions start..stop-1, each (stop - start,) int64."""
@@ -107,11 +106,14 @@ class Order:
     def _in_lane(self, epoch: int, lane: int, at: Int64) -> Int64:
         plan = self._lane(epoch, lane)
         windows = np.searchsorted(plan.window_start, at, side="right") - 1
-        ids = np.empty_like(at)
         for window in np.unique(windows).tolist():
             mask = windows == window
-            ids[mask] = self._window_ids(epoch, lane, window)[at[mask] - plan.window_start[window]]
-        return ids
+            begin, end = plan.window_start[window : window + 2].tolist()
+            # One word of the counter names both: lanes stay below 2**12, windows of a lane below 2**20.
+            where = (_SAMPLES, epoch, lane << 20 | window)
+            at[mask] = begin + shuffled(at[mask] - begin, end - begin, self._seed, *where)
+        pieces = np.searchsorted(plan.start, at, side="right") - 1
+        return plan.first[pieces] + at - plan.start[pieces]
 
     def _lane(self, epoch: int, lane: int) -> _Lane:
         key = (epoch, lane)
@@ -130,18 +132,3 @@ class Order:
             if len(self._lane_cache) > _KEPT * self._lanes:
                 self._lane_cache.popitem(last=False)
         return self._lane_cache[key]
-
-    def _window_ids(self, epoch: int, lane: int, window: int) -> Int64:
-        key = (epoch, lane, window)
-        if key not in self._window_cache:
-            plan = self._lane(epoch, lane)
-            pieces = slice(window * self._window, (window + 1) * self._window)
-            lengths = np.diff(plan.start)[pieces]
-            ids = np.repeat(plan.first[pieces] - (plan.start[:-1][pieces] - plan.start[pieces][0]), lengths)
-            ids += np.arange(len(ids))
-            # One word of the counter names both: lanes stay below 2**12, windows of a lane below 2**20.
-            shuffled = ids[permutation(len(ids), self._seed, _SAMPLES, epoch, lane << 20 | window)]
-            self._window_cache[key] = shuffled
-            if len(self._window_cache) > _KEPT * self._lanes:
-                self._window_cache.popitem(last=False)
-        return self._window_cache[key]

@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+_32, _40 = np.uint64(32), np.uint64(40)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = 6
 
 
 def philox(seed: int, c0: ArrayLike, c1: ArrayLike = 0, c2: ArrayLike = 0, c3: ArrayLike = 0) -> NDArray[np.uint32]:
@@ -55,3 +57,27 @@ def permutation(n: int, seed: int, stream: int, index: int = 0, subindex: int = 
     # The stream shares a word with the high bits of subindex, which stay far below 2**24.
     words = philox(seed, counter, index, subindex, stream << 24 | index >> 32)
     return np.argsort(words.view(np.uint64).reshape(-1)[:n], kind="stable")
+
+
+def shuffled(positions: NDArray[np.int64], n: int, seed: int, *where: int) -> NDArray[np.int64]:
+    """Return where a permutation of 0..n-1 puts some positions, without computing the rest of it.
+
+    A Feistel network of six rounds is a permutation of the smallest square power of two that is at least n; a result
+    that is n or more is sent through again until it is not (Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002). Its keys come from `philox`; `where` is the stream, index and subindex of `permutation`.
+    """
+    stream, index, subindex = where
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = philox(seed, np.arange(_ROUNDS), index, subindex, stream << 24 | index >> 32).view(np.uint64)[:, 0]
+    out = positions.astype(np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        x = out[todo]
+        left, right = x >> half, x & mask
+        for key in keys:
+            mixed = (right ^ key) * _MIX
+            left, right = right, left ^ ((mixed ^ mixed >> _32) * _MIX >> _40 & mask)
+        out[todo] = left << half | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)

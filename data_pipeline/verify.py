@@ -10,10 +10,11 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
@@ -21,9 +22,9 @@ from rich.progress import Progress
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import Sample, scan
-from data_pipeline.manifest import FILE_NAME, File, Manifest, file_of
+from data_pipeline.manifest import FILE_NAME, File, Manifest, Shard, file_of
 from data_pipeline.shards import crc32, index_text
-from data_pipeline.workers import workers_pool
+from data_pipeline.workers import run_all, workers_pool
 
 _AGAIN = "copy it again or build the dataset again"
 
@@ -46,32 +47,48 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
                     f"{folder / FILE_NAME} does not count the classes of '{split}' as the table does; {_AGAIN}"
                 )
             task = progress.add_task(split, total=len(entry.shards))
-            running = [pool.submit(check_shard, folder, split, shard, decode) for shard in range(len(entry.shards))]
-            for future in as_completed(running):
-                problems += future.result()
+            for _, found in run_all(pool, check_shard, _jobs(dataset, folder, decode=decode), workers):
+                problems += found
                 progress.advance(task)
     return problems
 
 
-def check_shard(folder: Path, split: str, shard: int, decode: bool) -> list[str]:
+@dataclass(frozen=True)
+class Job:
+    """A shard to be checked, with its rows of the table."""
+
+    folder: Path
+    record: Shard
+    rows: dict[str, NDArray]
+    decode: bool
+
+
+def _jobs(dataset: Dataset, folder: Path, *, decode: bool) -> Iterator[Job]:
+    bounds = np.searchsorted(dataset.shard, np.arange(len(dataset.shards) + 1)).tolist()
+    columns = ("labels", "offset", "length", "width", "height", "crc32")
+    for record, low, high in zip(dataset.shards, bounds[:-1], bounds[1:], strict=True):
+        yield Job(folder, record, {name: getattr(dataset, name)[low:high] for name in columns}, decode)
+
+
+def check_shard(job: Job) -> list[str]:
     """Return what is wrong with one shard, its index and its rows of the table."""
-    dataset = Dataset.open(folder, split)
-    entry, path = dataset.shards[shard], dataset.shard_path(shard)
-    problems = [line for file in (entry.tar, entry.idx) for line in _check_file(folder, file)]
+    tar, idx = job.folder / job.record.tar.name, job.folder / job.record.idx.name
+    problems = [line for file in (job.record.tar, job.record.idx) for line in _check_file(job.folder, file)]
     if problems:
         return problems
-    samples = scan(path)
-    if index_text(sample.line for sample in samples) != (folder / entry.idx.name).read_text():
-        problems.append(f"{folder / entry.idx.name} is not the index of its shard; {_AGAIN}")
-    with path.open("rb") as stream:
-        at = {member.offset: sample for sample in samples for member in sample.members}
-        for row in np.flatnonzero(dataset.shard == shard).tolist():
-            stream.seek(int(dataset.offset[row]))
-            jpeg = stream.read(int(dataset.length[row]))
-            sample = at.get(int(dataset.offset[row]))
-            wrong = _row(dataset, row, jpeg, decode=decode) or _label(dataset, row, sample, stream)
+    samples = scan(tar)
+    if index_text(sample.line for sample in samples) != idx.read_text():
+        problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
+    at = {member.offset: sample for sample in samples for member in sample.members}
+    with tar.open("rb") as stream:
+        for number in range(len(job.rows["offset"])):
+            row = {name: int(values[number]) for name, values in job.rows.items()}
+            sample = at.get(row["offset"])
+            stream.seek(row["offset"])
+            wrong = _row(row, stream.read(row["length"]), decode=job.decode) or _label(row, sample, stream)
             if wrong:
-                problems.append(f"{path}, {dataset.sample_name(row)}: {wrong}; {_AGAIN}")
+                name = sample.key if sample is not None else f"row {number}"
+                problems.append(f"{tar}, {name}: {wrong}; {_AGAIN}")
     return problems
 
 
@@ -83,8 +100,8 @@ def _check_file(folder: Path, file: File) -> Iterator[str]:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
 
 
-def _row(dataset: Dataset, row: int, jpeg: bytes, *, decode: bool) -> str:
-    if crc32(jpeg) != dataset.crc32[row]:
+def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
+    if crc32(jpeg) != row["crc32"]:
         return "its checksum is not the one in the table"
     if decode:
         try:
@@ -92,12 +109,12 @@ def _row(dataset: Dataset, row: int, jpeg: bytes, *, decode: bool) -> str:
                 size = ImageOps.exif_transpose(image).size
         except (OSError, ValueError, SyntaxError) as error:
             return f"it does not decode ({error})"
-        if size != (dataset.width[row], dataset.height[row]):
-            return f"it is {size[0]} x {size[1]}, the table says {dataset.width[row]} x {dataset.height[row]}"
+        if size != (row["width"], row["height"]):
+            return f"it is {size[0]} x {size[1]}, the table says {row['width']} x {row['height']}"
     return ""
 
 
-def _label(dataset: Dataset, row: int, sample: Sample | None, stream: io.BufferedReader) -> str:
+def _label(row: dict[str, int], sample: Sample | None, stream: io.BufferedReader) -> str:
     member = sample.member("cls") if sample is not None else None
     if member is None:
         return "there is no sample with a .cls where the table says"
@@ -105,8 +122,8 @@ def _label(dataset: Dataset, row: int, sample: Sample | None, stream: io.Buffere
     text = stream.read(member.size)
     return (
         ""
-        if text.strip().isdigit() and int(text) == dataset.labels[row]
-        else f"its .cls says {text!r}, the table {dataset.labels[row]}"
+        if text.strip().isdigit() and int(text) == row["labels"]
+        else f"its .cls says {text!r}, the table {row['labels']}"
     )
 
 

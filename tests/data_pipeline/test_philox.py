@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.philox import permutation, philox, uniform
+from data_pipeline.philox import permutation, philox, shuffled, uniform
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,22 @@ def test_permutations_differ_by_seed_stream_and_index():
 
 def test_a_permutation_is_the_same_in_every_version():
     assert permutation(8, 7, 1).tolist() == [5, 6, 7, 1, 0, 3, 4, 2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
+def test_a_shuffle_by_positions_is_a_permutation_and_does_not_depend_on_what_is_asked_together(n):
+    whole = shuffled(np.arange(n), n, 5, 1, 2, 3)
+    assert sorted(whole.tolist()) == list(range(n))
+    assert [int(shuffled(np.array([i]), n, 5, 1, 2, 3)[0]) for i in range(min(n, 20))] == whole[:20].tolist()
+
+
+def test_a_shuffle_by_positions_looks_random():
+    n, draws = 300, 400
+    tables = np.stack([shuffled(np.arange(n), n, 9, 3, i, 0) for i in range(draws)])
+    # Where an element goes is uniform over the positions: chi-squared with 9 degrees of freedom per element.
+    counts = np.stack([np.bincount(column // 30, minlength=10) for column in tables.T])
+    chi = ((counts - draws / 10) ** 2 / (draws / 10)).sum(1)
+    assert abs(chi.mean() - 9) < 0.75
+    # Neighbours do not stay neighbours, and half of all pairs change their order.
+    assert (np.abs(np.diff(tables)) == 1).mean() < 0.01
+    assert abs((np.diff(tables) > 0).mean() - 0.5) < 0.01
