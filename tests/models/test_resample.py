@@ -46,10 +46,10 @@ def test_a_smooth_map_follows_its_formula_to_another_grid(target):
     resampled = resample_map(torch.eye(64) + formula((8, 8)), (8, 8), target)
     expected = formula(target)
     error = (resampled - torch.eye(len(resampled)) - expected).norm() / expected.norm()
-    assert error < 0.03  # bicubic on half a wave of 8 samples; repeating nearest tokens misses by more than twice that
+    assert error < 0.005  # bicubic misses by 0.001 here, bilinear by 0.01, repeating the nearest token by 0.04 to 0.09
 
 
-def perturbed(model, amount=0.05):
+def perturbed(model, amount=1.0):
     """As after training: Psi and Theta moved smoothly off the identity, position embeddings smooth and large."""
     with torch.no_grad():
         for stage in model.stages:
@@ -99,7 +99,7 @@ def test_features_of_a_smoothly_enlarged_picture_stay_close():
     for small_map, large_map, other_map in zip(*maps, strict=True):
         pooled, pooled_large, pooled_other = (m.mean((2, 3)) for m in (small_map, large_map, other_map))
         moved = (pooled - pooled_large).norm() / (pooled - pooled_other).norm()
-        assert moved < 0.2
+        assert moved < 0.1
 
 
 def test_each_output_still_sums_the_same_weight_over_more_tokens():

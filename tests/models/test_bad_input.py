@@ -1,0 +1,132 @@
+"""What cannot work is refused in one line that names the field."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from models import LaViT, LaViTConfig, create_model, list_models
+from models.norm import layer_norm
+from tests.models.test_lavit import small
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depths": (2, 2, 2)}, "depths: 4 positive integers"),
+        ({"depths": (2, 2, 0, 2)}, "depths: 4 positive integers"),
+        ({"vanilla_blocks": (0, 1, 1, 1)}, "vanilla_blocks: 4 positive integers"),
+        ({"vanilla_blocks": (1, 1, 4, 1)}, "vanilla_blocks: stage 3 has 4 of them, but depths gives it 3 blocks"),
+        ({"heads": (1, 2, 3, 3)}, "heads: 3 heads cannot share stage 3's width of 16"),
+        ({"widths": (8, 16, 16, -24)}, "widths: 4 positive integers"),
+        ({"widths": (8.0, 16, 16, 24)}, "widths: 4 positive integers"),
+        ({"mlp_ratios": (4.0, 4.0, 0.0, 4.0)}, "mlp_ratios: 4 positive numbers"),
+        ({"reduction_ratios": (2, 4, 4, 4)}, "image_size: 32 x 32 pixels; each side must be a multiple of 64"),
+        ({"reduction_ratios": (8, 2, 1, 1)}, "reduction_ratios: a key of stage 2 covers 8 pixels"),
+        ({"image_size": 50}, "image_size: 50 x 50 pixels; each side must be a multiple of 16"),
+        ({"image_size": (64, 32, 3)}, "image_size: "),
+        ({"patch_size": 0}, "patch_size: a positive integer"),
+        ({"num_classes": 0}, "num_classes: a positive integer"),
+        ({"in_channels": "rgb"}, "in_channels: a positive integer"),
+        ({"pool": "max"}, "pool: 'class_attention' or 'mean'"),
+        ({"norm": "batch"}, "norm: 'torch' or 'apex'"),
+        ({"drop_path": 1.0}, "drop_path: at least 0 and below 1"),
+    ],
+)
+def test_an_architecture_that_makes_no_sense_is_refused_and_the_field_named(fields, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
+        create_model("lavit_micro", **{"num_classes": 5, "patch_size": 2, "widths": (8, 16, 16, 24),
+                                       "depths": (1, 2, 3, 2), "heads": (1, 2, 2, 3),
+                                       "reduction_ratios": (4, 2, 1, 1)} | fields)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 32, 40), "image_size: 32 x 40 pixels; each side must be a multiple of 16"),
+        ((1, 1, 32, 32), r"images: \(batch, 3, height, width\) is wanted"),
+        ((3, 32, 32), r"images: \(batch, 3, height, width\) is wanted"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "forward_features"])
+def test_pictures_of_a_wrong_shape_are_refused(shape, message, method):
+    with pytest.raises(ValueError, match=message):
+        getattr(small(), method)(torch.zeros(shape))
+
+
+def test_uniforms_of_a_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"drop_path_uniforms: \(16, 2\) is wanted"):
+        small()(torch.zeros(2, 3, 32, 32), drop_path_uniforms=torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("policy", ["some", (True, False), [True] * 5])
+def test_an_unknown_checkpointing_policy_is_refused(policy):
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        small().set_activation_checkpointing(policy)
+
+
+def test_an_unknown_name_or_override_lists_the_near_ones():
+    with pytest.raises(ValueError, match=r"'lavit_smal'; near it: lavit_small"):
+        create_model("lavit_smal")
+    with pytest.raises(ValueError, match="'resnet50'; known: lavit_micro"):
+        create_model("resnet50")
+    with pytest.raises(ValueError, match="'depth'; near it: depths"):
+        create_model("lavit_micro", depth=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="no field width"):
+        LaViTConfig.from_dict({"width": 3})
+
+
+def test_every_listed_name_has_a_vanilla_twin_without_less_attention():
+    names = list_models()
+    assert [n for n in names if not n.endswith("_vanilla")] == [
+        f"lavit_{size}" for size in ("micro", "tiny", "small", "base", "large", "huge")
+    ]
+    assert set(names) == {n.removesuffix("_vanilla") for n in names} | {n + "_vanilla" for n in names[::2]}
+    with torch.device("meta"):
+        twin = create_model("lavit_tiny_vanilla", depths=(1, 1, 2, 1))
+    assert isinstance(twin, LaViT)
+    assert [n for n, _ in twin.named_parameters() if "theta" in n or "psi" in n or "residual" in n] == []
+
+
+def test_apex_missing_says_which_apex_is_meant(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # PyPI's: no apex.normalization in it
+    monkeypatch.delitem(sys.modules, "apex.normalization", raising=False)
+    with pytest.raises(RuntimeError, match=r"NVIDIA's apex.*PyPI's 'apex' is an unrelated"):
+        create_model("lavit_micro", norm="apex")
+
+
+def test_apex_without_its_extension_fails_at_construction_with_the_cure(monkeypatch):
+    class Broken(nn.Module):
+        def __init__(self, width, eps):
+            raise ImportError("No module named 'fused_layer_norm_cuda'")
+
+    fake = types.ModuleType("apex.normalization")
+    fake.FusedLayerNorm = Broken
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", fake)
+    with pytest.raises(RuntimeError, match=r"fused_layer_norm_cuda.*--cuda_ext"):
+        layer_norm(8, "apex")
+
+
+def test_a_working_apex_is_used_for_every_norm_and_shares_weights_with_torchs(monkeypatch):
+    class Fused(nn.LayerNorm):
+        pass
+
+    fake = types.ModuleType("apex.normalization")
+    fake.FusedLayerNorm = Fused
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", fake)
+    fused, plain = small(norm="apex"), small()
+    assert {type(m) for m in fused.modules() if isinstance(m, nn.LayerNorm)} == {Fused}
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(fused(images), plain(images))
+
+
+@pytest.mark.gpu
+def test_real_apex_gives_torchs_outputs():
+    pytest.importorskip("apex.normalization", reason="NVIDIA's apex is not installed")
+    tokens = torch.randn(4, 49, 64, device="cuda")
+    torch.testing.assert_close(layer_norm(64, "apex").cuda()(tokens), layer_norm(64).cuda()(tokens))

@@ -1,0 +1,151 @@
+"""Precision, initialisation, compilation, memory."""
+
+import gc
+import math
+
+import pytest
+import torch
+
+from models import LaViT, create_model, model_config
+from models.block import Block
+from tests.models.test_lavit import small
+
+
+def shaken(**overrides) -> LaViT:
+    """A small network whose Psi, Theta and LayerScale have left their initial values."""
+    model = small(**overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("theta", "psi", "gamma")):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def test_bf16_and_autocast_outputs_agree_with_fp32_to_bf16s_precision():
+    """Bound: bf16 keeps 8 bits, so each operation errs by up to 2^-9; over some dozens of them in a row, 2^-5."""
+    model = shaken().eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        exact, exact_loss = model(images, with_diagonality=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast, autocast_loss = model(images, with_diagonality=True)
+        model.bfloat16()
+        bf16, bf16_loss = model(images.bfloat16(), with_diagonality=True)
+    for logits, loss in ((autocast, autocast_loss), (bf16, bf16_loss)):
+        assert logits.dtype == torch.bfloat16
+        assert loss.dtype == torch.float32
+        assert (logits.float() - exact).norm() / exact.norm() < 2**-5
+        assert abs(loss - exact_loss) < 2**-5
+
+
+def test_bf16_training_gradients_point_where_fp32s_do():
+    model = shaken()
+    images = torch.randn(4, 3, 32, 32)
+
+    def gradients(model, images):
+        model.zero_grad()
+        logits, loss = model(images, with_diagonality=True)
+        (torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 3])) + loss).backward()
+        return {name: p.grad.float().flatten().clone() for name, p in model.named_parameters()}
+
+    exact = gradients(model, images)
+    rough = gradients(model.bfloat16(), images.bfloat16())
+    a, b = torch.cat(list(exact.values())), torch.cat(list(rough.values()))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.999
+
+
+def test_a_row_of_the_batch_does_not_depend_on_the_others():
+    model = shaken(image_size=(32, 48)).eval()
+    images = torch.randn(3, 3, 32, 48)
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+
+
+def outputs_and_gradients(network, model, images, uniforms):
+    model.zero_grad()
+    logits, loss = network(images, drop_path_uniforms=uniforms, with_diagonality=True)
+    (logits.square().sum() + loss).backward()
+    return [logits.detach(), loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def test_compiled_without_a_graph_break_it_gives_the_same_outputs_and_gradients():
+    model = shaken(drop_path=0.2, depths=(1, 2, 3, 1), vanilla_blocks=(1, 2, 2, 1))
+    images, uniforms = torch.randn(2, 3, 32, 32), torch.rand(model.num_drop_paths, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(model, model, images, uniforms)
+    for got, wanted in zip(outputs_and_gradients(compiled, model, images, uniforms), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lavit_base", "lavit_huge"])
+def test_activations_keep_their_scale_through_depth(name):
+    """The root mean square of the tokens, block by block, at the published depths, widths cut to run here."""
+    config = model_config(name)
+    shrink = config.widths[0] // 32
+    torch.manual_seed(0)
+    model = create_model(
+        name, num_classes=10, image_size=64, widths=tuple(w // shrink for w in config.widths), heads=(1, 3, 6, 9)
+    ).eval()
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda module, args, out: sizes.append(out[0].square().mean().sqrt().item()))
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 64, 64))
+    assert len(sizes) == sum(config.depths)
+    assert min(sizes) > 0.8
+    assert max(sizes) < 2
+    assert logits.abs().max() < 2
+
+
+@pytest.mark.parametrize("name", ["lavit_base", "lavit_huge"])
+def test_a_block_of_full_width_keeps_its_scale_and_has_no_nan_in_bf16(name):
+    """The last stage's block at its published width, 576 and 2304, where fan-in is largest."""
+    config = model_config(name)
+    torch.manual_seed(0)
+    stage = create_model(name, num_classes=2, image_size=64, widths=(8, 8, 8, config.widths[3]), depths=(1, 1, 1, 1),
+                         vanilla_blocks=(1, 1, 1, 1), heads=(1, 1, 1, config.heads[3])).stages[3]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            out, _, _ = stage.to(dtype)(torch.randn(1, 8, 4, 4).to(dtype), None, None, True)
+        assert 0.8 < out.float().square().mean().sqrt() < 2
+
+
+def test_less_attention_starts_as_the_identity_and_biases_at_zero():
+    for name, parameter in small().named_parameters():
+        if name.endswith(("theta.weight", "psi.weight")):
+            assert torch.equal(parameter, torch.eye(len(parameter)))
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0
+
+
+def live_score_tensors(shape):
+    """Storages alive now that are as large as one stage's scores of `shape`."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor and thing.numel() == math.prod(shape) and thing.untyped_storage().nbytes():
+            found[thing.untyped_storage().data_ptr()] = thing.shape
+    return len(found)
+
+
+def test_checkpointing_keeps_each_score_tensor_once_and_only_those_that_flow_between_blocks():
+    """Stage 3 alone has scores of this size: one vanilla block and four less attention blocks, so four go between."""
+    model = small(depths=(1, 1, 5, 1), widths=(8, 16, 20, 24), heads=(1, 1, 5, 1), attention_residual=False)
+    images, shape = torch.randn(3, 3, 32, 32), (3, 5, 16, 16)
+    before = live_score_tensors(shape)
+    model.set_activation_checkpointing("all")
+    out, loss = model(images, with_diagonality=True)
+    assert live_score_tensors(shape) - before == 4
+    del out, loss
+    model.set_activation_checkpointing("none")
+    kept = set()
+
+    def pack(tensor):
+        if tensor.numel() == math.prod(shape):
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model(images, with_diagonality=True)
+    assert len(result) == 2
+    assert len(kept) > 4  # what checkpointing spares
