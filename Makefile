@@ -1,11 +1,12 @@
 # make demo and make test are all a newcomer needs; both make the environment first.
 CUDA ?= 13
+N ?= 100
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-cuda$(CUDA)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test soak lint clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +24,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Kills a run N times at random moments, with random ranks and ZeRO stages, and compares it with an untouched one.
+soak: setup
+	$(BIN)/python -m data_pipeline.build digits data/digits
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.soak --rounds $(N) --folder $$(mktemp -d)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -87,6 +87,15 @@ class CheckpointSection(Section):
     """How many of the newest are kept. With 1 there is nothing to fall back to."""
 
 
+class WatchdogSection(Section):
+    """When a rank that does not go on is taken for hanging: its stacks are written and it ends, to be started again."""
+
+    start_minutes: float = Field(default=30.0, gt=0)
+    """Limit until the first step, and for a checkpoint: storage and compilers may be slow."""
+    step_minutes: float = Field(default=10.0, gt=0)
+    """Limit for a step, for waiting for its data, and for a batch of evaluation."""
+
+
 class Recipe(Section):
     """Everything that defines a run, but for what is DeepSpeed's own (see ``deepspeed``)."""
 
@@ -106,6 +115,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watchdog: WatchdogSection = WatchdogSection()
     log_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between lines of metrics."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -117,9 +127,11 @@ class Recipe(Section):
 CHANGEABLE = (
     "evaluation",
     "checkpoint",
+    "watchdog",
     "log_every_steps",
     "deepspeed",
     "data.path",
+    "data.cache",
     "data.threads",
     "data.prefetch",
     "model.activation_checkpointing",

@@ -21,6 +21,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder, RunState, State
 from pretrain.stop import StopAgreement
 from pretrain.summary import write_summary
+from pretrain.watchdog import Watchdog
 
 FAILED_SAVES_ALLOWED = 1
 """A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
@@ -89,6 +90,9 @@ class Run:
     control: dist.ProcessGroup
     """CPU group for small objects."""
     progress: Progress
+    watchdog: Watchdog = field(init=False)
+    first_step: bool = True
+    """Whether no step was taken yet by this incarnation: the first one may build and compile for minutes."""
     saved_at: int = -1
     """``samples_seen`` of the newest checkpoint on disk."""
     failed_saves: int = 0
@@ -97,6 +101,14 @@ class Run:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
+        limits = self.recipe.watchdog
+        self.watchdog = Watchdog(
+            self.folder.hangs,
+            dist.get_rank(),
+            start_s=60 * limits.start_minutes,
+            step_s=60 * limits.step_minutes,
+            on_hang=lambda reason: self.write_state("failed", reason),
+        )
 
     @property
     def done(self) -> bool:
@@ -130,9 +142,12 @@ class Run:
     def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
         self.engine.eval()
-        result = evaluate(
-            lambda images: self.engine(images.to(self.dtype)), self.eval_loader, stop=self.stop.at_step_boundary
-        )
+
+        def stopped() -> bool:
+            self.watchdog.beat("evaluating", patient=self.first_step)
+            return self.stop.at_step_boundary()
+
+        result = evaluate(lambda images: self.engine(images.to(self.dtype)), self.eval_loader, stop=stopped)
         self.engine.train()
         if result is None:
             return False
@@ -155,6 +170,7 @@ class Run:
             UserError: the loss is not finite, so that the state is not worth keeping; or the second failure in a row.
         """
         began = time.monotonic()
+        self.watchdog.beat("saving a checkpoint", patient=True)
         self._check_finite(self.meter.means())
         problem = save_checkpoint(
             self.folder.checkpoints,
@@ -214,6 +230,7 @@ class Run:
 
     def finish(self) -> None:
         """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
+        self.watchdog.beat("handing off", patient=True)
         if self.metrics and self.last_evaluation is not None:
             export_run(self.folder)
             write_summary(
@@ -234,6 +251,7 @@ class Run:
 
     def close(self) -> None:
         """Free loaders, flush metrics, give the terminal back."""
+        self.watchdog.close()
         self.train_loader.close()
         self.eval_loader.close()
         self.console.close()

@@ -56,6 +56,7 @@ class RunFolder:
         self.bad_samples = path / "bad_samples.jsonl"
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
+        self.hangs = path / "hangs"
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run."""

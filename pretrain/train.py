@@ -30,6 +30,7 @@ def train(run: Run) -> ExitCode:
         began = time.monotonic()
         lr = train_step(run, batches)
         progress.step += 1
+        run.first_step = False
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
@@ -65,7 +66,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
         group["lr"] = lr
     for _ in range(run.batch.accumulation):
         waiting = time.monotonic()
+        run.watchdog.beat("waiting for data", patient=run.first_step)
         batch = next(batches)
+        run.watchdog.beat("computing, or waiting for the other ranks", patient=run.first_step)
         run.meter.data_wait_s += time.monotonic() - waiting
         loss, parts = micro_batch_loss(run, batch)
         run.engine.backward(loss)

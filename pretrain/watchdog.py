@@ -1,0 +1,72 @@
+"""Ends a rank that hangs, after saying where: a data stall and a collective that never returns look alike from outside.
+
+Every rank watches itself. When one rank is stuck all others soon wait for it, so all of them run into the limit at
+about the same time, and their stacks side by side show who is not where the others are.
+"""
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pretrain.outcome import ExitCode
+
+OTHERS_GET_S = 5.0
+"""The first rank to notice waits so long before it ends, since the launcher then ends the others."""
+
+
+class Watchdog:
+    """Watches the time since the last ``beat`` in a thread of its own.
+
+    Args:
+        folder: where the stacks are written, one file per rank and hang.
+        rank: this rank.
+        start_s: limit, in seconds, until the first ``beat``, and within patient phases.
+        step_s: limit, in seconds, otherwise.
+        on_hang: called with the reason in one line, before the process ends.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, *, start_s: float, step_s: float, on_hang: Callable[[str], None]
+    ) -> None:
+        self._folder, self._rank, self._on_hang = folder, rank, on_hang
+        self._start_s, self._step_s = start_s, step_s
+        self._beat = (time.monotonic(), "starting", start_s)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, phase: str, *, patient: bool = False) -> None:
+        """Say that this rank goes on, and what it does next; patient phases have the long limit."""
+        self._beat = (time.monotonic(), phase, self._start_s if patient else self._step_s)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._step_s / 10)):
+            since, phase, limit = self._beat
+            if time.monotonic() - since > limit:
+                self._end(phase, time.monotonic() - since)
+
+    def _end(self, phase: str, seconds: float) -> None:
+        reason = f"rank {self._rank} hangs: {phase} for {seconds:.0f} s"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
+            with file.open("w") as handle:
+                handle.write(f"{reason}\n\n")
+                handle.flush()
+                faulthandler.dump_traceback(handle, all_threads=True)
+            reason += f"; stacks of all threads in {file}"
+            self._on_hang(reason)
+        except OSError as error:
+            reason += f"; its stacks could not be written: {error}"
+        os.write(2, f"error: {reason}\n".encode())
+        time.sleep(OTHERS_GET_S)
+        os._exit(ExitCode.RETRY)
