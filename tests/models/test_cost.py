@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LaViT, create_model, list_models, model_config
-from models.cost import count_macs, count_parameters
+from models.cost import attention_macs, count_macs, count_parameters
 
 
 def counted_macs(model, image_size):
@@ -30,6 +30,26 @@ def test_formulae_agree_with_torch_for_every_named_model(name):
         model = LaViT(config)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
     assert counted_macs(model, config.image_size) == count_macs(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"), [("tiny", 10.9e6, 1.6e9), ("small", 22.4e6, 3.3e9), ("base", 39.6e6, 6.1e9)]
+)
+def test_the_geometry_meets_the_papers_totals(name, parameters, macs):
+    config = model_config(f"lavit_{name}")
+    assert count_parameters(config) == pytest.approx(parameters, rel=0.02)
+    assert count_macs(config) == pytest.approx(macs, rel=0.03)
+    assert all(width % 32 == 0 for width in config.widths)
+
+
+def test_less_attention_saves_multiplications_where_the_family_uses_it_and_not_before():
+    config = model_config("lavit_base")
+    costs = [
+        [attention_macs(config, stage, grids, less=less) for less in (False, True)]
+        for stage, grids in enumerate(config.grids((224, 224)))
+    ]
+    assert [less < vanilla for vanilla, less in costs] == [False, False, True, True]
+    assert [v < d for v, d in zip(config.vanilla_blocks, config.depths, strict=True)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("overrides", OTHERS)

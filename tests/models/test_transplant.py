@@ -158,6 +158,7 @@ def test_what_cannot_work_is_refused_by_name(vit):
         layers(changed)[-1](torch.randn(1, TOKENS, WIDTH))
 
 
+@pytest.mark.gpu  # timm needs torchvision, which only an environment with a CUDA build of torch has here
 def test_timms_own_vision_transformer_is_understood():
     timm = pytest.importorskip("timm", reason="timm, the optional extra, is not installed")
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=7, depth=4).eval()

@@ -1,0 +1,162 @@
+"""How big and how fast the network is: Less Attention against its vanilla twin, eager against compiled.
+
+    python -m benchmarks.model                                    # tiny, small and base, on whatever device there is
+    python -m benchmarks.model --sizes tiny --batch 64 --compile  # and torch.compile
+
+The twins take turns, one step each, so that whatever else the machine does hits both; every number is the median of the
+rounds. Prints a table and adds it to benchmarks/results/model-DATE-MACHINE.md.
+"""
+
+import argparse
+import datetime
+import multiprocessing
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from models import LaViT, create_model, model_config
+from models.cost import count_macs, count_parameters
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """Classify, without gradients."""
+    with torch.no_grad():
+        model(images)
+
+
+def train(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """One step without the optimizer: both losses, forward and backward."""
+    logits, diagonality = model(images, with_diagonality=True)
+    classes = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    (cross_entropy(logits.float(), classes) + diagonality).backward()
+    model.zero_grad()
+
+
+def build(name: str, device: str) -> LaViT:
+    """The model as it trains: bf16 weights on a GPU, fp32 on a CPU."""
+    torch.manual_seed(0)
+    return create_model(name).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
+    """Wall time of one step."""
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(model, images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _child(name: str, device: str, batch: int, queue) -> None:
+    images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    model = build(name, device)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    train(model, images)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+    queue.put(torch.cuda.max_memory_allocated() if device == "cuda" else peak)
+
+
+def peak_memory(name: str, device: str, batch: int) -> float:
+    """GiB of one training step, in a fresh process: allocated on a GPU, the growth of resident memory on a CPU."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_child, args=(name, device, batch, queue))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"measuring the memory of {name} ended with exit code {child.exitcode}")
+    return queue.get() / 2**30
+
+
+def measure(size: str, device: str, batch: int, rounds: int, compiled: bool) -> list[str]:
+    """Rows of the table for one size: the network, its twin, and their ratio."""
+    names = [f"lavit_{size}", f"lavit_{size}_vanilla"]
+    models: dict[tuple[str, str], torch.nn.Module] = {(name, "eager"): build(name, device) for name in names}
+    if compiled:
+        models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
+    images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    speed, ratio = {}, {}
+    for label, step in (("forward", forward), ("train", train)):
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
+        for turn in range(rounds + 1):
+            for key, model in models.items():
+                model.train(label == "train")
+                took = seconds(model, step, images)
+                if turn:  # the first turn warms up
+                    times[key].append(took)
+        speed |= {(*key, label): batch / statistics.median(taken) for key, taken in times.items()}
+        for mode in {mode for _, mode in models}:
+            pairs = zip(times[names[1], mode], times[names[0], mode], strict=True)
+            ratio[mode, label] = statistics.median(vanilla / less for vanilla, less in pairs)
+    memory = {name: peak_memory(name, device, batch) for name in names}
+    rows = []
+    for name, mode in models:
+        config = model_config(name)
+        rows.append(
+            f"| {name} | {mode} | {count_parameters(config) / 1e6:.2f} M | {count_macs(config) / 1e9:.2f} G "
+            f"| {speed[name, mode, 'forward']:.2f} | {speed[name, mode, 'train']:.2f} | {memory[name]:.2f} |"
+        )
+    for mode in dict.fromkeys(mode for _, mode in models):
+        memory_ratio = memory[names[0]] / memory[names[1]]
+        forward_ratio, train_ratio = ratio[mode, "forward"], ratio[mode, "train"]
+        rows.append(f"| *less / vanilla* | {mode} | | | {forward_ratio:.2f} | {train_ratio:.2f} | {memory_ratio:.2f} |")
+    return rows
+
+
+def machine(device: str) -> str:
+    """What was measured on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Measure, print, and add to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"], help="default: T, S and B")
+    parser.add_argument("--batch", type=int, default=None, help="pictures a step (default: 64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps to take the median of (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile(fullgraph=True)")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = arguments.batch or (64 if device == "cuda" else 4)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [
+        f"## {machine(device)}, torch {torch.__version__}, {today}",
+        "",
+        " ".join(
+            [
+                f"`python -m benchmarks.model {' '.join(sys.argv[1:])}`: batch {batch} of 224 x 224,",
+                f"{'bf16' if device == 'cuda' else 'fp32'}, median of {arguments.rounds} interleaved rounds;",
+                "training without the optimizer's step; peak memory of one eager training step.",
+            ]
+        ),
+        "",
+        "| model | mode | parameters | MACs | forward, images/s | training, images/s | peak memory, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))  # noqa: T201  the table is what this command is for
+    for size in arguments.sizes:
+        rows = measure(size, device, batch, arguments.rounds, arguments.compile)
+        print("\n".join(rows), flush=True)  # noqa: T201
+        lines += rows
+    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"model-{today}-{slug}.md").open("a") as file:
+        file.write("\n".join([*lines, "", ""]))
+
+
+if __name__ == "__main__":
+    main()
