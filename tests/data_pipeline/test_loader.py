@@ -194,3 +194,14 @@ def test_a_bad_sample_is_left_out_of_evaluation_and_reported(damaged):
     assert sorted(set(range(1437)) - set(valid.tolist())) == [5, 6, 900]
     assert len(valid) == 1434
     assert sorted(report.id for report in reports) == [5, 6, 900]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [{"rand_augment": {}}, {"trivial_augment": True}], ids=str)
+def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train, policy):
+    augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, **policy)
+    whole = digests(train, steps=3, micro=64, augment=augment)
+    assert digests(train, world=2, steps=3, micro=8, threads=3, augment=augment) == whole
+    plain = digests(train, steps=3, micro=64, augment=AugmentConfig())
+    changed = sum(plain[position][3] != whole[position][3] for position in whole)
+    assert changed > 0.6 * len(whole)

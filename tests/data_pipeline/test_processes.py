@@ -23,7 +23,7 @@ path, out, rank, world, start, steps, micro, threads = sys.argv[1:3] + list(map(
 augment = AugmentConfig(
     random_resized_crop=RandomResizedCropConfig(scale=(0.3, 1)), horizontal_flip=0.5,
     color_jitter=ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    trivial_augment=True, random_erasing=RandomErasingConfig(probability=0.5),
+    random_erasing=RandomErasingConfig(probability=0.5),
 )
 config = InputConfig(path=path, image_size=32, augment=augment, threads=threads)
 loader = TrainLoader(
