@@ -12,7 +12,6 @@ import datetime
 import multiprocessing
 import platform
 import re
-import resource
 import statistics
 import sys
 import time
@@ -58,17 +57,27 @@ def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def _resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (the peak) from Linux's account of this process."""
+    match = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
 def _child(name: str, device: str, batch: int, queue) -> None:
     images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
     model = build(name, device)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    train(model, images)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
-    queue.put(torch.cuda.max_memory_allocated() if device == "cuda" else peak)
+    if device == "cuda":
+        train(model, images)
+        queue.put(torch.cuda.max_memory_allocated())
+    else:
+        before = _resident("VmRSS")
+        train(model, images)
+        queue.put(_resident("VmHWM") - before)
 
 
 def peak_memory(name: str, device: str, batch: int) -> float:
-    """GiB of one training step, in a fresh process: allocated on a GPU, the growth of resident memory on a CPU."""
+    """GiB of one training step, in a fresh process: allocated on a GPU, the growth of resident memory on a CPU (Linux)."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     child = context.Process(target=_child, args=(name, device, batch, queue))
