@@ -77,7 +77,7 @@ def _child(name: str, device: str, batch: int, queue) -> None:
 
 
 def peak_memory(name: str, device: str, batch: int) -> float:
-    """GiB of one training step, in a fresh process: allocated on a GPU, the growth of resident memory on a CPU (Linux)."""
+    """GiB of one training step, in a fresh process: allocated on a GPU; on a CPU (Linux) the growth of its memory."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     child = context.Process(target=_child, args=(name, device, batch, queue))
