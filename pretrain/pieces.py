@@ -158,8 +158,7 @@ class OptimizerPieces:
 
     def _empty_owners(self) -> list[torch.Tensor]:
         """Flat partitions of this rank that hold padding only; the optimizer steps them all the same."""
-        zero = self._zero
-        flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        flats = self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._flats()
         owned = {id(piece.owner) for piece in self.pieces}
         return [flat for flat in flats if id(flat) not in owned]
 
@@ -180,13 +179,19 @@ class OptimizerPieces:
             if self._stage0_owner[parameter] == dist.get_rank()
         ]
 
+    def _flats(self) -> list[torch.Tensor]:
+        """This rank's flat partition of each parameter group, at stages 1 and 2."""
+        # BF16_Optimizer (bf16 with fp32 gradient accumulation) has another name for them.
+        name = "single_partition_of_fp32_groups"
+        return getattr(self._zero, name if hasattr(self._zero, name) else "fp32_groups_flat_partition")
+
     def _flat_partitions(self, names: dict[Any, str]) -> list[Piece]:
         pieces = []
         for parameter, name in names.items():
             mapping = parameter._hp_mapping  # noqa: SLF001
             if mapping is None:
                 continue  # another rank's
-            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = self._flats()[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             pieces.append(Piece(name, tuple(parameter.shape), here.start, here.numel, flat, there.start))
         return pieces

@@ -95,6 +95,8 @@ class Run:
     """Whether no step was taken yet by this incarnation: the first one may build and compile for minutes."""
     saved_at: int = -1
     """``samples_seen`` of the newest checkpoint on disk."""
+    save_tried_at: int = -1
+    """``samples_seen`` of the newest attempt, which may have failed."""
     failed_saves: int = 0
     last_evaluation: Evaluation | None = None
     meter: Meter = field(init=False)
@@ -124,7 +126,7 @@ class Run:
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
         due = self.done or self.progress.step % self.recipe.checkpoint.every_steps == 0
-        return due and self.progress.samples_seen not in (0, self.saved_at)
+        return due and self.progress.samples_seen not in (0, self.saved_at, self.save_tried_at)
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
@@ -171,6 +173,7 @@ class Run:
         """
         began = time.monotonic()
         self.watchdog.beat("saving a checkpoint", patient=True)
+        self.save_tried_at = self.progress.samples_seen
         self._check_finite(self.meter.means())
         problem = save_checkpoint(
             self.folder.checkpoints,
@@ -188,12 +191,11 @@ class Run:
             return
         self.failed_saves += 1
         self.console.say(f"WARNING checkpoint at step {self.progress.step} could not be written: {problem}")
-        if self.failed_saves > FAILED_SAVES_ALLOWED:
+        if self.failed_saves > FAILED_SAVES_ALLOWED or self.done:
             raise UserError(
-                f"two checkpoints in a row could not be written to {self.folder.checkpoints} ({problem}): "
-                "make space or mend the storage, then start again"
+                f"{'the last checkpoint' if self.done else 'two checkpoints in a row'} could not be written to "
+                f"{self.folder.checkpoints} ({problem}): make space or mend the storage, then start again"
             )
-        self.saved_at = self.progress.samples_seen  # do not try again at the same step
 
     def log_due(self) -> bool:
         """Whether the metrics of an interval are written after this step."""

@@ -42,9 +42,9 @@ def train(run: Run) -> ExitCode:
     if run.saved_at != progress.samples_seen and progress.samples_seen:
         run.save()
     reason = run.stop.reason()
-    run.console.say(
-        f"stopped at step {progress.step} of {run.total_steps} ({reason}), saved; the same command goes on from here"
-    )
+    saved = run.saved_at == progress.samples_seen
+    kept = "saved; the same command goes on from here" if saved else "nothing new was saved"
+    run.console.say(f"stopped at step {progress.step} of {run.total_steps} ({reason}), {kept}")
     run.write_state("preempted", reason)
     return ExitCode.STOPPED
 

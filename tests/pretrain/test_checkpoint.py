@@ -30,7 +30,7 @@ STAGES = (0, 1, 2, 3)
 BATCH = 8
 
 
-def build_engine(stage: int, *, width: int = 7, bf16: bool = False) -> Any:
+def build_engine(stage: int, *, width: int = 7, bf16: bool = False, grad_accum: str | None = None) -> Any:
     """A small network with sizes that two ranks do not divide evenly, and two parameter groups."""
     import deepspeed
 
@@ -45,6 +45,7 @@ def build_engine(stage: int, *, width: int = 7, bf16: bool = False) -> Any:
         "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "gradient_clipping": 1.0, "steps_per_print": 2**31, "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": stage},
+        "data_types": {"grad_accum_dtype": grad_accum},
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.02), config=config)
     return engine
@@ -144,14 +145,17 @@ def test_the_average_equals_one_kept_by_name_at_every_stage(tmp_path: Path) -> N
 
 
 def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
-    for stage in (1, 2, 3):
-        engine = build_engine(stage, bf16=True)
+    kinds = set()
+    for stage, grad_accum in ((1, None), (1, "fp32"), (2, None), (3, None)):
+        engine = build_engine(stage, bf16=True, grad_accum=grad_accum)
         steps(engine, 0, 3)
+        kinds.add(type(engine.optimizer).__name__)
         before = OptimizerPieces(engine)
-        save_checkpoint(folder / str(stage), before, Progress(step=3), keep=1, facts={}, group=control)
-        other = build_engine(stage, bf16=True)
+        case = folder / f"{stage}-{grad_accum}"
+        save_checkpoint(case, before, Progress(step=3), keep=1, facts={}, group=control)
+        other = build_engine(stage, bf16=True, grad_accum=grad_accum)
         after = OptimizerPieces(other)
-        load_newest(folder / str(stage), after, group=control)
+        load_newest(case, after, group=control)
         for a, b in zip(before.pieces, after.pieces, strict=True):
             assert (a.name, a.offset, a.length) == (b.name, b.offset, b.length)
             assert before.step_of(a) == after.step_of(b) == 3
@@ -159,6 +163,7 @@ def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
                 assert torch.equal(a.view(kind, before.optimizer), b.view(kind, after.optimizer)), (stage, a.name, kind)
         x = torch.ones(4, 5, dtype=torch.bfloat16)
         assert torch.equal(engine(x), other(x)), "the bf16 weights were not refreshed from the masters"
+    assert kinds == {"DeepSpeedZeroOptimizer", "BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"}
 
 
 @pytest.mark.slow

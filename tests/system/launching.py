@@ -23,13 +23,14 @@ PATIENCE_S = 180.0
 class Launched:
     """A started ``deepspeed`` (or bare ``python``) with the log that it writes."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, file_size_limit: int | None) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         self.log = log
+        limited = ["prlimit", f"--fsize={file_size_limit}", *command] if file_size_limit else command
         with log.open("w") as handle:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+                limited, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._seen: dict[int, psutil.Process] = {}
 
@@ -89,16 +90,21 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(folder: Path, *arguments: str, ranks: int = 2, recipe: Path = RECIPE) -> Iterator[Launched]:
-    """Start training with ``deepspeed`` on so many ranks; with 0, start ``main.py`` bare. Runs lie in ``folder``."""
+def launched(
+    folder: Path, *arguments: str, ranks: int = 2, recipe: Path = RECIPE, file_size_limit: int | None = None
+) -> Iterator[Launched]:
+    """Start training with ``deepspeed`` on so many ranks; with 0, start ``main.py`` bare. Runs lie in ``folder``.
+
+    No file can grow beyond ``file_size_limit`` bytes, where it is given: the write fails, as on a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("launch-*.log")))
     starter = [sys.executable]
     if ranks:
         deepspeed = Path(sys.executable).parent / "deepspeed"
         starter = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command = [*starter, "pretrain/main.py", "--recipe", str(recipe)]
-    started = Launched([*command, "--runs", str(folder), *arguments], folder / f"launch-{number}.log")
+    command = [*starter, "pretrain/main.py", "--recipe", str(recipe), "--runs", str(folder), *arguments]
+    started = Launched(command, folder / f"launch-{number}.log", file_size_limit)
     try:
         yield started
     finally:
