@@ -56,6 +56,8 @@ def decoded_size(data: bytes) -> tuple[int, int] | Rejected:
     """Return width and height of a picture as DALI decodes it, with the EXIF rotation, or why it cannot be used."""
 
     def size(image: Image.Image) -> tuple[int, int] | Rejected:
+        if image.format not in {"JPEG", "MPO", "PNG"}:
+            return Rejected(f"{image.format}, which is neither JPEG nor PNG")
         if image.mode.startswith("I"):
             return Rejected("16 bits per channel, which decoders do not agree on")
         return ImageOps.exif_transpose(image).size

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.shards import crc32
+from data_pipeline.shards import crc32, header_size
 
 _OPEN_SHARDS = 256
 
@@ -37,9 +37,16 @@ class Reader:
             reason = f"the shard ends after {len(data)} of its {self.dataset.length[sample]} bytes"
         elif crc32(data) != self.dataset.crc32[sample]:
             reason = "its checksum differs from the one taken when the shards were built"
+        elif not self._fits(sample, header_size(data)):
+            reason = "its header is not that of a JPEG or PNG of the size in the table"
         else:
             reason = ""
         return np.frombuffer(data, np.uint8), reason
+
+    def _fits(self, sample: int, size: tuple[int, int] | None) -> bool:
+        """Whether a header agrees with the table, which has the sides as they are after an EXIF rotation."""
+        expected = (int(self.dataset.width[sample]), int(self.dataset.height[sample]))
+        return size is not None and size in {expected, expected[::-1]}
 
     def _bytes(self, sample: int) -> bytes:
         dataset = self.dataset

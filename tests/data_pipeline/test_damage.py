@@ -198,17 +198,25 @@ def retable(folder: Path, **changes) -> None:
 CROP = AugmentConfig(random_resized_crop=RandomResizedCropConfig())
 
 
+def spoil_scan(folder: Path) -> None:
+    """Make picture 70 one whose header is right and whose scan no decoder can begin."""
+    dataset = Dataset.open(folder, "train")
+    with dataset.shard_path(0).open("rb") as shard:
+        shard.seek(int(dataset.offset[70]))
+        data = shard.read(int(dataset.length[70]))
+    scan = data.index(b"\xff\xda")
+    spoiled = data[: scan + 12] + b"\xff\xd8" + bytes(len(data) - scan - 14)
+    overwrite(folder, 70, spoiled)
+    retable(folder, crc32=(70, crc32(spoiled)))
+
+
 @pytest.mark.parametrize("augment", [None, CROP], ids=["whole", "crop"])
 def test_a_picture_with_a_right_checksum_that_dali_cannot_decode_is_replaced(copy, augment):
-    dataset = Dataset.open(copy, "train")
-    length = int(dataset.length[70])
-    rubbish = b"no picture".ljust(length, b".")
-    overwrite(copy, 70, rubbish)
-    retable(copy, crc32=(70, crc32(rubbish)))
+    spoil_scan(copy)
     seen, reports = read_epoch(copy, augment)
     assert seen == set(range(1437)) - {70}
     assert {(report.id, report.replaced_by) for report in reports} == {(70, 71)}
-    assert "codec" in reports[0].reason.lower() or "decod" in reports[0].reason.lower()
+    assert "decod" in reports[0].reason.lower() or "Invalid SOS" in reports[0].reason
 
 
 def test_pixels_of_the_others_are_the_same_when_one_picture_cannot_be_decoded(copy, digits):
@@ -220,16 +228,37 @@ def test_pixels_of_the_others_are_the_same_when_one_picture_cannot_be_decoded(co
         loader.close()
         return np.concatenate([ids for ids, _ in found]), torch.cat([images for _, images in found])
 
-    length = int(Dataset.open(copy, "train").length[70])
-    overwrite(copy, 70, bytes(length))
-    retable(copy, crc32=(70, crc32(bytes(length))))
+    spoil_scan(copy)
     (ids, images), (good_ids, good_images) = pixels(copy), pixels(digits)
     same = good_ids != 70
     assert torch.equal(images[torch.from_numpy(same)], good_images[torch.from_numpy(same)])
     assert set(ids[~same].tolist()) == {71}
 
 
-def test_a_wrong_size_in_the_table_is_found_by_the_decoder_and_replaced(copy):
+WITH_A_RIGHT_CHECKSUM = {
+    "text": lambda data: b"no picture".ljust(len(data), b"."),
+    "zeros": lambda data: bytes(len(data)),
+    "a jpeg without a frame": lambda data: data[:20] + bytes(len(data) - 20),
+    "a gif": lambda data: picture("GIF", "P")[: len(data)].ljust(len(data), b"\0"),
+    "another size": lambda data: data.replace(b"\0\x40\0\x40", b"\0\x41\0\x40", 1),
+}
+
+
+@pytest.mark.parametrize("name", WITH_A_RIGHT_CHECKSUM)
+def test_a_header_that_is_not_of_the_picture_in_the_table_is_screened_out_before_the_decoder(copy, name):
+    dataset = Dataset.open(copy, "train")
+    with dataset.shard_path(0).open("rb") as shard:
+        shard.seek(int(dataset.offset[70]))
+        data = WITH_A_RIGHT_CHECKSUM[name](shard.read(int(dataset.length[70])))
+    overwrite(copy, 70, data)
+    retable(copy, crc32=(70, crc32(data)))
+    seen, reports = read_epoch(copy)
+    assert seen == set(range(1437)) - {70}
+    assert {(report.id, report.replaced_by) for report in reports} == {(70, 71)}
+    assert "header" in reports[0].reason
+
+
+def test_a_wrong_size_in_the_table_is_screened_out(copy):
     retable(copy, width=(70, 640))
     seen, reports = read_epoch(copy)
     assert 70 not in seen
