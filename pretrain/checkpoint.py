@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ class Progress:
     """Optimizer steps."""
     evaluated_at: int = 0
     """``samples_seen`` of the last finished evaluation."""
+    skipped_steps: int = 0
+    """Steps that left the weights as they were, because a gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the ones just before this point."""
+    rollbacks: int = 0
+    """How often the weights went back to a checkpoint because of such steps."""
     train_seconds: float = 0.0
     """Wall-clock time of the training loop over all incarnations, without what was lost to a crash."""
 
@@ -110,9 +117,13 @@ def save_checkpoint(
 
 
 def load_newest(
-    folder: Path, pieces: OptimizerPieces, *, group: dist.ProcessGroup
+    folder: Path,
+    pieces: OptimizerPieces,
+    *,
+    group: dist.ProcessGroup,
+    good: Callable[[Progress], bool] = lambda _: True,
 ) -> tuple[Progress, list[str]] | None:
-    """Fill the engine from the newest checkpoint that is whole. Collective.
+    """Fill the engine from the newest checkpoint that is whole and ``good``. Collective.
 
     Returns:
         progress and a line for each newer checkpoint that was passed over as damaged; None if there is no checkpoint.
@@ -135,6 +146,8 @@ def load_newest(
         problem = next((p for p in problems if p), "")
         if not problem:
             progress = Progress(**read_manifest(path)["progress"])
+            if not good(progress):
+                continue
             _fill(path, pieces)
             return progress, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")

@@ -87,6 +87,16 @@ class CheckpointSection(Section):
     """How many of the newest are kept. With 1 there is nothing to fall back to."""
 
 
+class BadNumbersSection(Section):
+    """What happens when gradients are not finite: the step is skipped; after too many in a row the weights go back."""
+
+    skipped_steps: int = Field(default=20, ge=1)
+    """So many skipped steps in a row send the weights back to the newest checkpoint before them; training goes on
+    behind the images that did it."""
+    rollbacks: int = Field(default=2, ge=0)
+    """How often a run may go back before it stops with the reason."""
+
+
 class WatchdogSection(Section):
     """When a rank that does not go on is taken for hanging: its stacks are written and it ends, to be started again."""
 
@@ -115,6 +125,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
     log_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between lines of metrics."""
@@ -127,6 +138,7 @@ class Recipe(Section):
 CHANGEABLE = (
     "evaluation",
     "checkpoint",
+    "bad_numbers",
     "watchdog",
     "log_every_steps",
     "deepspeed",

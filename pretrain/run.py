@@ -1,6 +1,5 @@
 """One run on one rank: all its parts, and what is done with them between steps."""
 
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
-from pretrain.checkpoint import Progress, save_checkpoint
+from pretrain.checkpoint import Progress, load_newest, save_checkpoint
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.export import export_run
+from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
@@ -25,44 +25,6 @@ from pretrain.watchdog import Watchdog
 
 FAILED_SAVES_ALLOWED = 1
 """A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
-
-
-class Meter:
-    """Sums what the steps of an interval measured on the device, so that a step never waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a new interval."""
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self.steps = 0
-        self.data_wait_s = 0.0
-        self._began = time.monotonic()
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add the measurements of a micro-batch; scalars on the device."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value.detach().float()
-        self._count += 1
-
-    def means(self) -> dict[str, float]:
-        """Means over the interval and all ranks. Collective; waits for the device."""
-        if not self._count:
-            return {}
-        stacked = torch.stack(list(self._sums.values())) / (self._count * dist.get_world_size())
-        dist.all_reduce(stacked)
-        return dict(zip(self._sums, stacked.tolist(), strict=True))
-
-    def seconds(self) -> float:
-        """Wall-clock time of the interval, without what was excluded."""
-        return time.monotonic() - self._began
-
-    def exclude(self, seconds: float) -> None:
-        """Leave time that was not training, such as an evaluation, out of the interval."""
-        self._began += seconds
 
 
 @dataclass
@@ -125,8 +87,8 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
-        due = self.done or self.progress.step % self.recipe.checkpoint.every_steps == 0
-        return due and self.progress.samples_seen not in (0, self.saved_at, self.save_tried_at)
+        due = self.progress.step % self.recipe.checkpoint.every_steps == 0 and not self.progress.skipped_in_a_row
+        return (due or self.done) and self.progress.samples_seen not in (0, self.saved_at, self.save_tried_at)
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
@@ -169,12 +131,11 @@ class Run:
         """Write a checkpoint. Failing once is told and survived, failing twice in a row ends the run.
 
         Raises:
-            UserError: the loss is not finite, so that the state is not worth keeping; or the second failure in a row.
+            UserError: the second failure in a row, or the last checkpoint of the run failed.
         """
         began = time.monotonic()
         self.watchdog.beat("saving a checkpoint", patient=True)
         self.save_tried_at = self.progress.samples_seen
-        self._check_finite(self.meter.means())
         problem = save_checkpoint(
             self.folder.checkpoints,
             self.pieces,
@@ -197,20 +158,50 @@ class Run:
                 f"{self.folder.checkpoints} ({problem}): make space or mend the storage, then start again"
             )
 
+    def note_step(self, *, skipped: bool) -> None:
+        """Count a step that was skipped because a gradient was not finite; after too many in a row, go back.
+
+        Raises:
+            UserError: going back did not help as often as the recipe allows, or there is nothing to go back to.
+        """
+        progress, limits = self.progress, self.recipe.bad_numbers
+        if not skipped:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        first = progress.samples_seen - self.batch.global_batch
+        where = f"images {first} to {progress.samples_seen - 1} of the order"
+        self.console.say(f"WARNING step {progress.step} was skipped: a gradient was not finite; {where}")
+        if progress.skipped_in_a_row < limits.skipped_steps:
+            return
+        why = f"{progress.skipped_in_a_row} steps in a row had gradients that were not finite, the last on {where}"
+        cure = "lower optimizer.lr or lengthen schedule.warmup_epochs, under a new name"
+        if progress.rollbacks >= limits.rollbacks:
+            raise UserError(f"{why}, after going back {progress.rollbacks} times: {cure}")
+        loaded = load_newest(
+            self.folder.checkpoints, self.pieces, group=self.control, good=lambda found: not found.skipped_in_a_row
+        )
+        if loaded is None:
+            raise UserError(f"{why}, and there is no checkpoint to go back to: {cure}")
+        progress.rollbacks += 1
+        progress.skipped_in_a_row = 0
+        self.console.say(
+            f"WARNING {why}: back to the weights of step {loaded[0].step}, going on behind these images "
+            f"({progress.rollbacks} of {limits.rollbacks} times)"
+        )
+
     def log_due(self) -> bool:
         """Whether the metrics of an interval are written after this step."""
         return self.progress.step % self.recipe.log_every_steps == 0 or self.done
 
     def log(self, lr: float) -> None:
-        """Write the interval's means as metrics and as a line; collective.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """Write the interval's means as metrics and as a line; collective."""
         values = self.meter.means()
-        self._check_finite(values)
         norm = self.engine.get_global_grad_norm()
-        values |= {"lr": lr} | ({"grad_norm": float(norm)} if norm is not None else {})
+        values |= {"lr": lr, "skipped_steps": self.progress.skipped_steps} | (
+            {"grad_norm": float(norm)} if norm is not None else {}
+        )
         seconds = self.meter.seconds()
         rate = self.meter.steps * self.batch.global_batch / seconds
         epoch = self.progress.samples_seen / self.epoch_size
@@ -264,11 +255,3 @@ class Run:
         """Keep time that was not training out of the rates."""
         self.meter.exclude(seconds)
         self.console.step_done(self.progress.step, waited_s=seconds)
-
-    def _check_finite(self, values: dict[str, float]) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"{' and '.join(bad)} became non-finite by step {self.progress.step}: lower optimizer.lr or "
-                "lengthen schedule.warmup_epochs, under a new name; the newest checkpoint is from before"
-            )

@@ -28,12 +28,13 @@ def train(run: Run) -> ExitCode:
         if run.done or run.stop.at_step_boundary():
             break
         began = time.monotonic()
-        lr = train_step(run, batches)
+        lr, skipped = train_step(run, batches)
         progress.step += 1
         run.first_step = False
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
+        run.note_step(skipped=skipped)
         if run.log_due():
             run.log(lr)
     if run.done and not run.evaluation_due():
@@ -49,11 +50,11 @@ def train(run: Run) -> ExitCode:
     return ExitCode.STOPPED
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> float:
+def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
     """One optimizer step over the global batch, in as many micro-batches as fit.
 
     Returns:
-        the learning rate that it was taken with.
+        the learning rate, and whether the step was skipped because a gradient was not finite (on all ranks alike).
     """
     recipe, progress = run.recipe, run.progress
     lr = learning_rate(
@@ -64,6 +65,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
     )
     for group in run.engine.optimizer.param_groups:
         group["lr"] = lr
+    skipped_before = run.pieces.skipped_steps
     for _ in range(run.batch.accumulation):
         waiting = time.monotonic()
         run.watchdog.beat("waiting for data", patient=run.first_step)
@@ -74,10 +76,11 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
         run.engine.backward(loss)
         run.engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
         run.meter.add({"loss": loss, **parts})
-    if recipe.ema is not None:
+    skipped = run.pieces.skipped_steps > skipped_before
+    if recipe.ema is not None and not skipped:
         run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
     run.meter.steps += 1
-    return lr
+    return lr, skipped
 
 
 def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

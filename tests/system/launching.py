@@ -44,7 +44,7 @@ class Launched:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any(word.endswith("pretrain/main.py") for word in process.cmdline()) and not any(
+                    if any(word.endswith(("/main.py", "/inject.py")) for word in process.cmdline()) and not any(
                         word == "deepspeed.launcher.launch" for word in process.cmdline()
                     ):
                         found.append(process)
@@ -91,9 +91,13 @@ class Launched:
 
 @contextlib.contextmanager
 def launched(
-    folder: Path, *arguments: str, ranks: int = 2, recipe: Path = RECIPE, file_size_limit: int | None = None
+    folder: Path,
+    *arguments: str,
+    ranks: int = 2,
+    program: tuple[str, ...] = ("pretrain/main.py",),
+    file_size_limit: int | None = None,
 ) -> Iterator[Launched]:
-    """Start training with ``deepspeed`` on so many ranks; with 0, start ``main.py`` bare. Runs lie in ``folder``.
+    """Start training with ``deepspeed`` on so many ranks; with 0, start ``program`` bare. Runs lie in ``folder``.
 
     No file can grow beyond ``file_size_limit`` bytes, where it is given: the write fails, as on a full disk.
     """
@@ -103,7 +107,7 @@ def launched(
     if ranks:
         deepspeed = Path(sys.executable).parent / "deepspeed"
         starter = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command = [*starter, "pretrain/main.py", "--recipe", str(recipe), "--runs", str(folder), *arguments]
+    command = [*starter, *program, "--recipe", str(RECIPE), "--runs", str(folder), *arguments]
     started = Launched(command, folder / f"launch-{number}.log", file_size_limit)
     try:
         yield started

@@ -1,0 +1,47 @@
+"""Measurements of an interval, summed on the device."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+
+class Meter:
+    """Sums what the steps of an interval measured, on the device, so that no step waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._finite = torch.zeros((), device=self._device)
+        self.steps = 0
+        self.data_wait_s = 0.0
+        self._began = time.monotonic()
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add the measurements of a micro-batch, scalars on the device; left out where one of them is not finite."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        finite = stacked.isfinite().all()
+        self._finite = self._finite + finite
+        for name, value in zip(values, torch.where(finite, stacked, 0.0), strict=True):
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def means(self) -> dict[str, float]:
+        """Means over the interval and all ranks; none where nothing was finite. Collective; waits for the device."""
+        if not self._sums:
+            return {}
+        stacked = torch.stack([*self._sums.values(), self._finite])
+        dist.all_reduce(stacked)
+        *sums, count = stacked.tolist()
+        return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}
+
+    def seconds(self) -> float:
+        """Wall-clock time of the interval, without what was excluded."""
+        return time.monotonic() - self._began
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not training, such as an evaluation, out of the interval."""
+        self._began += seconds
