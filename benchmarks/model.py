@@ -4,7 +4,8 @@
     python -m benchmarks.model --sizes tiny --batch 64 --compile  # and torch.compile
 
 The twins take turns, one step each, so that whatever else the machine does hits both; every number is the median of the
-rounds. Prints a table and adds it to benchmarks/results/model-DATE-MACHINE.md.
+rounds. A GPU is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does
+not stretch. Prints a table and adds it to benchmarks/results/model-DATE-MACHINE.md.
 """
 
 import argparse
@@ -47,13 +48,15 @@ def build(name: str, device: str) -> LaViT:
 
 
 def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
-    """Wall time of one step."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    """Wall time of one step on a GPU, core time on a CPU."""
+    if not images.is_cuda:
+        start = time.process_time()
+        step(model, images)
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     step(model, images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -128,7 +131,7 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{found[1] if found else platform.processor()}, one core"
 
 
 def main() -> None:
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile(fullgraph=True)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
     batch = arguments.batch or (64 if device == "cuda" else 4)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [

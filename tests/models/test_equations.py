@@ -132,11 +132,11 @@ def test_a_fresh_less_attention_block_repeats_its_predecessors_attention(grid, r
 
 
 def test_a_rectangular_attention_is_pooled_over_the_queries_of_each_keys_place():
-    attention = torch.rand(2, 3, 4, 16).softmax(2)  # keys 2 x 2, queries 4 x 4
-    square = pool_queries(attention, (4, 4), (2, 2))
-    expected = attention.view(2, 3, 4, 2, 2, 2, 2).mean((4, 6)).flatten(3)
+    attention = torch.rand(2, 3, 6, 24).softmax(2)  # keys 2 x 3, queries 4 x 6
+    square = pool_queries(attention, (4, 6), (2, 3))
+    expected = attention.view(2, 3, 6, 2, 2, 3, 2).mean((4, 6)).flatten(3)
     torch.testing.assert_close(square, expected)
-    torch.testing.assert_close(square.sum(2), torch.ones(2, 3, 4))
+    torch.testing.assert_close(square.sum(2), torch.ones(2, 3, 6))
 
 
 def test_the_diagonality_loss_equals_its_closed_form_on_hand_made_matrices():
@@ -182,9 +182,10 @@ def test_the_printed_loss_drives_a_random_matrix_away_from_the_diagonal():
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_gradients_are_right_through_a_vanilla_and_a_less_attention_block(ratio):
-    grid, width, heads = (2, 4), 4, 2
-    vanilla = Block(width, VanillaAttention(width, heads, ratio, layer_norm, keeps_scores=True), 2.0, 0.0, layer_norm)
-    less = Block(width, LessAttention(width, heads, ratio, layer_norm, grid), 2.0, 0.0, layer_norm)
+    grid, width, heads = ((2, 2), 4, 2) if ratio == 1 else ((2, 4), 4, 2)
+    tokens_count = grid[0] * grid[1]
+    vanilla = Block(width, VanillaAttention(width, heads, ratio, layer_norm, keeps_scores=True), 1.0, 0.0, layer_norm)
+    less = Block(width, LessAttention(width, heads, ratio, layer_norm, grid), 1.0, 0.0, layer_norm)
     residual = AttentionResidual(heads, 3, 1 if ratio == 2 else 2)
     modules = [perturb(module) for module in (vanilla, less, residual)]
     parameters = [p for module in modules for p in module.parameters()]
@@ -195,6 +196,6 @@ def test_gradients_are_right_through_a_vanilla_and_a_less_attention_block(ratio)
         tokens, scores, loss = less(tokens, grid, scores, None, True)
         return tokens, residual(scores, grid, (grid[0] // ratio, grid[1] // ratio)), loss
 
-    tokens = torch.randn(1, 8, width, requires_grad=True)
-    initial = torch.randn(1, heads, 8 // ratio**2, 8, requires_grad=True)
+    tokens = torch.randn(1, tokens_count, width, requires_grad=True)
+    initial = torch.randn(1, heads, tokens_count // ratio**2, tokens_count, requires_grad=True)
     assert torch.autograd.gradcheck(run, (tokens, initial, *parameters))

@@ -148,3 +148,41 @@ def test_weight_decay_spares_norms_biases_layerscale_positions_and_the_class_tok
     for name, parameter in model.named_parameters():
         expected = parameter.ndim == 1 or name.endswith("position.table")
         assert (name in spared) == expected, name
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_only_the_last_vanilla_block_keeps_scores_and_only_where_they_are_read(residual, monkeypatch):
+    model = small(depths=(2, 2, 4, 2), vanilla_blocks=(2, 1, 3, 2), attention_residual=residual).eval()
+    keepers = [[getattr(block.attention, "keeps_scores", None) for block in stage.blocks] for stage in model.stages]
+    assert keepers == [[False, residual], [True, None], [False, False, True, None], [False, False]]
+    fused = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or original(*a, **k)
+    )
+    model(torch.randn(1, 3, 32, 32))
+    assert len(fused) == sum(flags.count(False) for flags in keepers) + 1  # the class attention is fused, too
+
+
+def test_scores_flow_only_along_less_attention_and_the_residual():
+    """Each block is given: the residual (first block), nothing (other vanilla blocks), its predecessor's scores."""
+    model = small(depths=(2, 2, 4, 2), vanilla_blocks=(2, 1, 3, 2)).eval()
+    given, returned = [], []
+
+    def note(module, args, out):
+        given.append(args[2])
+        returned.append(out[1])
+
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.register_forward_hook(note)
+    model(torch.randn(1, 3, 32, 32))
+    kinds = ["none", "none", "residual", "before", "residual", "none", "none", "before", "residual", "none"]
+    for index, kind in enumerate(kinds):
+        if kind == "none":
+            assert given[index] is None
+        elif kind == "before":
+            assert given[index] is returned[index - 1]
+        else:
+            assert given[index].shape[1] == (8, 2, 2, 3)[[2, 4, 8].index(index) + 1]
+            assert given[index] is not returned[index - 1]
