@@ -25,7 +25,7 @@ _CHUNK = 8 * 2**20
 class CacheConfig(BaseModel):
     """Local disk for files of a remote dataset, shared by all ranks of a machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     folder: Path
     """Where files are kept; best on a local NVMe disk."""

@@ -46,8 +46,8 @@ def assemble(
         UserError: recipe, run folder or checkpoints do not fit together.
         DataError: the dataset is missing or damaged.
     """
-    train_set = Dataset.open(recipe.data.path, recipe.data.train_split)
-    val_set = Dataset.open(recipe.data.path, recipe.data.val_split)
+    train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
+    val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
     facts = {
         "dataset": {
             "name": train_set.name,

@@ -112,7 +112,7 @@ def evaluate_handoff(handoff: Path, data: Path, *, split: str, batch_size: int) 
         DataError: the dataset or the split does not exist or is damaged.
     """
     model, config = load_handoff(handoff)
-    dataset = Dataset.open(data, split)
+    dataset = Dataset.open(data, split, config.input.cache)
     if dataset.num_classes != config.num_classes:
         raise UserError(f"{handoff} has {config.num_classes} classes and {data} has {dataset.num_classes}")
     rank = read_rank()
