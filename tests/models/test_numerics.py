@@ -67,6 +67,7 @@ def outputs_and_gradients(network, model, images, uniforms):
     return [logits.detach(), loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_it_gives_the_same_outputs_and_gradients():
     model = shaken(drop_path=0.2, depths=(1, 2, 3, 1), vanilla_blocks=(1, 2, 2, 1))
     images, uniforms = torch.randn(2, 3, 32, 32), torch.rand(model.num_drop_paths, 2)
