@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 # SIGINT is ignored by the launcher and reaches the ranks through it, so that Ctrl-C saves and ends in order.
 demo: setup
 	$(BIN)/python -m data_pipeline.build digits data/digits
-	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml
+	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml
 	$(BIN)/python -m pretrain.evaluate runs/demo --data data/digits
 
 test: setup
