@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
+from tests.data_pipeline.photographs import built
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +14,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dest = tmp_path_factory.mktemp("data") / "digits"
     assert build(["digits", str(dest), "--workers", "1"]) == 0
     return dest
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return built(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline import units
 from data_pipeline.build import main as build
+from data_pipeline.dataset import Dataset
 from data_pipeline.verify import main as verify
 from tests.data_pipeline.pictures import jpeg
 
@@ -213,3 +214,56 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     # 200 more pictures of at least 300 kB each are 60 MB; the difference in memory is far below that.
     assert len(big) > 100_000
     assert used[240] - used[40] < 20_000
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def folder_named_as_a_picture(path: Path) -> None:
+    (path / "inner").mkdir(parents=True)
+    path.chmod(0)
+
+
+def forbidden(path: Path) -> None:
+    path.write_bytes(jpeg(1))
+    path.chmod(0)
+
+
+# Permissions do not bind root, as tests are often run; without its capabilities they do.
+AS_ANYBODY = """
+import ctypes, sys
+from data_pipeline.build import main
+version, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(version, nothing) == 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (forbidden, "Permission denied"),
+        (folder_named_as_a_picture, "Permission denied"),
+        (dangling, "No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line_that_names_it_and_the_next_build_goes_on(make, why, tmp_path):
+    strange, dest = tmp_path / "in" / "ant" / "strange.jpg", tmp_path / "out"
+    strange.parent.mkdir(parents=True)
+    for i in range(5):
+        (strange.parent / f"{i}.jpg").write_bytes(jpeg(i))
+    make(strange)
+    command = [sys.executable, "-c", AS_ANYBODY, str(tmp_path / "in"), str(dest), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {strange} cannot be read ({why})")
+    assert done.stderr.count("\n") == 1
+    assert not (dest / "dataset.json").exists()
+    assert not list(dest.glob("*.tar"))
+    if make is dangling:
+        strange.unlink()
+    else:
+        strange.chmod(0o755)
+    assert subprocess.run(command, check=False).returncode == 0
+    assert len(Dataset.open(dest, "train")) == (6 if make is forbidden else 5)
