@@ -18,14 +18,14 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import File, Reject, Shard, file_of
 from data_pipeline.shards import index_text, sample_bytes, write_atomically, write_shard
 
-_STORED = ("label", "shard", "offset", "length", "width", "height", "crc32")
+COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 
 
 def save_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
     """Write NAME-split.samples.npz atomically; every column is (samples,), in the order of the shards."""
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as out:
-        np.savez(out, allow_pickle=False, **{field: columns[field] for field in _STORED})
+        np.savez(out, allow_pickle=False, **{field: columns[field] for field in COLUMNS})
         out.flush()
         os.fsync(out.fileno())
     aside.replace(path)
@@ -48,7 +48,7 @@ class Table:
 
     def save(self, path: Path) -> None:
         """Write what readers need as NAME-split.samples.npz, atomically."""
-        save_table(path, {field: getattr(self, field) for field in _STORED})
+        save_table(path, {field: getattr(self, field) for field in COLUMNS})
 
 
 @dataclass(frozen=True)

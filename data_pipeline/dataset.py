@@ -1,13 +1,13 @@
 """A dataset on disk, opened for reading."""
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, Shard, Split
 from data_pipeline.shards import member_name
@@ -143,9 +143,12 @@ def _table(store: Store, entry: Split) -> dict[str, NDArray]:
         if path.stat().st_size != entry.table.bytes:
             raise DataError(f"{path} is not the file that {FILE_NAME} names: its size differs; copy it again")
         with np.load(path, allow_pickle=False) as stored:
-            table = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({error}); copy it again or build the dataset again") from None
-    if {len(column) for column in table.values()} != {entry.samples}:
+            table = {name: stored[name] for name in COLUMNS}
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001  (zipfile and numpy raise a dozen kinds on damaged files)
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path} cannot be read ({reason}); copy it again or build the dataset again") from None
+    if {column.shape for column in table.values()} != {(entry.samples,)}:
         raise DataError(f"{path} does not hold {entry.samples} samples as {FILE_NAME} says; build the dataset again")
     return table

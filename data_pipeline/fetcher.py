@@ -1,10 +1,35 @@
 """Fetches the shards of a remote dataset before they are read."""
 
+import math
 import threading
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.store import RemoteStore
+
+
+def require_room(dataset: Dataset, window: int, lanes: int) -> None:
+    """Check that the cache holds what is read at a time, before the first batch.
+
+    A smaller one would fetch the same shards again and again, and no one would know why training is slow.
+
+    Args:
+        dataset: the split that is read.
+        window: shards that are shuffled together.
+        lanes: lanes that this machine reads, each with a window of its own.
+
+    Raises:
+        DataError: it does not, with the gigabytes that it needs.
+    """
+    assert isinstance(dataset.store, RemoteStore)
+    largest = sorted((shard.tar.bytes for shard in dataset.shards), reverse=True)[: window * lanes]
+    if dataset.store.limit < sum(largest):
+        needed = math.ceil(sum(largest) / 1e6) / 1000  # rounded up, so that it is enough
+        raise DataError(
+            f"the cache may hold {dataset.store.limit / 1e9:g} gigabytes, but the {len(largest)} shards that this "
+            f"machine shuffles at a time ({window} in each of {lanes} lanes) need {needed:g}; give data.cache.gigabytes"
+            " at least that, better twice, or make data.shuffle_window smaller"
+        )
 
 
 class Fetcher:

@@ -13,7 +13,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
-from data_pipeline.fetcher import Fetcher
+from data_pipeline.fetcher import Fetcher, require_room
 from data_pipeline.order import Order
 from data_pipeline.reader import Reader
 from data_pipeline.store import RemoteStore
@@ -142,7 +142,8 @@ class TrainLoader(_Loader):
         on_bad_sample: called for each sample that had to be replaced.
 
     Raises:
-        DataError: the global batch cannot be divided as asked.
+        DataError: the global batch cannot be divided as asked, or a remote dataset's cache is too small for the shards
+            that are shuffled at a time.
     """
 
     def __init__(
@@ -170,6 +171,12 @@ class TrainLoader(_Loader):
         self._seed, self._start = seed, start_sample
         self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
         self._first_row = rank * self._share
+        if isinstance(dataset.store, RemoteStore):
+            # The ranks of a machine are neighbours, and share its cache.
+            low = rank // local_ranks * local_ranks * self._share
+            high = min(low + local_ranks * self._share, global_batch)
+            block = global_batch // config.lanes
+            require_room(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
         self._order = Order(
             dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes
         )
@@ -241,12 +248,16 @@ class EvalLoader(_Loader):
         local_ranks: int = 1,
         on_bad_sample: OnBadSample | None = None,
     ) -> None:
-        self._size, self._share = batch_size, -(-len(dataset) // world_size)
-        self._first = rank * self._share
         super().__init__(
             dataset, config, train=False, batch_size=batch_size, device=device, local_ranks=local_ranks,
             on_bad_sample=on_bad_sample,
         )  # fmt: skip
+
+        self._set_share(batch_size, rank, world_size)
+
+    def _set_share(self, batch_size: int, rank: int, world_size: int) -> None:
+        self._size, self._share = batch_size, -(-len(self._dataset) // world_size)
+        self._first = rank * self._share
 
     def __len__(self) -> int:
         """Return the number of batches, equal on every rank."""

@@ -88,6 +88,8 @@ class RemoteStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url))
+            if hasattr(self._fs, "retries"):
+                self._fs.retries = 1  # s3fs tries five times by itself, silently, each as long as STALLED
         except ImportError as error:
             raise DataError(f"{url} needs another package ({error}); install it") from None
         except (OSError, ValueError) as error:
@@ -181,7 +183,9 @@ def _options(url: str) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
         return {"client_kwargs": {"timeout": timeout}}
     if url.startswith("s3"):
-        return {"config_kwargs": {"connect_timeout": STALLED, "read_timeout": STALLED, "retries": {"max_attempts": 1}}}
+        return {
+            "config_kwargs": {"connect_timeout": STALLED, "read_timeout": STALLED, "retries": {"total_max_attempts": 1}}
+        }
     return {}
 
 

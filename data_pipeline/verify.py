@@ -39,7 +39,10 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
     problems: list[str] = []
     with workers_pool(workers) as pool, Progress(console=console, disable=not console.is_terminal) as progress:
         for split, entry in manifest.splits.items():
-            problems += _check_file(folder, entry.table)
+            wrong = list(_check_file(folder, entry.table))
+            if wrong:  # then it cannot be said what belongs to its rows
+                problems += wrong
+                continue
             dataset = Dataset.open(folder, split)
             counts = np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
             if counts != entry.class_counts:

@@ -113,6 +113,18 @@ def test_members_are_sorted_plain_and_owned_by_nobody(digits):
     assert all((info.uid, info.gid, info.mtime, info.pax_headers) == (0, 0, 0, {}) for info in infos)
 
 
+def test_the_tar_program_lists_and_unpacks_a_shard(digits, train, tmp_path):
+    shard = digits / "digits-train-000000.tar"
+    listed = subprocess.run(["tar", "tf", shard], check=True, capture_output=True, text=True)
+    count = int(train.shard_sizes[0])
+    names = [train.sample_name(sample) for sample in range(count)]
+    assert listed.stdout.splitlines() == [f"{n.removesuffix('.jpg')}{end}" for n in names for end in (".cls", ".jpg")]
+    assert listed.stderr == ""
+    subprocess.run(["tar", "xf", shard, "-C", tmp_path], check=True)
+    assert [int((tmp_path / n).with_suffix(".cls").read_text()) for n in names] == train.labels[:count].tolist()
+    assert [(tmp_path / n).stat().st_size for n in names] == train.length[:count].tolist()
+
+
 def test_the_index_is_the_one_wds2idx_writes(digits, tmp_path):
     for shard in sorted(digits.glob("*.tar")):
         subprocess.run(

@@ -148,7 +148,7 @@ def dalis_color_twist(image: np.ndarray, drawn: dict[str, float]) -> np.ndarray:
 @pytest.mark.parametrize(
     "amounts",
     [{"contrast": 0.8}, {"hue": 0.5}, {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}],
-    ids=lambda amounts: "+".join(amounts),
+    ids="+".join,
 )
 def test_contrast_hue_and_all_of_colour_jitter_are_the_documented_formula(photos, amounts):
     for got, source, drawn in jittered(photos, **amounts):

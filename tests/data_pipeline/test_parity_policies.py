@@ -52,7 +52,7 @@ def warped(image: Image.Image, matrix: tuple[float, ...], fill: int) -> Image.Im
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(fill,) * 3)
 
 
-def pillows(suite: str, name: str, image: Image.Image, strength: int, sign: int, fill: int = 128) -> Image.Image:
+def pillows(suite: str, name: str, image: Image.Image, strength: int, sign: int, *, fill: int = 128) -> Image.Image:
     """What Pillow makes of a picture; ranges are those of timm for "rand", of torchvision for "trivial"."""
     m, direction, rand = strength / 30, 1 - 2 * sign, suite == "rand"
     shear = direction * m * (0.3 if rand else 0.99)

@@ -19,11 +19,12 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import MixingConfig, mix
 from data_pipeline.transforms import *
 
-path, out, rank, world, start, steps, micro, threads = sys.argv[1:3] + list(map(int, sys.argv[3:]))
+path, out, policy, rank, world, start, steps, micro, threads = sys.argv[1:4] + list(map(int, sys.argv[4:]))
 augment = AugmentConfig(
     random_resized_crop=RandomResizedCropConfig(scale=(0.3, 1)), horizontal_flip=0.5,
     color_jitter=ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    random_erasing=RandomErasingConfig(probability=0.5),
+    random_erasing=RandomErasingConfig(probability=0.5), rand_augment=RandAugmentConfig() if policy == "rand" else None,
+    trivial_augment=policy == "trivial",
 )
 config = InputConfig(path=path, image_size=32, augment=augment, threads=threads)
 loader = TrainLoader(
@@ -43,11 +44,12 @@ with Path(out).open("a") as file:
 """
 
 
-def start(data: Path, out: Path, world: int, *settings: int) -> list[subprocess.Popen]:
+def start(data: Path, out: Path, world: int, *settings: int, policy: str = "rand") -> list[subprocess.Popen]:
     begin, steps, micro, threads = settings
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, *map(str, (data, f"{out}.{rank}", rank, world, begin, steps, micro, threads))]
+            [sys.executable, "-c", RANK, str(data), f"{out}.{rank}", policy]
+            + [str(setting) for setting in (rank, world, begin, steps, micro, threads)]
         )
         for rank in range(world)
     ]
@@ -92,3 +94,13 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_another_number_of_ranks_down_to_
     assert four | seen(tmp_path / "two") | seen(tmp_path / "one") == whole
     epoch = [value.split()[1] for value in whole.values() if value.startswith("0 ")]
     assert sorted(map(int, epoch)) == list(range(1437))
+
+
+@pytest.mark.slow
+def test_trivial_augment_gives_four_ranks_the_pixels_of_one(digits, tmp_path):
+    one = start(digits, tmp_path / "one", 1, 0, 2, 64, 2, policy="trivial")
+    four = start(digits, tmp_path / "four", 4, 0, 2, 8, 1, policy="trivial")
+    assert [process.wait() for process in one + four] == [0] * 5
+    whole = seen(tmp_path / "one")
+    assert len(whole) == 2 * 64
+    assert seen(tmp_path / "four") == whole

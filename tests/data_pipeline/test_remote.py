@@ -2,16 +2,20 @@
 
 import http.server
 import itertools
-import shutil
+import re
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 import torch
 
 from data_pipeline import store
@@ -160,7 +164,35 @@ def test_a_cache_smaller_than_a_shard_is_refused(server, tmp_path):
     cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1e-4)
     remote = Dataset.open(server.url, "train", cache)
     with pytest.raises(DataError, match="give it more gigabytes"):
-        epoch(remote, cache)
+        remote.shard_path(0)
+
+
+@pytest.mark.parametrize(
+    ("order", "ranks", "shards"),  # window and lanes; this rank, and how many share the machine
+    [((4, 1), (0, 1), 4), ((16, 1), (0, 1), 10), ((2, 4), (3, 1), 2), ((2, 4), (1, 2), 4), ((1, 4), (2, 4), 4)],
+)
+def test_a_cache_too_small_for_the_shuffle_is_refused_at_once(server, tmp_path, order, ranks, shards):
+    window, lanes = order
+    train = Dataset.open(server.url, "train", CacheConfig(folder=tmp_path / "cache", gigabytes=1))
+    sizes = sorted((shard.tar.bytes for shard in train.shards), reverse=True)
+    needed = sum(sizes[:shards])
+
+    def load(size: int) -> TrainLoader:
+        cache = CacheConfig(folder=tmp_path / "cache", gigabytes=size / 1e9)
+        config = InputConfig(path=server.url, cache=cache, image_size=16, shuffle_window=window, lanes=lanes, threads=1)
+        return TrainLoader(
+            Dataset.open(server.url, "train", cache), config, seed=1, global_batch=64, micro_batch=16, rank=ranks[0],
+            world_size=4, device=torch.device("cpu"), local_ranks=ranks[1],
+        )  # fmt: skip
+
+    load(needed + 1).close()
+    server.requests.clear()
+    with pytest.raises(DataError, match=f"the {shards} shards that this machine shuffles at a time") as caught:
+        load(needed - 1000)
+    stated = float(re.search(r"need (\S+);", str(caught.value))[1])
+    assert needed <= stated * 1e9 < needed + 1e6
+    assert "\n" not in str(caught.value)
+    assert not any(name.endswith(".tar") for name in server.requests)
 
 
 FETCH_ALL = """
@@ -199,28 +231,137 @@ def test_shards_are_fetched_before_they_are_read(server, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 4  # the window that is read, and the next one
 
 
-def test_a_dataset_in_s3_gives_the_same_batches_as_on_disk(digits, train, tmp_path, monkeypatch):
+class S3Proxy(http.server.BaseHTTPRequestHandler):
+    """Stands before the stand-in for S3; `trouble` says what goes wrong with a request for an object."""
+
+    def do_HEAD(self):
+        self.forward()
+
+    def do_GET(self):
+        self.forward()
+
+    def forward(self):
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        kind = None
+        if self.command == "GET" and name.endswith(".tar"):
+            self.server.requests.append((name, time.monotonic()))
+            trouble = self.server.trouble.get(name, [])
+            kind = trouble.pop(0) if trouble else None
+        if kind == "error":
+            return self.answer(
+                503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+            )
+        request = urllib.request.Request(self.server.behind + self.path, headers=self.headers, method=self.command)
+        try:
+            with urllib.request.urlopen(request) as response:
+                status, headers, body = response.status, dict(response.headers), response.read()
+        except urllib.error.HTTPError as error:
+            status, headers, body = error.code, dict(error.headers), error.read()
+        if kind == "slow":
+            time.sleep(0.3)
+        if kind == "stall":
+            time.sleep(2)
+        if kind == "rot":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        return self.answer(status, headers, body, cut=kind == "cut")
+
+    def answer(self, status, headers, body, *, cut=False):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            if name.lower() not in {"connection", "transfer-encoding", "server", "date"}:
+                self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+        if self.command != "HEAD":
+            with suppress(BrokenPipeError):  # who waited too long has hung up
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def moto(digits):
     import boto3
     from moto.server import ThreadedMotoServer
 
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    running.start()
+    host, port = running.get_host_and_port()
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
+    client.create_bucket(Bucket="pictures")
+    for path in digits.iterdir():
+        client.upload_file(str(path), "pictures", f"sets/digits/{path.name}")
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def s3(moto, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
+    monkeypatch.setattr(store, "PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(store, "STALLED", 0.5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), S3Proxy) as running:
+        running.requests, running.trouble, running.behind = [], {}, moto
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.server_port}")
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        s3fs.S3FileSystem.clear_instance_cache()  # or it keeps the address of an earlier test
+        yield running
+        running.shutdown()
+
+
+S3_URL = "s3://pictures/sets/digits"
+SHARD = "digits-train-000004.tar"
+
+
+def test_a_dataset_in_s3_gives_the_same_batches_as_on_disk(s3, train, tmp_path):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    assert epoch(Dataset.open(S3_URL, "train", cache), cache) == epoch(train)
+    names = [name for name, _ in s3.requests]
+    assert len(names) == len(set(names)) == 10
+
+
+def test_a_shard_that_is_missing_from_s3_is_named_at_once(s3, moto, digits, tmp_path):
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=moto)
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(S3_URL, "train", cache)
+    client.delete_object(Bucket="pictures", Key=f"sets/digits/{SHARD}")
     try:
-        host, port = running.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        client.create_bucket(Bucket="pictures")
-        for path in digits.iterdir():
-            client.upload_file(str(path), "pictures", f"sets/digits/{path.name}")
-        cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
-        remote = Dataset.open("s3://pictures/sets/digits", "train", cache)
-        assert epoch(remote, cache) == epoch(train)
-        shutil.rmtree(tmp_path / "cache")
-        client.delete_object(Bucket="pictures", Key="sets/digits/digits-train-000004.tar")
-        with pytest.raises(DataError, match=r"s3://pictures/sets/digits/digits-train-000004.tar does not exist"):
-            epoch(Dataset.open("s3://pictures/sets/digits", "train", cache), cache)
+        with pytest.raises(DataError, match=rf"{S3_URL}/{SHARD} does not exist"):
+            epoch(remote, cache)
     finally:
-        running.stop()
+        client.upload_file(str(digits / SHARD), "pictures", f"sets/digits/{SHARD}")
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot", "slow"])
+def test_a_fetch_from_s3_that_fails_twice_is_tried_again_with_pauses(s3, train, tmp_path, kind):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(S3_URL, "train", cache)
+    s3.trouble[SHARD] = [kind] * 2
+    path = remote.shard_path(4)
+    assert path.read_bytes() == train.shard_path(4).read_bytes()
+    times = [moment for name, moment in s3.requests if name == SHARD]
+    if kind == "slow":
+        assert len(times) == 1
+    else:
+        assert len(times) == 3
+        assert times[1] - times[0] >= 0.05
+        assert times[2] - times[1] >= 0.1
+
+
+@pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot"])
+def test_a_shard_that_cannot_be_fetched_from_s3_is_a_clear_error_that_names_it(s3, tmp_path, kind):
+    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+    remote = Dataset.open(S3_URL, "train", cache)
+    s3.trouble[SHARD] = [kind] * 99
+    with pytest.raises(DataError, match=rf"{S3_URL}/{SHARD} cannot be fetched after 3 tries \(.+\)") as caught:
+        remote.shard_path(4)
+    assert "\n" not in str(caught.value)
+    assert len(s3.requests) == 3
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert not list((tmp_path / "cache").glob("*.part"))

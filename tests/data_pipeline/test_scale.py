@@ -1,5 +1,6 @@
 """Fourteen million samples, 1,024 ranks: the sizes that this is made for, simulated."""
 
+import math
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from data_pipeline.loader import EvalLoader, TrainLoader
 from data_pipeline.manifest import File, Manifest, Shard, Split, file_of
 from data_pipeline.order import Order
 
@@ -37,10 +39,27 @@ def test_1024_ranks_read_14_million_samples_evenly_and_each_node_its_own_shards(
     assert seen.sum() == steps * BATCH
 
 
+@pytest.mark.parametrize(("samples", "size"), [(50_000, 32), (1024, 1), (1023, 4), (360, 16), (1, 8)])
+def test_evaluation_on_1024_ranks_covers_every_sample_once_in_equally_many_batches(samples, size):
+    seen, lengths = np.zeros(samples, int), set()
+    for rank in range(RANKS):
+        # The loader's own plan, without the rest of the loader.
+        loader = EvalLoader.__new__(EvalLoader)
+        loader._dataset = range(samples)
+        loader._set_share(size, rank, RANKS)
+        batches = list(loader._plan())
+        lengths.add((len(loader), len(batches)))
+        for rows in batches:
+            assert len(rows.sample_ids) == len(rows.valid) == size
+            assert (rows.sample_ids[~rows.valid] < samples).all()
+            np.add.at(seen, rows.sample_ids[rows.valid], 1)
+    assert (seen == 1).all()
+    batches = math.ceil(math.ceil(samples / RANKS) / size)
+    assert lengths == {(batches, batches)}
+
+
 @pytest.mark.parametrize("lanes", [1, 128])
 def test_planning_costs_less_than_a_hundredth_of_a_step_of_50_ms(train, lanes):
-    from data_pipeline.loader import TrainLoader
-
     order = Order(np.full(SHARDS, PER_SHARD), 1, window=16, lanes=lanes, lane_block=BATCH // lanes)
     # The loader's own plan of a rank with 4 rows, without the rest of the loader.
     loader = TrainLoader.__new__(TrainLoader)
