@@ -1,5 +1,6 @@
 # make demo and make test are all a newcomer needs; both make the environment first.
-CUDA ?= 13
+# DALI's build, for CUDA 12 or 13; once chosen it stays.
+CUDA ?= $(or $(patsubst .venv/.installed-cuda%,%,$(firstword $(wildcard .venv/.installed-cuda*))),13)
 N ?= 100
 PYTHON ?= python3
 VENV := .venv
@@ -14,9 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda$(CUDA),remote,dev]'
-	@touch $@
+	@rm -f $(VENV)/.installed-cuda* && touch $@
 
-# SIGINT is ignored by the launcher and reaches the ranks through it, so that Ctrl-C saves and ends in order.
+# With SIGINT ignored here `deepspeed` itself waits, while its child ends the ranks in order: Ctrl-C saves, then ends.
 demo: setup
 	$(BIN)/python -m data_pipeline.build digits data/digits
 	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml

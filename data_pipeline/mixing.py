@@ -31,6 +31,11 @@ class MixingConfig(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Spread over all classes in every target."""
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed with their neighbours, so that micro-batches must be even."""
+        return bool(self.mixup or self.cutmix)
+
 
 def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
     """Return (m, num_classes) float32 targets: s / num_classes for every class, and 1 - s more for the label."""
@@ -66,7 +71,7 @@ def mix(
         DataError: mixing is on and the rows are not whole pairs (2i, 2i + 1).
     """
     targets = soft_targets(labels, num_classes, config.label_smoothing)
-    if not (config.mixup or config.cutmix):
+    if not config.in_pairs:
         return images, targets
     if len(rows) % 2 or rows[0] % 2 or (np.diff(rows) != 1).any():
         raise DataError(

@@ -2,8 +2,10 @@
 
 import fcntl
 import json
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,9 @@ from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder, RunState
-from pretrain.stop import StopAgreement, StopFlag
+from pretrain.signals import StopFlag
+from pretrain.stop import StopAgreement
+from pretrain.watchdog import Watchdog
 
 T = TypeVar("T")
 LOCK_WAIT_S = 90.0
@@ -39,6 +43,7 @@ def assemble(
     device: torch.device,
     flag: StopFlag,
     control: dist.ProcessGroup,
+    watchdog: Watchdog,
 ) -> Run:
     """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
 
@@ -83,17 +88,10 @@ def assemble(
         )
 
     def tell_bad_sample(bad: BadSample) -> None:
-        folder.append_bad_sample(
-            {
-                "id": bad.id,
-                "name": bad.name,
-                "shard": bad.shard,
-                "reason": bad.reason,
-                "replaced_by": bad.replaced_by,
-                "rank": rank.rank,
-                "time": time.time(),
-            }
-        )
+        try:
+            folder.append_bad_sample({**asdict(bad), "rank": rank.rank, "time": time.time()})
+        except OSError as error:
+            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
 
     where: dict[str, Any] = {
         "rank": rank.rank,
@@ -114,8 +112,13 @@ def assemble(
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
     metrics = None
     if rank.is_first:
-        metrics = MetricsWriter(folder.metrics, folder.tensorboard, samples_seen=progress.samples_seen)
-        state.state, state.total_steps = "running", total_steps
+        metrics = MetricsWriter(
+            folder.metrics,
+            folder.tensorboard,
+            samples_seen=progress.samples_seen,
+            evaluated_at=progress.evaluated_at,
+        )
+        state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
         folder.write_state(state)
     return Run(
         recipe=recipe,
@@ -135,6 +138,7 @@ def assemble(
         stop=StopAgreement(flag, control),
         control=control,
         progress=progress,
+        watchdog=watchdog,
         saved_at=progress.samples_seen if loaded else -1,
     )
 
@@ -163,7 +167,7 @@ def _open_folder(
         _lock(folder.path / ".lock")
         folder.check_recipe(recipe, resolved.config)
         environment = folder.path / "environment.json"
-        if environment.exists():
+        if folder.read_recipe() is not None and environment.exists():
             before = json.loads(environment.read_text()).get("dataset", {}).get("fingerprint")
             if before != facts["dataset"]["fingerprint"]:
                 raise UserError(
@@ -171,6 +175,8 @@ def _open_folder(
                     "the run another name with --set name=..., or put the old dataset back"
                 )
         former = folder.read_state()
+        if former is not None and former.state == "finished":
+            raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")
         folder.write_description(recipe, resolved.config, facts)
     except OSError as error:
         raise UserError(f"{folder.path} cannot be written: {error}") from None

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Progress:
     """Optimizer steps."""
     evaluated_at: int = 0
     """``samples_seen`` of the last finished evaluation."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Its result for the weights that are handed off: top1 and top5 in percent, loss, samples."""
     skipped_steps: int = 0
     """Steps that left the weights as they were, because a gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -135,6 +137,7 @@ def load_newest(
     listing = [list_checkpoints(folder) if rank == 0 else []]
     dist.broadcast_object_list(listing, src=0, group=group)
     warnings: list[str] = []
+    damaged: list[Path] = []
     for path in listing[0]:
         problem = ""
         try:
@@ -149,8 +152,12 @@ def load_newest(
             if not good(progress):
                 continue
             _fill(path, pieces)
+            if rank == 0:
+                for other in damaged:  # it must neither count as kept nor be found again when it is older history
+                    other.rename(other.with_name(f"damaged-{other.name}"))
             return progress, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
+        damaged.append(path)
     if warnings:
         raise UserError(f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over")
     return None
@@ -208,14 +215,14 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> N
             file.unlink()  # left by an earlier attempt with more ranks
     write_json(draft / MANIFEST, manifest | {"blake2": _digest_of(manifest)})
     fsync_directory(draft)
-    if final.exists():  # damaged, passed over on loading, and reached again
-        shutil.rmtree(final)
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.replaced"))
     draft.rename(final)
     fsync_directory(final.parent)
     for path in list_checkpoints(final.parent)[keep:]:
-        shutil.rmtree(path)
-    for leftover in final.parent.glob(".step-*.unfinished"):
-        shutil.rmtree(leftover)
+        path.rename(path.with_name(f".{path.name}.old"))  # so that a half-deleted one never looks whole
+    for leftover in final.parent.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed now is removed with the next checkpoint
 
 
 def _fill(path: Path, pieces: OptimizerPieces) -> None:

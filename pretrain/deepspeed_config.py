@@ -54,6 +54,14 @@ REFUSED = {
     "curriculum_learning": "it was removed from DeepSpeed",
 }
 
+# Fields of sections: the values that are allowed, and why no others.
+REFUSED_WITHIN: dict[str, tuple[tuple[Any, ...], str]] = {
+    "offload_optimizer": ((None,), "offloading is not supported yet: leave it out, or use a higher ZeRO stage"),
+    "offload_param": ((None,), "offloading is not supported yet: leave it out"),
+    "check_grad_overflow": ((True,), "it must stay true, or steps with gradients that are not finite are not skipped"),
+    "compute_grad_norm": ((True,), "it must stay true, or steps with gradients that are not finite are not skipped"),
+}
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -104,18 +112,21 @@ def read_deepspeed_config(path: Path, overrides: dict[str, Any]) -> dict[str, An
     return merged
 
 
-def resolve_deepspeed_config(config: dict[str, Any], *, world_size: int, has_bf16_gpu: bool) -> ResolvedDeepSpeed:
+def resolve_deepspeed_config(
+    config: dict[str, Any], *, world_size: int, has_bf16_gpu: bool, pairs: bool = False
+) -> ResolvedDeepSpeed:
     """Make a checked configuration concrete for this world size and device.
 
     Args:
         config: what ``read_deepspeed_config`` returned.
         world_size: number of ranks.
         has_bf16_gpu: whether the device is a GPU that computes in bfloat16.
+        pairs: whether micro-batches must be even, because images are mixed in pairs.
 
     Raises:
         UserError: the global batch is not a multiple of the ranks, or batch sizes contradict each other.
     """
-    batch, notes = _plan_batch(config, world_size)
+    batch, notes = _plan_batch(config, world_size, pairs=pairs)
     resolved = copy.deepcopy(config)
     resolved |= {
         "train_batch_size": batch.global_batch,
@@ -138,7 +149,7 @@ def resolve_deepspeed_config(config: dict[str, Any], *, world_size: int, has_bf1
     return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes))
 
 
-def _plan_batch(config: dict[str, Any], world_size: int) -> tuple[BatchPlan, list[str]]:
+def _plan_batch(config: dict[str, Any], world_size: int, *, pairs: bool) -> tuple[BatchPlan, list[str]]:
     total = config.get("train_batch_size")
     if not isinstance(total, int) or isinstance(total, bool) or total < 1:
         raise UserError(f"train_batch_size must be given as a positive number (the global batch), got {total!r}")
@@ -166,9 +177,17 @@ def _plan_batch(config: dict[str, Any], world_size: int) -> tuple[BatchPlan, lis
         micro = per_rank // accumulation
     else:
         ceiling = per_rank if limit == "auto" else min(limit, per_rank)
-        micro = next(m for m in range(ceiling, 0, -1) if per_rank % m == 0)
+        step = 2 if pairs else 1
+        fitting = [m for m in range(ceiling, 0, -1) if per_rank % m == 0 and m % step == 0]
+        if not fitting:
+            raise UserError(
+                f"mixup and CutMix need even micro-batches, but {per_rank} images per rank cannot be cut into any of "
+                f"at most {ceiling}: choose another train_batch_size or number of ranks"
+            )
+        micro = fitting[0]
         if micro != limit:
             why = f"largest divisor of {per_rank} up to {limit}" if limit != "auto" else "no limit was given"
+            why += ", even for mixing" if pairs else ""
             notes.append(f"micro-batch: {micro} per rank, {per_rank // micro} per step ({why})")
     return BatchPlan(total, micro, per_rank // micro, world_size), notes
 
@@ -189,7 +208,13 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
 
     for name, schema in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
-        section = dict(config.get(name, {}))
+        section = config.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} is a section, such as {{}}, got {section!r}")
+        for key, (allowed, why) in REFUSED_WITHIN.items():
+            if key in section and section[key] not in allowed:
+                raise UserError(f"{path}: {name}.{key}: {why}")
+        section = dict(section)
         if name == "bf16" and section.get("enabled") == "auto":
             section["enabled"] = False
         try:

@@ -50,12 +50,16 @@ def read_rank() -> Rank:
             f"all of {', '.join(names)}"
         )
     world_size = int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1" if world_size == 1 else ""))
+    if not local:
+        raise UserError(
+            "LOCAL_WORLD_SIZE is not set: set it to the number of ranks on this machine, which share its cores"
+        )
     return Rank(
         int(os.environ["RANK"]),
         world_size,
         int(os.environ["LOCAL_RANK"]),
-        local,
+        int(local),
         host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         job_id=os.environ.get("SLURM_JOB_ID", ""),
     )
@@ -69,10 +73,16 @@ def has_bf16(device: torch.device) -> bool:
 def choose_device(rank: Rank) -> torch.device:
     """The GPU of this local rank where there are GPUs, else the CPU with its cores shared among the local ranks."""
     if torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cuda"  # DeepSpeed reads it while it is imported
+        if rank.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {rank.local_rank} has no GPU: there are {torch.cuda.device_count()}; "
+                "start no more ranks than there are GPUs"
+            )
         device = torch.device("cuda", rank.local_rank)
         torch.cuda.set_device(device)
         return device
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it while it is imported
+    os.environ["DS_ACCELERATOR"] = "cpu"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
     return torch.device("cpu")

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = evaluate_handoff(handoff, options.data, split=options.split, batch_size=options.batch_size)
         console.print(f"hand-off {handoff} on {options.data} {options.split}: {result}")
         if folder is not None and folder.summary.exists():
-            record_handoff_evaluation(folder, result.top1)
+            if _is_the_runs_own(folder, options.data, options.split):
+                record_handoff_evaluation(folder, result.top1)
             console.print("\n".join(summary_lines(folder)), markup=False)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -133,6 +135,16 @@ def evaluate_handoff(handoff: Path, data: Path, *, split: str, batch_size: int) 
         loader.close()
     assert result is not None
     return result
+
+
+def _is_the_runs_own(folder: RunFolder, data: Path, split: str) -> bool:
+    """Whether this is the split that training evaluated on; another's result is not the run's."""
+    environment = json.loads((folder.path / "environment.json").read_text())
+    recipe = folder.read_recipe()
+    assert recipe is not None
+    return split == recipe["data"]["val_split"] and (
+        Dataset.open(data, recipe["data"]["train_split"]).fingerprint == environment["dataset"]["fingerprint"]
+    )
 
 
 def _tell_bad_sample(bad: BadSample) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from models import create_model
 from pretrain.checkpoint import CheckpointDamagedError, list_checkpoints, read_manifest, read_weights, verify
 from pretrain.handoff import model_card, write_handoff
-from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 
 
-def export_run(folder: RunFolder) -> Path:
+def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
     """Write ``RUN/handoff`` from the newest checkpoint that is whole. Needs no engine and no process group.
+
+    Args:
+        folder: the run.
+        step: the step that must be handed off; None takes the newest there is.
 
     Returns:
         the hand-off's folder.
@@ -29,18 +32,15 @@ def export_run(folder: RunFolder) -> Path:
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = json.loads((folder.path / "environment.json").read_text())["dataset"]
     checkpoint = _newest_whole(folder.checkpoints)
-    samples_seen = read_manifest(checkpoint)["progress"]["samples_seen"]
+    progress = read_manifest(checkpoint)["progress"]
+    if step is not None and progress["step"] != step:
+        raise UserError(f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again")
+    if not progress["evaluation"]:
+        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
     class_names = dataset.pop("class_names")
     model = create_model(
         recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
     )
-    evaluations = [
-        row
-        for row in read_metrics(folder.metrics, "eval_average" if recipe.ema else "eval")
-        if row["samples_seen"] <= samples_seen
-    ]
-    if not evaluations:
-        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
     handoff = {
         "architecture": model.config.to_dict(),
         "num_classes": len(class_names),
@@ -49,14 +49,14 @@ def export_run(folder: RunFolder) -> Path:
         "weights": "average" if recipe.ema else "raw",
         "dataset": dataset,
         "recipe": recipe.model_dump(mode="json"),
-        "metrics": {name: evaluations[-1][name] for name in ("top1", "top5", "loss")},
-        "samples_seen": samples_seen,
+        "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
+        "samples_seen": progress["samples_seen"],
     }
     write_handoff(
         folder.handoff,
         read_weights(checkpoint, average=recipe.ema is not None),
         handoff,
-        model_card(handoff, evaluations[-1]["samples"]),
+        model_card(handoff, progress["evaluation"]["samples"]),
     )
     return folder.handoff
 
@@ -68,6 +68,7 @@ def _newest_whole(checkpoints: Path) -> Path:
             verify(path)
         except CheckpointDamagedError as error:
             problems.append(str(error))
+            print(f"WARNING passing over {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
             return path
     raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems))

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     draft = folder / f".{WEIGHTS}.unfinished"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
     digest = _blake2(draft.read_bytes())
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
     draft.replace(folder / WEIGHTS)
     write_text(folder / "README.md", card)
     config = HandoffConfig(**content, weights_blake2=digest)

@@ -5,23 +5,31 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 # The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.signals import StopFlag, watch_launcher  # noqa: E402
+
+if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
+    FLAG = StopFlag()
+    watch_launcher(FLAG)
 
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
+from pretrain.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
 from pretrain.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
-from pretrain.stop import StopFlag, watch_launcher  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
 from pretrain.train import train  # noqa: E402
+from pretrain.watchdog import Watchdog  # noqa: E402
 
 DESCRIPTION = """\
 Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
@@ -73,12 +81,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> ExitCode:
-    """Train; the result is the exit status."""
+def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
+    """Train until the end or until ``flag`` is set; the result is the exit status."""
     options = parse_arguments(arguments)
-    flag = StopFlag()
     flag.install_signal_handlers()
-    watch_launcher(flag)
     rank: Rank | None = None
     run: Run | None = None
     try:
@@ -87,24 +93,27 @@ def main(arguments: list[str] | None = None) -> ExitCode:
         recipe = load_recipe(options.recipe, options.assignments)
         folder = RunFolder(options.runs / recipe.name)
         config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
-        resolved = resolve_deepspeed_config(config, world_size=rank.world_size, has_bf16_gpu=has_bf16(device))
+        resolved = resolve_deepspeed_config(
+            config, world_size=rank.world_size, has_bf16_gpu=has_bf16(device), pairs=recipe.mixing.in_pairs
+        )
         folder.check_recipe(recipe, resolved.config)
         if _already_finished(folder, rank):
             return ExitCode.FINISHED
+        limits = recipe.watchdog
+        watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
         control = init_distributed(device)
-        run = assemble(recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control)
+        run = assemble(
+            recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control, watchdog=watchdog
+        )
         code = train(run)
-    except (UserError, DataError) as error:
-        if rank is None or rank.local_rank == 0:
+        run.close()
+    except (UserError, DataError, CheckpointDamagedError) as error:
+        if run is not None or rank is None or rank.local_rank == 0:  # while starting, all ranks meet the same error
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _close(run, f"{error}")
-        return ExitCode.WILL_FAIL_AGAIN
+        _give_up(run, str(error), ExitCode.WILL_FAIL_AGAIN)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         traceback.print_exc()
-        _close(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}")
-        sys.stderr.flush()
-        os._exit(ExitCode.RETRY)  # an orderly end would wait for peers that may be gone
-    run.close()
+        _give_up(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}", ExitCode.RETRY)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
@@ -122,12 +131,19 @@ def _already_finished(folder: RunFolder, rank: Rank) -> bool:
     return True
 
 
-def _close(run: Run | None, reason: str) -> None:
-    """Say in run.json why a run failed, and give the terminal back."""
-    if run is not None:
-        run.write_state("failed", reason.splitlines()[0] if reason else "")
-        run.console.close()
+def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:
+    """Say in run.json why a run failed, give the terminal back, and end this rank whatever happens."""
+    try:
+        if run is not None:
+            run.console.close()
+            run.write_state("failed", reason.splitlines()[0] if reason else "")
+    except OSError as error:
+        print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # an orderly end would wait for peers and threads that may be gone
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(FLAG))

@@ -16,11 +16,12 @@ class MetricsWriter:
     ``metrics.jsonl`` and purged from TensorBoard's view.
     """
 
-    def __init__(self, jsonl: Path, tensorboard: Path, *, samples_seen: int) -> None:
+    def __init__(self, jsonl: Path, tensorboard: Path, *, samples_seen: int, evaluated_at: int | None = None) -> None:
+        """Open both for a run that goes on at ``samples_seen`` and was last evaluated at ``evaluated_at``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds that only rank 0 pays
-        _cut_after(jsonl, samples_seen)
+        _cut_after(jsonl, samples_seen, samples_seen if evaluated_at is None else evaluated_at)
         self._lines = jsonl.open("a")
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=samples_seen + 1)
 
@@ -36,6 +37,10 @@ class MetricsWriter:
         self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, samples_seen)
+
+    def flush(self) -> None:
+        """Bring TensorBoard's file up to date with ``metrics.jsonl``."""
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush all to disk."""
@@ -55,7 +60,9 @@ def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if kind in (None, row["kind"])]
 
 
-def _cut_after(jsonl: Path, samples_seen: int) -> None:
+def _cut_after(jsonl: Path, samples_seen: int, evaluated_at: int) -> None:
     if jsonl.exists():
-        kept = [json.dumps(row) + "\n" for row in read_metrics(jsonl) if row["samples_seen"] <= samples_seen]
+        end = {"train": samples_seen}
+        rows = [row for row in read_metrics(jsonl) if row["samples_seen"] <= end.get(row["kind"], evaluated_at)]
+        kept = [json.dumps(row) + "\n" for row in rows]
         write_text(jsonl, "".join(kept))

@@ -1,6 +1,7 @@
 """One run on one rank: all its parts, and what is done with them between steps."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from data_pipeline.loader import EvalLoader, TrainLoader
 from pretrain.checkpoint import Progress, load_newest, save_checkpoint
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
-from pretrain.evaluate import Evaluation, evaluate
+from pretrain.evaluate import evaluate
 from pretrain.export import export_run
 from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
@@ -52,7 +53,7 @@ class Run:
     control: dist.ProcessGroup
     """CPU group for small objects."""
     progress: Progress
-    watchdog: Watchdog = field(init=False)
+    watchdog: Watchdog
     first_step: bool = True
     """Whether no step was taken yet by this incarnation: the first one may build and compile for minutes."""
     saved_at: int = -1
@@ -60,19 +61,11 @@ class Run:
     save_tried_at: int = -1
     """``samples_seen`` of the newest attempt, which may have failed."""
     failed_saves: int = 0
-    last_evaluation: Evaluation | None = None
     meter: Meter = field(init=False)
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
-        limits = self.recipe.watchdog
-        self.watchdog = Watchdog(
-            self.folder.hangs,
-            dist.get_rank(),
-            start_s=60 * limits.start_minutes,
-            step_s=60 * limits.step_minutes,
-            on_hang=lambda reason: self.write_state("failed", reason),
-        )
+        self.watchdog.on_hang = lambda reason: self.write_state("failed", reason)
 
     @property
     def done(self) -> bool:
@@ -87,8 +80,9 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
-        due = self.progress.step % self.recipe.checkpoint.every_steps == 0 and not self.progress.skipped_in_a_row
-        return (due or self.done) and self.progress.samples_seen not in (0, self.saved_at, self.save_tried_at)
+        seen, newest = self.progress.samples_seen, max(self.saved_at, self.save_tried_at, 0)
+        due = seen - newest >= self.recipe.checkpoint.every_steps * self.batch.global_batch
+        return seen > newest and (self.done or (due and not self.progress.skipped_in_a_row))
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
@@ -115,16 +109,16 @@ class Run:
         self.engine.train()
         if result is None:
             return False
-        self.last_evaluation = result
+        self.progress.evaluation = asdict(result)
         self.console.say(f"{kind}  epoch {self.progress.samples_seen / self.epoch_size:.2f}  {result}")
         if self.metrics:
-            values = {
+            values: dict[str, float] = {
                 "step": self.progress.step,
                 "epoch": round(self.progress.samples_seen / self.epoch_size, 4),
                 **asdict(result),
                 "seconds": round(time.monotonic() - began, 3),
             }
-            self.metrics.write(kind, self.progress.samples_seen, values)
+            self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
         return True
 
     def save(self) -> None:
@@ -149,6 +143,7 @@ class Run:
         self._interval_broken(took)
         if not problem:
             self.saved_at, self.failed_saves = self.progress.samples_seen, 0
+            self._tell(lambda metrics: metrics.flush())
             return
         self.failed_saves += 1
         self.console.say(f"WARNING checkpoint at step {self.progress.step} could not be written: {problem}")
@@ -179,11 +174,14 @@ class Run:
         cure = "lower optimizer.lr or lengthen schedule.warmup_epochs, under a new name"
         if progress.rollbacks >= limits.rollbacks:
             raise UserError(f"{why}, after going back {progress.rollbacks} times: {cure}")
+        self.watchdog.beat("going back to a checkpoint", patient=True)
         loaded = load_newest(
             self.folder.checkpoints, self.pieces, group=self.control, good=lambda found: not found.skipped_in_a_row
         )
         if loaded is None:
             raise UserError(f"{why}, and there is no checkpoint to go back to: {cure}")
+        for warning in loaded[1]:
+            self.console.say(f"WARNING {warning}")
         progress.rollbacks += 1
         progress.skipped_in_a_row = 0
         self.console.say(
@@ -207,28 +205,25 @@ class Run:
         epoch = self.progress.samples_seen / self.epoch_size
         self.console.log_metrics(self.progress.step, epoch, values)
         if self.metrics:
-            self.metrics.write(
-                "train",
-                self.progress.samples_seen,
-                {
-                    "step": self.progress.step,
-                    "epoch": round(epoch, 4),
-                    **values,
-                    "images_per_second": round(rate, 2),
-                    "data_wait": round(self.meter.data_wait_s / seconds, 4),
-                },
-            )
-            self.write_state("running")
+            line = {
+                "step": self.progress.step,
+                "epoch": round(epoch, 4),
+                **values,
+                "images_per_second": round(rate, 2),
+                "data_wait": round(self.meter.data_wait_s / seconds, 4),
+            }
+            self._tell(lambda metrics: metrics.write("train", self.progress.samples_seen, line))
+            self._tell(lambda _: self.write_state("running"))
         self.meter.reset()
 
     def finish(self) -> None:
         """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
         self.watchdog.beat("handing off", patient=True)
-        if self.metrics and self.last_evaluation is not None:
-            export_run(self.folder)
+        if self.metrics:
+            export_run(self.folder, step=self.progress.step)
             write_summary(
                 self.folder,
-                top1=self.last_evaluation.top1,
+                top1=self.progress.evaluation["top1"],
                 train_images=self.progress.samples_seen,
                 seconds=self.progress.train_seconds,
             )
@@ -250,6 +245,14 @@ class Run:
         self.console.close()
         if self.metrics:
             self.metrics.close()
+
+    def _tell(self, write: Callable[[MetricsWriter], None]) -> None:
+        """Write what only informs; when the disk refuses, say so and train on."""
+        if self.metrics:
+            try:
+                write(self.metrics)
+            except OSError as error:
+                self.console.say(f"WARNING metrics or state could not be written: {error}")
 
     def _interval_broken(self, seconds: float) -> None:
         """Keep time that was not training out of the rates."""

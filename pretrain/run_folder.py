@@ -1,6 +1,5 @@
 """A run on disk: what really ran, how it stands, what it measured."""
 
-import getpass
 import json
 import os
 import platform
@@ -94,7 +93,13 @@ class RunFolder:
         # Read as a recipe, so that a field which is newer than the run has its default on both sides.
         old = validate_recipe(old, where=str(self.path / "recipe.yaml")).model_dump(mode="json")
         lines = recipe_differences(old, recipe.model_dump(mode="json"))
-        before = json.loads((self.path / "ds_config.json").read_text())
+        try:
+            before = json.loads((self.path / "ds_config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / 'ds_config.json'} cannot be read ({error}): put it back, or remove "
+                f"{self.path / 'recipe.yaml'} to go on without this check"
+            ) from None
         lines += [
             f"{key}: {before.get(key)} -> {deepspeed.get(key)}"
             for key in ("train_batch_size", "gradient_clipping")
@@ -109,9 +114,10 @@ class RunFolder:
     def write_description(self, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         write_json(self.path / "ds_config.json", deepspeed)
         write_json(self.path / "environment.json", describe_environment() | facts)
+        # Last: with it the folder is a run, whose other files must be there.
+        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
     def append_bad_sample(self, line: dict[str, Any]) -> None:
         """Add a line to ``bad_samples.jsonl``; any rank may."""
@@ -133,7 +139,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": versions,
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": os.environ.get("USER", str(os.getuid())),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pretrain.outcome import ExitCode
 
+TELLING_GETS_S = 20.0
+"""Longest time for writing the stacks."""
 OTHERS_GET_S = 5.0
 """The first rank to notice waits so long before it ends, since the launcher then ends the others."""
 
@@ -26,13 +28,13 @@ class Watchdog:
         rank: this rank.
         start_s: limit, in seconds, until the first ``beat``, and within patient phases.
         step_s: limit, in seconds, otherwise.
-        on_hang: called with the reason in one line, before the process ends.
+
+    ``on_hang`` may be set to a function that is called with the reason, in one line, before the process ends.
     """
 
-    def __init__(
-        self, folder: Path, rank: int, *, start_s: float, step_s: float, on_hang: Callable[[str], None]
-    ) -> None:
-        self._folder, self._rank, self._on_hang = folder, rank, on_hang
+    def __init__(self, folder: Path, rank: int, *, start_s: float, step_s: float) -> None:
+        self.on_hang: Callable[[str], None] | None = None
+        self._folder, self._rank = folder, rank
         self._start_s, self._step_s = start_s, step_s
         self._beat = (time.monotonic(), "starting", start_s)
         self._closed = threading.Event()
@@ -56,17 +58,20 @@ class Watchdog:
 
     def _end(self, phase: str, seconds: float) -> None:
         reason = f"rank {self._rank} hangs: {phase} for {seconds:.0f} s"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
-            with file.open("w") as handle:
-                handle.write(f"{reason}\n\n")
-                handle.flush()
-                faulthandler.dump_traceback(handle, all_threads=True)
-            reason += f"; stacks of all threads in {file}"
-            self._on_hang(reason)
-        except OSError as error:
-            reason += f"; its stacks could not be written: {error}"
         os.write(2, f"error: {reason}\n".encode())
+        # In a thread of its own: what hangs may be the very storage that this writes to.
+        telling = threading.Thread(target=self._tell, args=(reason,), daemon=True)
+        telling.start()
+        telling.join(TELLING_GETS_S)
         time.sleep(OTHERS_GET_S)
         os._exit(ExitCode.RETRY)
+
+    def _tell(self, reason: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
+        with file.open("w") as handle:
+            handle.write(f"{reason}\n\n")
+            handle.flush()
+            faulthandler.dump_traceback(handle, all_threads=True)
+        if self.on_hang is not None:
+            self.on_hang(f"{reason}; stacks of all threads in {file}")

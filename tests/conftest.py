@@ -7,7 +7,6 @@ import pytest
 
 # Ranks that tests start share two cores at worst.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

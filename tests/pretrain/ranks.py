@@ -24,8 +24,15 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks are wanted, whatever GPUs there are
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from pretrain.distributed import choose_device, init_distributed, read_rank
 

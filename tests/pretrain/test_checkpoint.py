@@ -219,6 +219,7 @@ def read_back(control: dist.ProcessGroup, folder: Path) -> None:
         assert progress.step == 2, case.name
         assert len(warnings) == 1
         assert "step-00000003 is damaged" in warnings[0]
+        assert [path.name for path in list_checkpoints(case)] == ["step-00000002"], "it may be found again"
 
 
 def test_every_file_flipped_cut_or_deleted_makes_it_fall_back(two_checkpoints: Path, tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"zero_optimization": {"stage": 4}}, "zero_optimization"),
         ({"zero_optimization": {"stag": 1}}, "stag"),
         ({"bf16": {"enabeld": True}}, "bf16"),
+        ({"bf16": True}, "bf16 is a section"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
     ],
 )
 def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -71,6 +74,14 @@ def test_the_global_batch_stays_whatever_the_ranks(world: int, limit: Any, micro
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_a_way_out() -> None:
     with pytest.raises(UserError, match=r"64 .* 3 ranks: start 2 or 4 ranks"):
         resolve_deepspeed_config(BASE, world_size=3, has_bf16_gpu=False)
+
+
+def test_micro_batches_are_even_where_images_are_mixed_in_pairs() -> None:
+    config = BASE | {"train_batch_size": 36, "train_micro_batch_size_per_gpu": 10}
+    assert resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False).batch.micro_batch == 9
+    assert resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False, pairs=True).batch.micro_batch == 6
+    with pytest.raises(UserError, match="even micro-batches"):
+        resolve_deepspeed_config(BASE | {"train_batch_size": 6}, world_size=2, has_bf16_gpu=False, pairs=True)
 
 
 def test_accumulation_that_contradicts_the_batch_is_refused() -> None:

@@ -31,6 +31,16 @@ def test_a_resumed_run_leaves_no_double_points(tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 10))
 
 
+def test_an_evaluation_that_will_be_done_again_does_not_stand_twice(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
+    for kind, samples in (("eval", 4), ("train", 8), ("eval", 8)):  # stopped before the second evaluation was complete
+        writer.write(kind, samples, {"loss": 1.0})
+    writer.close()
+    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8, evaluated_at=4).close()
+    rows = [(row["kind"], row["samples_seen"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rows == [("eval", 4), ("train", 8)]
+
+
 def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -> None:
     write(tmp_path, 1, 3, resumed_at=0)
     with (tmp_path / "metrics.jsonl").open("a") as handle:

@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch.distributed as dist  # noqa: E402
 
 from pretrain import main, train  # noqa: E402
+from pretrain.signals import StopFlag, watch_launcher  # noqa: E402
 
 local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
 spans, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
@@ -23,4 +24,6 @@ def with_fault(run, batch):
 
 
 train.micro_batch_loss = with_fault
-sys.exit(main.main(arguments))
+flag = StopFlag()
+watch_launcher(flag)
+sys.exit(main.main(flag, arguments))

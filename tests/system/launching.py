@@ -23,9 +23,11 @@ PATIENCE_S = 180.0
 class Launched:
     """A started ``deepspeed`` (or bare ``python``) with the log that it writes."""
 
-    def __init__(self, command: list[str], log: Path, file_size_limit: int | None) -> None:
+    def __init__(self, command: list[str], log: Path, file_size_limit: int | None, gpu: bool) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        if not gpu:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.log = log
         limited = ["prlimit", f"--fsize={file_size_limit}", *command] if file_size_limit else command
         with log.open("w") as handle:
@@ -96,10 +98,12 @@ def launched(
     ranks: int = 2,
     program: tuple[str, ...] = ("pretrain/main.py",),
     file_size_limit: int | None = None,
+    gpu: bool = False,
 ) -> Iterator[Launched]:
     """Start training with ``deepspeed`` on so many ranks; with 0, start ``program`` bare. Runs lie in ``folder``.
 
-    No file can grow beyond ``file_size_limit`` bytes, where it is given: the write fails, as on a full disk.
+    Without ``gpu`` it runs on the CPU, whatever there is. No file can grow beyond ``file_size_limit`` bytes where it is
+    given: the write fails, as on a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("launch-*.log")))
@@ -108,7 +112,7 @@ def launched(
         deepspeed = Path(sys.executable).parent / "deepspeed"
         starter = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     command = [*starter, *program, "--recipe", str(RECIPE), "--runs", str(folder), *arguments]
-    started = Launched(command, folder / f"launch-{number}.log", file_size_limit)
+    started = Launched(command, folder / f"launch-{number}.log", file_size_limit, gpu)
     try:
         yield started
     finally:

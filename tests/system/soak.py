@@ -64,6 +64,8 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
             aim = before + chance.randint(0, STEPS_A_ROUND + 2)
             wait_for_step(run, run_folder, aim)
             time.sleep(chance.random())
+            ended = run.process.poll()
+            assert ended in (None, ExitCode.FINISHED), f"ended by itself with {ended}:\n{run.output()}"
             kill(run, victim, chance)
             run.end()
             run.assert_no_rank_stays()

@@ -54,7 +54,7 @@ def test_a_label_outside_the_classes_names_the_sample(tmp_path: Path, digits: Pa
     columns["label"][7] = 10
     np.savez(table, **columns)
     line = error_of(tmp_path, *changes(data__path=broken))
-    assert "digits-train.samples.npz" in line or "label" in line
+    assert "has label 10, but the classes are 0..9" in line
 
 
 def test_ranks_that_do_not_divide_the_global_batch(tmp_path: Path, digits: Path) -> None:

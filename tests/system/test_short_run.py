@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,29 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
     else:  # another number of ranks adds the same gradients in another order
         assert losses == pytest.approx(straight_losses, abs=1e-5)
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_told_to_stop_it_says_so_in_its_exit_status(short: list[str], tmp_path: Path) -> None:
+    with launched(tmp_path, *short, ranks=0) as run:
+        run.wait_for_steps(tmp_path / "demo", 2)
+        run.process.terminate()
+        assert run.end() == ExitCode.STOPPED
+        assert "(SIGTERM), saved" in run.output()
+
+
+def test_a_run_that_died_before_its_handoff_writes_it_on_the_next_start(
+    straight: Path, short: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "demo")
+    shutil.rmtree(tmp_path / "demo/handoff")
+    (tmp_path / "demo/summary.json").unlink()
+    (tmp_path / "demo/run.json").write_text(json.dumps(state(straight) | {"state": "running"}))
+    with launched(tmp_path, *short, ranks=0) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+    assert state(tmp_path / "demo")["state"] == "finished"
+    weights, expected = (folder / "handoff/model.safetensors" for folder in (tmp_path / "demo", straight))
+    assert weights.read_bytes() == expected.read_bytes()
+    assert (tmp_path / "demo/summary.json").exists()
 
 
 def test_a_changed_recipe_is_not_taken_for_the_same_run(straight: Path, short: list[str]) -> None:

@@ -1,0 +1,85 @@
+"""Stop is a flag: signals and lost launchers set it, every loop polls it.
+
+Imported before anything heavy, so that a launcher which dies while torch is being imported is noticed too.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import threading
+from types import FrameType
+
+import psutil
+
+from pretrain.outcome import ExitCode
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class StopFlag:
+    """A request to stop, with its reason. Set from signal handlers and threads, read by the loops."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    def install_signal_handlers(self) -> None:
+        """Let SIGINT, SIGTERM and SIGUSR2 ask for a stop. A second SIGINT ends the process at once, unsaved."""
+
+        def ask(signum: int, _frame: FrameType | None) -> None:
+            name = signal.Signals(signum).name
+            if signum == signal.SIGINT and self.reason == "SIGINT":
+                os.write(2, b"stopped at once, not saved\n")
+                os._exit(ExitCode.STOPPED)
+            self.request(name)
+
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(signum, ask)
+
+
+def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
+    """Ask for a stop when the ``deepspeed`` launcher above this process dies, and end the process if that hangs.
+
+    The launcher is two processes: ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child,
+    which starts the ranks. If either is gone nobody waits for this rank any more: it saves and ends. After ``grace_s``
+    seconds it ends without having saved.
+    """
+    launchers = [process for process in psutil.Process().parents() if _is_launcher(process)]
+    if not launchers:
+        if "CROSS_RANK" in os.environ:  # only the launcher sets it, so it died before this line
+            flag.request("the deepspeed launcher died")
+        return
+    # The kernel's own word for the direct parent, also if the thread below never gets to run.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    descriptors = []
+    for process in launchers:
+        try:
+            descriptors.append(os.pidfd_open(process.pid))
+        except ProcessLookupError:
+            flag.request("the deepspeed launcher died")
+
+    def wait() -> None:
+        if not flag.reason:
+            select.select(descriptors, [], [])
+        flag.request("the deepspeed launcher died")
+        threading.Event().wait(grace_s)
+        os.write(2, b"the deepspeed launcher died and saving hangs: ending unsaved\n")
+        os._exit(ExitCode.RETRY)
+
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        # `python .../bin/deepspeed main.py` and `python -u -m deepspeed.launcher.launch ...`
+        return any(word == "deepspeed.launcher.launch" or word.endswith("/deepspeed") for word in words[:5])
+    return False
