@@ -28,9 +28,7 @@ class LaViT(nn.Module):
         """Residual branches, two a block: the rows of `drop_path_uniforms`."""
         self.stages = cast("Sequence[Stage]", nn.ModuleList(Stage(config, stage) for stage in range(STAGES)))
         self.norm = layer_norm(config.widths[-1], config.norm)
-        self.pool = (
-            ClassAttention(config.widths[-1], config.heads[-1]) if config.pool == "class_attention" else None
-        )
+        self.pool = ClassAttention(config.widths[-1], config.heads[-1]) if config.pool == "class_attention" else None
         self.head = nn.Linear(config.widths[-1], config.num_classes)
         _initialise(self)
 

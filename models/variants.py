@@ -82,9 +82,7 @@ def model_config(
     return LaViTConfig(**fields)
 
 
-def create_model(
-    name: str, num_classes: int = 1000, image_size: int | Grid | None = None, **overrides: Any
-) -> LaViT:
+def create_model(name: str, num_classes: int = 1000, image_size: int | Grid | None = None, **overrides: Any) -> LaViT:
     """Build a network by name, freshly initialised.
 
     Args:
