@@ -5,7 +5,6 @@ Each shard takes one contiguous range of each unit, so that scratch is read almo
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import File, Reject, Shard, file_of
-from data_pipeline.shards import index_text, sample_bytes, write_atomically, write_shard
+from data_pipeline.shards import index_text, sample_bytes, write_shard
 
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 
 
 def save_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
     """Write NAME-split.samples.npz atomically; every column is (samples,), in the order of the shards."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as out:
+    with replacing(path) as out:
         np.savez(out, allow_pickle=False, **{field: columns[field] for field in COLUMNS})
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
 
 
 @dataclass(frozen=True)
@@ -121,13 +117,9 @@ def write(job: ShardJob) -> Shard:
             pictures[row] = bytes(data[at : at + int(job.length[row])])
     keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(job.name.tolist()))
     tar, idx = job.stem.with_suffix(".tar"), job.stem.with_suffix(".idx")
-    aside = job.stem.with_suffix(".tar.part")
-    with aside.open("wb") as out:
+    with replacing(tar) as out:
         samples = ((key, int(job.label[row]), pictures.pop(row)) for row, key in enumerate(keys))
         written = write_shard(out, samples)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(tar)
     write_atomically(idx, index_text(entry.index for entry in written).encode())
     shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))
     write_atomically(job.stem.with_suffix(".json"), shard.model_dump_json().encode())

@@ -30,9 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline import assemble, normalise, units
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
 from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of
-from data_pipeline.shards import write_atomically
 from data_pipeline.sources import Source, imagenet1k
 from data_pipeline.sources.digits import Digits
 from data_pipeline.sources.folder import Folder

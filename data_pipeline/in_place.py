@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from data_pipeline.assemble import save_table
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomically
 from data_pipeline.index import Sample, scan
 from data_pipeline.manifest import FILE_NAME, Manifest, Reject, Shard, Split, file_of
 from data_pipeline.normalise import Rejected, decoded_size
-from data_pipeline.shards import crc32, index_text, write_atomically
+from data_pipeline.shards import crc32, index_text
 from data_pipeline.workers import Advance, run_all
 
 _PICTURES = ("jpg", "jpeg")

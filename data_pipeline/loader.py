@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
@@ -25,7 +26,7 @@ _REPLACEMENTS = 100
 _PLANNED = 4096
 
 
-class _Loader:
+class _Loader(ABC):
     """What training and evaluation share: reading, replacing what is bad, decoding."""
 
     def __init__(
@@ -55,11 +56,13 @@ class _Loader:
         if self._fetcher is not None:
             self._fetcher.close()
 
+    @abstractmethod
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        raise NotImplementedError
+        """Draw or compute what the graph needs for pictures of these sizes, each (m,)."""
 
+    @abstractmethod
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Say which rows count, (m,), when the samples `seen` stand in them."""
 
     def condemn(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""

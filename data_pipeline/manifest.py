@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import write_atomically
+from data_pipeline.files import write_atomically
 
 FILE_NAME = "dataset.json"
 

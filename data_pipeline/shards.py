@@ -4,13 +4,11 @@ A shard is a USTAR archive in which each sample is two members, KEY.cls (the lab
 index beside it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then per sample `ext offset size name ...`.
 """
 
-import os
 import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 512
@@ -96,13 +94,3 @@ def header_size(data: bytes) -> tuple[int, int] | None:
         else:
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either absent, old or whole, whatever happens."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)

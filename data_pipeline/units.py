@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import replacing, write_atomically
 from data_pipeline.normalise import Rejected, normalise
-from data_pipeline.shards import crc32, write_atomically
+from data_pipeline.shards import crc32
 from data_pipeline.sources import Extent, Picture
 
 UNIT_PICTURES = 4096
@@ -87,8 +88,7 @@ def make(job: Job) -> tuple[int, int]:
         out.writelines(result.jpeg for _, _, result in kept)
     classes = sorted({picture.class_id for _, picture, _ in kept})
     number_of = {class_id: number for number, class_id in enumerate(classes)}
-    aside = job.path.with_suffix(".part")
-    with aside.open("wb") as out:
+    with replacing(job.path) as out:
         np.savez(
             out,
             allow_pickle=False,
@@ -102,8 +102,8 @@ def make(job: Job) -> tuple[int, int]:
             height=np.array([result.height for _, _, result in kept], np.uint16),
             crc32=np.array([crc32(result.jpeg) for _, _, result in kept], np.uint32),
         )
-    write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
-    aside.replace(job.path)
+        # Before the table, whose presence says that the unit is complete.
+        write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
     return len(kept), len(rejected)
 
 

@@ -1,7 +1,6 @@
 """Everything between a checked recipe and the first step."""
 
 import fcntl
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -73,8 +72,10 @@ def assemble(
     console = RunConsole(
         speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
     )
-    for line in (*resolved.notes, *warnings):
-        console.say(line if line in resolved.notes else f"WARNING {line}")
+    for note in resolved.notes:
+        console.say(note)
+    for warning in warnings:
+        console.say(f"WARNING {warning}")
     parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
     console.say(
         f"{recipe.model.name}: {parameters:,} parameters; {recipe.data.path}: {epoch_size:,} train, "
@@ -166,14 +167,12 @@ def _open_folder(
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
         folder.check_recipe(recipe, resolved.config)
-        environment = folder.path / "environment.json"
-        if folder.read_recipe() is not None and environment.exists():
-            before = json.loads(environment.read_text()).get("dataset", {}).get("fingerprint")
-            if before != facts["dataset"]["fingerprint"]:
-                raise UserError(
-                    f"{recipe.data.path} holds other pictures than when {folder.path} was started: give "
-                    "the run another name with --set name=..., or put the old dataset back"
-                )
+        known = folder.read_recipe() is not None and (folder.path / "environment.json").exists()
+        if known and folder.read_dataset()["fingerprint"] != facts["dataset"]["fingerprint"]:
+            raise UserError(
+                f"{recipe.data.path} holds other pictures than when {folder.path} was started: give "
+                "the run another name with --set name=..., or put the old dataset back"
+            )
         former = folder.read_state()
         if former is not None and former.state == "finished":
             raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")

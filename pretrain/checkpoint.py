@@ -9,9 +9,7 @@ A checkpoint is written into a hidden folder that is renamed when all is on disk
 verified when read; one that fails is passed over, loudly, for the one before. Nothing in it is ever unpickled.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pretrain.files import fsync_directory, write_json
+from pretrain.files import digest, digest_of_file, fsync, write_json
 from pretrain.outcome import UserError
 from pretrain.pieces import AVERAGE, OptimizerPieces
 
@@ -176,7 +174,7 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
             size = file.stat().st_size
             if size != expected["size"]:
                 raise CheckpointDamagedError(f"{file} has {size} bytes instead of {expected['size']}")
-            if _digest(file) != expected["blake2"]:
+            if digest_of_file(file) != expected["blake2"]:
                 raise CheckpointDamagedError(f"{file} has other content than when it was written")
         except OSError as error:
             raise CheckpointDamagedError(f"{file} cannot be read: {error.strerror}") from None
@@ -204,9 +202,8 @@ def _write_rank_file(file: Path, pieces: OptimizerPieces) -> dict[str, Any]:
     }
     index = [(p.name, p.shape, p.offset, p.length, pieces.step_of(p)) for p in pieces.pieces]
     save_file(tensors, file, metadata={"pieces": json.dumps(index)})
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-    return {file.name: {"size": file.stat().st_size, "blake2": _digest(file)}}
+    fsync(file)
+    return {file.name: {"size": file.stat().st_size, "blake2": digest_of_file(file)}}
 
 
 def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
@@ -214,11 +211,11 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> N
         if file.name not in manifest["files"]:
             file.unlink()  # left by an earlier attempt with more ranks
     write_json(draft / MANIFEST, manifest | {"blake2": _digest_of(manifest)})
-    fsync_directory(draft)
+    fsync(draft)
     if final.exists():
         final.rename(final.with_name(f".{final.name}.replaced"))
     draft.rename(final)
-    fsync_directory(final.parent)
+    fsync(final.parent)
     for path in list_checkpoints(final.parent)[keep:]:
         path.rename(path.with_name(f".{path.name}.old"))  # so that a half-deleted one never looks whole
     for leftover in final.parent.glob(".step-*"):
@@ -294,8 +291,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {error}") from None
-    digest = manifest.pop("blake2", None) if isinstance(manifest, dict) else None
-    if digest != _digest_of(manifest):
+    written = manifest.pop("blake2", None) if isinstance(manifest, dict) else None
+    if written != _digest_of(manifest):
         raise CheckpointDamagedError(f"{path / MANIFEST} has other content than when it was written")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
@@ -303,9 +300,4 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return digest(json.dumps(manifest, sort_keys=True).encode())

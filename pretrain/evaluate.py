@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,11 +138,10 @@ def evaluate_handoff(handoff: Path, data: Path, *, split: str, batch_size: int) 
 
 def _is_the_runs_own(folder: RunFolder, data: Path, split: str) -> bool:
     """Whether this is the split that training evaluated on; another's result is not the run's."""
-    environment = json.loads((folder.path / "environment.json").read_text())
     recipe = folder.read_recipe()
     assert recipe is not None
     return split == recipe["data"]["val_split"] and (
-        Dataset.open(data, recipe["data"]["train_split"]).fingerprint == environment["dataset"]["fingerprint"]
+        Dataset.open(data, recipe["data"]["train_split"]).fingerprint == folder.read_dataset()["fingerprint"]
     )
 
 

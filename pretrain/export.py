@@ -1,7 +1,6 @@
 """Write the hand-off of a run from its newest checkpoint: ``python -m pretrain.export RUN``."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
     if content is None:
         raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
-    dataset = json.loads((folder.path / "environment.json").read_text())["dataset"]
+    dataset = folder.read_dataset()
     checkpoint = _newest_whole(folder.checkpoints)
     progress = read_manifest(checkpoint)["progress"]
     if step is not None and progress["step"] != step:

@@ -1,30 +1,34 @@
-"""Files that are whole or absent."""
+"""What the run's files share: JSON that is whole or absent, durability, digests."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically and durably: written aside, synced, renamed."""
-    draft = path.with_name(f".{path.name}.unfinished")
-    with draft.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(path)
+from data_pipeline.files import write_atomically
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file atomically with ``content`` as indented JSON."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def fsync(path: Path) -> None:
+    """Make a file's content, or the renames within a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(content: bytes) -> str:
+    """BLAKE2 of 16 bytes, in hexadecimal."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """``digest`` of a file's content, without holding it in memory."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

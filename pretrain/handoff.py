@@ -5,9 +5,7 @@
 - ``handoff/README.md``: model card with the run's facts
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from data_pipeline.files import write_atomically
 from data_pipeline.transforms import InputConfig
 from models import LaViT, LaViTConfig
-from pretrain.files import write_json, write_text
+from pretrain.files import digest, digest_of_file, fsync, write_json
 from pretrain.outcome import UserError
 
 WEIGHTS = "model.safetensors"
@@ -66,12 +65,10 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     (folder / CONFIG).unlink(missing_ok=True)
     draft = folder / f".{WEIGHTS}.unfinished"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
-    digest = _blake2(draft.read_bytes())
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
+    fsync(draft)
     draft.replace(folder / WEIGHTS)
-    write_text(folder / "README.md", card)
-    config = HandoffConfig(**content, weights_blake2=digest)
+    write_atomically(folder / "README.md", card.encode())
+    config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS))
     write_json(folder / CONFIG, config.model_dump(mode="json"))
 
 
@@ -95,7 +92,7 @@ def load_handoff(folder: Path) -> tuple[LaViT, HandoffConfig]:
         raise UserError(f"{folder / CONFIG}: {where}: {first['msg']}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
-    if _blake2(content) != config.weights_blake2:
+    if digest(content) != config.weights_blake2:
         raise UserError(f"{folder / WEIGHTS} has other content than when it was handed off: copy it again")
     try:
         model = LaViT(LaViTConfig.from_dict(config.architecture))
@@ -129,7 +126,3 @@ from pretrain.handoff import load_handoff
 model, config = load_handoff(Path("PATH/TO/THIS/FOLDER"))
 ```
 """
-
-
-def _blake2(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

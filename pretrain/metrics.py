@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import write_text
+from data_pipeline.files import write_atomically
 
 
 class MetricsWriter:
@@ -65,4 +65,4 @@ def _cut_after(jsonl: Path, samples_seen: int, evaluated_at: int) -> None:
         end = {"train": samples_seen}
         rows = [row for row in read_metrics(jsonl) if row["samples_seen"] <= end.get(row["kind"], evaluated_at)]
         kept = [json.dumps(row) + "\n" for row in rows]
-        write_text(jsonl, "".join(kept))
+        write_atomically(jsonl, "".join(kept).encode())

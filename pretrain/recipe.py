@@ -202,18 +202,21 @@ def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "
 def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Yield one help line per field of the recipe: its name, default and meaning."""
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        # InputConfig and its parts belong to the data pipeline; whatever is a pydantic model is opened up.
-        inner = [k for k in (kind, *_members(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
-        if inner:
-            yield from describe_fields(inner[0], f"{prefix}{name}.")
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from describe_fields(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         yield f"  {prefix}{name} ({default}): {' '.join((field.description or '').split())}"
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) is types.UnionType or "Union" in str(get_origin(kind)) else ()
+def _section_of(kind: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, also where it may be left out; a room's own sections count too."""
+    union = get_origin(kind) is types.UnionType or "Union" in str(get_origin(kind))
+    for member in get_args(kind) if union else (kind,):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+    return None
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:
@@ -246,9 +249,8 @@ def _explain(error: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
-        kind = section.model_fields[part].annotation if part in section.model_fields else None
-        inner = [k for k in (kind, *_members(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
-        if not inner:
+        inner = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+        if inner is None:
             return []
-        section = inner[0]
+        section = inner
     return list(section.model_fields)

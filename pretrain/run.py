@@ -72,6 +72,11 @@ class Run:
         """Whether all steps are taken."""
         return self.progress.step >= self.total_steps
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the training split so far."""
+        return self.progress.samples_seen / self.epoch_size
+
     def evaluation_due(self) -> bool:
         """Whether an evaluation boundary was passed, or the end reached, and not yet evaluated."""
         interval = self.recipe.evaluation.every_epochs * self.epoch_size
@@ -110,11 +115,11 @@ class Run:
         if result is None:
             return False
         self.progress.evaluation = asdict(result)
-        self.console.say(f"{kind}  epoch {self.progress.samples_seen / self.epoch_size:.2f}  {result}")
+        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
         if self.metrics:
             values: dict[str, float] = {
                 "step": self.progress.step,
-                "epoch": round(self.progress.samples_seen / self.epoch_size, 4),
+                "epoch": round(self.epoch, 4),
                 **asdict(result),
                 "seconds": round(time.monotonic() - began, 3),
             }
@@ -202,12 +207,11 @@ class Run:
         )
         seconds = self.meter.seconds()
         rate = self.meter.steps * self.batch.global_batch / seconds
-        epoch = self.progress.samples_seen / self.epoch_size
-        self.console.log_metrics(self.progress.step, epoch, values)
+        self.console.log_metrics(self.progress.step, self.epoch, values)
         if self.metrics:
             line = {
                 "step": self.progress.step,
-                "epoch": round(epoch, 4),
+                "epoch": round(self.epoch, 4),
                 **values,
                 "images_per_second": round(rate, 2),
                 "data_wait": round(self.meter.data_wait_s / seconds, 4),

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from pretrain.files import write_json, write_text
+from data_pipeline.files import write_atomically
+from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, recipe_differences, validate_recipe
 
@@ -63,6 +64,19 @@ class RunFolder:
             content: dict[str, Any] = yaml.safe_load((self.path / "recipe.yaml").read_text())
         except FileNotFoundError:
             return None
+        return content
+
+    def read_dataset(self) -> dict[str, Any]:
+        """Name, fingerprint, size and class names of the training split, as in ``environment.json``.
+
+        Raises:
+            UserError: it is not there or damaged.
+        """
+        path = self.path / "environment.json"
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())["dataset"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): it belongs to every run, put it back") from None
         return content
 
     def read_state(self) -> RunState | None:
@@ -117,7 +131,8 @@ class RunFolder:
         write_json(self.path / "ds_config.json", deepspeed)
         write_json(self.path / "environment.json", describe_environment() | facts)
         # Last: with it the folder is a run, whose other files must be there.
-        write_text(self.path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.path / "recipe.yaml", text.encode())
 
     def append_bad_sample(self, line: dict[str, Any]) -> None:
         """Add a line to ``bad_samples.jsonl``; any rank may."""

@@ -24,6 +24,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
+from tests.pretrain.damage import cut, flip_byte
 from tests.pretrain.ranks import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -199,16 +200,6 @@ def test_weights_are_put_together_without_an_engine(two_checkpoints: Path) -> No
     weights = read_weights(two_checkpoints / "step-00000003")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
-def flip_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
 
 
 def read_back(control: dist.ProcessGroup, folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from models import create_model
 from pretrain.handoff import CONFIG, WEIGHTS, is_handoff, load_handoff, model_card, write_handoff
 from pretrain.outcome import UserError
+from tests.pretrain.damage import cut, flip_byte
 
 INPUT = {"path": "data/x", "image_size": 32, "interpolation": "bilinear"}
 
@@ -47,16 +48,6 @@ def test_the_card_says_what_was_measured(written: Path) -> None:
     assert "10.0 epochs" in card
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 def test_a_damaged_handoff_is_refused_in_one_line(written: Path, tmp_path: Path, file: str, damage: Any) -> None:
@@ -71,7 +62,7 @@ def test_a_damaged_handoff_is_refused_in_one_line(written: Path, tmp_path: Path,
 def test_weights_that_were_tampered_with_are_refused(written: Path, tmp_path: Path) -> None:
     copy = tmp_path / "h"
     shutil.copytree(written, copy)
-    flip(copy / WEIGHTS)
+    flip_byte(copy / WEIGHTS)
     with pytest.raises(UserError, match="other content than when it was handed off"):
         load_handoff(copy)
 

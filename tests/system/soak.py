@@ -79,7 +79,9 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
     assert result.lost_steps <= INTERVAL, f"a kill cost {result.lost_steps} steps"
     steps = [row["step"] for row in read_metrics(run_folder / "metrics.jsonl", "train")]
     assert steps == list(range(1, len(steps) + 1)), "a step is missing or stands twice"
-    assert not [path for path in run_folder.rglob("*") if "unfinished" in path.name], "a temporary file stayed"
+    assert not [path for path in run_folder.rglob("*") if "unfinished" in path.name or path.suffix == ".part"], (
+        "a temporary file stayed"
+    )
     ours, theirs = (load_file(f / "handoff/model.safetensors") for f in (run_folder, folder / "untouched" / "demo"))
     result.weight_difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
     assert json.loads((run_folder / "run.json").read_text())["state"] == "finished"
