@@ -63,7 +63,7 @@ def assemble(
     model = build_model(recipe, train_set.num_classes)
     state = first_rank_decides(control, lambda: _open_folder(folder, recipe, resolved, facts, rank))
 
-    engine = build_engine(model, recipe, resolved, device)
+    engine, engine_notes = build_engine(model, recipe, resolved, device)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])
@@ -72,7 +72,7 @@ def assemble(
     console = RunConsole(
         speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
     )
-    for note in resolved.notes:
+    for note in (*resolved.notes, *engine_notes):
         console.say(note)
     for warning in warnings:
         console.say(f"WARNING {warning}")
@@ -128,7 +128,7 @@ def assemble(
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype=torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
         pieces=pieces,
         train_loader=train_loader,
         eval_loader=eval_loader,

@@ -1,66 +1,17 @@
 """DeepSpeed's configuration: read, merged, checked and made concrete.
 
-DeepSpeed ignores unknown top-level keys and raises far from the cause on others, so every key is checked here first.
 ``"auto"`` is allowed for the micro-batch and for ``bf16.enabled``; what it became is printed once.
 """
 
 import copy
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from pretrain.deepspeed_keys import check_keys
 from pretrain.outcome import UserError
-
-ALLOWED = frozenset(
-    {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "bf16",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "data_types",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "dump_state",
-        "comms_logger",
-        "flops_profiler",
-        "memory_breakdown",
-        "disable_allgather",
-    }
-)
-
-REFUSED = {
-    "optimizer": "the optimizer is the recipe's: set optimizer.* there",
-    "scheduler": "the schedule is the recipe's: set schedule.* there",
-    "activation_checkpointing": "it steers DeepSpeed's own checkpointing, which this model does not use: set "
-    "model.activation_checkpointing in the recipe",
-    "fp16": "fp16 is not supported yet: use bf16",
-    "torch_autocast": "torch_autocast is not supported yet: use bf16",
-    "amp": "apex.amp was removed from DeepSpeed and apex: use bf16",
-    "checkpoint": "checkpoints are written by this project: set checkpoint.* in the recipe",
-    "tensorboard": "TensorBoard is always written to the run's folder",
-    "csv_monitor": "metrics.jsonl is always written to the run's folder",
-    "nebula": "it was removed from DeepSpeed",
-    "elasticity": "it was removed from DeepSpeed; any run here resumes with another number of GPUs",
-    "curriculum_learning": "it was removed from DeepSpeed",
-}
-
-# Fields of sections: the values that are allowed, and why no others.
-REFUSED_WITHIN: dict[str, tuple[tuple[Any, ...], str]] = {
-    "offload_optimizer": ((None,), "offloading is not supported yet: leave it out, or use a higher ZeRO stage"),
-    "offload_param": ((None,), "offloading is not supported yet: leave it out"),
-    "check_grad_overflow": ((True,), "it must stay true, or steps with gradients that are not finite are not skipped"),
-    "compute_grad_norm": ((True,), "it must stay true, or steps with gradients that are not finite are not skipped"),
-}
+from pretrain.precision import Precision, choose_precision
 
 
 @dataclass(frozen=True)
@@ -80,7 +31,7 @@ class ResolvedDeepSpeed:
     config: dict[str, Any]
     batch: BatchPlan
     stage: int
-    precision: str
+    precision: Precision
     notes: tuple[str, ...]
     """What was chosen automatically, with the reason; one line each."""
 
@@ -100,20 +51,18 @@ def read_deepspeed_config(path: Path, overrides: dict[str, Any]) -> dict[str, An
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
     merged = _merge(content, overrides)
-    for key in merged:
-        if key in REFUSED:
-            raise UserError(f"{path}: {key}: {REFUSED[key]}")
-        if key not in ALLOWED:
-            near = difflib.get_close_matches(key, ALLOWED, n=1)
-            raise UserError(f"{path}: unknown DeepSpeed key {key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    if "gradient_clipping" not in merged:
-        raise UserError(f"{path}: write gradient_clipping (0.0 is off): DeepSpeed would silently clip at 1.0")
-    _check_sections(merged, path)
+    check_keys(merged, str(path))
     return merged
 
 
 def resolve_deepspeed_config(
-    config: dict[str, Any], *, world_size: int, has_bf16_gpu: bool, pairs: bool = False
+    config: dict[str, Any],
+    *,
+    world_size: int,
+    has_bf16_gpu: bool,
+    has_gpu: bool | None = None,
+    pairs: bool = False,
+    optimizer: str = "adamw",
 ) -> ResolvedDeepSpeed:
     """Make a checked configuration concrete for this world size and device.
 
@@ -121,10 +70,13 @@ def resolve_deepspeed_config(
         config: what ``read_deepspeed_config`` returned.
         world_size: number of ranks.
         has_bf16_gpu: whether the device is a GPU that computes in bfloat16.
+        has_gpu: whether the device is a GPU at all; as ``has_bf16_gpu`` where not given.
         pairs: whether micro-batches must be even, because images are mixed in pairs.
+        optimizer: ``optimizer.kind`` of the recipe.
 
     Raises:
-        UserError: the global batch is not a multiple of the ranks, or batch sizes contradict each other.
+        UserError: the global batch is not a multiple of the ranks, batch sizes contradict each other, or stage,
+            precision, offloading, optimizer and device do not go together.
     """
     batch, notes = _plan_batch(config, world_size, pairs=pairs)
     resolved = copy.deepcopy(config)
@@ -135,18 +87,33 @@ def resolve_deepspeed_config(
     }
     resolved.setdefault("steps_per_print", 2**31)  # the metrics are ours
     stage = resolved.get("zero_optimization", {}).get("stage", 0)
-    bf16 = resolved.setdefault("bf16", {"enabled": "auto"})
-    if bf16.get("enabled", False) == "auto":
-        bf16["enabled"] = has_bf16_gpu and stage > 0
-        reason = "no GPU that computes in bf16" if not has_bf16_gpu else "bf16 wants ZeRO stage 1 or more"
-        notes.append("precision: bf16 (the GPU has it)" if bf16["enabled"] else f"precision: fp32 ({reason})")
-    elif bf16.get("enabled", False) and stage == 0:
+    gpu = has_bf16_gpu if has_gpu is None else has_gpu
+    precision, why = choose_precision(resolved, stage=stage, has_gpu=gpu, has_bf16_gpu=has_bf16_gpu)
+    _check_optimizer(resolved, stage, optimizer)
+    return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes + why + _settle_offload(resolved, stage)))
+
+
+def _check_optimizer(config: dict[str, Any], stage: int, optimizer: str) -> None:
+    if optimizer == "lamb" and stage > 0:
         raise UserError(
-            "bf16 at ZeRO stage 0 starts with a spurious optimizer step in DeepSpeed: "
-            "use zero_optimization.stage 1 or more, or bf16.enabled false"
+            f"optimizer.kind lamb at ZeRO stage {stage} is not LAMB: ZeRO cuts the flattened parameters, and the trust "
+            "ratio would be one per cut, not one per layer; use zero_optimization.stage 0, or optimizer.kind adamw"
         )
-    precision = "bf16" if bf16.get("enabled", False) else "fp32"
-    return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes))
+    if optimizer == "sgd":  # DeepSpeed has not tested it; tests/pretrain/test_equality.py has
+        config.setdefault("zero_allow_untested_optimizer", True)
+
+
+def _settle_offload(config: dict[str, Any], stage: int) -> list[str]:
+    zero = config.get("zero_optimization", {})
+    on = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "cpu"]
+    if "offload_optimizer" in on and stage == 0:
+        raise UserError("offload_optimizer needs ZeRO stage 1 or more: set zero_optimization.stage, or leave it out")
+    if "offload_param" in on and stage != 3:
+        raise UserError("offload_param needs ZeRO stage 3: set zero_optimization.stage to 3, or leave it out")
+    if "offload_optimizer" in on:
+        # torch's fused AdamW is as fast on a CPU as DeepSpeed's and needs no compiler (see docs/training.md).
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return [f"{' and '.join(on)}: in the CPU's memory"] if on else []
 
 
 def _plan_batch(config: dict[str, Any], world_size: int, *, pairs: bool) -> tuple[BatchPlan, list[str]]:
@@ -200,26 +167,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-def _check_sections(config: dict[str, Any], path: Path) -> None:
-    # Imported here: DeepSpeed takes seconds to import, and --help should not.
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: PLC0415
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
-
-    for name, schema in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
-        section = config.get(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {name} is a section, such as {{}}, got {section!r}")
-        for key, (allowed, why) in REFUSED_WITHIN.items():
-            if key in section and section[key] not in allowed:
-                raise UserError(f"{path}: {name}.{key}: {why}")
-        section = dict(section)
-        if name == "bf16" and section.get("enabled") == "auto":
-            section["enabled"] = False
-        try:
-            schema(**section)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join([name, *(str(part) for part in first["loc"])])
-            raise UserError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from None

@@ -7,7 +7,7 @@ import torch
 
 from models import LaViT, create_model
 from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.optimization import build_optimizer
+from pretrain.optimizers import build_optimizer, peak_learning_rate
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 
@@ -29,18 +29,28 @@ def build_model(recipe: Recipe, num_classes: int) -> LaViT:
     return model
 
 
-def build_engine(model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device) -> Any:
+def build_engine(
+    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device
+) -> tuple[Any, list[str]]:
     """Wrap the model by ``deepspeed.initialize``; the process group must exist.
 
     Returns:
-        ``deepspeed.DeepSpeedEngine``. Called as ``engine(images, ...)`` it takes what ``LaViT.forward`` takes.
+        ``deepspeed.DeepSpeedEngine``, which takes what ``LaViT.forward`` takes; and lines about what was chosen.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration for a reason that was not foreseen.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.to(device)
-    optimizer = build_optimizer(model, recipe.optimizer, set(model.no_weight_decay()), device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
-    )
-    return engine
+    section = recipe.optimizer
+    optimizer, notes = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+        )
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
+    return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]

@@ -94,7 +94,12 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         folder = RunFolder(options.runs / recipe.name)
         config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
         resolved = resolve_deepspeed_config(
-            config, world_size=rank.world_size, has_bf16_gpu=has_bf16(device), pairs=recipe.mixing.in_pairs
+            config,
+            world_size=rank.world_size,
+            has_gpu=device.type == "cuda",
+            has_bf16_gpu=has_bf16(device),
+            pairs=recipe.mixing.in_pairs,
+            optimizer=recipe.optimizer.kind,
         )
         folder.check_recipe(recipe, resolved.config)
         if _already_finished(folder, rank):

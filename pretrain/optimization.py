@@ -1,34 +1,11 @@
-"""Parameter groups, learning-rate schedule and the keyed draws of drop path."""
+"""Learning-rate schedule and the keyed draws of drop path."""
 
 import math
 
 import numpy as np
 import torch
 
-from pretrain.recipe import OptimizerSection, ScheduleSection
-
-
-def build_optimizer(
-    model: torch.nn.Module, section: OptimizerSection, no_decay: set[str], device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW with two groups: weights with decay, and what ``no_decay`` names without.
-
-    The learning rate is set before every step (see ``learning_rate``); the one given here is never used.
-    """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if unknown := no_decay - {name for name, _ in named}:
-        raise ValueError(f"no_weight_decay names parameters that the model does not have: {sorted(unknown)}")
-    groups = [
-        {"params": [p for name, p in named if name not in no_decay], "weight_decay": section.weight_decay},
-        {"params": [p for name, p in named if name in no_decay], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        fused=device.type == "cuda",
-    )
+from pretrain.recipe import ScheduleSection
 
 
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.mixing import MixingConfig
 from data_pipeline.transforms import InputConfig
@@ -39,16 +39,34 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW."""
+    """What steps the weights."""
 
+    kind: Literal["adamw", "lamb", "sgd"] = "adamw"
+    """AdamW; LAMB (ZeRO stage 0 only; NVIDIA's apex is used where it is installed); or SGD with momentum."""
     lr: float = Field(gt=0)
-    """Peak learning rate, for the global batch as it is: nothing rescales it."""
+    """Peak learning rate; for the global batch as it is, unless lr_for_batch is given."""
+    lr_for_batch: int | None = Field(default=None, ge=1)
+    """Global batch that lr is meant for; it is scaled linearly to the one of the run, for LAMB by the square root."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay; norms, biases, scales and position embeddings are left out."""
+    """Weight decay, decoupled but for SGD; norms, biases, scales and position embeddings are left out."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """For fine-tuning: every layer has so much of the learning rate of the layer above it; the head has all of it."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moment estimates."""
+    """Decay rates of the two moment estimates of AdamW and LAMB."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator."""
+    """Added to the denominator by AdamW and LAMB."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD."""
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> "OptimizerSection":
+        foreign = ("betas", "eps") if self.kind == "sgd" else ("momentum",)
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not read by {self.kind}: leave it out")
+        if self.kind == "lamb" and self.weight_decay == 0:
+            raise ValueError("without weight_decay LAMB is Adam: its trust ratio is for what decays; use kind adamw")
+        return self
 
 
 class EmaSection(Section):
@@ -243,6 +261,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {key}" + (f" (did you mean {'.'.join([*location[:-1], near[0]])}?)" if near else "")
     if error["type"] == "missing":
         return f"{key} is missing"
+    if error["type"] == "value_error":  # a section's own check, which says what is wrong
+        return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from pretrain.optimization import drop_path_uniforms, learning_rate
+from pretrain.optimizers import peak_learning_rate
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
 
@@ -59,12 +60,12 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
     recipe, progress = run.recipe, run.progress
     lr = learning_rate(
         progress.samples_seen + run.batch.global_batch,
-        peak=recipe.optimizer.lr,
+        peak=peak_learning_rate(recipe.optimizer, run.batch.global_batch)[0],
         schedule=recipe.schedule,
         epoch_size=run.epoch_size,
     )
     for group in run.engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     skipped_before = run.pieces.skipped_steps
     for _ in range(run.batch.accumulation):
         waiting = time.monotonic()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.outcome import UserError
 
 BASE = {"train_batch_size": 64, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
@@ -42,7 +42,22 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"bf16": {"enabeld": True}}, "bf16"),
         ({"bf16": True}, "bf16 is a section"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "checkpoints hold fp32"),
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "checkpoints hold fp32"),
+        ({"fp16": {"enabled": True, "loss_scale": -1}}, "loss_scale"),
+        ({"bfloat16": {"enabled": True}}, "write bf16"),
+        ({"torch_autocast": {"enabled": True, "dtyp": "bfloat16"}}, "did you mean dtype?"),
+        ({"torch_autocast": {"enabled": "auto"}}, "torch_autocast.enabled is true or false"),
+        ({"data_types": {"param_dtype": "bf16"}}, "the sections bf16 and fp16 say it"),
+        ({"data_types": {"grad_acum_dtype": "bf16"}}, "did you mean grad_accum_dtype?"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping is the largest norm"),
+        ({"gradient_clipping": -1.0}, "gradient_clipping is the largest norm"),
+        ({"compile": {"enabled": True}}, "model.compile"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "only cpu and none"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "only cpu and none"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "leave it out"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "nobody has tested"),
     ],
 )
 def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
@@ -90,16 +105,84 @@ def test_accumulation_that_contradicts_the_batch_is_refused() -> None:
         resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
 
 
+def resolved(has_gpu: bool = False, optimizer: str = "adamw", **change: Any) -> ResolvedDeepSpeed:
+    return resolve_deepspeed_config(
+        BASE | change, world_size=2, has_gpu=has_gpu, has_bf16_gpu=has_gpu, optimizer=optimizer
+    )
+
+
 def test_precision_is_chosen_by_the_device_and_the_reason_is_told() -> None:
-    on_gpu = resolve_deepspeed_config(BASE, world_size=1, has_bf16_gpu=True)
+    on_gpu = resolved(has_gpu=True)
     assert (on_gpu.precision, on_gpu.config["bf16"]["enabled"]) == ("bf16", True)
     assert "precision: bf16 (the GPU has it)" in on_gpu.notes
-    on_cpu = resolve_deepspeed_config(BASE, world_size=1, has_bf16_gpu=False)
+    on_cpu = resolved()
     assert on_cpu.precision == "fp32"
-    assert any("no GPU" in note for note in on_cpu.notes)
+    assert "precision: fp32 (there is no GPU)" in on_cpu.notes
+    at_stage_0 = resolved(has_gpu=True, zero_optimization={"stage": 0})
+    assert at_stage_0.precision == "fp32"
+    assert any("torch_autocast computes in bfloat16 at stage 0" in note for note in at_stage_0.notes)
 
 
-def test_bf16_at_stage_0_is_refused() -> None:
-    config = BASE | {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
-    with pytest.raises(UserError, match="stage 0"):
-        resolve_deepspeed_config(config, world_size=1, has_bf16_gpu=True)
+def test_a_precision_that_is_asked_for_takes_the_place_of_auto() -> None:
+    for stage in range(4):
+        autocast = resolved(has_gpu=True, zero_optimization={"stage": stage}, torch_autocast={"enabled": True})
+        assert autocast.precision == "bf16 autocast"
+        assert autocast.config["torch_autocast"]["dtype"] == "bfloat16"
+        assert autocast.config["bf16"]["enabled"] is False
+    fp16 = resolved(has_gpu=True, fp16={"enabled": True, "initial_scale_power": 12}, bf16={"enabled": "auto"})
+    assert (fp16.precision, fp16.config["bf16"]["enabled"]) == ("fp16", False)
+    assert not any("precision" in note for note in (*autocast.notes, *fp16.notes))
+
+
+def zero(stage: int, **section: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **section}}
+
+
+BF16, FP16, CPU = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, {"device": "cpu"}
+AUTOCAST = {"torch_autocast": {"enabled": True}}
+HALF = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "way_out"),
+    [
+        (zero(0) | BF16, "bf16 at ZeRO stage 0 starts with a spurious optimizer step", "enable torch_autocast"),
+        (zero(0) | FP16 | {"has_gpu": True}, "fp16 at ZeRO stage 0", "stage 1 or more"),
+        (FP16, "fp16 needs a GPU", "use bf16, torch_autocast or fp32"),
+        (BF16 | AUTOCAST, "bf16 and torch_autocast are both enabled", "enable one"),
+        (BF16 | FP16, "bf16 and fp16 are both enabled", "enable one"),
+        (zero(0) | HALF, "skips steps without saying so", "use dtype bfloat16"),
+        (zero(1) | HALF, "gradients are clipped while they are scaled", "use dtype bfloat16"),
+        (zero(3) | HALF | {"gradient_clipping": 0.0}, "never falls again after an overflow", "use dtype bfloat16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "int8"}}, "got 'int8'", "bfloat16 is what there is"),
+        ({"optimizer": "lamb"}, "lamb at ZeRO stage 1 is not LAMB", "use zero_optimization.stage 0"),
+        (zero(3) | {"optimizer": "lamb"}, "lamb at ZeRO stage 3 is not LAMB", "optimizer.kind adamw"),
+        (zero(0, offload_optimizer=CPU), "offload_optimizer needs ZeRO stage 1", "or leave it out"),
+        (zero(2, offload_param=CPU), "offload_param needs ZeRO stage 3", "or leave it out"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "'bf16' does not go with fp32", "use fp32"),
+        (BF16 | {"data_types": {"grad_accum_dtype": "fp16"}}, "'fp16' does not go with bf16", "leave it out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_reason_and_the_way_out(
+    change: dict[str, Any], reason: str, way_out: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolved(**change)
+    assert reason in str(caught.value)
+    assert way_out in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [BF16, AUTOCAST])
+def test_a_gpu_without_bfloat16_is_not_asked_for_it(section: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="enable fp16 instead"):
+        resolve_deepspeed_config(BASE | section, world_size=1, has_gpu=True, has_bf16_gpu=False)
+    notes = resolve_deepspeed_config(BASE, world_size=1, has_gpu=True, has_bf16_gpu=False).notes
+    assert any("the fp16 section would be faster" in note for note in notes)
+
+
+def test_the_optimizer_is_made_known_to_deepspeed() -> None:
+    assert resolved(optimizer="sgd").config["zero_allow_untested_optimizer"] is True
+    offloaded = resolved(**zero(2, offload_optimizer=CPU))
+    assert offloaded.config["zero_force_ds_cpu_optimizer"] is False
+    assert "offload_optimizer: in the CPU's memory" in offloaded.notes

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optimization import build_optimizer, drop_path_uniforms, learning_rate
-from pretrain.recipe import OptimizerSection, ScheduleSection
+from pretrain.optimization import drop_path_uniforms, learning_rate
+from pretrain.recipe import ScheduleSection
 
 SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)
 
@@ -46,18 +46,3 @@ def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> Non
     assert draws.min() >= 0
     assert draws.max() < 1
     assert draws.mean() == pytest.approx(0.5, abs=0.01)
-
-
-def test_what_must_not_decay_has_its_own_group() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    spared = {"0.bias", "1.weight", "1.bias"}
-    optimizer = build_optimizer(model, OptimizerSection(lr=1.0, weight_decay=0.3), spared, torch.device("cpu"))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
-        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0,
-    }  # fmt: skip
-
-
-def test_a_spared_name_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nothere"):
-        build_optimizer(nn.Linear(2, 2), OptimizerSection(lr=1.0), {"nothere"}, torch.device("cpu"))

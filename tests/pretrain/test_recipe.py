@@ -34,6 +34,20 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key() -> None:
     assert "name" in refusal("name=../elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        (["optimizer.kind=adam"], "optimizer.kind"),
+        (["optimizer.kind=sgd", "optimizer.eps=1.0e-3"], "eps is not read by sgd"),
+        (["optimizer.momentum=0.5"], "momentum is not read by adamw"),
+        (["optimizer.kind=lamb", "optimizer.weight_decay=0"], "use kind adamw"),
+        (["optimizer.layer_decay=1.1"], "optimizer.layer_decay"),
+    ],
+)
+def test_a_setting_that_the_optimizer_would_not_read_is_refused(assignments: list[str], says: str) -> None:
+    assert says in refusal(*assignments)
+
+
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     text = refusal("optimizer.lr=fast", "schedule.epochs=0")
     assert "optimizer.lr" in text
