@@ -99,7 +99,9 @@ def init_distributed(device: torch.device) -> dist.ProcessGroup:
 
     # On a CPU it would compile a shared-memory all-reduce for a minute, and needs a compiler for it.
     compatible_ops["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
+    )
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False
     )
