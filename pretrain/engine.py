@@ -53,4 +53,21 @@ def build_engine(
     except (AssertionError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
+    if resolved.stage == 0:
+        _clip_without_waiting(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
+
+
+def _clip_without_waiting(engine: Any) -> None:
+    """Clip at stage 0 by torch's multi-tensor function.
+
+    DeepSpeed's own goes parameter by parameter, adds up the norm over ranks that have the same one, and waits for the
+    device to learn whether to clip. This also gives the norm to the metrics, which DeepSpeed's does not.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping(), foreach=True)
+        engine._global_grad_norm = norm  # noqa: SLF001
+
+    engine.clip_fp32_gradients = clip

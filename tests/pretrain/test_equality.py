@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,8 +148,9 @@ def assert_equal(what: str, mine: Any, plain: Any, *, loss: float, weights: floa
 
 
 def zero(stage: int, **section: Any) -> dict[str, Any]:
+    ours = json.loads((Path(__file__).parents[2] / "ds_config.json").read_text())["zero_optimization"]
     # Stage 3 keeps parameters below the threshold whole; with its own default it would shard none of these.
-    return {"stage": stage, "stage3_param_persistence_threshold": 1500, **section}
+    return {**ours, "stage": stage, "stage3_param_persistence_threshold": 1500, **section}
 
 
 def every_cell(control: dist.ProcessGroup, *, autocast: bool) -> None:
