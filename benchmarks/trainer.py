@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         " ".join(
             [
                 f"`python -m benchmarks.trainer {' '.join(sys.argv[1:] if arguments is None else arguments)}`:",
-                f"{options.model} at {options.size} x {options.size}, {options.micro_batch} pictures per rank, {device},",
+                f"{options.model} at {options.size} x {options.size}, {options.micro_batch} pictures a rank, {device},",
                 f"{'bfloat16 autocast' if options.autocast else 'fp32'}, {options.rounds} interleaved rounds;",
                 "ds_config.json but for the stage.",
             ]

@@ -15,7 +15,7 @@ from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
 from data_pipeline.fetcher import Fetcher, require_room
-from data_pipeline.order import Order
+from data_pipeline.order import Int64, Order
 from data_pipeline.reader import Reader
 from data_pipeline.store import RemoteStore
 from data_pipeline.transforms import InputConfig
@@ -180,9 +180,8 @@ class TrainLoader(_Loader):
             high = min(low + local_ranks * self._share, global_batch)
             block = global_batch // config.lanes
             require_room(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
-        self._order = Order(
-            dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes
-        )
+        self._ordered = (dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes)
+        self._order = Order(*self._ordered)
         super().__init__(
             dataset, config, train=True, batch_size=micro_batch, device=device, local_ranks=local_ranks,
             on_bad_sample=on_bad_sample,
@@ -191,6 +190,10 @@ class TrainLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches without end, beginning at `start_sample`."""
         return self._batches(self._plan())
+
+    def samples(self, start: int, stop: int) -> tuple[Int64, Int64]:
+        """Return (epochs, sample ids) of the positions start..stop-1 of training, each (stop - start,) int64."""
+        return Order(*self._ordered).samples(start, stop)  # a new one: its caches are not for two threads
 
     def _plan(self) -> Iterator[Rows]:
         step = self._start

@@ -88,8 +88,32 @@ def choose_device(rank: Rank) -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed(device: torch.device) -> dist.ProcessGroup:
-    """Start DeepSpeed's default group (NCCL on GPUs, gloo on CPUs).
+def use_deterministic_algorithms() -> str:
+    """Let torch compute the same bits on every run; an operation that cannot is an error that names it.
+
+    Call it before the device computes. Returns a line that says so.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps to find reads of such memory
+    return "deterministic: torch uses only operations that give the same bits every time"
+
+
+def limit_collectives(seconds: float, *, but: dist.ProcessGroup) -> None:
+    """End collectives that take longer than this with an error, on all groups of this process except ``but``.
+
+    The watchdog should speak first, since it says where each rank stands: give more than its limit. ``but`` is the CPU
+    group on which ranks wait for what only one of them does, such as the hand-off.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001 - DeepSpeed makes some of its own
+        if group is not but:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # noqa: SLF001
+
+
+def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> dist.ProcessGroup:
+    """Start DeepSpeed's default group (NCCL on GPUs, gloo on CPUs), whose collectives may take ``timeout_s`` seconds.
 
     Returns:
         a gloo group of all ranks for flags and small objects, which never touches the device.
@@ -103,8 +127,8 @@ def init_distributed(device: torch.device) -> dist.ProcessGroup:
         "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
     )
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False
+        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
-    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert group is not None
     return group

@@ -29,7 +29,7 @@ from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
 from pretrain.train import train  # noqa: E402
-from pretrain.watchdog import Watchdog  # noqa: E402
+from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
 
 DESCRIPTION = """\
 Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
@@ -106,7 +106,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             return ExitCode.FINISHED
         limits = recipe.watchdog
         watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
-        control = init_distributed(device)
+        control = init_distributed(device, 60 * limits.start_minutes + SPEAKS_FIRST_S)
         run = assemble(
             recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control, watchdog=watchdog
         )

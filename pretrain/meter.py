@@ -5,25 +5,35 @@ import time
 import torch
 import torch.distributed as dist
 
+from pretrain.spikes import LossLevel
+
 
 class Meter:
     """Sums what the steps of an interval measured, on the device, so that no step waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.step_losses: list[float] = []
+        """Loss of each step of the interval that ``means`` was asked for last, over its global batch."""
+        self.level = LossLevel()
         self.reset()
 
     def reset(self) -> None:
         """Begin a new interval."""
         self._sums: dict[str, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
         self._finite = torch.zeros((), device=self._device)
         self.steps = 0
         self.data_wait_s = 0.0
         self._began = time.monotonic()
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add the measurements of a micro-batch, scalars on the device; left out where one of them is not finite."""
+        """Add the measurements of a micro-batch, scalars on the device; left out where one of them is not finite.
+
+        Its first is the loss, which is also kept by itself.
+        """
         stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._losses.append(stacked[0])
         finite = stacked.isfinite().all()
         self._finite = self._finite + finite
         for name, value in zip(values, torch.where(finite, stacked, 0.0), strict=True):
@@ -31,11 +41,16 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """Means over the interval and all ranks; none where nothing was finite. Collective; waits for the device."""
+        self.step_losses = []
         if not self._sums:
             return {}
-        stacked = torch.stack([*self._sums.values(), self._finite])
+        stacked = torch.stack([*self._sums.values(), self._finite, *self._losses])
         dist.all_reduce(stacked)
-        *sums, count = stacked.tolist()
+        values = stacked.tolist()
+        sums, count, losses = values[: len(self._sums)], values[len(self._sums)], values[len(self._sums) + 1 :]
+        parts = len(losses) // self.steps * dist.get_world_size()
+        micro_batches = zip(*[iter(losses)] * (len(losses) // self.steps), strict=True)
+        self.step_losses = [sum(step) / parts for step in micro_batches]
         return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}
 
     def seconds(self) -> float:

@@ -29,6 +29,8 @@ class ModelSection(Section):
     """Fields of the variant's configuration to change, by name."""
     activation_checkpointing: Literal["none", "all"] | tuple[bool, bool, bool, bool] = "none"
     """Recompute activations in the backward pass: in no stage, in all, or one choice for each of the four."""
+    compile: bool = False
+    """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3. Needs a C++ compiler."""
 
 
 class LossSection(Section):
@@ -145,6 +147,8 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
+    deterministic: bool = False
+    """Use only operations that give the same bits on every run with the same number of GPUs; slower on GPUs."""
     log_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between lines of metrics."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -158,6 +162,7 @@ CHANGEABLE = (
     "checkpoint",
     "bad_numbers",
     "watchdog",
+    "deterministic",
     "log_every_steps",
     "deepspeed",
     "data.path",
@@ -165,6 +170,7 @@ CHANGEABLE = (
     "data.threads",
     "data.prefetch",
     "model.activation_checkpointing",
+    "model.compile",
 )
 
 

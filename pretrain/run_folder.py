@@ -57,6 +57,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
         self.hangs = path / "hangs"
+        self.loss_spikes = path / "loss_spikes.jsonl"
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run."""

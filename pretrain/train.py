@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
+from pretrain.distributed import limit_collectives
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.optimizers import peak_learning_rate
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
+from pretrain.spikes import write_spikes
+from pretrain.watchdog import SPEAKS_FIRST_S
 
 
 def train(run: Run) -> ExitCode:
@@ -31,13 +34,16 @@ def train(run: Run) -> ExitCode:
         began = time.monotonic()
         lr, skipped = train_step(run, batches)
         progress.step += 1
-        run.first_step = False
+        if run.first_step:
+            run.first_step = False
+            limit_collectives(60 * run.recipe.watchdog.step_minutes + SPEAKS_FIRST_S, but=run.control)
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
         run.note_step(skipped=skipped)
         if run.log_due():
             run.log(lr)
+            tell_spikes(run)
     if run.done and not run.evaluation_due():
         run.finish()
         return ExitCode.FINISHED
@@ -82,6 +88,18 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
         run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
     run.meter.steps += 1
     return lr, skipped
+
+
+def tell_spikes(run: Run) -> None:
+    """Write down which steps of the interval just logged had a loss far above the level, and on which images."""
+    spikes = run.meter.level.spikes(
+        run.meter.step_losses,
+        step=run.progress.step,
+        samples_seen=run.progress.samples_seen,
+        global_batch=run.batch.global_batch,
+    )
+    if run.metrics:
+        write_spikes(run.folder.loss_spikes, spikes, run.train_loader.samples, run.console.say)
 
 
 def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

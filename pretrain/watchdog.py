@@ -18,6 +18,8 @@ TELLING_GETS_S = 20.0
 """Longest time for writing the stacks."""
 OTHERS_GET_S = 5.0
 """The first rank to notice waits so long before it ends, since the launcher then ends the others."""
+SPEAKS_FIRST_S = 60.0
+"""Collectives may take so much longer than the limit: their own error would not say where the other ranks are."""
 
 
 class Watchdog:
