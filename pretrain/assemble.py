@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
+from pretrain.bad_steps import BadSteps
 from pretrain.checkpoint import Progress, load_newest
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
@@ -130,6 +131,7 @@ def assemble(
         engine=engine,
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
         pieces=pieces,
+        bad_steps=BadSteps(engine),
         train_loader=train_loader,
         eval_loader=eval_loader,
         folder=folder,

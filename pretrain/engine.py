@@ -7,6 +7,7 @@ import torch
 
 from models import LaViT, create_model
 from pretrain.deepspeed_config import ResolvedDeepSpeed
+from pretrain.distributed import use_deterministic_algorithms
 from pretrain.optimizers import build_optimizer, peak_learning_rate
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -38,14 +39,20 @@ def build_engine(
         ``deepspeed.DeepSpeedEngine``, which takes what ``LaViT.forward`` takes; and lines about what was chosen.
 
     Raises:
-        UserError: DeepSpeed refuses the configuration for a reason that was not foreseen.
+        UserError: DeepSpeed refuses the configuration for a reason that was not foreseen, or the network cannot be
+            compiled here.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    section, notes = recipe.optimizer, []
+    if recipe.deterministic:
+        notes.append(use_deterministic_algorithms())
     model.to(device)
-    section = recipe.optimizer
-    optimizer, notes = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
+    optimizer, more = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
+    notes += more
+    if recipe.model.compile:
+        notes.append(_compile(model, resolved.stage, device))
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
@@ -56,6 +63,28 @@ def build_engine(
     if resolved.stage == 0:
         _clip_without_waiting(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
+
+
+def _compile(model: LaViT, stage: int, device: torch.device) -> str:
+    """Compile the network in place: its parameters keep their names, and checkpoints fit either way."""
+    if stage == 3:
+        raise UserError(
+            "model.compile does not go with ZeRO stage 3, which gathers parameters between layers: use "
+            "zero_optimization.stage 2 or less, or leave model.compile out"
+        )
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
+        from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "model.compile needs a C++ compiler on a CPU and finds none: install g++, or leave model.compile out"
+            ) from None
+    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
+    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
+    return "compiled by torch.compile: the first steps take minutes"
 
 
 def _clip_without_waiting(engine: Any) -> None:

@@ -50,7 +50,7 @@ def build_optimizer(
         optimizer, note = _lamb(groups, section)
         return optimizer, [*notes, note]
     if section.kind == "sgd":
-        return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, foreach=True), notes
+        return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=True), notes
     options: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     return torch.optim.AdamW(groups, fused=True, **options), notes
 

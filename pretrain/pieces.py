@@ -55,7 +55,7 @@ class OptimizerPieces:
         """
         self.kinds = ("parameter", *MOMENTS, *((AVERAGE,) if average else ()))
         """What a checkpoint holds of every piece."""
-        self._engine, self._zero, self._dropped = engine, engine.optimizer, 0
+        self._zero = engine.optimizer
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
         self.optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
@@ -70,8 +70,6 @@ class OptimizerPieces:
         self.pieces = find(names)
         """This rank's pieces, in the order of the model's parameters."""
         self._prepare_state()
-        if self.stage == 0:
-            self.optimizer.register_step_pre_hook(self._drop_bad_gradients)
 
     def _prepare_state(self) -> None:
         """Give every owner zero moments and a zero step count, where the optimizer has not made them yet."""
@@ -123,23 +121,6 @@ class OptimizerPieces:
                     value = self.optimizer.state[parameter][kind].to(parameter.device)
                     dist.broadcast(value, src=self._stage0_owner[parameter])
                     self.optimizer.state[parameter][kind].copy_(value)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps of this engine that changed nothing because a gradient was not finite; the same on every rank."""
-        return self._engine.skipped_steps + self._dropped
-
-    def _drop_bad_gradients(self, *_: Any) -> None:
-        """Before a step at stage 0, where DeepSpeed does not look: drop the gradients if one is not finite.
-
-        The optimizer passes over parameters without a gradient, so that neither weights nor moments change. The
-        gradients are reduced at this point, so all ranks decide alike.
-        """
-        gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            self._dropped += 1
-            for parameter in self._all_parameters():
-                parameter.grad = None
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:

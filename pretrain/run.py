@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
+from pretrain.bad_steps import BadSteps
 from pretrain.checkpoint import Progress, load_newest, save_checkpoint
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
@@ -42,6 +43,7 @@ class Run:
     dtype: torch.dtype
     """What the engine computes in."""
     pieces: OptimizerPieces
+    bad_steps: BadSteps
     train_loader: TrainLoader
     eval_loader: EvalLoader
     folder: RunFolder
@@ -158,21 +160,30 @@ class Run:
                 f"{self.folder.checkpoints} ({problem}): make space or mend the storage, then start again"
             )
 
-    def note_step(self, *, skipped: bool) -> None:
-        """Count a step that was skipped because a gradient was not finite; after too many in a row, go back.
+    def note_steps(self, *, but: int = 0) -> None:
+        """Count the steps that were skipped because a gradient was not finite; after too many in a row, go back.
+
+        Args:
+            but: the newest so many steps are left for later, so that the host need not wait for them.
 
         Raises:
             UserError: going back did not help as often as the recipe allows, or there is nothing to go back to.
         """
+        flags = self.bad_steps.settled(but=but)
+        for since, skipped in zip(range(but + len(flags) - 1, but - 1, -1), flags, strict=True):
+            if skipped:
+                self._note_skipped(since)
+            else:
+                self.progress.skipped_in_a_row = 0
+
+    def _note_skipped(self, since: int) -> None:
+        """Count the step that was taken ``since`` steps before the newest, and go back where it is one too many."""
         progress, limits = self.progress, self.recipe.bad_numbers
-        if not skipped:
-            progress.skipped_in_a_row = 0
-            return
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        first = progress.samples_seen - self.batch.global_batch
-        where = f"images {first} to {progress.samples_seen - 1} of the order"
-        self.console.say(f"WARNING step {progress.step} was skipped: a gradient was not finite; {where}")
+        end = progress.samples_seen - since * self.batch.global_batch
+        where = f"images {end - self.batch.global_batch} to {end - 1} of the order"
+        self.console.say(f"WARNING step {progress.step - since} was skipped: a gradient was not finite; {where}")
         if progress.skipped_in_a_row < limits.skipped_steps:
             return
         why = f"{progress.skipped_in_a_row} steps in a row had gradients that were not finite, the last on {where}"
@@ -200,6 +211,7 @@ class Run:
 
     def log(self, lr: float) -> None:
         """Write the interval's means as metrics and as a line; collective."""
+        self.note_steps()
         values = self.meter.means()
         norm = self.engine.get_global_grad_norm()
         values |= {"lr": lr, "skipped_steps": self.progress.skipped_steps} | (

@@ -32,7 +32,7 @@ def train(run: Run) -> ExitCode:
         if run.done or run.stop.at_step_boundary():
             break
         began = time.monotonic()
-        lr, skipped = train_step(run, batches)
+        lr = train_step(run, batches)
         progress.step += 1
         if run.first_step:
             run.first_step = False
@@ -40,7 +40,7 @@ def train(run: Run) -> ExitCode:
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
-        run.note_step(skipped=skipped)
+        run.note_steps(but=1)
         if run.log_due():
             run.log(lr)
             tell_spikes(run)
@@ -57,11 +57,11 @@ def train(run: Run) -> ExitCode:
     return ExitCode.STOPPED
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
-    """One optimizer step over the global batch, in as many micro-batches as fit.
+def train_step(run: Run, batches: Iterator[Batch]) -> float:
+    """One optimizer step over the global batch, in as many micro-batches as fit; the result is its learning rate.
 
-    Returns:
-        the learning rate, and whether the step was skipped because a gradient was not finite (on all ranks alike).
+    A step whose gradients are not finite changes nothing, on all ranks alike; ``run.bad_steps`` knows of it. The host
+    waits for nothing here but the data.
     """
     recipe, progress = run.recipe, run.progress
     lr = learning_rate(
@@ -72,7 +72,6 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
     )
     for group in run.engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    skipped_before = run.pieces.skipped_steps
     for _ in range(run.batch.accumulation):
         waiting = time.monotonic()
         run.watchdog.beat("waiting for data", patient=run.first_step)
@@ -83,11 +82,11 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[float, bool]:
         run.engine.backward(loss)
         run.engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
         run.meter.add({"loss": loss, **parts})
-    skipped = run.pieces.skipped_steps > skipped_before
-    if recipe.ema is not None and not skipped:
+    run.bad_steps.note_step()
+    if recipe.ema is not None:
         run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
     run.meter.steps += 1
-    return lr, skipped
+    return lr
 
 
 def tell_spikes(run: Run) -> None:

@@ -19,6 +19,7 @@ from pytorch_optimizer import Lamb
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
+from pretrain.bad_steps import BadSteps
 from pretrain.deepspeed_config import resolve_deepspeed_config
 from pretrain.engine import build_engine, build_model
 from pretrain.meter import Meter
@@ -32,7 +33,7 @@ STEPS, BATCH, CLASSES, EPOCH = 20, 8, 10, 100
 CPU = torch.device("cpu")
 
 
-def recipe(checkpointing: str = "none", **optimizer: Any) -> Recipe:
+def recipe(checkpointing: str = "none", ema: dict[str, float] | None = None, **optimizer: Any) -> Recipe:
     """Everything on that takes part in a step: mixing, drop path, diagonality, layer-wise decay, warm-up, cosine."""
     return validate_recipe(
         {
@@ -45,7 +46,7 @@ def recipe(checkpointing: str = "none", **optimizer: Any) -> Recipe:
                               "heads": [1, 2, 2, 2]},
             },
             "loss": {"diagonality_weight": 0.01},
-            "optimizer": {"lr": 2e-3, **optimizer},
+            "optimizer": {"lr": 2e-3, **optimizer}, "ema": ema,
             "schedule": {"epochs": 2, "warmup_epochs": 0.5},
         },
         "here",
@@ -101,26 +102,33 @@ def plain_loop(
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def trained(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of the global batches and final weights of the trainer's own step under an engine. Collective."""
+def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
+    """A run of the trainer's own parts, as far as its step needs them. Collective."""
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0}
     resolved = resolve_deepspeed_config(
         config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind
     )
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, CPU)
-    run: Any = SimpleNamespace(
-        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=torch.float32, engine=engine,
-        pieces=OptimizerPieces(engine), meter=Meter(CPU), first_step=False,
-        progress=SimpleNamespace(step=0, samples_seen=0), watchdog=SimpleNamespace(beat=lambda *_, **__: None),
+    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    return SimpleNamespace(
+        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=dtype, engine=engine,
+        pieces=OptimizerPieces(engine, average=recipe.ema is not None), bad_steps=BadSteps(engine), meter=Meter(CPU),
+        first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
+        watchdog=SimpleNamespace(beat=lambda *_, **__: None),
     )  # fmt: skip
-    batches, losses = micro_batches(resolved.batch.micro_batch), []
+
+
+def trained(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of the global batches and final weights of the trainer's own step under an engine. Collective."""
+    run = training(recipe, accumulation=accumulation, **deepspeed)
+    batches, losses = micro_batches(run.batch.micro_batch), []
     for _ in range(STEPS):
         train_step(run, batches)
         run.progress.step += 1
         run.progress.samples_seen += BATCH
         losses.append(run.meter.means()["loss"])
         run.meter.reset()
-    return losses, whole_weights(engine)
+    return losses, whole_weights(run.engine)
 
 
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:

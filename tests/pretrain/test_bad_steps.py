@@ -1,0 +1,93 @@
+"""A step with gradients that are not finite changes nothing at any stage; a good one lets no host wait."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.train import train_step
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import micro_batches, recipe, training, zero
+
+
+class CountsReads(TorchDispatchMode):
+    """Counts what makes a host wait for a GPU: reading a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.reads += 1
+        return function(*args, **kwargs or {})
+
+
+def no_step_reads(control: dist.ProcessGroup) -> None:
+    cases = [(recipe(ema={"decay": 0.9}), zero(stage), 0) for stage in range(4)]
+    # What the host must decide is counted too: so this counter does count.
+    cases += [(recipe(kind="lamb"), zero(0), 3), (recipe(), zero(1, offload_optimizer={"device": "cpu"}), 3)]
+    for chosen, section, at_least in cases:
+        run = training(chosen, accumulation=2, zero_optimization=section)
+        batches = micro_batches(run.batch.micro_batch)
+        train_step(run, batches)
+        with CountsReads() as counter:
+            for _ in range(3):
+                train_step(run, batches)
+        assert counter.reads >= at_least, section
+        assert bool(counter.reads) is run.bad_steps.waits is bool(at_least), f"{section}: {counter.reads} reads"
+        assert run.bad_steps.settled(but=1) == [False] * 3
+        assert run.bad_steps.settled() == [False]
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_its_device_in_a_good_step() -> None:
+    run_ranks(2, no_step_reads)
+
+
+def state_of(run: Any) -> list[torch.Tensor]:
+    """All that the optimizer keeps on this rank: weights, moments, step counts."""
+    optimizer = run.pieces.optimizer
+    views = [piece.view(kind, optimizer).clone() for piece in run.pieces.pieces for kind in run.pieces.kinds]
+    return [*views, *(torch.tensor(run.pieces.step_of(piece)) for piece in run.pieces.pieces)]
+
+
+def bad_step_changes_nothing(control: dist.ProcessGroup) -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        *((recipe(), {"zero_optimization": zero(stage)}) for stage in range(4)),
+        *((recipe(), {"zero_optimization": zero(stage), **bf16}) for stage in (1, 2, 3)),
+        (recipe(), {"zero_optimization": zero(1), **bf16, "data_types": {"grad_accum_dtype": "fp32"}}),
+        (recipe(), {"zero_optimization": zero(0), "torch_autocast": {"enabled": True}}),
+        (recipe(), {"zero_optimization": zero(0), "gradient_clipping": 0.0}),
+        (recipe(), {"zero_optimization": zero(1), "gradient_clipping": 0.0}),
+        (recipe(), {"zero_optimization": zero(2, offload_optimizer={"device": "cpu"})}),
+        (recipe(kind="sgd"), {"zero_optimization": zero(0)}),
+        (recipe(kind="sgd"), {"zero_optimization": zero(3)}),
+        (recipe(kind="lamb"), {"zero_optimization": zero(0)}),
+    ]
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for chosen, config in cases:
+        run = training(chosen, **config)
+        batches = micro_batches(run.batch.micro_batch)
+        train_step(run, batches)
+        before = state_of(run)
+        good = next(batches)
+        bad = dataclasses.replace(good, images=good.images * (math.nan if last else 1.0))
+        train_step(run, iter([bad]))
+        assert all(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True)), (chosen.optimizer, config)
+        assert run.bad_steps.settled() == [False, True], config
+        train_step(run, batches)
+        after = state_of(run)
+        assert run.bad_steps.settled() == [False], config
+        assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), config
+        assert all(tensor.isfinite().all() for tensor in after), config
+
+
+@pytest.mark.slow
+def test_a_bad_step_on_one_rank_leaves_weights_moments_and_counts_as_they_are_on_all() -> None:
+    run_ranks(2, bad_step_changes_nothing)

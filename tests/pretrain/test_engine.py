@@ -1,0 +1,71 @@
+"""Compiled and deterministic training, and what refuses them."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine import build_engine, build_model
+from pretrain.outcome import UserError
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import BATCH, CLASSES, CPU, assert_equal, recipe, trained, zero
+
+
+def engine_of(stage: int, **fields: Any) -> tuple[Any, list[str]]:
+    config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
+    resolved = resolve_deepspeed_config(config, world_size=dist.get_world_size(), has_bf16_gpu=False)
+    chosen = recipe().model_copy(update=fields)
+    return build_engine(build_model(chosen, CLASSES), chosen, resolved, CPU)
+
+
+def compiled_equals_eager(control: dist.ProcessGroup) -> None:
+    eager = recipe("all")
+    compiled = eager.model_copy(update={"model": eager.model.model_copy(update={"compile": True})})
+    for stage in (0, 1):
+        options = {"accumulation": 2, "zero_optimization": zero(stage)}
+        mine, plain = trained(compiled, **options), trained(eager, **options)
+        assert mine[1].keys() == plain[1].keys(), "compiling renamed parameters"
+        assert_equal(f"compiled at stage {stage}", mine, plain, loss=5e-6, weights=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_training_equals_eager_training() -> None:
+    run_ranks(1, compiled_equals_eager)
+
+
+def stage_3_refuses_to_compile(control: dist.ProcessGroup) -> None:
+    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
+        engine_of(3, model=recipe().model.model_copy(update={"compile": True}))
+
+
+def test_compiling_at_stage_3_is_refused() -> None:
+    run_ranks(1, stage_3_refuses_to_compile)
+
+
+def no_compiler_is_told(control: dist.ProcessGroup) -> None:
+    from torch._inductor import config
+
+    config.cpp.cxx = ("no-such-compiler",)
+    with pytest.raises(UserError, match="install g\\+\\+"):
+        engine_of(1, model=recipe().model.model_copy(update={"compile": True}))
+
+
+def test_a_missing_compiler_is_told_before_training() -> None:
+    run_ranks(1, no_compiler_is_told)
+
+
+def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
+    chosen = recipe().model_copy(update={"deterministic": True})
+    first = trained(chosen, zero_optimization=zero(stage))
+    assert torch.are_deterministic_algorithms_enabled()
+    again = trained(chosen, zero_optimization=zero(stage))
+    assert first[0] == again[0]
+    assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def test_a_deterministic_run_trains_with_deterministic_operations_only() -> None:
+    run_ranks(2, functools.partial(deterministic_twice, stage=1))
