@@ -15,9 +15,10 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
 from pretrain.bad_steps import BadSteps
 from pretrain.checkpoint import Progress, load_newest
+from pretrain.checkpoint_writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.distributed import Rank
+from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
@@ -27,7 +28,7 @@ from pretrain.run import Run
 from pretrain.run_folder import RunFolder, RunState
 from pretrain.signals import StopFlag
 from pretrain.stop import StopAgreement
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog
 
 T = TypeVar("T")
 LOCK_WAIT_S = 90.0
@@ -112,7 +113,7 @@ def assemble(
         **where,
     )
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
-    metrics = None
+    keep, metrics = recipe.checkpoint, None
     if rank.is_first:
         metrics = MetricsWriter(
             folder.metrics,
@@ -132,6 +133,14 @@ def assemble(
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
         pieces=pieces,
         bad_steps=BadSteps(engine),
+        writer=CheckpointWriter(
+            folder.checkpoints,
+            pieces,
+            retention=Retention(keep.keep, keep.keep_every_steps, keep.keep_best),
+            facts={"run": recipe.name},
+            group=new_cpu_group(60 * recipe.watchdog.start_minutes + SPEAKS_FIRST_S),
+            say=console.say,
+        ),
         train_loader=train_loader,
         eval_loader=eval_loader,
         folder=folder,

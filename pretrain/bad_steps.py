@@ -92,7 +92,7 @@ class BadSteps:
     def _let_device_decide(self) -> None:
         """Keep DeepSpeed's ZeRO optimizers from asking the device whether the norm is finite."""
         zero, module = self._zero, sys.modules[type(self._zero).__module__]
-        original, question = zero.step, module.is_invalid_grad_norm  # type: ignore[attr-defined]
+        original, question = zero.step, module.is_invalid_grad_norm
 
         def step(closure: Any = None) -> None:
             module.is_invalid_grad_norm = lambda _norm: False  # type: ignore[attr-defined]

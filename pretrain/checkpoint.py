@@ -10,19 +10,18 @@ verified when read; one that fails is passed over, loudly, for the one before. N
 """
 
 import json
-import shutil
+import math
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from pretrain.files import digest, digest_of_file, fsync, write_json
+from pretrain.files import digest, digest_of_file
 from pretrain.outcome import UserError
 from pretrain.pieces import AVERAGE, OptimizerPieces
 
@@ -42,6 +41,10 @@ class Progress:
     """``samples_seen`` of the last finished evaluation."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Its result for the weights that are handed off: top1 and top5 in percent, loss, samples."""
+    best_top1: float = -1.0
+    """The highest top-1 of all evaluations so far, in percent."""
+    best_at: int = 0
+    """``samples_seen`` of that evaluation."""
     skipped_steps: int = 0
     """Steps that left the weights as they were, because a gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -59,61 +62,6 @@ class CheckpointDamagedError(Exception):
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints under ``folder``, the newest first; unfinished ones do not count."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
-
-
-def save_checkpoint(
-    folder: Path,
-    pieces: OptimizerPieces,
-    progress: Progress,
-    *,
-    keep: int,
-    facts: dict[str, Any],
-    group: dist.ProcessGroup,
-) -> str:
-    """Write a checkpoint and remove the oldest beyond ``keep``. Collective.
-
-    Args:
-        folder: the run's ``checkpoints`` folder, on storage that all ranks share.
-        pieces: what this rank owns.
-        progress: stored in the manifest, names the checkpoint.
-        keep: how many to keep, at least 1.
-        facts: further JSON for the manifest.
-        group: CPU group over all ranks.
-
-    Returns:
-        "" when all went well, else what failed on which rank. Nothing half-written is left, and training can go on.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final = folder / f"step-{progress.step:08d}"
-    draft = folder / f".{final.name}.unfinished"
-    problem, entry = "", {}
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        entry = _write_rank_file(draft / f"rank-{rank:05d}.safetensors", pieces)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        problem = f"rank {rank}: {error}"
-    reports: list[tuple[str, dict[str, Any]]] = [("", {})] * world
-    dist.all_gather_object(reports, (problem, entry), group=group)
-    problem = next((report[0] for report in reports if report[0]), "")
-    verdict = [problem]
-    if rank == 0:
-        try:
-            if not problem:
-                manifest = {
-                    "format": FORMAT,
-                    "progress": asdict(progress),
-                    **facts,
-                    "world_size": world,
-                    "zero_stage": pieces.stage,
-                    "files": {k: v for _, e in reports for k, v in e.items()},
-                }
-                _publish(draft, final, manifest, keep)
-        except OSError as error:
-            verdict = [f"rank 0: {error}"]
-        if verdict[0]:
-            shutil.rmtree(draft, ignore_errors=True)
-    dist.broadcast_object_list(verdict, src=0, group=group)
-    return verdict[0]
 
 
 def load_newest(
@@ -194,34 +142,6 @@ def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor
     return {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
 
 
-def _write_rank_file(file: Path, pieces: OptimizerPieces) -> dict[str, Any]:
-    optimizer = pieces.optimizer
-    tensors = {
-        kind: torch.cat([torch.empty(0), *(p.view(kind, optimizer).float().cpu() for p in pieces.pieces)])
-        for kind in pieces.kinds
-    }
-    index = [(p.name, p.shape, p.offset, p.length, pieces.step_of(p)) for p in pieces.pieces]
-    save_file(tensors, file, metadata={"pieces": json.dumps(index)})
-    fsync(file)
-    return {file.name: {"size": file.stat().st_size, "blake2": digest_of_file(file)}}
-
-
-def _publish(draft: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
-    for file in draft.iterdir():
-        if file.name not in manifest["files"]:
-            file.unlink()  # left by an earlier attempt with more ranks
-    write_json(draft / MANIFEST, manifest | {"blake2": _digest_of(manifest)})
-    fsync(draft)
-    if final.exists():
-        final.rename(final.with_name(f".{final.name}.replaced"))
-    draft.rename(final)
-    fsync(final.parent)
-    for path in list_checkpoints(final.parent)[keep:]:
-        path.rename(path.with_name(f".{path.name}.old"))  # so that a half-deleted one never looks whole
-    for leftover in final.parent.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed now is removed with the next checkpoint
-
-
 def _fill(path: Path, pieces: OptimizerPieces) -> None:
     index = _PieceIndex(path)
     wanted = {p.name: p.shape for p in pieces.pieces}
@@ -241,6 +161,30 @@ def _fill(path: Path, pieces: OptimizerPieces) -> None:
     pieces.refresh_model()
 
 
+class Stretch(NamedTuple):
+    """Elements ``[offset, offset + length)`` of a flattened parameter."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def check_tiling(shapes: Mapping[str, Sequence[int]], stretches: Iterable[Stretch], where: Path) -> None:
+    """Check that stretches cover every parameter exactly once; ``where`` names the checkpoint.
+
+    Raises:
+        CheckpointDamagedError: elements are missing or there twice.
+    """
+    ends = dict.fromkeys(shapes, 0)
+    for name, offset, length in sorted(stretches):
+        if offset != ends[name]:
+            raise CheckpointDamagedError(f"{where}: {name} has a gap or an overlap at element {ends[name]}")
+        ends[name] += length
+    for name, end in ends.items():
+        if end != math.prod(shapes[name]):
+            raise CheckpointDamagedError(f"{where}: {name} ends at element {end} of {math.prod(shapes[name])}")
+
+
 class _PieceIndex:
     """Where every stretch of every parameter lies in the files of a checkpoint."""
 
@@ -256,15 +200,9 @@ class _PieceIndex:
                 self.steps[name] = step
                 self._stretches[name].append((offset, length, number, at))
                 at += length
-        for name, stretches in self._stretches.items():
-            stretches.sort()
-            end = 0
-            for offset, length, *_ in stretches:
-                if offset != end:
-                    raise CheckpointDamagedError(f"{path}: {name} has a gap or an overlap at element {end}")
-                end += length
-            if end != self.numel(name):
-                raise CheckpointDamagedError(f"{path}: {name} ends at element {end} of {self.numel(name)}")
+        check_tiling(
+            self.shapes, [Stretch(n, s[0], s[1]) for n, stretches in self._stretches.items() for s in stretches], path
+        )
 
     def numel(self, name: str) -> int:
         """Elements of a parameter."""
@@ -297,6 +235,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest by which ``read_manifest`` knows it."""
+    return manifest | {"blake2": _digest_of(manifest)}
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import os
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -97,18 +98,19 @@ def use_deterministic_algorithms() -> str:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps to find reads of such memory
+    # It only helps to find reads of such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return "deterministic: torch uses only operations that give the same bits every time"
 
 
-def limit_collectives(seconds: float, *, but: dist.ProcessGroup) -> None:
+def limit_collectives(seconds: float, *, but: Sequence[dist.ProcessGroup]) -> None:
     """End collectives that take longer than this with an error, on all groups of this process except ``but``.
 
-    The watchdog should speak first, since it says where each rank stands: give more than its limit. ``but`` is the CPU
-    group on which ranks wait for what only one of them does, such as the hand-off.
+    The watchdog should speak first, since it says where each rank stands: give more than its limit. ``but`` are the
+    CPU groups on which ranks wait for what only one of them does, such as the hand-off.
     """
     for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001 - DeepSpeed makes some of its own
-        if group is not but:
+        if all(group is not other for other in but):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # noqa: SLF001
 
 
@@ -129,6 +131,11 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> dist.Pr
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
+    return new_cpu_group(timeout_s)
+
+
+def new_cpu_group(timeout_s: float) -> dist.ProcessGroup:
+    """A further gloo group of all ranks, whose collectives may take ``timeout_s`` seconds. Collective."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert group is not None
     return group

@@ -83,7 +83,7 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
                 "model.compile needs a C++ compiler on a CPU and finds none: install g++, or leave model.compile out"
             ) from None
     # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
-    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
+    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
     return "compiled by torch.compile: the first steps take minutes"
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"
 
 
@@ -53,13 +52,15 @@ class OptimizerPieces:
             engine: ``deepspeed.DeepSpeedEngine``.
             average: keep a moving average of the weights beside the moments.
         """
-        self.kinds = ("parameter", *MOMENTS, *((AVERAGE,) if average else ()))
-        """What a checkpoint holds of every piece."""
         self._zero = engine.optimizer
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
         self.optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
         """The torch optimizer that steps the owners."""
+        sgd = isinstance(self.optimizer, torch.optim.SGD)
+        self._moments = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq")
+        self.kinds = ("parameter", *self._moments, *((AVERAGE,) if average else ()))
+        """What a checkpoint holds of every piece."""
         names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
         find: Callable[[dict[Any, str]], list[Piece]] = {
             0: self._whole_parameters,
@@ -76,7 +77,7 @@ class OptimizerPieces:
         capturable = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
         for owner in self._owners():
             state = self.optimizer.state[owner]
-            for kind in MOMENTS:
+            for kind in self._moments:
                 state.setdefault(kind, torch.zeros_like(owner.data))
             if AVERAGE in self.kinds and AVERAGE not in state:
                 state[AVERAGE] = owner.data.clone()

@@ -30,7 +30,7 @@ class ModelSection(Section):
     activation_checkpointing: Literal["none", "all"] | tuple[bool, bool, bool, bool] = "none"
     """Recompute activations in the backward pass: in no stage, in all, or one choice for each of the four."""
     compile: bool = False
-    """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3. Needs a C++ compiler."""
+    """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3."""
 
 
 class LossSection(Section):
@@ -105,6 +105,10 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints: what a crash can cost at most."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest are kept. With 1 there is nothing to fall back to."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Beside these, the first one at or behind every multiple of so many optimizer steps is kept for good."""
+    keep_best: bool = False
+    """Beside these, the best one is kept: with it, one is written whenever an evaluation's top-1 is the highest yet."""
 
 
 class BadNumbersSection(Section):

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
 from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import Progress, load_newest, save_checkpoint
+from pretrain.checkpoint import Progress, load_newest
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
+from pretrain.distributed import limit_collectives
 from pretrain.evaluate import evaluate
 from pretrain.export import export_run
 from pretrain.meter import Meter
@@ -23,7 +25,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder, RunState, State
 from pretrain.stop import StopAgreement
 from pretrain.summary import write_summary
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog
 
 FAILED_SAVES_ALLOWED = 1
 """A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
@@ -44,6 +46,7 @@ class Run:
     """What the engine computes in."""
     pieces: OptimizerPieces
     bad_steps: BadSteps
+    writer: CheckpointWriter
     train_loader: TrainLoader
     eval_loader: EvalLoader
     folder: RunFolder
@@ -89,7 +92,11 @@ class Run:
         """Whether a checkpoint stands at this step and is not yet on disk."""
         seen, newest = self.progress.samples_seen, max(self.saved_at, self.save_tried_at, 0)
         due = seen - newest >= self.recipe.checkpoint.every_steps * self.batch.global_batch
-        return seen > newest and (self.done or (due and not self.progress.skipped_in_a_row))
+        best = self.recipe.checkpoint.keep_best and self.progress.best_at == seen
+        if seen <= newest or not (self.done or due or best):
+            return False
+        self.note_steps()
+        return self.done or not self.progress.skipped_in_a_row
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
@@ -100,6 +107,9 @@ class Run:
                 complete = self._evaluate("eval_average")
         if complete:
             self.progress.evaluated_at = self.progress.samples_seen
+            if self.progress.evaluation["top1"] > self.progress.best_top1:
+                self.progress.best_top1 = self.progress.evaluation["top1"]
+                self.progress.best_at = self.progress.samples_seen
         took = time.monotonic() - began
         self.progress.train_seconds += took
         self._interval_broken(took)
@@ -128,35 +138,53 @@ class Run:
             self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint. Failing once is told and survived, failing twice in a row ends the run.
+    def first_step_done(self) -> None:
+        """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
+        self.first_step = False
+        limit = 60 * self.recipe.watchdog.step_minutes + SPEAKS_FIRST_S
+        limit_collectives(limit, but=(self.control, self.writer.group))
+
+    def save(self, *, wait: bool = False) -> None:
+        """Begin a checkpoint, which is written while training goes on, or ``wait`` for it; the last one is waited for.
 
         Raises:
-            UserError: the second failure in a row, or the last checkpoint of the run failed.
+            UserError: the second one in a row, or the last of the run, could not be written.
         """
+        self.settle_save()
         began = time.monotonic()
-        self.watchdog.beat("saving a checkpoint", patient=True)
+        self.note_steps()
+        self.watchdog.beat("copying a checkpoint", patient=True)
         self.save_tried_at = self.progress.samples_seen
-        problem = save_checkpoint(
-            self.folder.checkpoints,
-            self.pieces,
-            self.progress,
-            group=self.control,
-            keep=self.recipe.checkpoint.keep,
-            facts={"run": self.recipe.name},
-        )
+        self.writer.start(self.progress)
+        self._tell(lambda metrics: metrics.flush())
+        took = time.monotonic() - began
+        self.progress.train_seconds += took
+        self._interval_broken(took)
+        if wait or self.done:
+            self.settle_save()
+
+    def settle_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any. Failing once is told and survived.
+
+        Raises:
+            UserError: the second one in a row, or the last of the run, could not be written.
+        """
+        if not self.writer.busy:
+            return
+        began = time.monotonic()
+        self.watchdog.beat("waiting for a checkpoint to be written", patient=True)
+        problem = self.writer.settle()
         took = time.monotonic() - began
         self.progress.train_seconds += took
         self._interval_broken(took)
         if not problem:
-            self.saved_at, self.failed_saves = self.progress.samples_seen, 0
-            self._tell(lambda metrics: metrics.flush())
+            self.saved_at, self.failed_saves = self.save_tried_at, 0
             return
         self.failed_saves += 1
-        self.console.say(f"WARNING checkpoint at step {self.progress.step} could not be written: {problem}")
-        if self.failed_saves > FAILED_SAVES_ALLOWED or self.done:
+        last = self.done and self.save_tried_at == self.progress.samples_seen
+        if self.failed_saves > FAILED_SAVES_ALLOWED or last:
             raise UserError(
-                f"{'the last checkpoint' if self.done else 'two checkpoints in a row'} could not be written to "
+                f"{'the last checkpoint' if last else 'two checkpoints in a row'} could not be written to "
                 f"{self.folder.checkpoints} ({problem}): make space or mend the storage, then start again"
             )
 
@@ -190,6 +218,7 @@ class Run:
         cure = "lower optimizer.lr or lengthen schedule.warmup_epochs, under a new name"
         if progress.rollbacks >= limits.rollbacks:
             raise UserError(f"{why}, after going back {progress.rollbacks} times: {cure}")
+        self.settle_save()
         self.watchdog.beat("going back to a checkpoint", patient=True)
         loaded = load_newest(
             self.folder.checkpoints, self.pieces, group=self.control, good=lambda found: not found.skipped_in_a_row

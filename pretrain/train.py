@@ -8,13 +8,11 @@ import torch.nn.functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
-from pretrain.distributed import limit_collectives
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.optimizers import peak_learning_rate
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
 from pretrain.spikes import write_spikes
-from pretrain.watchdog import SPEAKS_FIRST_S
 
 
 def train(run: Run) -> ExitCode:
@@ -35,8 +33,7 @@ def train(run: Run) -> ExitCode:
         lr = train_step(run, batches)
         progress.step += 1
         if run.first_step:
-            run.first_step = False
-            limit_collectives(60 * run.recipe.watchdog.step_minutes + SPEAKS_FIRST_S, but=run.control)
+            run.first_step_done()
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
@@ -47,8 +44,9 @@ def train(run: Run) -> ExitCode:
     if run.done and not run.evaluation_due():
         run.finish()
         return ExitCode.FINISHED
+    run.settle_save()
     if run.saved_at != progress.samples_seen and progress.samples_seen:
-        run.save()
+        run.save(wait=True)
     reason = run.stop.reason()
     saved = run.saved_at == progress.samples_seen
     kept = "saved; the same command goes on from here" if saved else "nothing new was saved"

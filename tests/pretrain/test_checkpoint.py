@@ -19,9 +19,9 @@ from pretrain.checkpoint import (
     load_newest,
     read_manifest,
     read_weights,
-    save_checkpoint,
     verify,
 )
+from pretrain.checkpoint_writer import CheckpointWriter, Retention
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
 from tests.pretrain.damage import cut, flip_byte
@@ -50,6 +50,16 @@ def build_engine(stage: int, *, width: int = 7, bf16: bool = False, grad_accum: 
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.02), config=config)
     return engine
+
+
+def save_checkpoint(
+    folder: Path, pieces: OptimizerPieces, progress: Progress, *, keep: int, facts: dict[str, Any],
+    group: dist.ProcessGroup,
+) -> str:  # fmt: skip
+    """Write one and wait for it; gives what went wrong."""
+    writer = CheckpointWriter(folder, pieces, retention=Retention(keep), facts=facts, group=group)
+    writer.start(progress)
+    return writer.settle()
 
 
 def steps(engine: Any, first: int, count: int) -> list[float]:

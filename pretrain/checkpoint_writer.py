@@ -1,0 +1,228 @@
+"""Writes checkpoints while training goes on: the loop waits for a copy in memory, a thread does the rest.
+
+Every rank copies the pieces that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
+then agree, over a process group of their own, and rank 0 publishes the checkpoint and removes old ones. Whether it
+worked is told at once, but asked for at points that all ranks reach together (``settle``), so that they never differ.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pretrain.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    CheckpointDamagedError,
+    Progress,
+    Stretch,
+    check_tiling,
+    list_checkpoints,
+    read_manifest,
+    seal,
+)
+from pretrain.files import digest_of_file, fsync, write_json
+from pretrain.pieces import OptimizerPieces
+
+PAUSES_S = (5.0, 30.0)
+"""A checkpoint that cannot be written is tried again after these pauses, from the same copy."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is there."""
+
+    newest: int = 2
+    """So many of the newest."""
+    every_steps: int | None = None
+    """Beside these the first one at or behind every multiple of so many optimizer steps."""
+    best: bool = False
+    """Beside these the one with the highest top-1 of those that were evaluated where they stand."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in the background. All methods are called on all ranks at the same point.
+
+    Args:
+        folder: the run's ``checkpoints`` folder, on storage that all ranks share.
+        pieces: what this rank owns.
+        retention: which ones stay.
+        facts: further JSON for the manifests.
+        group: CPU group over all ranks that nothing else uses.
+        say: prints a line; called on rank 0 from the thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pieces: OptimizerPieces,
+        *,
+        retention: Retention,
+        facts: dict[str, Any],
+        group: dist.ProcessGroup,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._folder, self._pieces, self._retention, self._facts = folder, pieces, retention, facts
+        self.group, self._say = group, say
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        self._outcome: str | BaseException = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint was begun whose outcome nobody asked for yet."""
+        return self._thread is not None
+
+    def start(self, progress: Progress) -> None:
+        """Copy this rank's pieces and begin to write them; the one before must be settled."""
+        assert self._thread is None, "settle the checkpoint before first"
+        self._copy_pieces()
+        index = [(p.name, p.shape, p.offset, p.length, self._pieces.step_of(p)) for p in self._pieces.pieces]
+        self._hurry.clear()
+        arguments = (asdict(progress), index)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> str:
+        """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
+
+        Returns:
+            "" when it is on disk, else what failed on which rank; the same on all ranks.
+
+        Raises:
+            Exception: whatever kept the ranks from agreeing, such as one that died.
+        """
+        if self._thread is None:
+            return ""
+        self._hurry.set()  # the loop waits now: no more pauses
+        self._thread.join()
+        self._thread = None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def _copy_pieces(self) -> None:
+        optimizer, pieces = self._pieces.optimizer, self._pieces.pieces
+        total = sum(piece.length for piece in pieces)
+        on_gpu = bool(pieces) and pieces[0].owner.is_cuda
+        for kind in self._pieces.kinds:
+            if kind not in self._buffers:
+                self._buffers[kind] = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
+            at = 0
+            for piece in pieces:
+                self._buffers[kind][at : at + piece.length].copy_(piece.view(kind, optimizer), non_blocking=on_gpu)
+                at += piece.length
+        if on_gpu:
+            torch.cuda.current_stream(pieces[0].owner.device).synchronize()
+
+    def _run(self, progress: dict[str, Any], index: list[Any]) -> None:
+        try:
+            self._outcome = self._try(progress, index)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
+            self._outcome = error
+
+    def _try(self, progress: dict[str, Any], index: list[Any]) -> str:
+        for pause in (*PAUSES_S, None):
+            verdict: list[Any] = ["", False]  # what failed; whether to try again
+            problem = self._attempt(progress, index)
+            if self._rank == 0 and problem:
+                told = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
+                self._say(told if pause is None else f"{told}; trying again for a while")
+                verdict = [problem, pause is not None and not self._hurry.wait(pause)]
+            dist.broadcast_object_list(verdict, src=0, group=self.group)
+            if not verdict[1]:
+                break
+        return str(verdict[0])
+
+    def _attempt(self, progress: dict[str, Any], index: list[Any]) -> str:
+        """Write this rank's file; rank 0 publishes when all have theirs, and alone learns what failed."""
+        final = self._folder / f"step-{progress['step']:08d}"
+        draft = self._folder / f".{final.name}.unfinished"
+        problem, files = "", {}
+        try:
+            draft.mkdir(parents=True, exist_ok=True)
+            file = draft / f"rank-{self._rank:05d}.safetensors"
+            save_file(self._buffers, file, metadata={"pieces": json.dumps(index)})
+            fsync(file)
+            files = {file.name: {"size": file.stat().st_size, "blake2": digest_of_file(file)}}
+        except (OSError, SafetensorError, RuntimeError) as error:
+            problem = f"rank {self._rank}: {error}"
+        reports: list[Any] | None = [None] * self._world if self._rank == 0 else None
+        dist.gather_object((problem, files, index), reports, dst=0, group=self.group)
+        if reports is None:
+            return ""
+        problem = next((report[0] for report in reports if report[0]), "")
+        try:
+            if not problem:
+                _check_index([report[2] for report in reports], final)
+                all_files = {name: entry for report in reports for name, entry in report[1].items()}
+                manifest = {"format": FORMAT, "progress": progress, **self._facts, "world_size": self._world}
+                _publish(draft, final, manifest | {"zero_stage": self._pieces.stage, "files": all_files})
+                _prune(self._folder, self._retention)
+        except (OSError, CheckpointDamagedError) as error:
+            problem = f"rank 0: {error}"
+        if problem:
+            shutil.rmtree(draft, ignore_errors=True)
+        return problem
+
+
+def _check_index(indices: list[list[Any]], where: Path) -> None:
+    """Check that the ranks' pieces make up every parameter: else the checkpoint could never be read."""
+    shapes = {name: shape for index in indices for name, shape, *_ in index}
+    stretches = [Stretch(name, offset, length) for index in indices for name, _, offset, length, _ in index]
+    check_tiling(shapes, stretches, where)
+
+
+def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    for file in draft.iterdir():
+        if file.name not in manifest["files"]:
+            file.unlink()  # left by an earlier attempt with more ranks
+    write_json(draft / MANIFEST, seal(manifest))
+    fsync(draft)
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.replaced"))
+    draft.rename(final)
+    fsync(final.parent)
+
+
+def _prune(folder: Path, retention: Retention) -> None:
+    """Remove what need not stay, and whatever earlier attempts left."""
+    found = list_checkpoints(folder)
+    for path in set(found) - _kept(found, retention):
+        path.rename(path.with_name(f".{path.name}.old"))  # so that a half-deleted one never looks whole
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed now is removed with the next checkpoint
+
+
+def _kept(found: list[Path], retention: Retention) -> set[Path]:
+    kept = set(found[: retention.newest])
+    if retention.every_steps is not None:
+        first: dict[int, Path] = {}
+        for path in found:  # the newest first, so the oldest of each interval is what remains
+            first[int(path.name.removeprefix("step-")) // retention.every_steps] = path
+        kept |= {path for interval, path in first.items() if interval}
+    if retention.best:
+        rated = [(top1, path) for path in found if (top1 := _top1_where_it_stands(path)) is not None]
+        kept |= {max(rated)[1]} if rated else set()
+    return kept
+
+
+def _top1_where_it_stands(path: Path) -> float | None:
+    """Top-1 of the very weights in a checkpoint, in percent; None where they were not evaluated, or it is damaged."""
+    try:
+        progress = read_manifest(path)["progress"]
+    except Exception:  # noqa: BLE001 - whatever is wrong with an old one, it is not the best
+        return None
+    if progress["evaluated_at"] != progress["samples_seen"] or not progress["evaluation"]:
+        return None
+    return float(progress["evaluation"]["top1"])
