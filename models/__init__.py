@@ -4,6 +4,7 @@ from models.config import LaViTConfig
 from models.diagnostics import BlockDiagnostics, attention_diagnostics
 from models.diagonality import diagonality_loss, diagonality_loss_as_printed
 from models.lavit import LaViT
+from models.semantic_softmax import SemanticSoftmax, within_level
 from models.transplant import apply_less_attention
 from models.variants import create_model, list_models, model_config
 from models.weights import load_weights
@@ -12,6 +13,7 @@ __all__ = [
     "BlockDiagnostics",
     "LaViT",
     "LaViTConfig",
+    "SemanticSoftmax",
     "apply_less_attention",
     "attention_diagnostics",
     "create_model",
@@ -20,4 +22,5 @@ __all__ = [
     "list_models",
     "load_weights",
     "model_config",
+    "within_level",
 ]

@@ -20,6 +20,7 @@ from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
+from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
@@ -54,12 +55,14 @@ def assemble(
     """
     train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
     val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+    classification = Classification(recipe.loss, recipe.mixing, train_set.class_ids, device)
     facts = {
         "dataset": {
             "name": train_set.name,
             "fingerprint": train_set.fingerprint,
             "samples": len(train_set),
             "class_names": list(train_set.class_names),
+            "class_levels": None if classification.levels is None else classification.levels.tolist(),
         }
     }
     model = build_model(recipe, train_set.num_classes)
@@ -141,6 +144,7 @@ def assemble(
             group=new_cpu_group(60 * recipe.watchdog.start_minutes + SPEAKS_FIRST_S),
             say=console.say,
         ),
+        classification=classification,
         train_loader=train_loader,
         eval_loader=eval_loader,
         folder=folder,

@@ -17,6 +17,7 @@ from rich.console import Console
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import BadSample, EvalLoader
+from models import within_level
 from pretrain.distributed import choose_device, read_rank
 from pretrain.handoff import is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError
@@ -44,13 +45,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[torch.Tensor], torch.Tensor], loader: EvalLoader, *, stop: Callable[[], bool] = lambda: False
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    loader: EvalLoader,
+    *,
+    levels: torch.Tensor | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate a classifier. Collective where a process group exists.
 
     Args:
         forward: images (b, 3, H, W) fp32 -> logits (b, classes).
         loader: this rank's share; it has equally many batches on every rank.
+        levels: (classes,) int64 on the logits' device: level of each class in the hierarchy of semantic softmax. A
+            label then competes with the classes of its own level only.
         stop: polled at every batch; must give the same answer on every rank.
 
     Returns:
@@ -61,6 +68,8 @@ def evaluate(
         if stop():
             return None
         logits = forward(batch.images).float()
+        if levels is not None:
+            logits = within_level(logits, batch.labels, levels)
         valid = torch.from_numpy(batch.valid).to(logits.device)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
@@ -129,7 +138,8 @@ def evaluate_handoff(handoff: Path, data: Path, *, split: str, batch_size: int) 
         on_bad_sample=_tell_bad_sample,
     )
     try:
-        result = evaluate(model, loader)
+        levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
+        result = evaluate(model, loader, levels=levels)
     finally:
         loader.close()
     assert result is not None

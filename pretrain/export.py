@@ -36,7 +36,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
         raise UserError(f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again")
     if not progress["evaluation"]:
         raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
-    class_names = dataset.pop("class_names")
+    class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
     model = create_model(
         recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
     )
@@ -44,6 +44,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
         "architecture": model.config.to_dict(),
         "num_classes": len(class_names),
         "class_names": class_names,
+        "class_levels": class_levels,
         "input": recipe.data.model_dump(mode="json"),
         "weights": "average" if recipe.ema else "raw",
         "dataset": dataset,

@@ -33,6 +33,8 @@ class HandoffConfig(BaseModel):
     """``LaViTConfig`` as a dictionary."""
     num_classes: int
     class_names: list[str]
+    class_levels: list[int] | None = None
+    """Level of each class in the hierarchy that semantic softmax was trained on; scores compare within a level only."""
     input: InputConfig
     """Size, mean, standard deviation, interpolation and crop that evaluation uses."""
     weights: str

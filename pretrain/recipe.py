@@ -38,6 +38,18 @@ class LossSection(Section):
 
     diagonality_weight: float = Field(default=0.0, ge=0)
     """Weight of the diagonality-preserving loss of the LA blocks; 0 leaves it out."""
+    diagonality_ramp_epochs: float = Field(default=0.0, ge=0)
+    """The weight grows linearly from 0 within so many epochs."""
+    classification: Literal["cross_entropy", "semantic_softmax"] = "cross_entropy"
+    """Cross-entropy over all classes; or one softmax for each level of class_tree, for ImageNet-21k."""
+    class_tree: Path | None = None
+    """For semantic_softmax: a file of lines PARENT CHILD, ids of classes, such as ImageNet's wordnet.is_a.txt."""
+
+    @model_validator(mode="after")
+    def _tree_fits(self) -> "LossSection":
+        if (self.classification == "semantic_softmax") != (self.class_tree is not None):
+            raise ValueError("class_tree and classification semantic_softmax go together: give both, or neither")
+        return self
 
 
 class OptimizerSection(Section):
@@ -169,6 +181,7 @@ CHANGEABLE = (
     "deterministic",
     "log_every_steps",
     "deepspeed",
+    "loss.class_tree",
     "data.path",
     "data.cache",
     "data.threads",

@@ -17,6 +17,7 @@ from pretrain.deepspeed_config import BatchPlan
 from pretrain.distributed import limit_collectives
 from pretrain.evaluate import evaluate
 from pretrain.export import export_run
+from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
@@ -47,6 +48,7 @@ class Run:
     pieces: OptimizerPieces
     bad_steps: BadSteps
     writer: CheckpointWriter
+    classification: Classification
     train_loader: TrainLoader
     eval_loader: EvalLoader
     folder: RunFolder
@@ -122,7 +124,12 @@ class Run:
             self.watchdog.beat("evaluating", patient=self.first_step)
             return self.stop.at_step_boundary()
 
-        result = evaluate(lambda images: self.engine(images.to(self.dtype)), self.eval_loader, stop=stopped)
+        result = evaluate(
+            lambda images: self.engine(images.to(self.dtype)),
+            self.eval_loader,
+            levels=self.classification.levels,
+            stop=stopped,
+        )
         self.engine.train()
         if result is None:
             return False

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
+from pretrain.losses import diagonality_weight
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.optimizers import peak_learning_rate
 from pretrain.outcome import ExitCode
@@ -100,7 +100,7 @@ def tell_spikes(run: Run) -> None:
 
 
 def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Forward pass and loss of one micro-batch: cross-entropy plus the weighted diagonality loss.
+    """Forward pass and loss of one micro-batch: of classification plus the weighted diagonality loss.
 
     Returns:
         the scalar to minimise, and its unweighted parts.
@@ -119,12 +119,13 @@ def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, to
         batch.images,
         batch.labels,
         batch.rows,
-        config=recipe.mixing,
+        config=run.classification.mixing,
         num_classes=model.config.num_classes,
         seed=recipe.seed,
         step=run.progress.step,
     )
     logits, diagonality = run.engine(images.to(run.dtype), drop_path_uniforms=uniforms, with_diagonality=True)
-    cross_entropy = F.cross_entropy(logits.float(), targets)
-    loss = cross_entropy + recipe.loss.diagonality_weight * diagonality.float()
-    return loss, {"cross_entropy": cross_entropy, "diagonality": diagonality}
+    classification = run.classification(logits, targets)
+    weight = diagonality_weight(recipe.loss, epoch=run.progress.samples_seen / run.epoch_size)
+    loss = classification + weight * diagonality.float()
+    return loss, {run.classification.name: classification, "diagonality": diagonality}

@@ -22,6 +22,7 @@ from models import LaViT
 from pretrain.bad_steps import BadSteps
 from pretrain.deepspeed_config import resolve_deepspeed_config
 from pretrain.engine import build_engine, build_model
+from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.pieces import OptimizerPieces
@@ -113,6 +114,7 @@ def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
     return SimpleNamespace(
         recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=dtype, engine=engine,
         pieces=OptimizerPieces(engine, average=recipe.ema is not None), bad_steps=BadSteps(engine), meter=Meter(CPU),
+        classification=Classification(recipe.loss, recipe.mixing, (), CPU),
         first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
         watchdog=SimpleNamespace(beat=lambda *_, **__: None),
     )  # fmt: skip
