@@ -167,7 +167,7 @@ class Run:
         took = time.monotonic() - began
         self.progress.train_seconds += took
         self._interval_broken(took)
-        if wait or self.done:
+        if wait or self.done or self.failed_saves:  # after a failure the answer is wanted at once
             self.settle_save()
 
     def settle_save(self) -> None:

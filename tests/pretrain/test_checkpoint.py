@@ -31,7 +31,9 @@ STAGES = (0, 1, 2, 3)
 BATCH = 8
 
 
-def build_engine(stage: int, *, width: int = 7, bf16: bool = False, grad_accum: str | None = None) -> Any:
+def build_engine(
+    stage: int, *, width: int = 7, bf16: bool = False, grad_accum: str | None = None, sgd: bool = False
+) -> Any:
     """A small network with sizes that two ranks do not divide evenly, and two parameter groups."""
     import deepspeed
 
@@ -48,7 +50,11 @@ def build_engine(stage: int, *, width: int = 7, bf16: bool = False, grad_accum: 
         "zero_optimization": {"stage": stage},
         "data_types": {"grad_accum_dtype": grad_accum},
     }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=0.02), config=config)
+    optimizer: Any = torch.optim.AdamW(groups, lr=0.02)
+    if sgd:
+        optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.9, fused=True)
+        config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 

@@ -1,0 +1,134 @@
+"""Checkpoints are written while training goes on, tried again, kept as asked, and never with a hole."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain import checkpoint_writer
+from pretrain.checkpoint import Progress, list_checkpoints, load_newest, read_weights, verify
+from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.distributed import new_cpu_group
+from pretrain.pieces import OptimizerPieces
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_checkpoint import BATCH, build_engine, steps
+
+
+def writer_of(folder: Path, engine: Any, said: list[str] | None = None, **retention: Any) -> CheckpointWriter:
+    return CheckpointWriter(
+        folder, OptimizerPieces(engine), retention=Retention(**retention), facts={}, group=new_cpu_group(60),
+        say=(said if said is not None else []).append,
+    )  # fmt: skip
+
+
+def training_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
+    for stage in range(4):
+        engine = build_engine(stage)
+        writer = writer_of(folder / f"{stage}", engine)
+        steps(engine, 0, 2)
+        writer.start(Progress(2 * BATCH, 2))
+        losses = steps(engine, 2, 3)  # collectives of training and of the writer's thread at the same time
+        assert writer.busy
+        assert writer.settle() == ""
+        assert not writer.busy
+        other = build_engine(stage)
+        load_newest(folder / f"{stage}", OptimizerPieces(other), group=control)
+        assert steps(other, 2, 3) == losses, "the checkpoint holds another state than that of its step"
+
+
+@pytest.mark.slow
+def test_what_is_written_is_the_state_of_its_step_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+    run_ranks(2, training_goes_on, tmp_path)
+
+
+def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
+    checkpoint_writer.PAUSES_S = (0.5, 60.0)
+    engine, said = build_engine(1), []
+    steps(engine, 0, 1)
+    writer = writer_of(folder, engine, said)
+    obstacle = folder / ".step-00000001.unfinished" / "rank-00001.safetensors"
+    if dist.get_rank() == 1:
+        obstacle.mkdir(parents=True)  # only this rank's file cannot be written; cleared away after the first try
+    dist.barrier(control)
+    writer.start(Progress(BATCH, 1))
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert writer.settle() == ""
+    if dist.get_rank() == 0:
+        assert len(said) == 1
+        assert "WARNING checkpoint at step 1 could not be written: rank 1:" in said[0]
+        assert "trying again" in said[0]
+    dist.barrier(control)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)  # as storage does that is mounted anew
+    dist.barrier(control)
+    writer.start(Progress(2 * BATCH, 2))
+    assert writer.settle() == ""
+    verify(folder / "step-00000002")
+
+
+def test_a_checkpoint_that_failed_is_tried_again_and_a_folder_that_vanished_is_made_anew(tmp_path: Path) -> None:
+    run_ranks(2, second_try_succeeds, tmp_path / "checkpoints")
+
+
+def keeps_as_asked(control: dist.ProcessGroup, folder: Path) -> None:
+    engine = build_engine(1)
+    writer = writer_of(folder, engine, newest=2, every_steps=10, best=True)
+    top1 = {4: 50.0, 8: 90.0, 16: 70.0}
+    evaluated, evaluation = 0, {}
+    for step in range(4, 33, 4):
+        if step in top1:
+            evaluated, evaluation = step * BATCH, {"top1": top1[step]}
+        writer.start(Progress(step * BATCH, step, evaluated_at=evaluated, evaluation=evaluation))
+        assert writer.settle() == ""
+    kept = sorted(int(path.name[5:]) for path in list_checkpoints(folder))
+    # 12, 20 and 32 are the first at or behind 10, 20 and 30; 8 is the best; 28 and 32 are the newest.
+    assert kept == [8, 12, 20, 28, 32]
+    assert not list(folder.glob(".*"))
+
+
+def test_the_newest_the_first_of_every_interval_and_the_best_are_kept(tmp_path: Path) -> None:
+    run_ranks(1, keeps_as_asked, tmp_path)
+
+
+def hole_is_refused(control: dist.ProcessGroup, folder: Path) -> None:
+    engine = build_engine(1)
+    steps(engine, 0, 1)
+    writer = writer_of(folder, engine)
+    if dist.get_rank() == 1:
+        pieces = writer._pieces.pieces
+        pieces[-1] = dataclasses.replace(pieces[-1], length=pieces[-1].length - 1)
+    writer.start(Progress(BATCH, 1))
+    problem = writer.settle()
+    assert "rank 0: " in problem
+    assert "ends at element" in problem or "gap" in problem
+    assert not list(folder.iterdir())
+
+
+def test_pieces_that_do_not_make_up_every_parameter_are_never_published(tmp_path: Path) -> None:
+    run_ranks(2, hole_is_refused, tmp_path)
+
+
+def sgd_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
+    for stage in (0, 2):
+        engine = build_engine(stage, sgd=True)
+        steps(engine, 0, 3)
+        writer = writer_of(folder / f"{stage}", engine)
+        writer.start(Progress(3 * BATCH, 3))
+        assert writer.settle() == ""
+        losses = steps(engine, 3, 3)
+        other = build_engine(stage, sgd=True)
+        load_newest(folder / f"{stage}", OptimizerPieces(other), group=control)
+        assert steps(other, 3, 3) == losses, "the momentum was lost"
+    first, second = (read_weights(folder / f"{stage}" / "step-00000003") for stage in (0, 2))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_the_momentum_of_sgd_survives(tmp_path: Path) -> None:
+    run_ranks(2, sgd_goes_on, tmp_path)
