@@ -23,7 +23,8 @@ from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe
 from pretrain.run import Run
-from pretrain.run_folder import RunFolder, RunState
+from pretrain.run_folder import RunFolder
+from pretrain.run_state import RunState
 from pretrain.signals import StopFlag
 from pretrain.stop import StopAgreement
 from pretrain.watchdog import Watchdog
