@@ -49,8 +49,9 @@ def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
     """Ask for a stop when the launcher above this process dies, and end the process if that hangs.
 
     A launcher gives its process id in LAUNCHER_PID; ``deepspeed``'s is found by its command. That one is two processes:
-    ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which starts the ranks. If it
-    is gone nobody waits for this rank any more: it saves and ends. After ``grace_s`` seconds it ends without having saved.
+    ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which starts the ranks.
+    If it is gone nobody waits for this rank any more: it saves and ends. After ``grace_s`` seconds it ends without
+    having saved.
     """
     starter = os.environ.get("LAUNCHER_PID")
     launchers = [process for process in psutil.Process().parents() if _is_launcher(process, starter)]

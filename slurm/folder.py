@@ -100,7 +100,7 @@ class SlurmFolder:
 
     def submitted(self) -> list[str]:
         """Jobs that submitit has submitted for this run, the earliest first."""
-        names = [path.name.split("_")[0] for path in self.submitit.glob("*_submitted.pkl")]
+        names = [path.name.split("_")[0] for path in self.submitit.glob("*_submission.sh")]
         return sorted((name for name in names if name.isdigit()), key=int)
 
     def state(self) -> RunState | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slurm.folder import Incarnation
+from slurm.folder import Incarnation, SlurmFolder
 from slurm.restart import Cause, Decision, Past
+from slurm.scheduler import Job
 
 
 @dataclass
@@ -38,6 +39,13 @@ class Chapter:
     def incarnation(self) -> Incarnation:
         """Its name."""
         return Incarnation(self.job, self.restart)
+
+
+def current_job(folder: SlurmFolder, chapters: list[Chapter], queue: dict[str, Job]) -> Job | None:
+    """The job of a run that runs or waits; None when there is none. ``queue`` is what Slurm knows."""
+    mine = {*folder.submitted(), *(c.job for c in chapters), *(c.next_job for c in chapters)}
+    alive = [queue[job] for job in mine if job in queue and not queue[job].over]
+    return max(alive, key=lambda job: int(job.id), default=None)
 
 
 class History:

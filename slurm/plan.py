@@ -18,22 +18,11 @@ from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from slurm.folder import SlurmFolder
-from slurm.history import History
+from slurm.history import History, current_job
 from slurm.scheduler import queue
 
 FP32_COPIES = 3
 """Of every parameter in a checkpoint: the weight and the two moments of Adam; an average is one more."""
-DONE = (
-    "COMPLETED",
-    "CANCELLED",
-    "FAILED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-)
 
 
 @dataclass(frozen=True)
@@ -136,14 +125,12 @@ def _fits(recipe: Recipe, config: dict[str, Any], ranks: int, on_gpus: bool) -> 
 
 
 def _refuse_a_second_job(folder: SlurmFolder) -> None:
-    chapters = History(folder.history).chapters()
-    mine = {chapter.job for chapter in chapters} | {chapter.next_job for chapter in chapters} | set(folder.submitted())
-    for job in queue().values():
-        if job.id in mine and job.state not in DONE:
-            raise UserError(
-                f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
-                "it; or choose another name with --set name=..."
-            )
+    job = current_job(folder, History(folder.history).chapters(), queue())
+    if job is not None:
+        raise UserError(
+            f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
+            "it; or choose another name with --set name=..."
+        )
 
 
 def _count_parameters(recipe: Recipe, classes: int) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from slurm.restart import Fate
 
+_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
+         "DEADLINE", "REVOKED")  # fmt: skip
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
 
@@ -24,7 +26,11 @@ class Job:
     state: str
     reason: str
     nodes: str
-    restarts: int
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended for good."""
+        return self.state in _OVER
 
 
 def run(*words: str, retry_s: float = 0.0) -> str:
@@ -141,7 +147,7 @@ def queue() -> dict[str, Job]:
     """All jobs that Slurm still knows, by id, those that ended a short while ago too."""
     text = run("squeue", "-h", "-t", "all", "-o", "%i|%T|%r|%N")
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
-    return {row[0]: Job(row[0], row[1], row[2], row[3], 0) for row in rows}
+    return {row[0]: Job(row[0], row[1], row[2], row[3]) for row in rows}
 
 
 def expand(nodes: str) -> list[str]:

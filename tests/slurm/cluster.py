@@ -9,24 +9,25 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 240.0
+PATIENCE_S = 150.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 
-GPUS = 2
-"""Per node, as far as Slurm is concerned: files stand for the devices."""
+GPUS = ("/dev/null", "/dev/zero")
+"""Of every node, as far as Slurm is concerned."""
 
 CONFIG = """\
 ClusterName=lavit
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
-SlurmctldParameters={controller}
+{controller}
 SlurmdParameters=config_overrides
 SlurmUser=root
 SlurmdUser=root
@@ -75,21 +76,19 @@ class Cluster:
         self.folder = folder
         network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
-        ports = free_ports(nodes + 1)
+        ports, host = free_ports(nodes + 1), socket.gethostname()
         lines = [
-            f"NodeName={name} NodeAddr={name} NodeHostname={socket.gethostname()} Port={port} CPUs=8 Gres=gpu:{GPUS}"
+            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 Gres=gpu:{len(GPUS)}"
             for name, port in zip(self.names, ports, strict=False)
         ]
         (folder / "state").mkdir(parents=True)
         self._config = CONFIG.format(
             port=ports[-1], folder=folder, nodes="\n".join(lines), requeue=int(requeue), grace=grace,
-            controller="preempt_send_user_signal" if user_signal else "enable_configless", kill_wait=kill_wait,
+            controller="SlurmctldParameters=preempt_send_user_signal" if user_signal else "", kill_wait=kill_wait,
             first_job=random.SystemRandom().randint(1_000, 60_000),
         )  # fmt: skip
         (folder / "slurm.conf").write_text(self._config)
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
-        for number in range(GPUS):
-            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._keeper = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("keeper.py"))],
@@ -136,6 +135,11 @@ class Cluster:
                     found += [process, *process.children(recursive=True)]
         return found
 
+    def preempt(self) -> None:
+        """Take all nodes for two seconds, for a job that matters more."""
+        self.ask("sbatch", "-p", "urgent", "-N", str(len(self.names)), "--exclusive", "-o", "/dev/null",
+                 "--wrap", "sleep 2")  # fmt: skip
+
     def ask(self, *words: str, check: bool = True) -> str:
         """Run a Slurm command; its output, stripped."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
@@ -157,8 +161,8 @@ class Cluster:
     def logs(self) -> str:
         """The ends of the daemons' logs."""
         return "\n".join(
-            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            for log in sorted(self.folder.glob("*.log"))
+            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            for log in sorted(self.folder.glob("slurm*[0-9d].log"))
         )
 
     def close(self) -> None:
@@ -186,7 +190,6 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(
-    folder: Path,
     nodes: int,
     *,
     requeue: bool = True,
@@ -197,16 +200,17 @@ def cluster(
     """A running cluster.
 
     Args:
-        folder: for its state and logs.
         nodes: how many.
         requeue: whether jobs may be requeued (JobRequeue).
         grace: seconds between telling a job that it is preempted and ending it.
         user_signal: whether preempted jobs are sent the signal that they asked for.
         kill_wait: seconds between SIGTERM and SIGKILL.
     """
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
     made = Cluster(folder, nodes, requeue=requeue, grace=grace, user_signal=user_signal, kill_wait=kill_wait)
     try:
         made.start()
         yield made
     finally:
         made.close()
+        shutil.rmtree(folder)
