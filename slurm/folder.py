@@ -4,6 +4,7 @@
 
     runs/NAME/slurm/launch.json       how the run was launched: what every incarnation needs to know
     runs/NAME/slurm/recipe.yaml, ds_config.json      as launched; later edits of the originals do not reach the run
+    runs/NAME/slurm/pretrain.sbatch   the batch script of ``slurm.launch --plain``
     runs/NAME/slurm/history.jsonl     the incarnations: where each ran and why it ended
     runs/NAME/slurm/stop              someone asked to stop: nothing restarts this run while it exists
     runs/NAME/slurm/submitit/         submitit's batch scripts, pickles and outputs
@@ -53,6 +54,7 @@ class SlurmFolder:
         self.recipe = self.own / "recipe.yaml"
         self.deepspeed_config = self.own / "ds_config.json"
         self.submitit = self.own / "submitit"
+        self.plain_script = self.own / "pretrain.sbatch"
         self.history = self.own / "history.jsonl"
         self._launch = self.own / "launch.json"
         self._stop = self.own / "stop"

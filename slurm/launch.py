@@ -12,7 +12,7 @@ from slurm.local import run_here
 from slurm.plan import Plan, freeze, make_plan
 from slurm.restart import Policy
 from slurm.scheduler import SlurmError
-from slurm.script import executor_for, script_text
+from slurm.script import executor_for, plain_script, submitit_script
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
@@ -59,6 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="wait before the second of these, then four times as long each (default: 60)")  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
+    how.add_argument("--plain", action="store_true", help="write a batch script to submit, for sites without submitit")
     how.add_argument("--local", action="store_true", help="run the same job on this machine, without Slurm")
     options = parser.parse_args(arguments)
     options.min_nodes = options.min_nodes or options.nodes
@@ -89,9 +90,14 @@ def launch(options: argparse.Namespace) -> int:
     if options.local:
         _prepare(plan, options)
         return run_here(plan.folder, options.gpus_per_node)
+    if options.plain:
+        _prepare(plan, options)
+        plan.folder.plain_script.write_text(plain_script(options, plan.folder, plan.recipe.name))
+        _say(f"submit        sbatch {plan.folder.plain_script}")
+        return ExitCode.FINISHED
     executor = executor_for(options, plan.folder, plan.recipe.name)
     if options.dry_run:
-        _say(script_text(executor))
+        _say(submitit_script(executor))
         return ExitCode.FINISHED
     _prepare(plan, options)
     job = executor.submit(Job(plan.folder.run))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 150.0
+PATIENCE_S = 60.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 
@@ -27,7 +27,6 @@ CONFIG = """\
 ClusterName=lavit
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
-{controller}
 SlurmdParameters=config_overrides
 SlurmUser=root
 SlurmdUser=root
@@ -46,10 +45,10 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
-JobRequeue={requeue}
+JobRequeue=1
 MessageTimeout=2
 SlurmdTimeout=3
-KillWait={kill_wait}
+KillWait=5
 MinJobAge=3600
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
@@ -57,7 +56,7 @@ FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
@@ -68,7 +67,7 @@ class Cluster:
     Nodes are named by loopback addresses, so that their names resolve without /etc/hosts.
     """
 
-    def __init__(self, folder: Path, nodes: int, *, requeue: bool, grace: int, user_signal: bool, kill_wait: int):
+    def __init__(self, folder: Path, nodes: int) -> None:
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
         assert not missing, (
             f"{', '.join(missing)} missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
@@ -83,10 +82,8 @@ class Cluster:
         ]
         (folder / "state").mkdir(parents=True)
         self._config = CONFIG.format(
-            port=ports[-1], folder=folder, nodes="\n".join(lines), requeue=int(requeue), grace=grace,
-            controller="SlurmctldParameters=preempt_send_user_signal" if user_signal else "", kill_wait=kill_wait,
-            first_job=random.SystemRandom().randint(1_000, 60_000),
-        )  # fmt: skip
+            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=random.SystemRandom().randint(1000, 60000)
+        )
         (folder / "slurm.conf").write_text(self._config)
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -134,6 +131,13 @@ class Cluster:
                 if process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]:
                     found += [process, *process.children(recursive=True)]
         return found
+
+    def set_preemption(self, *, grace: int, user_signal: bool) -> None:
+        """Seconds between telling a job that it is preempted and ending it; whether it is sent its own signal first."""
+        chosen = "SlurmctldParameters=preempt_send_user_signal\n" if user_signal else ""
+        (self.folder / "slurm.conf").write_text(chosen + self._config)
+        self.ask("scontrol", "reconfigure")
+        self.ask("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
 
     def preempt(self) -> None:
         """Take all nodes for two seconds, for a job that matters more."""
@@ -189,25 +193,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def cluster(
-    nodes: int,
-    *,
-    requeue: bool = True,
-    grace: int = 0,
-    user_signal: bool = False,
-    kill_wait: int = 5,
-) -> Iterator[Cluster]:
-    """A running cluster.
-
-    Args:
-        nodes: how many.
-        requeue: whether jobs may be requeued (JobRequeue).
-        grace: seconds between telling a job that it is preempted and ending it.
-        user_signal: whether preempted jobs are sent the signal that they asked for.
-        kill_wait: seconds between SIGTERM and SIGKILL.
-    """
+def cluster(nodes: int) -> Iterator[Cluster]:
+    """A running cluster with so many nodes."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
-    made = Cluster(folder, nodes, requeue=requeue, grace=grace, user_signal=user_signal, kill_wait=kill_wait)
+    made = Cluster(folder, nodes)
     try:
         made.start()
         yield made

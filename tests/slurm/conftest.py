@@ -27,12 +27,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 
 
 @pytest.fixture
-def on_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., ClusterRun]]:
+def on_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[int], ClusterRun]]:
     """Makes a cluster with so many nodes, and a run that is not launched yet."""
     with contextlib.ExitStack() as stack:
 
-        def make(nodes: int, **settings: int) -> ClusterRun:
-            made = stack.enter_context(cluster(nodes, **settings))
-            return ClusterRun(made, tmp_path / "runs", capsys)
+        def make(nodes: int) -> ClusterRun:
+            return ClusterRun(stack.enter_context(cluster(nodes)), tmp_path / "runs", capsys)
 
         yield make
