@@ -120,7 +120,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     except (UserError, DataError, CheckpointDamagedError) as error:
         if run is not None or rank is None or rank.local_rank == 0:  # while starting, all ranks meet the same error
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _give_up(run, str(error), ExitCode.WILL_FAIL_AGAIN)
+        _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         traceback.print_exc()
         _give_up(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}", ExitCode.RETRY)

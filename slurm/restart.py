@@ -120,9 +120,9 @@ def decide(ending: Ending, past: list[Past], policy: Policy) -> Decision:
         return _end(ending, "finished", "all steps are taken and the hand-off is written")
     if ending.stop_request:
         return _end(ending, "stopped", ending.stop_request)
-    hopeless = next((e for e in ending.exits if e.code == ExitCode.WILL_FAIL_AGAIN), None)
-    if hopeless is not None:
-        return _end(ending, "will fail again", _told(hopeless))
+    hopeless = [e for e in ending.exits if e.code == ExitCode.WILL_FAIL_AGAIN]
+    if hopeless:  # all ranks of a node meet the same error and one of them prints it
+        return _end(ending, "will fail again", _told(min(hopeless, key=lambda e: e.rank)))
     if ending.fate == "cancelled":
         return _end(ending, "cancelled", "cancelled with scancel")
     cause, reason, node = _why(ending)

@@ -112,11 +112,13 @@ def _without_job(
         return _started_by_hand(folder, state)
     if last is not None and last.job.startswith("local") and not last.ended and _locked(folder.run):
         return "running", ""
-    if last is not None and last.ended and last.action in ("none", "cancel"):
-        word = {"stopped": "stopped", "cancelled": "cancelled"}.get(last.cause or "", "failed")
-        return word, last.reason
-    if folder.stop_request():
+    final = last is not None and last.ended and last.action in ("none", "cancel")
+    if final and last is not None and last.cause not in ("stopped", "cancelled"):
+        return "failed", last.reason
+    if folder.stop_request():  # a launch withdraws it, so it is newer than what the last one came to
         return "stopped", folder.stop_request()
+    if final and last is not None:
+        return str(last.cause), last.reason
     if queue is None:
         return (state.state if state else "unknown"), "as its folder says; Slurm could not be asked"
     ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]

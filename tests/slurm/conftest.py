@@ -1,7 +1,6 @@
 """What the tests on a cluster share."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,19 +10,27 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from tests.slurm.cluster import cluster
-from tests.slurm.runs import ClusterRun, arguments
+from tests.slurm.runs import STEPS, ClusterRun, arguments
 from tests.system.launching import ROOT
+
+
+def local_command(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
+    """``slurm.launch --local`` on two ranks of this machine, without GPUs."""
+    words = ["-m", "slurm.launch", "--local", "--gpus-per-node", "2", *arguments(runs, data, steps)]
+    return ["env", "CUDA_VISIBLE_DEVICES=", sys.executable, *words]
+
+
+def run_locally(runs: Path, data: Path, steps: int = STEPS) -> Path:
+    """A run that nobody touches; its folder."""
+    done = subprocess.run(local_command(runs, data, steps), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.FINISHED, done.stdout + done.stderr
+    return runs / "demo"
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The run that nobody touches, on two ranks of this machine; made by ``slurm.launch --local``."""
-    runs = tmp_path_factory.mktemp("reference")
-    command = [sys.executable, "-m", "slurm.launch", "--local", "--gpus-per-node", "2", *arguments(runs, digits)]
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.FINISHED, done.stdout + done.stderr
-    return runs / "demo"
+    """The run that nobody touches, with which the others are compared."""
+    return run_locally(tmp_path_factory.mktemp("reference"), digits)
 
 
 @pytest.fixture

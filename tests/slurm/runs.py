@@ -24,10 +24,10 @@ GLOBAL_BATCH = 24
 SAVED_EVERY = 5
 
 
-def arguments(runs: Path, data: Path) -> list[str]:
-    """Of a run of 90 quick steps whose state matters: a moving average, drop path, every step logged."""
+def arguments(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
+    """Of a run of quick steps whose state matters: a moving average, drop path, every step logged."""
     return ["--recipe", str(RECIPE), "--runs", str(runs), *changes(
-        data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, schedule__epochs=(STEPS + 0.5) * GLOBAL_BATCH / 1437,
+        data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, schedule__epochs=(steps + 0.5) * GLOBAL_BATCH / 1437,
         schedule__warmup_epochs=0.5, log_every_steps=1, checkpoint__every_steps=SAVED_EVERY, ema__decay=0.9,
         optimizer__lr=2e-4, evaluation__every_epochs=5,
     )]  # fmt: skip
@@ -42,9 +42,10 @@ class ClusterRun:
         self.job = ""
         self._capture = capture
 
-    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2) -> str:
+    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
         """``python -m slurm.launch``; what it printed."""
-        words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--retry-wait", "1", *arguments(self.runs, data), *more]
+        words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--retry-wait", "1",
+                 *arguments(self.runs, data, steps), *more]  # fmt: skip
         ended, text = self._call(launch.main, words)
         assert ended == code, text
         for line in text.splitlines():
@@ -141,10 +142,10 @@ class ClusterRun:
         return "\n".join([*parts, history.read_text() if history.exists() else "no history", str(self.status())])
 
 
-def assert_equals(run: Path, reference: Path, *, same_ranks: bool = True) -> None:
+def assert_equals(run: Path, reference: Path, *, same_ranks: bool = True, steps: int = STEPS) -> None:
     """No step is missing or stands twice, and losses and weights are those of the run that nobody touched."""
     rows, expected = (read_metrics(folder / "metrics.jsonl", "train") for folder in (run, reference))
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "a step is missing or stands twice"
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or stands twice"
     assert [row["samples_seen"] for row in rows] == [row["samples_seen"] for row in expected]
     losses, untouched = ([row["loss"] for row in found] for found in (rows, expected))
     weights, unchanged = (folder / "handoff/model.safetensors" for folder in (run, reference))
@@ -154,7 +155,7 @@ def assert_equals(run: Path, reference: Path, *, same_ranks: bool = True) -> Non
     else:  # another number of ranks adds the same gradients in another order
         assert losses == pytest.approx(untouched, abs=1e-4)
     states = json.loads((run / "run.json").read_text())
-    assert (states["state"], states["step"]) == ("finished", STEPS)
+    assert (states["state"], states["step"]) == ("finished", steps)
 
 
 def assert_resumed(run: ClusterRun, chapter: Chapter, at_least: int, at_most: int | None = None) -> None:
