@@ -59,6 +59,7 @@ def begin(folder: SlurmFolder) -> str:
     _say(f"incarnation {incarnation}: {ranks} ranks on {', '.join(nodes)}, from step {folder.saved_step()}")
     exports = {
         "SLURM_NNODES": usable,
+        "SLURM_JOB_NUM_NODES": usable,  # srun heeds this one when both are set
         "SLURM_NTASKS": ranks,
         "SLURM_NTASKS_PER_NODE": launch.gpus_per_node,
         "SLURM_DISTRIBUTION": "block",
@@ -69,8 +70,6 @@ def begin(folder: SlurmFolder) -> str:
         "MASTER_PORT": rendezvous_port(incarnation),
         "NODE_NAMES": ",".join(nodes),
     }
-    if "SLURM_CPUS_PER_TASK" in os.environ:  # since Slurm 22.05 srun does not take it from the job by itself
-        exports["SRUN_CPUS_PER_TASK"] = os.environ["SLURM_CPUS_PER_TASK"]
     return "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in exports.items())
 
 

@@ -81,13 +81,25 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         error = f"rank 0 runs on {place.node}, but the others look for it on {first}"
         folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.RETRY, time.time(), error))
         return ExitCode.RETRY
+    limit = folder.read_launch().policy.time_to_save_s
     told: list[str] = []
+    overdue: list[str] = []
     child: subprocess.Popen[bytes] | None = None
+
+    def give_up() -> None:
+        if child is not None and child.poll() is None:
+            overdue.append(f", but had not saved within {limit:.0f} s")
+            child.kill()
 
     def forward(signum: int, _frame: FrameType | None) -> None:
         told.append(signal.Signals(signum).name)
         if child is not None:
             child.send_signal(signum)
+        if signum == signal.SIGUSR2 and told.count("SIGUSR2") == 1:
+            # At the time limit Slurm kills the batch script too, and nobody would be left to start the run again.
+            timer = threading.Timer(limit, give_up)
+            timer.daemon = True
+            timer.start()
 
     for signum in FORWARDED:
         signal.signal(signum, forward)
@@ -102,10 +114,10 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
     output = Output(child, log, echo=place.rank == 0)
     code = child.wait()
     error = output.last_error()
-    if told and -code in FORWARDED:  # before it listened to signals
+    if overdue or (told and -code in FORWARDED):  # the latter: before it listened to signals
         code = ExitCode.STOPPED
     if code == ExitCode.STOPPED:
-        error = told[0] if told else ""
+        error = "".join((*told[:1], *overdue))
     elif code < 0:
         error = f"killed by {signal.Signals(-code).name}" + (f"; the last line was: {error}" if error else "")
     if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or place.rank == 0:

@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
     slurm.add_argument("--time", default="24:00:00", help="limit of one incarnation (default: 24:00:00)")
-    slurm.add_argument("--cpus-per-gpu", type=int, help="cores for each task")
+    slurm.add_argument("--cpus-per-gpu", type=int, default=8, help="cores for each task (default: 8)")
     slurm.add_argument("--mem", help="memory per node, for example 500G")
     slurm.add_argument("--exclude", help="nodes to avoid, for example bad1,bad2")
     slurm.add_argument("--setup", action="append", default=[], metavar="COMMAND",

@@ -47,6 +47,11 @@ class Policy:
     save_within_s: int
     """So long before the time limit the ranks are told to save."""
 
+    @property
+    def time_to_save_s(self) -> float:
+        """So long they get for it; the rest is for starting again."""
+        return self.save_within_s - min(10.0, self.save_within_s / 4)
+
 
 @dataclass(frozen=True)
 class RankExit:
@@ -180,7 +185,8 @@ def _why(ending: Ending) -> tuple[Cause, str, str]:
             return "hang", _told(first), ""
         return "crashed", _told(first), first.node if culprit else ""
     if ending.fate == "time limit":
-        return "time limit", f"time limit; {saved}", ""
+        late = f" ({stopped[0].error})" if stopped and "had not saved" in stopped[0].error else ""
+        return "time limit", f"time limit{late}; {saved}", ""
     if stopped:
         return "preempted", f"told to stop by {stopped[0].error or 'a signal'}; {saved}", ""
     if ending.status - 128 in _STOP_SIGNALS:

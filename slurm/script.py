@@ -29,9 +29,9 @@ def sbatch_options(options: Namespace, name: str) -> dict[str, str | bool]:
     asked: dict[str, str | int | bool | None] = {
         "job-name": name,
         "nodes": options.nodes if options.min_nodes == options.nodes else f"{options.min_nodes}-{options.nodes}",
-        "ntasks-per-node": options.gpus_per_node,  # one task per GPU
+        # Tasks are counted when it starts: had sbatch been told of them, Slurm would give the fewest nodes of a range.
         "gpus-per-node": options.gpus_per_node,
-        "cpus-per-task": options.cpus_per_gpu,
+        "cpus-per-gpu": options.cpus_per_gpu,
         "mem": options.mem,
         "time": options.time,
         "partition": options.partition,
@@ -64,8 +64,6 @@ def executor_for(options: Namespace, folder: SlurmFolder, name: str) -> "submiti
     run = shlex.quote(str(folder.run))
     python = shlex.quote(sys.executable)
     executor.update_parameters(
-        nodes=options.nodes,
-        ntasks_per_node=options.gpus_per_node,
         setup=[
             *options.setup,
             f"cd {shlex.quote(str(ROOT))} || exit 1",

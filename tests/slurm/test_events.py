@@ -68,7 +68,7 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
     on_cluster: Maker, digits: Path, reference: Path
 ) -> None:
     run = on_cluster(2)
-    run.launch(digits, "--time", "1", "--save-within", "60")
+    run.launch(digits, "--time", "1", "--save-within", "20")
     run.wait_for_step(7)
     for rank in run.ranks():  # Slurm looks at time limits twice a minute, and wakes whom it sends a signal
         rank.suspend()
@@ -86,6 +86,7 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
         time.sleep(0.02)
     killed = run.chapters()[1]
     assert (killed.cause, killed.action) == ("time limit", "requeue")
+    assert "had not saved within 15 s" in killed.reason
     run.cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     assert_resumed(run, run.wait_for_chapters(3)[2], at_least=begun.step + SAVED_EVERY)
     assert run.finish()["restarts"] == 2
@@ -261,9 +262,25 @@ def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: P
     assert "a restart also takes 2 nodes" in run.launch(digits, "--min-nodes", "2", nodes=3)
     run.wait_for_step(SAVED_EVERY + 2)
     assert run.status()["ranks"] == 3
+    assert run.chapters()[0].nodes == run.cluster.names
     run.cluster.kill_node(run.cluster.names[2])
     begun = run.wait_for_chapters(2)[1]
     assert (begun.nodes, begun.ranks) == (run.cluster.names[:2], 2)
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     assert run.finish()["ranks"] == 2
     assert_equals(run.folder, reference, same_ranks=False)
+
+
+def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(4)
+    run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[3]}", "State=DRAIN", "Reason=test")
+    plan = run.launch(digits, "--min-nodes", "1", "--set", "deepspeed.train_batch_size=16", nodes=4)
+    assert "a restart also takes 1 or 2 nodes" in plan
+    run.wait_for_step(1)
+    (chapter,) = run.chapters()
+    assert (chapter.nodes, chapter.ranks) == (run.cluster.names[:2], 2)
+    said = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
+    assert "using 2 of 3 nodes: the ranks must divide the global batch of 16" in said
+    assert "global batch 16 = 2 ranks x 8 x 1" in said
+    run.stop()
+    run.wait_for_state("stopped")

@@ -44,8 +44,8 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(on_cluster: Maker, digit
         "--constraint", "h100", "--time", "12:00:00", "--cpus-per-gpu", "12", "--mem", "500G", "--exclude", "bad1,bad2",
         "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
     )  # fmt: skip
-    for line in ("nodes=2-4", "ntasks-per-node=1", "gpus-per-node=1", "partition=big", "account=lab", "qos=high",
-                 "constraint=h100", "time=12:00:00", "cpus-per-task=12", "mem=500G", "exclude=bad1,bad2",
+    for line in ("nodes=2-4", "gpus-per-node=1", "partition=big", "account=lab", "qos=high",
+                 "constraint=h100", "time=12:00:00", "cpus-per-gpu=12", "mem=500G", "exclude=bad1,bad2",
                  "signal=USR2@300", "requeue", "job-name=demo"):  # fmt: skip
         assert f"#SBATCH --{line}\n" in text
     assert "\nmodule load cuda\n" in text
