@@ -46,7 +46,8 @@ from pretrain.metrics import MetricsWriter
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
-from pretrain.run_folder import RunFolder, RunState
+from pretrain.run_folder import RunFolder
+from pretrain.run_state import RunState
 from pretrain.signals import StopFlag
 from pretrain.stop import StopAgreement
 from pretrain.train import train

@@ -22,11 +22,12 @@ from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
-from pretrain.outcome import UserError
+from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe
 from pretrain.run import Run
-from pretrain.run_folder import RunFolder, RunState
+from pretrain.run_folder import RunFolder
+from pretrain.run_state import RunState
 from pretrain.signals import StopFlag
 from pretrain.stop import StopAgreement
 from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog
@@ -161,15 +162,15 @@ def assemble(
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
     """Run ``decide`` on rank 0 and give its result, or its ``UserError``, to every rank. Collective."""
-    answer: list[Any] = [None, ""]
+    answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
         except UserError as error:
-            answer[1] = str(error)
+            answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1]:
-        raise UserError(answer[1])
+    if answer[1] is not None:
+        raise answer[1]
     result: T = answer[0]
     return result
 
@@ -214,7 +215,7 @@ def _lock(path: Path) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise BusyError(
                     f"another process is training {path.parent}: stop it first, or choose another name "
                     "with --set name=..."
                 ) from None

@@ -25,11 +25,20 @@ class Rank:
     host: str
     job_id: str
     """Slurm's, or ""."""
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes in the order of their ranks, where whoever started this process says so."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which alone writes to the run's folder and speaks."""
         return self.rank == 0
+
+    def node_of(self, rank: int) -> str:
+        """Name of the node that a rank runs on, as far as it is known here."""
+        node = rank // self.local_world_size
+        if node < len(self.nodes):
+            return self.nodes[node]
+        return self.host if node == self.rank // self.local_world_size else f"node {node}"
 
 
 def read_rank() -> Rank:
@@ -63,6 +72,7 @@ def read_rank() -> Rank:
         int(local),
         host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         job_id=os.environ.get("SLURM_JOB_ID", ""),
+        nodes=tuple(filter(None, os.environ.get("NODE_NAMES", "").split(","))),
     )
 
 

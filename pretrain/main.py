@@ -24,6 +24,7 @@ from pretrain.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
 from pretrain.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
+from pretrain.preflight import measure, meet  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
@@ -106,7 +107,11 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             return ExitCode.FINISHED
         limits = recipe.watchdog
         watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
+        # A third of the time to start: a node that is not there by then is named, rather than waited for.
+        late = meet(rank, 20 * limits.start_minutes)
         control = init_distributed(device, 60 * limits.start_minutes + SPEAKS_FIRST_S)
+        for line in filter(None, (late, *measure(rank, device, control))):
+            print(line, flush=True)  # noqa: T201
         run = assemble(
             recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control, watchdog=watchdog
         )
@@ -115,7 +120,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     except (UserError, DataError, CheckpointDamagedError) as error:
         if run is not None or rank is None or rank.local_rank == 0:  # while starting, all ranks meet the same error
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _give_up(run, str(error), ExitCode.WILL_FAIL_AGAIN)
+        _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         traceback.print_exc()
         _give_up(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}", ExitCode.RETRY)

@@ -21,3 +21,11 @@ class ExitCode(IntEnum):
 
 class UserError(Exception):
     """Something a person has to change. Its text is one line: what is wrong, where, and what to do."""
+
+    code = ExitCode.WILL_FAIL_AGAIN
+
+
+class BusyError(UserError):
+    """Another process has what this one needs. On a cluster it may be a former start on a node that is not dead yet."""
+
+    code = ExitCode.RETRY

@@ -23,7 +23,8 @@ from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder, RunState, State
+from pretrain.run_folder import RunFolder
+from pretrain.run_state import RunState, State
 from pretrain.stop import StopAgreement
 from pretrain.summary import write_summary
 from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -20,29 +20,7 @@ from data_pipeline.files import write_atomically
 from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, recipe_differences, validate_recipe
-
-State = Literal["running", "preempted", "finished", "failed"]
-
-
-@dataclass
-class RunState:
-    """``run.json``: what a person or a launcher needs to know about a run."""
-
-    state: State
-    reason: str = ""
-    """Why the run is in this state, in one line."""
-    step: int = 0
-    total_steps: int = 0
-    samples_seen: int = 0
-    restarts: int = 0
-    """How often the run was started again after the first time."""
-    world_size: int = 0
-    job_id: str = ""
-    """Slurm's, where there is one."""
-    host: str = ""
-    """Where rank 0 runs."""
-    updated: float = 0.0
-    """Unix time of the last change: the heartbeat."""
+from pretrain.run_state import RunState, read_state
 
 
 class RunFolder:
@@ -82,14 +60,7 @@ class RunFolder:
 
     def read_state(self) -> RunState | None:
         """``run.json``; None for a new run."""
-        try:
-            return RunState(**json.loads((self.path / "run.json").read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.path / 'run.json'} cannot be read: {error}; remove it to go on from the newest checkpoint"
-            ) from None
+        return read_state(self.path)
 
     def write_state(self, state: RunState) -> None:
         """Replace ``run.json``."""

@@ -46,16 +46,18 @@ class StopFlag:
 
 
 def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
-    """Ask for a stop when the ``deepspeed`` launcher above this process dies, and end the process if that hangs.
+    """Ask for a stop when the launcher above this process dies, and end the process if that hangs.
 
-    The launcher is two processes: ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child,
-    which starts the ranks. If either is gone nobody waits for this rank any more: it saves and ends. After ``grace_s``
-    seconds it ends without having saved.
+    A launcher gives its process id in LAUNCHER_PID; ``deepspeed``'s is found by its command. That one is two processes:
+    ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which starts the ranks.
+    If it is gone nobody waits for this rank any more: it saves and ends. After ``grace_s`` seconds it ends without
+    having saved.
     """
-    launchers = [process for process in psutil.Process().parents() if _is_launcher(process)]
+    starter = os.environ.get("LAUNCHER_PID")
+    launchers = [process for process in psutil.Process().parents() if _is_launcher(process, starter)]
     if not launchers:
-        if "CROSS_RANK" in os.environ:  # only the launcher sets it, so it died before this line
-            flag.request("the deepspeed launcher died")
+        if starter or "CROSS_RANK" in os.environ:  # only deepspeed's launcher sets the latter: it died before this line
+            flag.request("the launcher died")
         return
     # The kernel's own word for the direct parent, also if the thread below never gets to run.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -64,20 +66,22 @@ def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
         try:
             descriptors.append(os.pidfd_open(process.pid))
         except ProcessLookupError:
-            flag.request("the deepspeed launcher died")
+            flag.request("the launcher died")
 
     def wait() -> None:
         if not flag.reason:
             select.select(descriptors, [], [])
-        flag.request("the deepspeed launcher died")
+        flag.request("the launcher died")
         threading.Event().wait(grace_s)
-        os.write(2, b"the deepspeed launcher died and saving hangs: ending unsaved\n")
+        os.write(2, b"the launcher died and saving hangs: ending unsaved\n")
         os._exit(ExitCode.RETRY)
 
     threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def _is_launcher(process: psutil.Process, starter: str | None) -> bool:
+    if starter:
+        return process.pid == int(starter)
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
         # `python .../bin/deepspeed main.py` and `python -u -m deepspeed.launcher.launch ...`

@@ -1,0 +1,182 @@
+"""Before anything expensive: are all ranks here, and does every node communicate and compute as fast as the others?"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from pretrain.distributed import Rank
+
+SLOW = 3.0
+"""So many times slower than the median is worth a warning."""
+MESSAGE = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
+"""Bytes that are reduced and sent around, by device."""
+MATRIX = {"cuda": 4096, "cpu": 256}
+"""Side of the square matrices that are multiplied, by device."""
+REPEATS = 3
+
+_stores: list[TCPStore] = []  # rank 0's server lives as long as the process; torch's own rendezvous shares it
+
+
+class PeersMissingError(Exception):
+    """Ranks did not arrive; the text names them and their nodes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank measured; seconds."""
+
+    node: str
+    link: float
+    """Receiving a message from the rank before it."""
+    compute: float
+    """Multiplying matrices."""
+
+
+def meet(rank: Rank, timeout_s: float) -> str:
+    """Wait until every rank has arrived, at MASTER_ADDR:MASTER_PORT.
+
+    Returns:
+        on rank 0, and where it is worth telling: in one line how long the last came after the first; else "".
+
+    Raises:
+        PeersMissingError: some did not arrive within ``timeout_s`` seconds; on all that did.
+    """
+    if rank.world_size == 1:
+        return ""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(
+            address,
+            port,
+            rank.world_size,
+            is_master=rank.is_first,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        text = str(error).splitlines()[0]
+        raise PeersMissingError(f"{rank.node_of(0)} (rank 0) did not arrive at port {port}: {text}") from None
+    _stores.append(store)
+    store.set(f"preflight/{rank.rank}", str(time.time()))
+    if rank.is_first:
+        return _wait_for_all(rank, store, timeout_s)
+    try:
+        problem = _read(store, "preflight/problem", 2 * timeout_s)
+    except dist.DistError:
+        raise PeersMissingError(f"{rank.node_of(0)} (rank 0) did not arrive or is gone") from None
+    if problem:
+        raise PeersMissingError(problem)
+    return ""
+
+
+def _wait_for_all(rank: Rank, store: TCPStore, timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    arrived, missing = {}, []
+    for other in range(rank.world_size):
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            arrived[other] = float(_read(store, f"preflight/{other}", left))
+        except dist.DistError:
+            missing.append(other)
+    problem = ""
+    if missing:
+        nodes = sorted({rank.node_of(other) for other in missing})
+        problem = f"{', '.join(nodes)} (rank {', '.join(map(str, missing))}) did not arrive within {timeout_s:.0f} s"
+    store.set("preflight/problem", problem)
+    if problem:
+        time.sleep(1.0)  # the others read it from this process
+        raise PeersMissingError(problem)
+    last = max(arrived, key=lambda other: arrived[other])
+    late = arrived[last] - min(arrived.values())
+    return f"preflight: {rank.node_of(last)} (rank {last}) came last, {late:.0f} s after the first" if late > 10 else ""
+
+
+def _read(store: TCPStore, key: str, seconds: float) -> str:
+    store.wait([key], timedelta(seconds=seconds))
+    return store.get(key).decode()
+
+
+def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> list[str]:
+    """Time an all-reduce, every link of a ring over the ranks, and every rank's arithmetic. Collective.
+
+    Args:
+        rank: this rank.
+        device: where it computes.
+        control: CPU group for small objects.
+
+    Returns:
+        lines for a person on rank 0, the first of them the all-reduce, the others warnings; else nothing.
+    """
+    if rank.world_size == 1:
+        return []
+    buffer = torch.zeros(MESSAGE[device.type] // 4, device=device)
+    reduced = _timed(lambda: dist.all_reduce(buffer), device)
+    link = _timed(lambda: _pass_on(rank, buffer), device)
+    side = MATRIX[device.type]
+    matrix = torch.ones(side, side, device=device)
+    compute = _timed(lambda: matrix @ matrix, device)
+    gathered: list[Measured | None] = [None] * rank.world_size
+    dist.all_gather_object(gathered, Measured(rank.node_of(rank.rank), link, compute), group=control)
+    if not rank.is_first:
+        return []
+    found = [one for one in gathered if one is not None]
+    size = MESSAGE[device.type] / 2**20
+    nodes = len({one.node for one in found})
+    who = f"{len(found)} ranks on {nodes} node{'s' if nodes > 1 else ''}"
+    return [f"preflight: all-reduce of {size:.0f} MiB among {who} in {1e3 * reduced:.1f} ms", *slow_ones(found)]
+
+
+def slow_ones(measured: list[Measured]) -> list[str]:
+    """Warnings for nodes that are much slower than the others: links between nodes, and arithmetic.
+
+    Args:
+        measured: by rank. Links within a node are not compared with those between nodes.
+    """
+    lines = []
+    crossing = [
+        (measured[index - 1].node, one.node, one.link)
+        for index, one in enumerate(measured)
+        if one.node != measured[index - 1].node
+    ]
+    if len(crossing) >= 3:
+        usual = statistics.median(seconds for _, _, seconds in crossing)
+        lines += [
+            f"WARNING preflight: {source} -> {target} took {1e3 * seconds:.1f} ms, the median is {1e3 * usual:.1f} ms"
+            for source, target, seconds in crossing
+            if seconds > SLOW * usual
+        ]
+    usual = statistics.median(one.compute for one in measured)
+    lines += [
+        f"WARNING preflight: rank {index} on {one.node} computes {one.compute / usual:.1f} times slower than the median"
+        for index, one in enumerate(measured)
+        if one.compute > SLOW * usual
+    ]
+    return lines
+
+
+def _pass_on(rank: Rank, buffer: torch.Tensor) -> None:
+    """Send to the next rank of the ring while receiving from the one before."""
+    received = torch.empty_like(buffer)
+    to, source = (rank.rank + 1) % rank.world_size, (rank.rank - 1) % rank.world_size
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, buffer, to), dist.P2POp(dist.irecv, received, source)]):
+        work.wait()
+
+
+def _timed(act: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some repeats, in seconds, after one that warms up."""
+    took = []
+    for _ in range(REPEATS + 1):
+        began = time.monotonic()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.monotonic() - began)
+    return min(took[1:])

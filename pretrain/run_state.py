@@ -1,0 +1,47 @@
+"""``run.json``: how a run stands. Imports nothing heavy, since whoever watches runs reads it often."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pretrain.outcome import UserError
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+@dataclass
+class RunState:
+    """``run.json``: what a person or a launcher needs to know about a run."""
+
+    state: State
+    reason: str = ""
+    """Why the run is in this state, in one line."""
+    step: int = 0
+    total_steps: int = 0
+    samples_seen: int = 0
+    restarts: int = 0
+    """How often the run was started again after the first time."""
+    world_size: int = 0
+    job_id: str = ""
+    """Slurm's, where there is one."""
+    host: str = ""
+    """Where rank 0 runs."""
+    updated: float = 0.0
+    """Unix time of the last change: the heartbeat."""
+
+
+def read_state(run: Path) -> RunState | None:
+    """``run.json`` of a run folder; None for a new run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return RunState(**json.loads((run / "run.json").read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{run / 'run.json'} cannot be read: {error}; remove it to go on from the newest checkpoint"
+        ) from None

@@ -1,0 +1,135 @@
+"""Start a run on a cluster and keep it alive: ``python -m slurm.launch --recipe R --nodes 4 --gpus-per-node 8``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from pretrain.outcome import ExitCode, UserError
+from slurm.folder import Launch
+from slurm.job import Job
+from slurm.local import run_here
+from slurm.plan import Plan, freeze, make_plan
+from slurm.restart import Policy
+from slurm.scheduler import SlurmError
+from slurm.script import executor_for, plain_script, submitit_script
+
+DESCRIPTION = """\
+Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
+crashes, and goes on from its newest checkpoint, until it is finished, told to stop with `python -m slurm.stop`, or
+cannot succeed. `python -m slurm.status` tells how it is.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run = parser.add_argument_group("the run (as for pretrain/main.py)")
+    run.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
+    run.add_argument("--deepspeed_config", type=Path, default=Path("ds_config.json"), metavar="FILE",
+                     help="DeepSpeed's configuration (default: ds_config.json)")  # fmt: skip
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
+                     help="change a field of the recipe; may be repeated")  # fmt: skip
+    run.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
+                     help="folder of the run folders, which all nodes must see (default: runs)")  # fmt: skip
+    size = parser.add_argument_group("its size")
+    size.add_argument("--nodes", type=int, default=1, help="default: 1")
+    size.add_argument("--min-nodes", type=int, help="go on with so few when some are gone; the global batch stays")
+    size.add_argument("--gpus-per-node", type=int, required=True, help="one task each")
+    slurm = parser.add_argument_group("Slurm's")
+    for name in ("partition", "account", "qos", "constraint"):
+        slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
+    slurm.add_argument("--time", default="24:00:00", help="limit of one incarnation (default: 24:00:00)")
+    slurm.add_argument("--cpus-per-gpu", type=int, default=8, help="cores for each task (default: 8)")
+    slurm.add_argument("--mem", help="memory per node, for example 500G")
+    slurm.add_argument("--exclude", help="nodes to avoid, for example bad1,bad2")
+    slurm.add_argument("--setup", action="append", default=[], metavar="COMMAND",
+                       help="shell line before all else, such as 'module load cuda'; may be repeated")  # fmt: skip
+    slurm.add_argument("--container", metavar="COMMAND",
+                       help="what each task is started with, for example 'apptainer exec --nv lavit.sif'")  # fmt: skip
+    slurm.add_argument("--container-python", default="python3", help="Python in the container (default: python3)")
+    alive = parser.add_argument_group("staying alive")
+    alive.add_argument("--save-within", type=int, default=120, metavar="SECONDS",
+                       help="so long before the time limit the ranks are told to save (default: 120)")  # fmt: skip
+    alive.add_argument("--max-restarts", type=int, default=5,
+                       help="give up after so many in a row without a new checkpoint (default: 5)")  # fmt: skip
+    alive.add_argument("--retry-wait", type=float, default=60.0, metavar="SECONDS",
+                       help="wait before the second of these, then four times as long each (default: 60)")  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
+    how.add_argument("--plain", action="store_true", help="write a batch script to submit, for sites without submitit")
+    how.add_argument("--local", action="store_true", help="run the same job on this machine, without Slurm")
+    options = parser.parse_args(arguments)
+    options.min_nodes = options.min_nodes or options.nodes
+    if min(options.nodes, options.gpus_per_node, options.min_nodes) < 1 or options.min_nodes > options.nodes:
+        parser.error("--nodes, --min-nodes and --gpus-per-node are at least 1, and --min-nodes at most --nodes")
+    if options.local and options.nodes > 1:
+        parser.error("--local has one node: leave --nodes out")
+    return options
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Check, print the plan, and submit.
+
+    Raises:
+        UserError, DataError, SlurmError: what is wrong, in one line.
+    """
+    plan = make_plan(
+        options.recipe,
+        options.deepspeed_config,
+        options.assignments,
+        runs=options.runs,
+        nodes=options.nodes,
+        min_nodes=options.min_nodes,
+        gpus_per_node=options.gpus_per_node,
+        on_cluster=not options.local,
+    )
+    _say("\n".join(plan.lines))
+    if options.local:
+        _prepare(plan, options)
+        return run_here(plan.folder, options.gpus_per_node)
+    if options.plain:
+        _prepare(plan, options)
+        plan.folder.plain_script.write_text(plain_script(options, plan.folder, plan.recipe.name))
+        _say(f"submit        sbatch {plan.folder.plain_script}")
+        return ExitCode.FINISHED
+    executor = executor_for(options, plan.folder, plan.recipe.name)
+    if options.dry_run:
+        _say(submitit_script(executor))
+        return ExitCode.FINISHED
+    _prepare(plan, options)
+    job = executor.submit(Job(plan.folder.run))
+    _say(f"job           {job.job_id}")
+    _say(f"watch         python -m slurm.status {plan.folder.run}")
+    _say(f"output        tail -F {job.paths.stdout}")
+    _say(f"stop          python -m slurm.stop {plan.folder.run}")
+    return ExitCode.FINISHED
+
+
+def _prepare(plan: Plan, options: argparse.Namespace) -> None:
+    freeze(plan)
+    policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
+    plan.folder.write_launch(
+        Launch(options.gpus_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy)
+    )
+    plan.folder.withdraw_stop()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Start a run on a cluster."""
+    options = parse_arguments(arguments)
+    try:
+        return launch(options)
+    except (UserError, DataError, SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return ExitCode.WILL_FAIL_AGAIN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

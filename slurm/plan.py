@@ -1,0 +1,166 @@
+"""What can be checked before a job is submitted, and what it will be."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from models import create_model
+from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.files import write_json
+from pretrain.outcome import UserError
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.run_folder import RunFolder
+from slurm.folder import SlurmFolder
+from slurm.history import History, current_job
+from slurm.scheduler import queue
+
+FP32_COPIES = 3
+"""Of every parameter in a checkpoint: the weight and the two moments of Adam; an average is one more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may be submitted."""
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]
+    """Merged but not yet resolved: that is done on the nodes."""
+    folder: SlurmFolder
+    usable_nodes: tuple[int, ...]
+    global_batch: int
+    lines: tuple[str, ...]
+    """The plan for a person."""
+
+
+def make_plan(
+    recipe_file: Path,
+    deepspeed_file: Path,
+    assignments: list[str],
+    *,
+    runs: Path,
+    nodes: int,
+    min_nodes: int,
+    gpus_per_node: int,
+    on_cluster: bool,
+) -> Plan:
+    """Check everything that can be checked here.
+
+    Raises:
+        UserError, DataError: what is wrong, in one line.
+    """
+    recipe = load_recipe(recipe_file, assignments)
+    recipe = _with_absolute_paths(recipe)
+    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed)
+    run = RunFolder(runs.resolve() / recipe.name)
+    resolved = _resolve(recipe, config, nodes * gpus_per_node, on_gpus=on_cluster)
+    usable = tuple(n for n in range(min_nodes, nodes + 1) if _fits(recipe, config, n * gpus_per_node, on_cluster))
+    train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
+    val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+    run.check_recipe(recipe, resolved.config)
+    state = run.read_state()
+    if state is not None and state.state == "finished":
+        raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
+    folder = SlurmFolder(run.path)
+    if on_cluster:
+        _refuse_a_second_job(folder)
+    parameters = _count_parameters(recipe, train_set.num_classes)
+    needed, free = _disk(recipe, parameters, run.path)
+    batch = resolved.batch
+    steps = max(1, int(recipe.schedule.epochs * len(train_set)) // batch.global_batch)
+    lines = [
+        f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
+        f"model         {recipe.model.name}, {parameters:,} parameters, {train_set.num_classes} classes",
+        f"data          {recipe.data.path}: {len(train_set):,} train, {len(val_set):,} val",
+        f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
+        + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
+        f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
+        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, saved each {recipe.checkpoint.every_steps}",
+        f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
+    ]
+    return Plan(recipe, config, folder, usable, batch.global_batch, tuple(lines))
+
+
+def freeze(plan: Plan) -> None:
+    """Write what was launched into the run's folder: a recipe that is edited tomorrow does not reach this run."""
+    plan.folder.own.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(plan.recipe.model_dump(mode="json"), sort_keys=False)
+    plan.folder.recipe.write_text(text)
+    write_json(plan.folder.deepspeed_config, plan.deepspeed)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Tasks may start elsewhere than the launch does."""
+    content = recipe.model_dump()
+    path = str(recipe.data.path)
+    if "://" in path:
+        return recipe
+    content["data"]["path"] = str(Path(path).absolute())
+    return Recipe.model_validate(content)
+
+
+def _resolve(recipe: Recipe, config: dict[str, Any], ranks: int, *, on_gpus: bool) -> ResolvedDeepSpeed:
+    return resolve_deepspeed_config(
+        config,
+        world_size=ranks,
+        has_gpu=on_gpus or torch.cuda.is_available(),
+        has_bf16_gpu=on_gpus or torch.cuda.is_available(),
+        pairs=recipe.mixing.in_pairs,
+        optimizer=recipe.optimizer.kind,
+    )
+
+
+def _fits(recipe: Recipe, config: dict[str, Any], ranks: int, on_gpus: bool) -> bool:
+    try:
+        _resolve(recipe, config, ranks, on_gpus=on_gpus)
+    except UserError:
+        return False
+    return True
+
+
+def _refuse_a_second_job(folder: SlurmFolder) -> None:
+    job = current_job(folder, History(folder.history).chapters(), queue())
+    if job is not None:
+        raise UserError(
+            f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
+            "it; or choose another name with --set name=..."
+        )
+
+
+def _count_parameters(recipe: Recipe, classes: int) -> int:
+    try:
+        with torch.device("meta"):
+            model = create_model(
+                recipe.model.name, num_classes=classes, image_size=recipe.data.size, **recipe.model.overrides
+            )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {' '.join(str(error).split())}") from None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _disk(recipe: Recipe, parameters: int, run: Path) -> tuple[int, int]:
+    """Bytes that the checkpoints need and that there are; the one being written stands beside those that are kept."""
+    copies = FP32_COPIES + (recipe.ema is not None)
+    there = next(path for path in (run, *run.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} cannot be written: choose another folder with --runs")
+    needed, free = 4 * parameters * copies * (recipe.checkpoint.keep + 1), shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"the checkpoints need {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free: make space, lower "
+            "checkpoint.keep, or choose another folder with --runs"
+        )
+    return needed, free
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return " or ".join(str(number) for number in numbers)
+
+
+__all__ = ["DataError", "Plan", "freeze", "make_plan"]

@@ -1,0 +1,174 @@
+"""Slurm's commands as functions. What they say is believed, submitit's cache is not; sacct is never needed."""
+
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.restart import Fate
+
+_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
+         "DEADLINE", "REVOKED")  # fmt: skip
+PATIENCE_S = 60.0
+"""A controller that restarts or is overloaded may take its time to answer."""
+
+
+class SlurmError(Exception):
+    """A command of Slurm failed; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as ``squeue`` shows it."""
+
+    id: str
+    state: str
+    reason: str
+    nodes: str
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended for good."""
+        return self.state in _OVER
+
+
+def run(*words: str, retry_s: float = 0.0) -> str:
+    """Run a command of Slurm, again for ``retry_s`` seconds while the controller cannot be reached; its output.
+
+    Raises:
+        SlurmError: it failed, or there is no such command here.
+    """
+    deadline = time.monotonic() + retry_s
+    while True:
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        except FileNotFoundError:
+            raise SlurmError(f"{words[0]}: no such command: this is not a machine of a Slurm cluster") from None
+        except subprocess.TimeoutExpired:
+            said = f"no answer within {PATIENCE_S:.0f} s"
+        else:
+            if done.returncode == 0:
+                return done.stdout.strip()
+            said = " ".join((done.stderr or done.stdout).split())
+            if "nable to contact" not in said and "onnection" not in said:
+                raise SlurmError(f"{words[0]}: {said}")
+        if time.monotonic() > deadline:
+            raise SlurmError(f"{words[0]}: {said}")
+        time.sleep(1.0)
+
+
+def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
+    """Fields of a job that Slurm still knows; empty for one that it has forgotten."""
+    try:
+        text = run("scontrol", "-o", "show", "job", job, retry_s=retry_s)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> Fate:
+    """What Slurm is about to do with a job whose ranks have just ended.
+
+    A job that is being torn down shows as COMPLETING, whatever the cause, so the cause is read from its other fields.
+
+    Args:
+        job: its id.
+        restart: its SLURM_RESTART_COUNT.
+        save_within_s: so long before the time limit it was told to stop.
+        node_down: whether one of its nodes is down.
+    """
+    facts = show_job(job, retry_s=PATIENCE_S)
+    if not facts:
+        return "cancelled"
+    if int(facts.get("Restarts", "0")) > restart or facts["JobState"] in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return "requeued"
+    if facts.get("PreemptTime", "None") not in ("None", "Unknown") and facts["PreemptTime"] >= facts["StartTime"]:
+        return "preempted"
+    if facts["Reason"] in ("NodeDown", "NodeFail"):
+        return "node lost"
+    running = facts["JobState"] in ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED")
+    limit = _seconds(facts.get("TimeLimit", ""))
+    told = limit - save_within_s - 60 if running else limit  # Slurm may send the signal up to a minute early
+    if facts["Reason"] == "TimeLimit" or (limit and _seconds(facts["RunTime"]) >= told):
+        return "time limit"
+    if running:
+        return "running"
+    return "node lost" if node_down else "cancelled"
+
+
+def any_down(nodes: list[str]) -> bool:
+    """Whether Slurm takes one of the nodes for dead."""
+    states = run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=PATIENCE_S).lower().split()
+    return any(state.startswith(("down", "fail")) or state.endswith("*") for state in states)
+
+
+def requeue(job: str) -> None:
+    """Let Slurm run the job again, under its id.
+
+    Raises:
+        SlurmError: it is not allowed.
+    """
+    run("scontrol", "requeue", job, retry_s=PATIENCE_S)
+
+
+def wait_before_start(job: str, seconds: float) -> None:
+    """Let a requeued job not start before so many seconds have passed; Slurm's own wait is never shortened."""
+    eligible = show_job(job, retry_s=PATIENCE_S).get("EligibleTime", "Unknown")
+    begin = time.time() + seconds
+    if eligible != "Unknown" and time.mktime(time.strptime(eligible, "%Y-%m-%dT%H:%M:%S")) > begin:
+        return
+    run("scontrol", "update", f"JobId={job}", f"StartTime={_when(begin)}", retry_s=PATIENCE_S)
+
+
+def exclude_nodes(job: str, nodes: list[str]) -> None:
+    """Let a pending job avoid nodes."""
+    run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
+
+
+def submit(script: Path, *, after: str, wait_s: float, exclude: list[str]) -> str:
+    """Submit a batch script again as a job of its own, which starts when job ``after`` has ended; the new id."""
+    words = ["sbatch", "--parsable", f"--dependency=afterany:{after}"]
+    if wait_s:
+        words.append(f"--begin={_when(time.time() + wait_s)}")
+    if exclude:
+        words.append(f"--exclude={','.join(exclude)}")
+    return run(*words, str(script), retry_s=PATIENCE_S).split(";")[0]
+
+
+def cancel(job: str, signal: str = "") -> None:
+    """Cancel a job, or only send a signal to its steps."""
+    run("scancel", *([f"--signal={signal}"] if signal else []), job, retry_s=PATIENCE_S)
+
+
+def queue() -> dict[str, Job]:
+    """All jobs that Slurm still knows, by id, those that ended a short while ago too."""
+    text = run("squeue", "-h", "-t", "all", "-o", "%i|%T|%r|%N")
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
+    return {row[0]: Job(row[0], row[1], row[2], row[3]) for row in rows}
+
+
+def expand(nodes: str) -> list[str]:
+    """Names of a list of nodes as Slurm writes it."""
+    return run("scontrol", "show", "hostnames", nodes).split()
+
+
+def nodes_of(partition: str) -> set[str]:
+    """Names of the nodes of a partition, the default one for ""."""
+    words = ["-p", partition] if partition else []
+    return set(run("sinfo", "-h", "-N", *words, "-o", "%N").split())
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+def _seconds(duration: str) -> int:
+    """``1-02:03:04`` in seconds; 0 for what is no duration, such as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
+    if not found:
+        return 0
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,63 @@
+"""Stop a run and keep what it has: ``python -m slurm.stop RUN``."""
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+
+from pretrain.outcome import ExitCode, UserError
+from slurm import scheduler
+from slurm.folder import SlurmFolder, stamp
+from slurm.history import History, current_job
+from slurm.scheduler import SlurmError
+
+DESCRIPTION = """\
+Stop a run: its ranks save and end, and nothing starts it again. `python -m slurm.launch` with the same recipe goes on.
+"""
+
+
+def stop(folder: SlurmFolder) -> str:
+    """Ask a run to stop; what was done, in one line.
+
+    Raises:
+        UserError: it was not started from here.
+        SlurmError: Slurm did not take the order; nothing will restart the run all the same.
+    """
+    if not folder.launched():
+        raise UserError(
+            f"{folder.run} was not started by slurm.launch: press Ctrl-C where it was started, or send it SIGTERM"
+        )
+    state = folder.state()
+    if state is not None and state.state == "finished":
+        return "it is finished already"
+    chapters = History(folder.history).chapters()
+    folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
+    if chapters and chapters[-1].job.startswith("local"):
+        return "asked: its ranks save and end"
+    job = current_job(folder, chapters, scheduler.queue())
+    if job is None:
+        return "it has no job; nothing will start it again until it is launched"
+    if job.state == "RUNNING":
+        scheduler.cancel(job.id, signal="USR2")
+        return f"asked: the ranks of job {job.id} save and end at the next step; slurm.status tells when"
+    scheduler.cancel(job.id)
+    return f"job {job.id} was {job.state.lower()} and is cancelled"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Stop a run and keep what it has."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.stop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
+    folder = SlurmFolder(parser.parse_args(arguments).run.resolve())
+    try:
+        print(stop(folder))  # noqa: T201
+    except (UserError, SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return ExitCode.WILL_FAIL_AGAIN
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

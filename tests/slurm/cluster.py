@@ -1,0 +1,205 @@
+"""A real Slurm cluster of several nodes on this machine, from Debian's packages; it lives as long as its ``with``."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+PATIENCE_S = 60.0
+"""Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+
+GPUS = ("/dev/null", "/dev/zero")
+"""Of every node, as far as Slurm is concerned."""
+
+CONFIG = """\
+ClusterName=lavit
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmdParameters=config_overrides
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+MessageTimeout=2
+SlurmdTimeout=3
+KillWait=5
+MinJobAge=3600
+GresTypes=gpu
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+FirstJobId={first_job}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
+"""
+
+
+class Cluster:
+    """One controller and ``len(names)`` node daemons.
+
+    Nodes are named by loopback addresses, so that their names resolve without /etc/hosts.
+    """
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        missing = [program for program in PROGRAMS if shutil.which(program) is None]
+        assert not missing, (
+            f"{', '.join(missing)} missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        )
+        self.folder = folder
+        network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
+        self.names = [f"{network}.{number + 10}" for number in range(nodes)]
+        ports, host = free_ports(nodes + 1), socket.gethostname()
+        lines = [
+            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 Gres=gpu:{len(GPUS)}"
+            for name, port in zip(self.names, ports, strict=False)
+        ]
+        (folder / "state").mkdir(parents=True)
+        self._config = CONFIG.format(
+            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=random.SystemRandom().randint(1000, 60000)
+        )
+        (folder / "slurm.conf").write_text(self._config)
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._keeper = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("keeper.py"))],
+            env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start all daemons and wait until the nodes are idle."""
+        self.start_controller()
+        for name in self.names:
+            self.start_node(name)
+        self.wait_for(lambda: self.ask("sinfo", "-h", "-o", "%T %D") == f"idle {len(self.names)}", "idle nodes")
+
+    def start_controller(self) -> None:
+        """Start slurmctld, again where it was killed, and wait until it answers."""
+        self._order("start", "slurmctld", str(self.folder / "slurmctld-output.log"), "slurmctld", "-D", "-i")
+        self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd."""
+        (self.folder / f"spool-{name}").mkdir(exist_ok=True)
+        self._order("start", name, str(self.folder / f"slurmd-{name}-output.log"), "slurmd", "-D", "-N", name)
+
+    def kill_controller(self) -> None:
+        """SIGKILL slurmctld."""
+        self._order("kill", "slurmctld")
+
+    def kill_node(self, name: str) -> None:
+        """What a power cut does: the daemon and everything that runs on the node is gone at once."""
+        self._order("kill", name)
+        processes = self.processes_on(name)
+        for signum in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody lives to report a death
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signum)
+
+    def processes_on(self, name: str) -> list[psutil.Process]:
+        """Job processes on a node: slurmstepds with all that they started."""
+        log = str(self.folder / f"slurmd-{name}.log")
+        found = []
+        for process in psutil.Process(self._keeper.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]:
+                    found += [process, *process.children(recursive=True)]
+        return found
+
+    def set_preemption(self, *, grace: int, user_signal: bool) -> None:
+        """Seconds between telling a job that it is preempted and ending it; whether it is sent its own signal first."""
+        chosen = "SlurmctldParameters=preempt_send_user_signal\n" if user_signal else ""
+        (self.folder / "slurm.conf").write_text(chosen + self._config)
+        self.ask("scontrol", "reconfigure")
+        self.ask("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
+
+    def preempt(self) -> None:
+        """Take all nodes for two seconds, for a job that matters more."""
+        self.ask("sbatch", "-p", "urgent", "-N", str(len(self.names)), "--exclusive", "-o", "/dev/null",
+                 "--wrap", "sleep 2")  # fmt: skip
+
+    def ask(self, *words: str, check: bool = True) -> str:
+        """Run a Slurm command; its output, stripped."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What ``scontrol show job`` says, by key."""
+        words = self.ask("scontrol", "-o", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, condition: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:
+        """Poll until ``condition`` holds."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}\n{told()}\n{self.logs()}"
+            time.sleep(0.05)
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(
+            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            for log in sorted(self.folder.glob("slurm*[0-9d].log"))
+        )
+
+    def close(self) -> None:
+        """End all daemons and all that they started."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        self._keeper.wait()
+
+    def _order(self, *words: str) -> None:
+        assert self._keeper.stdin is not None
+        assert self._keeper.stdout is not None
+        self._keeper.stdin.write(json.dumps(words) + "\n")
+        self._keeper.stdin.flush()
+        assert self._keeper.stdout.readline() == "done\n", "the cluster's keeper died"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+@contextlib.contextmanager
+def cluster(nodes: int) -> Iterator[Cluster]:
+    """A running cluster with so many nodes."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
+    made = Cluster(folder, nodes)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+        shutil.rmtree(folder)

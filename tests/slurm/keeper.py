@@ -1,0 +1,45 @@
+"""Parent of a cluster's daemons: when whoever started it is gone, it ends them and everything that came of them.
+
+slurmstepd detaches itself, so the death of slurmd or of a test run would leave it behind. Here it falls to this process
+(a subreaper), which reads orders from its standard input and takes its end for the order to kill them all.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> None:
+    """Start and kill programs as told, one JSON list a line: ``["start", name, log, *words]`` or ``["kill", name]``."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    os.setsid()  # Ctrl-C on the terminal is for the tests, which then close our input
+    programs: dict[str, subprocess.Popen] = {}
+    for line in sys.stdin:
+        order, name, *words = json.loads(line)
+        if order == "start":
+            with open(words[0], "a") as log:  # noqa: PTH123
+                programs[name] = subprocess.Popen(words[1:], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        elif name in programs:
+            program = programs.pop(name)
+            program.kill()
+            program.wait()
+        print("done", flush=True)
+    me = psutil.Process()
+    while living := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
+        for signum in (signal.SIGSTOP, signal.SIGKILL):
+            for child in living:
+                with contextlib.suppress(psutil.Error):
+                    child.send_signal(signum)
+        psutil.wait_procs(living, timeout=1)
+
+
+if __name__ == "__main__":
+    main()

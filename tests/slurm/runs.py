@@ -1,0 +1,166 @@
+"""A run on a cluster of the tests: launched and watched as a person does it, compared at its end."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+
+from pretrain.metrics import read_metrics
+from slurm import launch, status, stop
+from slurm.history import Chapter, History
+from tests.slurm.cluster import Cluster
+from tests.system.launching import RECIPE, ROOT, changes
+
+STEPS = 90
+GLOBAL_BATCH = 24
+SAVED_EVERY = 5
+
+
+def arguments(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
+    """Of a run of quick steps whose state matters: a moving average, drop path, every step logged."""
+    return ["--recipe", str(RECIPE), "--runs", str(runs), *changes(
+        data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, schedule__epochs=(steps + 0.5) * GLOBAL_BATCH / 1437,
+        schedule__warmup_epochs=0.5, log_every_steps=1, checkpoint__every_steps=SAVED_EVERY, ema__decay=0.9,
+        optimizer__lr=2e-4, evaluation__every_epochs=5,
+    )]  # fmt: skip
+
+
+class ClusterRun:
+    """A launched run."""
+
+    def __init__(self, cluster: Cluster, runs: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.cluster, self.runs = cluster, runs
+        self.folder = runs / "demo"
+        self.job = ""
+        self._capture = capture
+
+    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
+        """``python -m slurm.launch``; what it printed."""
+        words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
+                 *arguments(self.runs, data, steps), *more]  # fmt: skip
+        ended, text = self._call(launch.main, words)
+        assert ended == code, text
+        for line in text.splitlines():
+            if line.startswith("job  "):
+                self.job = line.split()[1]
+        return text
+
+    def stop(self) -> str:
+        """``python -m slurm.stop``; what it printed."""
+        ended, text = self._call(stop.main, [str(self.folder)])
+        assert ended == 0, text
+        return text
+
+    def status(self) -> dict[str, Any]:
+        """``python -m slurm.status RUN --json``."""
+        ended, text = self._call(status.main, [str(self.folder), "--json"])
+        assert ended == 0, text
+        content: dict[str, Any] = json.loads(text)
+        return content
+
+    def told(self, *more: str) -> str:
+        """``python -m slurm.status`` as a person sees it, in a process of its own."""
+        command = [sys.executable, "-m", "slurm.status", "--runs", str(self.runs), *more]
+        wide = self.cluster.environment | {"COLUMNS": "400"}
+        return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
+
+    def _call(self, door: Any, words: list[str]) -> tuple[int, str]:
+        self._capture.readouterr()
+        with mock.patch.dict(os.environ, self.cluster.environment), contextlib.chdir(ROOT):
+            ended = door(words)
+        out, err = self._capture.readouterr()
+        return ended, out + err
+
+    def step(self) -> int:
+        """The newest step that the metrics tell of."""
+        with contextlib.suppress(FileNotFoundError):
+            return max((row["step"] for row in read_metrics(self.folder / "metrics.jsonl", "train")), default=0)
+        return 0
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the run has taken so many steps."""
+        self.cluster.wait_for(lambda: self.step() >= step, f"step {step}", self.output)
+
+    def wait_for_state(self, *states: str) -> dict[str, Any]:
+        """Wait until ``slurm.status`` says one of these; what it says."""
+        self.cluster.wait_for(lambda: self.status()["state"] in states, f"{states}", self.output)
+        return self.status()
+
+    def chapters(self) -> list[Chapter]:
+        """The history."""
+        return History(self.folder / "slurm" / "history.jsonl").chapters()
+
+    def wait_for_chapters(self, number: int) -> list[Chapter]:
+        """Wait until so many incarnations have begun."""
+        self.cluster.wait_for(lambda: len(self.chapters()) >= number, f"{number} incarnations", self.output)
+        return self.chapters()
+
+    def wait_for_end(self, chapter: int) -> Chapter:
+        """Wait until an incarnation (numbered from 0) has told of its end."""
+        self.cluster.wait_for(
+            lambda: len(self.chapters()) > chapter and bool(self.chapters()[chapter].ended),
+            f"end of incarnation {chapter}", self.output,
+        )  # fmt: skip
+        return self.chapters()[chapter]
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of ``main.py`` of a rank that runs now."""
+        for process in self.ranks():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK") == str(rank):
+                    return process
+        raise AssertionError(f"rank {rank} does not run\n{self.output()}")
+
+    def ranks(self) -> Iterator[psutil.Process]:
+        """All processes of ``main.py`` that run now."""
+        for name in self.cluster.names:
+            for process in self.cluster.processes_on(name):
+                with contextlib.suppress(psutil.Error):
+                    if any(word.endswith("/main.py") for word in process.cmdline()):
+                        yield process
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until the run is finished and its job too; what ``slurm.status`` says."""
+        self.wait_for_state("finished")
+        self.cluster.wait_for(lambda: not self.cluster.ask("squeue", "-h"), "an empty queue", self.output)
+        self.wait_for_end(len(self.chapters()) - 1)
+        return self.status()
+
+    def output(self) -> str:
+        """Everything that may explain a failure."""
+        files = [*sorted(self.folder.glob("slurm/submitit/*.out")), *sorted(self.folder.glob("logs/*/*.log"))]
+        parts = [f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files]
+        history = self.folder / "slurm/history.jsonl"
+        return "\n".join([*parts, history.read_text() if history.exists() else "no history", str(self.status())])
+
+
+def assert_equals(run: Path, reference: Path, *, same_ranks: bool = True, steps: int = STEPS) -> None:
+    """No step is missing or stands twice, and losses and weights are those of the run that nobody touched."""
+    rows, expected = (read_metrics(folder / "metrics.jsonl", "train") for folder in (run, reference))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)), "a step is missing or stands twice"
+    assert [row["samples_seen"] for row in rows] == [row["samples_seen"] for row in expected]
+    losses, untouched = ([row["loss"] for row in found] for found in (rows, expected))
+    weights, unchanged = (folder / "handoff/model.safetensors" for folder in (run, reference))
+    if same_ranks:
+        assert losses == untouched, "the losses are not bit-identical"
+        assert weights.read_bytes() == unchanged.read_bytes(), "the averaged weights are not bit-identical"
+    else:  # another number of ranks adds the same gradients in another order
+        assert losses == pytest.approx(untouched, abs=1e-4)
+    states = json.loads((run / "run.json").read_text())
+    assert (states["state"], states["step"]) == ("finished", steps)
+
+
+def assert_resumed(run: ClusterRun, chapter: Chapter, at_least: int, at_most: int | None = None) -> None:
+    """An incarnation began at the step between these, and says that it goes on there."""
+    log = run.folder / "logs" / str(chapter.incarnation) / "rank-00000.log"
+    said = f"resuming {run.folder} at step {chapter.step} of {STEPS}, {chapter.step * GLOBAL_BATCH:,} images seen"
+    run.cluster.wait_for(lambda: log.exists() and said in log.read_text(), said, run.output)
+    assert at_least <= chapter.step <= (STEPS if at_most is None else at_most)

@@ -1,0 +1,286 @@
+"""Every event that can befall a job, on a real cluster: the run goes on where it was, and status tells the truth."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.runs import GLOBAL_BATCH, SAVED_EVERY, STEPS, ClusterRun, assert_equals, assert_resumed
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+Maker = Callable[[int], ClusterRun]
+
+
+def test_from_launch_to_handoff_on_two_nodes(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(2)
+    plan = run.launch(digits)
+    assert "2 nodes x 1 = 2" in plan
+    assert f"{GLOBAL_BATCH} = 2 ranks x 12 x 1" in plan
+    assert "is job" in run.launch(digits, code=2)
+    run.wait_for_step(2)
+    now = run.status()
+    assert (now["state"], now["job"], now["restarts"], now["ranks"]) == ("running", run.job, 0, 2)
+    assert now["nodes"] == run.cluster.names
+    assert now["images_per_second"] > 0
+    assert 0 <= now["heartbeat_s"] < 60
+    run.cluster.kill_controller()  # jobs go on without it
+    told = run.told()
+    assert "running" in told
+    run.cluster.start_controller()
+    ended = run.finish()
+    assert (ended["state"], ended["step"], ended["restarts"]) == ("finished", STEPS, 0)
+    assert_equals(run.folder, reference)
+    (chapter,) = run.chapters()
+    logs = run.folder / "logs" / str(chapter.incarnation)
+    assert {path.name for path in logs.glob("*.log")} == {"rank-00000.log", "rank-00001.log"}
+    output = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
+    assert f"step {STEPS}/{STEPS}" in output
+    assert run.cluster.job(run.job)["JobState"] == "COMPLETED"
+    assert "is finished" in run.launch(digits, code=2)
+
+
+def test_preempted_in_every_way_it_saves_and_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    ways = [("leave", 0, False), ("requeue", 20, False), ("requeue", 20, True), ("leave", 0, True)]
+    for number, (action, grace, user_signal) in enumerate(ways):
+        run.cluster.set_preemption(grace=grace, user_signal=user_signal)
+        aim = (run.chapters()[-1].step if number else 0) + 6
+        run.wait_for_step(aim)
+        run.cluster.preempt()
+        ended = run.wait_for_end(number)
+        assert (ended.cause, ended.action) == ("preempted", action), (grace, user_signal)
+        waiting = run.wait_for_state("waiting")
+        assert "preempted" in waiting["why"]
+        assert waiting["restarts"] == number
+        begun = run.wait_for_chapters(number + 2)[number + 1]
+        assert begun.step == ended.end_step >= aim, "what was trained before the preemption was not saved"
+        assert_resumed(run, begun, at_least=aim)
+    assert run.finish()["restarts"] == len(ways)
+    assert_equals(run.folder, reference)
+
+
+def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits, "--time", "1", "--save-within", "20")
+    run.wait_for_step(7)
+    for rank in run.ranks():  # Slurm looks at time limits twice a minute, and wakes whom it sends a signal
+        rank.suspend()
+    saved = run.wait_for_end(0)
+    assert (saved.cause, saved.action) == ("time limit", "requeue")
+    assert "time limit" in run.wait_for_state("waiting")["why"]
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.step == saved.end_step >= 7
+    assert_resumed(run, begun, at_least=7)
+    run.wait_for_step(begun.step + SAVED_EVERY + 1)
+    while not run.chapters()[1].ended:  # these get no time to save
+        for rank in run.ranks():
+            with contextlib.suppress(psutil.Error):
+                rank.suspend()
+        time.sleep(0.02)
+    killed = run.chapters()[1]
+    assert (killed.cause, killed.action) == ("time limit", "requeue")
+    assert "had not saved within 15 s" in killed.reason
+    run.cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+    assert_resumed(run, run.wait_for_chapters(3)[2], at_least=begun.step + SAVED_EVERY)
+    assert run.finish()["restarts"] == 2
+    assert_equals(run.folder, reference)
+
+
+def test_lost_nodes_are_replaced_by_others(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(4)
+    second = run.cluster.names[1]
+    run.launch(digits)
+    run.wait_for_step(SAVED_EVERY + 2)
+    run.cluster.kill_node(second)  # not the batch host: its script lives to tell
+    ended = run.wait_for_end(0)
+    assert ended.cause == "node lost"
+    begun = run.wait_for_chapters(2)[1]
+    assert second not in begun.nodes
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    run.wait_for_step(begun.step + SAVED_EVERY + 2)
+    batch_host = begun.nodes[0]
+    run.cluster.kill_node(batch_host)  # nobody lives to tell
+    last = run.wait_for_chapters(3)[2]
+    left = [name for name in run.cluster.names if name not in (second, batch_host)]
+    assert last.nodes == left
+    assert run.chapters()[1].cause == "lost"
+    assert_resumed(run, last, at_least=begun.step + SAVED_EVERY)
+    told = run.finish()
+    assert told["restarts"] == 2
+    assert told["nodes"] == left
+    assert_equals(run.folder, reference)
+
+
+def test_nodes_that_reboot_at_once_are_used_again(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(2)
+    first, second = run.cluster.names
+    run.launch(digits)
+    for number, name in enumerate((second, first)):
+        before = run.chapters()[-1].step if number else 0
+        run.wait_for_step(before + SAVED_EVERY + 2)
+        run.cluster.kill_node(name)
+        run.cluster.start_node(name)
+        begun = run.wait_for_chapters(number + 2)[number + 1]
+        assert begun.nodes == [first, second]
+        assert_resumed(run, begun, at_least=before + SAVED_EVERY)
+    assert run.finish()["restarts"] == 2
+    assert_equals(run.folder, reference)
+
+
+def test_a_rank_that_is_killed_is_told_and_its_node_avoided_after_the_second_time(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(3)
+    first, second, third = run.cluster.names
+    run.launch(digits)
+    for number in range(2):
+        before = run.chapters()[-1].step if number else 0
+        run.wait_for_step(before + SAVED_EVERY + 1)
+        run.rank(1).kill()
+        ended = run.wait_for_end(number)
+        assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
+        assert f"rank 1 on {second}: killed by SIGKILL" in run.status()["why"]
+        begun = run.wait_for_chapters(number + 2)[number + 1]
+        assert_resumed(run, begun, at_least=before + SAVED_EVERY)
+    assert begun.nodes == [first, third]
+    assert f"avoiding {second}" in run.told(str(run.folder))
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_restarts_without_a_new_checkpoint_have_an_end(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(1)
+    run.launch(digits, "--max-restarts", "1", nodes=1)
+    for number in range(2):
+        run.wait_for_chapters(number + 1)
+        run.cluster.wait_for(lambda: bool(list(run.ranks())), "a rank", run.output)
+        run.rank(0).kill()
+        ended = run.wait_for_end(number)
+    assert (ended.cause, ended.action) == ("crashed", "none")
+    told = run.wait_for_state("failed")
+    assert "gave up: 1 restarts in a row brought no new checkpoint" in told["why"]
+    run.cluster.wait_for(lambda: not run.cluster.ask("squeue", "-h"), "an empty queue")
+    assert run.cluster.job(run.job)["JobState"] == "FAILED"
+
+
+def test_an_error_that_will_repeat_is_not_repeated(on_cluster: Maker, digits: Path, tmp_path: Path) -> None:
+    run = on_cluster(1)
+    data = tmp_path / "digits"
+    shutil.copytree(digits, data)
+    run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[0]}", "State=DRAIN", "Reason=test")
+    run.launch(data, nodes=1)
+    assert run.status()["state"] == "waiting"
+    shutil.rmtree(data)
+    run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[0]}", "State=RESUME")
+    told = run.wait_for_state("failed")
+    assert f"there is no dataset in {data}" in told["why"]
+    assert "python -m data_pipeline.build" in told["why"]
+    (chapter,) = run.chapters()
+    assert (chapter.cause, chapter.action) == ("will fail again", "none")
+    assert not run.cluster.ask("squeue", "-h", "-t", "PENDING")
+
+
+def test_a_rank_that_stands_still_is_noticed_and_the_run_goes_on(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits, "--set", "watchdog.step_minutes=0.1")
+    run.wait_for_step(SAVED_EVERY + 1)
+    run.rank(1).suspend()
+    ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action, ended.node) == ("hang", "requeue", "")
+    assert "rank 0 hangs: computing, or waiting for the other ranks" in run.status()["why"]
+    assert list((run.folder / "hangs").glob("*-rank-00000.txt"))
+    assert_resumed(run, run.wait_for_chapters(2)[1], at_least=SAVED_EVERY)
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_stopped_or_cancelled_it_stays_so_until_it_is_launched_again(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    run.wait_for_step(6)
+    assert "save and end" in run.stop()
+    ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action) == ("stopped", "none")
+    assert "slurm.stop by root" in run.wait_for_state("stopped")["why"]
+    run.launch(digits)
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.step == ended.end_step >= 6
+    run.wait_for_step(begun.step + 6)
+    run.cluster.ask("scancel", run.job)
+    ended = run.wait_for_end(1)
+    assert (ended.cause, ended.action) == ("cancelled", "none")
+    assert run.wait_for_state("cancelled")["saved_step"] == ended.end_step >= begun.step + 6
+    name = run.cluster.names[0]
+    run.cluster.ask("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+    run.launch(digits)
+    assert run.status()["state"] == "waiting"
+    assert "is cancelled" in run.stop()
+    assert run.wait_for_state("stopped")["step"] == ended.end_step
+    run.cluster.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
+    assert not run.cluster.ask("squeue", "-h", "-t", "PENDING")
+    run.launch(digits)
+    assert_resumed(run, run.wait_for_chapters(3)[2], at_least=ended.end_step)
+    assert run.finish()["restarts"] == 2
+    assert_equals(run.folder, reference)
+
+
+def test_where_jobs_may_not_be_requeued_another_job_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    job = run.job
+    for number, cause in enumerate(("crashed", "preempted")):
+        run.cluster.ask("scontrol", "update", f"JobId={job}", "Requeue=0")
+        before = run.chapters()[-1].step if number else 0
+        run.wait_for_step(before + SAVED_EVERY + 1)
+        if cause == "crashed":
+            run.rank(1).kill()
+        else:
+            run.cluster.preempt()
+        begun = run.wait_for_chapters(number + 2)[number + 1]
+        assert run.chapters()[number].cause == cause
+        assert run.chapters()[number].next_job == begun.job != job
+        assert_resumed(run, begun, at_least=before + SAVED_EVERY)
+        job = begun.job
+        assert run.status()["job"] == job
+    assert run.finish()["restarts"] == 2
+    assert_equals(run.folder, reference)
+
+
+def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:
+    run = on_cluster(3)
+    assert "a restart also takes 2 nodes" in run.launch(digits, "--min-nodes", "2", nodes=3)
+    run.wait_for_step(SAVED_EVERY + 2)
+    assert run.status()["ranks"] == 3
+    assert run.chapters()[0].nodes == run.cluster.names
+    run.cluster.kill_node(run.cluster.names[2])
+    begun = run.wait_for_chapters(2)[1]
+    assert (begun.nodes, begun.ranks) == (run.cluster.names[:2], 2)
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    assert run.finish()["ranks"] == 2
+    assert_equals(run.folder, reference, same_ranks=False)
+
+
+def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(4)
+    run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[3]}", "State=DRAIN", "Reason=test")
+    plan = run.launch(digits, "--min-nodes", "1", "--set", "deepspeed.train_batch_size=16", nodes=4)
+    assert "a restart also takes 1 or 2 nodes" in plan
+    run.wait_for_step(1)
+    (chapter,) = run.chapters()
+    assert (chapter.nodes, chapter.ranks) == (run.cluster.names[:2], 2)
+    said = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
+    assert "using 2 of 3 nodes: the ranks must divide the global batch of 16" in said
+    assert "global batch 16 = 2 ranks x 8 x 1" in said
+    run.stop()
+    run.wait_for_state("stopped")

@@ -1,0 +1,90 @@
+"""The parts of this room that need no cluster."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm import scheduler
+from slurm.folder import Incarnation, SlurmFolder
+from slurm.history import History
+from slurm.incarnation import rendezvous_port
+from slurm.job import Output
+from slurm.restart import Decision, RankExit
+from slurm.standing import find_runs, standing_of
+
+
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ("step 1\nerror: no such dataset\nWARNING late\n", "no such dataset"),
+        ("Traceback (most recent call last):\n  File x\nRuntimeError: first\nstep\n", "RuntimeError: first"),
+        ("[rank3]: torch.OutOfMemoryError: CUDA out of memory\n[W] x\n", "torch.OutOfMemoryError: CUDA out of memory"),
+        ("ValueError: one\nerror: two\n", "two"),
+        ("only words\n\n", "only words"),
+        ("", ""),
+    ],
+)
+def test_the_last_error_that_a_rank_printed_is_kept(printed: str, error: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"print({printed!r}, end='')"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    output = Output(child, tmp_path / "log", echo=False)
+    child.wait()
+    assert output.last_error() == error
+    assert (tmp_path / "log").read_text() == printed
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('x' * 1_000_000); print('error: the end')"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    output = Output(child, Path("/dev/full"), echo=False)
+    assert child.wait(30) == 0
+    assert output.last_error() == "the end"
+
+
+def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:
+    ports = [rendezvous_port(Incarnation(str(job), restart)) for job in range(5000, 5100) for restart in range(20)]
+    assert len({*ports}) == len(ports)
+    assert all(10_000 <= port < 30_000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("00:01:00", 60), ("1-02:03:04", 93784), ("UNLIMITED", 0), ("365-00:00:00", 31_536_000)]
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert scheduler._seconds(text) == seconds
+
+
+def test_a_history_whose_last_line_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
+    history, first, second = History(tmp_path / "history.jsonl"), Incarnation("7", 0), Incarnation("7", 1)
+    history.begin(first, nodes=["a", "b"], ranks=2, step=0)
+    history.end(first, Decision("requeue", "crashed", "rank 1 on b: killed by SIGKILL", node="b"), step=5)
+    history.note(first, "goes on as job 8", next_job="8")
+    history.begin(second, nodes=["a", "c"], ranks=2, step=5)
+    with history.path.open("a") as handle:
+        handle.write('{"event": "end", "job": "7", "rest')
+    one, two = history.chapters()
+    assert (one.cause, one.node, one.end_step, one.next_job) == ("crashed", "b", 5, "8")
+    assert (two.step, two.cause, two.ended) == (5, None, 0.0)
+    assert [past.cause for past in history.past(Incarnation("8", 0))] == ["crashed", "lost"]
+
+
+def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(tmp_path: Path) -> None:
+    folder, incarnation = SlurmFolder(tmp_path), Incarnation("7", 0)
+    folder.logs(incarnation).mkdir(parents=True)
+    folder.write_exit(incarnation, RankExit(0, "a", 1, 20.0, "later"))
+    folder.write_exit(incarnation, RankExit(1, "b", -9, 10.0, "earlier"))
+    (folder.logs(incarnation) / "rank-00002.exit.json").write_text("{")
+    assert [ended.error for ended in folder.read_exits(incarnation)] == ["earlier", "later"]
+
+
+def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path) -> None:
+    run = tmp_path / "runs/one"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "here"}))
+    assert find_runs(tmp_path / "runs") == [run]
+    standing = standing_of(run, {})
+    assert (standing.state, standing.step) == ("lost", 7)
+    assert "no process of here holds the run" in standing.why

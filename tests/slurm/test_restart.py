@@ -1,0 +1,122 @@
+"""The decision after an incarnation: every way to end, every limit."""
+
+from dataclasses import replace
+
+import pytest
+
+from pretrain.outcome import ExitCode
+from slurm.restart import Ending, Past, Policy, RankExit, decide
+
+POLICY = Policy(max_restarts=3, retry_wait_s=60.0, save_within_s=120)
+ENDED = Ending(fate="running", exits=(), status=0, node_down=False, finished=False, stop_request="", begun_at=100,
+               saved_at=200)  # fmt: skip
+
+
+def rank(code: int, error: str = "", *, rank: int = 0, node: str = "a") -> RankExit:
+    return RankExit(rank, node, code, 0.0, error)
+
+
+STOPPED = rank(ExitCode.STOPPED, "SIGUSR2")
+CRASHED = rank(ExitCode.RETRY, "RuntimeError: CUDA error: an illegal memory access", rank=3, node="b")
+LOST_PEER = rank(ExitCode.RETRY, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]")
+HANG = rank(ExitCode.RETRY, "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
+HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
+
+
+@pytest.mark.parametrize(
+    ("ending", "cause", "action"),
+    [
+        ({"finished": True}, "finished", "none"),
+        ({"finished": True, "fate": "requeued"}, "finished", "cancel"),
+        ({"finished": True, "fate": "cancelled"}, "finished", "none"),
+        ({"stop_request": "stopped with slurm.stop", "exits": (STOPPED,)}, "stopped", "none"),
+        ({"stop_request": "stopped with slurm.stop", "fate": "requeued"}, "stopped", "cancel"),
+        ({"stop_request": "stopped with slurm.stop", "exits": (CRASHED,), "status": 1}, "stopped", "none"),
+        ({"fate": "cancelled", "exits": (STOPPED,)}, "cancelled", "none"),
+        ({"fate": "cancelled", "status": 137}, "cancelled", "none"),
+        ({"exits": (HOPELESS,), "status": 2}, "will fail again", "none"),
+        ({"exits": (LOST_PEER, HOPELESS), "status": 2}, "will fail again", "none"),
+        ({"exits": (HOPELESS,), "fate": "requeued"}, "will fail again", "cancel"),
+        ({"fate": "requeued", "exits": (STOPPED,)}, "preempted", "leave"),
+        ({"fate": "requeued", "status": 137}, "preempted", "leave"),
+        ({"fate": "requeued", "node_down": True, "status": 137}, "node lost", "leave"),
+        ({"fate": "preempted", "exits": (STOPPED,)}, "preempted", "requeue"),
+        ({"fate": "preempted", "status": 137}, "preempted", "requeue"),
+        ({"fate": "time limit", "exits": (STOPPED,)}, "time limit", "requeue"),
+        ({"fate": "time limit", "status": 137}, "time limit", "requeue"),
+        ({"fate": "time limit", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
+        ({"fate": "node lost", "exits": (LOST_PEER,), "status": 1}, "node lost", "requeue"),
+        ({"exits": (LOST_PEER,), "status": 1, "node_down": True}, "node lost", "requeue"),
+        ({"exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
+        ({"exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
+        ({"exits": (HANG,), "status": 1}, "hang", "requeue"),
+        ({"exits": (STOPPED,)}, "preempted", "requeue"),
+        ({"status": 128 + 12}, "preempted", "requeue"),
+        ({"status": 128 + 15}, "preempted", "requeue"),
+        ({"status": 137}, "lost", "requeue"),
+        ({"status": 127}, "lost", "requeue"),
+        ({"status": 0}, "lost", "requeue"),
+    ],
+)
+def test_every_end_has_its_cause_and_what_follows(ending: dict[str, object], cause: str, action: str) -> None:
+    decision = decide(replace(ENDED, **ending), [], POLICY)
+    assert (decision.cause, decision.action) == (cause, action)
+    assert decision.reason
+    assert "\n" not in decision.reason
+
+
+def test_the_rank_at_fault_is_told_rather_than_those_that_lost_it() -> None:
+    decision = decide(replace(ENDED, exits=(LOST_PEER, CRASHED), status=1), [], POLICY)
+    assert decision.reason == "rank 3 on b: RuntimeError: CUDA error: an illegal memory access"
+    assert decision.node == "b"
+    killed = rank(-9, "killed by SIGKILL", rank=2, node="c")
+    assert decide(replace(ENDED, exits=(LOST_PEER, killed), status=137), [], POLICY).node == "c"
+
+
+@pytest.mark.parametrize("exits", [(LOST_PEER,), (HANG,), (HANG, LOST_PEER)])
+def test_a_rank_that_lost_the_others_does_not_blame_its_node(exits: tuple[RankExit, ...]) -> None:
+    assert decide(replace(ENDED, exits=exits, status=1), [], POLICY).node == ""
+
+
+def without_progress(number: int, cause: str = "crashed") -> list[Past]:
+    return [Past(0, "preempted"), Past(100, "finished"), *[Past(200, cause) for _ in range(number)]]
+
+
+@pytest.mark.parametrize(("before", "wait"), [(0, 0), (1, 60), (2, 240)])
+def test_each_restart_without_progress_waits_longer(before: int, wait: float) -> None:
+    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
+    decision = decide(ending, without_progress(before), POLICY)
+    assert (decision.action, decision.wait_s) == ("requeue", wait)
+
+
+@pytest.mark.parametrize("cause", ["crashed", "hang", "lost", "node lost", "time limit"])
+def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
+    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
+    decision = decide(ending, without_progress(3, cause), POLICY)
+    assert (decision.action, decision.cause) == ("none", "crashed")
+    assert "gave up: 3 restarts in a row brought no new checkpoint" in decision.reason
+    assert (
+        decide(replace(ending, fate="requeued", node_down=True, exits=()), without_progress(3), POLICY).action
+        == "cancel"
+    )
+
+
+def test_a_new_checkpoint_starts_the_count_anew() -> None:
+    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200, saved_at=201)
+    decision = decide(ending, without_progress(50), POLICY)
+    assert (decision.action, decision.wait_s) == ("requeue", 0.0)
+
+
+def test_being_preempted_is_never_too_often() -> None:
+    ending = replace(ENDED, fate="preempted", begun_at=200)
+    assert decide(ending, without_progress(50, "preempted"), POLICY).action == "requeue"
+    crash = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
+    assert decide(crash, without_progress(50, "preempted"), POLICY).wait_s == 0
+
+
+def test_a_node_that_failed_twice_is_avoided_for_good() -> None:
+    ending = replace(ENDED, exits=(CRASHED,), status=1)
+    assert decide(ending, [Past(0, "crashed", "a")], POLICY).exclude == ()
+    assert decide(ending, [Past(0, "crashed", "b"), Past(5, "crashed", "a")], POLICY).exclude == ("b",)
+    stopped = replace(ENDED, fate="preempted", exits=(STOPPED,))
+    assert decide(stopped, [Past(0, "crashed", "b"), Past(5, "crashed", "b")], POLICY).exclude == ("b",)

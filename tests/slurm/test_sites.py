@@ -1,0 +1,117 @@
+"""Other ways to the same job: without submitit, without Slurm, only as a script; and what tests leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pretrain.outcome import ExitCode
+from tests.slurm.conftest import local_command
+from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
+from tests.system.launching import ROOT
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+Maker = Callable[[int], ClusterRun]
+
+
+def test_a_plain_batch_script_runs_the_same_and_submits_itself_where_requeueing_is_refused(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    text = run.launch(digits, "--plain")
+    run.job = run.cluster.ask(*text.split("submit")[1].split()).split()[-1]
+    run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
+    run.wait_for_step(SAVED_EVERY + 1)
+    run.rank(0).kill()
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.job != run.job
+    assert "killed by SIGKILL" in run.chapters()[0].reason
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_a_dry_run_prints_the_script_and_starts_nothing(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(1)
+    text = run.launch(
+        digits, "--dry-run", "--min-nodes", "2", "--partition", "big", "--account", "lab", "--qos", "high",
+        "--constraint", "h100", "--time", "12:00:00", "--cpus-per-gpu", "12", "--mem", "500G", "--exclude", "bad1,bad2",
+        "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
+    )  # fmt: skip
+    for line in ("nodes=2-4", "gpus-per-node=1", "partition=big", "account=lab", "qos=high",
+                 "constraint=h100", "time=12:00:00", "cpus-per-gpu=12", "mem=500G", "exclude=bad1,bad2",
+                 "signal=USR2@300", "requeue", "job-name=demo"):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in text
+    assert "\nmodule load cuda\n" in text
+    assert " apptainer exec --nv lavit.sif python3 -u -m submitit.core._submit " in text
+    assert "a restart also takes 2 or 3 nodes" in text
+    assert not run.folder.exists()
+    assert not run.cluster.ask("squeue", "-h", "-t", "all")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (["--set", "optimizer.lrr=1"], "did you mean optimizer.lr?"),
+        (["--set", "data.path=/nowhere"], "/nowhere"),
+        (["--set", "model.name=lavit_mikro"], "lavit_micro"),
+        (["--nodes", "5"], "cannot be divided by 5 ranks"),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(change: list[str], line: str, on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(1)
+    said = run.launch(digits, *change, code=ExitCode.WILL_FAIL_AGAIN)
+    assert line in said
+    assert len([text for text in said.splitlines() if text.startswith("error: ")]) == 1
+    assert not run.folder.exists()
+    assert not run.cluster.ask("squeue", "-h", "-t", "all")
+
+
+def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
+    tmp_path: Path, digits: Path, reference: Path, on_cluster: Maker
+) -> None:
+    run = on_cluster(1)  # has nothing to do but to be asked by slurm.status
+    command = local_command(run.runs, digits)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run.wait_for_step(6)
+    assert run.status()["state"] == "running"
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == ExitCode.STOPPED
+    assert run.status()["state"] == "stopped"
+    saved = run.chapters()[0].end_step
+    assert saved >= 6
+    with (tmp_path / "second.log").open("w") as log:
+        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    run.wait_for_step(saved + SAVED_EVERY + 1)
+    ranks = [p for p in psutil.Process(second.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    assert second.wait(120) == ExitCode.FINISHED, (tmp_path / "second.log").read_text()
+    stopped, crashed, finished = run.chapters()
+    assert (stopped.cause, crashed.cause, finished.cause) == ("stopped", "crashed", "finished")
+    assert_resumed(run, crashed, at_least=saved, at_most=saved)
+    assert_resumed(run, finished, at_least=saved + 1)
+    assert_equals(run.folder, reference)
+
+
+def test_a_killed_test_run_leaves_no_daemon() -> None:
+    program = (
+        "import json, time, psutil\nfrom tests.slurm.cluster import cluster\nwith cluster(2) as made:\n"
+        "    made.ask('sbatch', '-N2', '-o', '/dev/null', '--wrap', 'srun sleep 600')\n"
+        "    made.wait_for(lambda: all(len(made.processes_on(n)) >= 2 for n in made.names), 'the job')\n"
+        "    print(json.dumps([p.pid for p in psutil.Process().children(recursive=True)]), flush=True)\n"
+        "    time.sleep(600)"
+    )
+    started = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    processes = [psutil.Process(pid) for pid in json.loads(started.stdout.readline())]
+    assert len(processes) >= 8
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
