@@ -73,7 +73,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
-        self.watchdog.on_hang = lambda reason: self.write_state("failed", reason)
+        self.watchdog.on_hang = self.fail
 
     @property
     def done(self) -> bool:
@@ -289,6 +289,10 @@ class Run:
             self.state.state, self.state.reason = state, reason
             self.state.step, self.state.samples_seen = self.progress.step, self.progress.samples_seen
             self.folder.write_state(self.state)
+
+    def fail(self, reason: str) -> None:
+        """Write down why the run fails: on any rank, and the first one's reason stands in ``run.json``."""
+        self.write_state("failed", self.folder.first_failure(reason))
 
     def close(self) -> None:
         """Free loaders, flush metrics, give the terminal back."""

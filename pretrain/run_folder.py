@@ -35,6 +35,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
         self.hangs = path / "hangs"
+        self.failure = path / "failure.txt"
         self.loss_spikes = path / "loss_spikes.jsonl"
 
     def read_recipe(self) -> dict[str, Any] | None:
@@ -99,12 +100,26 @@ class RunFolder:
 
     def write_description(self, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``."""
+        self.failure.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "ds_config.json", deepspeed)
         write_json(self.path / "environment.json", describe_environment() | facts)
         # Last: with it the folder is a run, whose other files must be there.
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "recipe.yaml", text.encode())
+
+    def first_failure(self, reason: str) -> str:
+        """Note why this rank fails, unless another one did before; the result is the reason of the first.
+
+        When one rank fails the others soon do too, with reasons that are its echo. ``failure.txt`` is of this start
+        only: the next one removes it.
+        """
+        try:
+            with self.failure.open("x") as handle:
+                handle.write(reason)
+        except FileExistsError:
+            return self.failure.read_text() or reason
+        return reason
 
     def append_bad_sample(self, line: dict[str, Any]) -> None:
         """Add a line to ``bad_samples.jsonl``; any rank may."""

@@ -60,10 +60,10 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-def micro_batches(micro: int) -> Iterator[Batch]:
-    """This rank's rows of every global batch, as the loader cuts them."""
+def micro_batches(micro: int, *, first: int = 0, last: int = STEPS) -> Iterator[Batch]:
+    """This rank's rows of the global batches of steps first..last-1, as the loader cuts them."""
     share = BATCH // dist.get_world_size()
-    for step in range(STEPS):
+    for step in range(first, last):
         images, labels = global_batch(step)
         mine = np.arange(BATCH, dtype=np.int64)[dist.get_rank() * share :][:share]
         for rows in np.split(mine, share // micro):

@@ -1,5 +1,11 @@
-"""``pretrain/main.py`` with a fault: ``inject.py 9-11,15 ...`` makes the loss of these steps NaN on the last rank."""
+"""``pretrain/main.py`` with a fault or a witness, which the first argument names.
 
+- ``nan=9-11,15``: the loss of these steps is NaN on the last rank
+- ``raise=7``: the last rank fails in this step
+- ``digests=FOLDER``: every rank writes a line for each row of the global batches that it trains on
+"""
+
+import hashlib
 import sys
 from pathlib import Path
 
@@ -11,19 +17,28 @@ from pretrain import main, train  # noqa: E402
 from pretrain.signals import StopFlag, watch_launcher  # noqa: E402
 
 local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
-spans, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-bad_steps = {step for span in spans.split(",") for step in range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)}
+instruction, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+kind, _, value = instruction.partition("=")
+spans = [span.split("-") for span in value.split(",")] if kind != "digests" else []
+steps = {step for span in spans for step in range(int(span[0]), int(span[-1]) + 1)}
 original = train.micro_batch_loss
 
 
-def with_fault(run, batch):
+def instructed(run, batch):
+    step = run.progress.step + 1
+    if kind == "digests":
+        with (Path(value) / f"{dist.get_world_size()}-{dist.get_rank()}.txt").open("a") as lines:
+            for row, image, label in zip(batch.rows, batch.images, batch.labels, strict=True):
+                digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+                lines.write(f"{step} {row} {label} {digest}\n")
+    hit = step in steps and dist.get_rank() == dist.get_world_size() - 1
+    if hit and kind == "raise":
+        raise RuntimeError("an injected fault")
     loss, parts = original(run, batch)
-    if run.progress.step + 1 in bad_steps and dist.get_rank() == dist.get_world_size() - 1:
-        loss = loss * float("nan")
-    return loss, parts
+    return (loss * float("nan") if hit else loss), parts
 
 
-train.micro_batch_loss = with_fault
+train.micro_batch_loss = instructed
 flag = StopFlag()
 watch_launcher(flag)
 sys.exit(main.main(flag, arguments))

@@ -21,7 +21,7 @@ FIELDS = {
 def run_with_faults(folder: Path, digits: Path, steps: str, stage: int) -> tuple[int, str, list[dict[str, Any]]]:
     fields = changes(data__path=digits, **FIELDS)
     stage_field = ["--set", f"deepspeed.zero_optimization.stage={stage}"]
-    with launched(folder, *fields, *stage_field, program=("tests/system/inject.py", steps)) as run:
+    with launched(folder, *fields, *stage_field, program=("tests/system/inject.py", f"nan={steps}")) as run:
         code = run.end()
         run.assert_no_rank_stays()
         return code, run.output(), read_metrics(folder / "demo/metrics.jsonl", "train")

@@ -1,4 +1,4 @@
-"""A rank that stands still is noticed, told, and ended."""
+"""A rank that stands still or fails is noticed, told, and ended."""
 
 import json
 import signal
@@ -24,3 +24,13 @@ def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(tmp
     state = json.loads((tmp_path / "demo/run.json").read_text())
     assert state["state"] == "failed"
     assert "rank 0 hangs: computing, or waiting for the other ranks" in state["reason"]
+
+
+@pytest.mark.slow
+def test_the_reason_of_the_rank_that_failed_first_is_the_runs(tmp_path: Path, digits: Path) -> None:
+    fields = changes(data__path=digits, log_every_steps=1)
+    with launched(tmp_path, *fields, program=("tests/system/inject.py", "raise=4")) as run:
+        assert run.end() == ExitCode.RETRY
+        run.assert_no_rank_stays()
+    state = json.loads((tmp_path / "demo/run.json").read_text())
+    assert (state["state"], state["reason"]) == ("failed", "rank 1: RuntimeError: an injected fault")

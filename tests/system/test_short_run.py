@@ -156,6 +156,37 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+def test_from_two_ranks_to_one_to_four_and_from_stage_1_to_3_to_0_it_follows_the_same_curve_on_the_same_batches(
+    straight: Path, short: list[str], tmp_path: Path
+) -> None:
+    witness = {}
+    for name in ("elastic", "straight"):
+        (tmp_path / f"{name}-digests").mkdir()
+        witness[name] = ("tests/system/inject.py", f"digests={tmp_path / f'{name}-digests'}")
+    legs = [(2, 1, 5), (1, 3, 11), (4, 0, None)]
+    for ranks, stage, stop_at in legs:
+        fields = [*short, "--set", f"deepspeed.zero_optimization.stage={stage}"]
+        with launched(tmp_path / "elastic", *fields, ranks=ranks, program=witness["elastic"]) as run:
+            if stop_at is not None:
+                run.wait_for_steps(tmp_path / "elastic/demo", stop_at)
+                run.process.terminate()
+            run.end()
+            run.assert_no_rank_stays()
+            assert (state(tmp_path / "elastic/demo")["state"] == "finished") is (stop_at is None), run.output()
+    losses, expected = ([row["loss"] for row in train_rows(run)] for run in (tmp_path / "elastic/demo", straight))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    with launched(tmp_path / "straight", *short, ranks=2, program=witness["straight"]) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+    read = {
+        name: sorted(
+            line for file in (tmp_path / f"{name}-digests").iterdir() for line in file.read_text().splitlines()
+        )
+        for name in witness
+    }
+    assert len(read["straight"]) == STEPS * 64
+    assert read["elastic"] == read["straight"], "another picture, label, pixel or row"
+
+
 def test_told_to_stop_it_says_so_in_its_exit_status(short: list[str], tmp_path: Path) -> None:
     with launched(tmp_path, *short, ranks=0) as run:
         run.wait_for_steps(tmp_path / "demo", 2)

@@ -1,0 +1,63 @@
+"""Twenty steps, a stop and twenty more are forty steps, bit for bit, at every stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import Progress, load_newest
+from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.distributed import new_cpu_group
+from pretrain.train import train_step
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import BATCH, micro_batches, recipe, training, whole_weights, zero
+
+HALF = 20
+
+
+def go_on(run: Any, steps: int) -> list[float]:
+    """So many steps more, from where the run's progress stands, in the middle of an epoch of 100 pictures."""
+    first, losses = run.progress.step, []
+    batches = micro_batches(run.batch.micro_batch, first=first, last=first + steps)
+    for _ in range(steps):
+        train_step(run, batches)
+        run.progress.step += 1
+        run.progress.samples_seen += BATCH
+        losses.append(run.meter.means()["loss"])
+        run.meter.reset()
+    assert run.bad_steps.settled() == [False] * steps
+    return losses
+
+
+def state(run: Any) -> list[torch.Tensor]:
+    return [piece.view(kind, run.pieces.optimizer) for piece in run.pieces.pieces for kind in run.pieces.kinds]
+
+
+def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
+    group = new_cpu_group(60)
+    for stage in range(4):
+        options: dict[str, Any] = {"accumulation": 2, "zero_optimization": zero(stage)}
+        chosen = recipe(ema={"decay": 0.9})
+        straight = training(chosen, **options)
+        losses = go_on(straight, 2 * HALF)
+        stopped = training(chosen, **options)
+        assert go_on(stopped, HALF) == losses[:HALF]
+        case = folder / f"{stage}"
+        writer = CheckpointWriter(case, stopped.pieces, retention=Retention(), facts={}, group=group)
+        writer.start(Progress(stopped.progress.samples_seen, stopped.progress.step))
+        assert writer.settle() == ""
+        resumed = training(chosen, **options)
+        loaded = load_newest(case, resumed.pieces, group=control)
+        assert loaded is not None
+        resumed.progress = loaded[0]
+        assert go_on(resumed, HALF) == losses[HALF:], f"stage {stage}: the losses are not bit-identical"
+        assert all(torch.equal(a, b) for a, b in zip(state(resumed), state(straight), strict=True)), stage
+        weights, expected = whole_weights(resumed.engine), whole_weights(straight.engine)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected), stage
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit_at_every_stage(tmp_path: Path) -> None:
+    run_ranks(2, stopped_equals_straight, tmp_path)
