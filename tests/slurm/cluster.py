@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 60.0
+PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 
