@@ -122,7 +122,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
     if decision.action in ("none", "cancel"):
         return
     exclude = [node for node in decision.exclude if _can_do_without(node, decision, folder)]
-    if exclude:
+    if decision.node in exclude:
         history.note(incarnation, f"avoiding {', '.join(exclude)} from now on: it failed more than once")
     if decision.action == "requeue":
         try:

@@ -119,7 +119,7 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
     if code == ExitCode.STOPPED:
         error = "".join((*told[:1], *overdue))
     elif code < 0:
-        error = f"killed by {signal.Signals(-code).name}" + (f"; the last line was: {error}" if error else "")
+        error = f"killed by {signal.Signals(-code).name}" + (f" after: {output.error}" if output.error else "")
     if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or place.rank == 0:
         folder.write_exit(place.incarnation, RankExit(place.rank, place.node, code, time.time(), error))
     if code < 0:
@@ -144,14 +144,14 @@ class Output:
         assert child.stdout is not None
         self._stream = child.stdout
         self._sinks: list[IO[bytes]] = [log.open("ab", buffering=0), *([sys.stdout.buffer] if echo else [])]
-        self._error = self._line = ""
+        self.error = self._line = ""
         self._thread = threading.Thread(target=self._copy, name="output", daemon=True)
         self._thread.start()
 
     def last_error(self) -> str:
         """The last error that was printed, else the last line; one line. Call it when the rank has ended."""
         self._thread.join(DRAIN_S)
-        return (self._error or self._line)[:500]
+        return (self.error or self._line)[:500]
 
     def _copy(self) -> None:
         for line in self._stream:
@@ -165,7 +165,7 @@ class Output:
             text = line.decode(errors="replace").strip()
             self._line = text or self._line
             if found := _ERROR.match(text):
-                self._error = found[1] or found[2]
+                self.error = found[1] or found[2]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_S = 60.0
+PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 
@@ -46,8 +46,8 @@ SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-MessageTimeout=2
-SlurmdTimeout=3
+MessageTimeout=4
+SlurmdTimeout=5
 KillWait=5
 MinJobAge=3600
 GresTypes=gpu

@@ -128,9 +128,8 @@ class ClusterRun:
                         yield process
 
     def finish(self) -> dict[str, Any]:
-        """Wait until the run is finished and its job too; what ``slurm.status`` says."""
+        """Wait until the run is finished and its batch script has said so; what ``slurm.status`` says."""
         self.wait_for_state("finished")
-        self.cluster.wait_for(lambda: not self.cluster.ask("squeue", "-h"), "an empty queue", self.output)
         self.wait_for_end(len(self.chapters()) - 1)
         return self.status()
 

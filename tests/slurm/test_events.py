@@ -39,7 +39,7 @@ def test_from_launch_to_handoff_on_two_nodes(on_cluster: Maker, digits: Path, re
     assert {path.name for path in logs.glob("*.log")} == {"rank-00000.log", "rank-00001.log"}
     output = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
     assert f"step {STEPS}/{STEPS}" in output
-    assert run.cluster.job(run.job)["JobState"] == "COMPLETED"
+    run.cluster.wait_for(lambda: run.cluster.job(run.job)["JobState"] == "COMPLETED", "the end of the job")
     assert "is finished" in run.launch(digits, code=2)
 
 
