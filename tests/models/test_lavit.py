@@ -18,8 +18,8 @@ SMALL = {
 """A few thousand parameters on grids of 16, 8, 4 and 2 tokens a side, with every mechanism."""
 
 
-def small(**overrides) -> LaViT:
-    torch.manual_seed(0)
+def small(seed=0, **overrides) -> LaViT:
+    torch.manual_seed(seed)
     return create_model("lavit_micro", num_classes=5, **SMALL | overrides)
 
 
@@ -137,7 +137,7 @@ def test_layer_groups_hold_every_parameter_once_from_stem_to_head():
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert len(groups) == 2 + 8
     assert groups[0] == [n for n in names if n.startswith(("stages.0.embed", "stages.0.position"))]
-    assert "stages.1.residual.scale.gamma" in groups[2]
+    assert "stages.1.residual.gamma" in groups[2]
     assert "stages.1.blocks.1.norm1.weight" in groups[3]
     assert "head.weight" in groups[-1]
 
