@@ -50,6 +50,25 @@ def test_every_parameter_gets_a_gradient(pool, vanilla):
     assert dead == []
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lavit_tiny", []),
+        ("lavit_tiny_vanilla", []),
+        # Its last stage is one token at 32 x 32: scores have nothing to choose among, so what makes them never trains.
+        ("lavit_micro", ["attention.q.bias", "attention.q.weight", "class_token", "gamma", "mix", "pool"]),
+    ],
+)
+def test_a_named_network_as_it_comes_has_no_dead_parameter_but_where_there_is_one_token(name, expected):
+    torch.manual_seed(0)
+    model = create_model(name)
+    logits, diagonality = model(torch.randn(2, 3, *model.config.image_size), with_diagonality=True)
+    (torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])) + diagonality).backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
+    assert sorted(n.removeprefix("stages.3.").removeprefix("residual.").removeprefix("blocks.0.").removeprefix("pool.")
+                  for n in dead) == expected  # fmt: skip
+
+
 def test_less_attention_blocks_have_no_query_and_no_key_parameters():
     for stage in small().stages:
         for index, block in enumerate(stage.blocks):

@@ -68,12 +68,42 @@ def outputs_and_gradients(network, model, images, uniforms):
 
 
 @pytest.mark.slow
-def test_compiled_without_a_graph_break_it_gives_the_same_outputs_and_gradients():
-    model = shaken(drop_path=0.2, depths=(1, 2, 3, 1), vanilla_blocks=(1, 2, 2, 1))
+@pytest.mark.parametrize("checkpointed", ["none", "all"])
+def test_captured_without_a_graph_break_it_gives_the_same_outputs_and_gradients(checkpointed):
+    """What torch.compile captures, run operation by operation: exact in training and evaluation, at any size."""
+    torch._dynamo.reset()
+    model = shaken(drop_path=0.2)
+    model.set_activation_checkpointing(checkpointed)
     images, uniforms = torch.randn(2, 3, 32, 32), torch.rand(model.num_drop_paths, 2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = outputs_and_gradients(model, model, images, uniforms)
     for got, wanted in zip(outputs_and_gradients(compiled, model, images, uniforms), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    model.eval()
+    features = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for pictures in (images, torch.randn(1, 3, 48, 64)):
+            torch.testing.assert_close(compiled(pictures), model(pictures))
+        torch.testing.assert_close(features(images), model.forward_features(images))
+
+
+@pytest.mark.slow
+def test_a_stage_compiled_by_inductor_with_dropped_paths_and_checkpointing_gives_the_same():
+    """One stage, with the residual and both kinds of block: a whole network takes minutes of a C++ compiler's time, and
+    `benchmarks.model --compile` compares those."""
+    torch._dynamo.reset()
+    stage = shaken(drop_path=0.2).stages[1]
+    stage.checkpointed = True
+    picture, scores = torch.randn(2, 8, 16, 16), torch.randn(2, 1, 16, 256)
+    before, uniforms = (scores, (16, 16), (4, 4)), torch.rand(4, 2)
+
+    def run(network):
+        stage.zero_grad()
+        out, (last, *_), (loss,) = network(picture, before, uniforms, True)
+        (out.square().sum() + last.sum() + loss).backward()
+        return [out.detach(), last.detach(), loss.detach(), *(p.grad.clone() for p in stage.parameters())]
+
+    for got, wanted in zip(run(torch.compile(stage, fullgraph=True)), run(stage), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
