@@ -91,6 +91,15 @@ def peak_memory(name: str, device: str, batch: int) -> float:
     return queue.get() / 2**30
 
 
+def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images: torch.Tensor) -> None:
+    """Compiled and eager networks, of equal weights, must classify alike: what is timed does the same work."""
+    with torch.no_grad():
+        logits = {key: model.eval()(images) for key, model in models.items()}
+    for (name, mode), values in logits.items():
+        tolerance = 2**-5 if images.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(values, logits[name, "eager"], rtol=tolerance, atol=tolerance, msg=f"{name}, {mode}")
+
+
 def measure(size: str, device: str, batch: int, rounds: int, compiled: bool) -> list[str]:
     """Rows of the table for one size: the network, its twin, and their ratio."""
     names = [f"lavit_{size}", f"lavit_{size}_vanilla"]
@@ -98,6 +107,8 @@ def measure(size: str, device: str, batch: int, rounds: int, compiled: bool) -> 
     if compiled:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
     images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    if compiled:
+        require_equal_outputs(models, images)
     speed, ratio = {}, {}
     for label, step in (("forward", forward), ("train", train)):
         times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
@@ -134,6 +145,21 @@ def machine(device: str) -> str:
     return f"{found[1] if found else platform.processor()}, one core"
 
 
+def heading(device: str) -> list[str]:
+    """Of a table: machine, versions and day."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return [f"## {machine(device)}, {versions}, {datetime.datetime.now(datetime.UTC).date().isoformat()}", ""]
+
+
+def add_to_results(kind: str, device: str, lines: list[str]) -> None:
+    """Append to results/KIND-DATE-MACHINE.md."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{kind}-{today}-{slug}.md").open("a") as file:
+        file.write("\n".join([*lines, "", ""]))
+
+
 def main() -> None:
     """Measure, print, and add to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -145,10 +171,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
     batch = arguments.batch or (64 if device == "cuda" else 4)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [
-        f"## {machine(device)}, torch {torch.__version__}, {today}",
-        "",
+        *heading(device),
         " ".join(
             [
                 f"`python -m benchmarks.model {' '.join(sys.argv[1:])}`: batch {batch} of 224 x 224,",
@@ -165,10 +189,7 @@ def main() -> None:
         rows = measure(size, device, batch, arguments.rounds, arguments.compile)
         print("\n".join(rows), flush=True)  # noqa: T201
         lines += rows
-    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"model-{today}-{slug}.md").open("a") as file:
-        file.write("\n".join([*lines, "", ""]))
+    add_to_results("model", device, lines)
 
 
 if __name__ == "__main__":

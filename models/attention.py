@@ -21,18 +21,24 @@ Observer = Callable[[Tensor, Grid, Grid], None]
 
 
 class SpatialReduction(nn.Module):
-    """One key for each `ratio` x `ratio` square of tokens: a strided convolution and a LayerNorm, as in PVT."""
+    """One key for each `ratio` x `ratio` square of tokens: a strided convolution and a LayerNorm, as in PVT.
+
+    The squares do not overlap, so the convolution is a Linear layer over the tokens of a square, row by row. Unlike a
+    convolution's, its weight is in the layout that the product wants, and so is its gradient.
+    """
 
     def __init__(self, width: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, ratio, stride=ratio)
+        self.ratio = ratio
+        self.linear = nn.Linear(width * ratio**2, width)
         self.norm = norm(width)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """(batch, N, C) to (batch, M, C). The picture is a channels-last view of the tokens, not a copy."""
+        """(batch, N, C) to (batch, M, C)."""
         batch, _, width = tokens.shape
-        picture = tokens.transpose(1, 2).unflatten(2, grid)
-        return self.norm(self.conv(picture).permute(0, 2, 3, 1).reshape(batch, -1, width))
+        rows, columns = grid[0] // self.ratio, grid[1] // self.ratio
+        squares = tokens.view(batch, rows, self.ratio, columns, self.ratio, width).transpose(2, 3)
+        return self.norm(self.linear(squares.reshape(batch, rows * columns, -1)))
 
 
 class TokenMap(nn.Module):
@@ -67,7 +73,9 @@ class Theta(TokenMap):
         """Scores (batch, heads, M, N) to the same shape: `A W^T + 1 b^T` in the paper's orientation."""
         weight, bias = self.on_grid(key_grid)
         assert bias is not None
-        return torch.matmul(weight, scores) + bias[:, None]
+        heads = scores.flatten(0, 1)
+        # One product a head, on the scores as they lie; torch.matmul would transpose them in memory and back.
+        return torch.baddbmm(bias[:, None], weight.expand(len(heads), -1, -1), heads).view_as(scores)
 
 
 class Psi(TokenMap):

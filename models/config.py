@@ -57,9 +57,10 @@ class LaViTConfig:
         for field in ("widths", "depths", "vanilla_blocks", "heads", "reduction_ratios"):
             value = getattr(self, field)
             _require(_positive_ints(value, STAGES), f"{field}: {STAGES} positive integers, one a stage, got {value!r}")
+        ratios = self.mlp_ratios
         _require(
-            isinstance(self.mlp_ratios, tuple) and len(self.mlp_ratios) == STAGES and min(self.mlp_ratios) > 0,
-            f"mlp_ratios: {STAGES} positive numbers, one a stage, got {self.mlp_ratios!r}",
+            isinstance(ratios, tuple) and len(ratios) == STAGES and all(_is_number(r) and r > 0 for r in ratios),
+            f"mlp_ratios: {STAGES} positive numbers, one a stage, got {ratios!r}",
         )
         for stage in range(STAGES):
             vanilla, depth = self.vanilla_blocks[stage], self.depths[stage]
@@ -69,9 +70,18 @@ class LaViTConfig:
             )
             width, heads = self.widths[stage], self.heads[stage]
             _require(width % heads == 0, f"heads: {heads} heads cannot share stage {stage + 1}'s width of {width}")
+            hidden = round(width * ratios[stage])
+            _require(hidden > 0, f"mlp_ratios: {ratios[stage]} of stage {stage + 1}'s width of {width} is nothing")
         _require(self.pool in {"class_attention", "mean"}, f"pool: 'class_attention' or 'mean', got {self.pool!r}")
         _require(self.norm in {"torch", "apex"}, f"norm: 'torch' or 'apex', got {self.norm!r}")
-        _require(0 <= self.drop_path < 1, f"drop_path: at least 0 and below 1, got {self.drop_path!r}")
+        _require(
+            _is_number(self.drop_path) and 0 <= self.drop_path < 1,
+            f"drop_path: at least 0 and below 1, got {self.drop_path!r}",
+        )
+        _require(
+            isinstance(self.attention_residual, bool),
+            f"attention_residual: true or false, got {self.attention_residual!r}",
+        )
         for stage in range(STAGES - 1) if self.attention_residual else ():
             finer, coarser = (self.key_side(s) for s in (stage, stage + 1))
             _require(
@@ -126,6 +136,10 @@ class LaViTConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _positive_ints(value: object, count: int) -> bool:

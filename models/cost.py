@@ -45,8 +45,7 @@ def count_macs(config: LaViTConfig, image_size: Grid | None = None) -> int:
         total += queries * width * channels * side**2
         if stage and config.attention_residual:
             heads, before = config.heads[stage], config.heads[stage - 1]
-            offsets = 4 * _key_ratio(config, stage) ** 2
-            total += queries * keys * before * (offsets + heads)
+            total += queries * keys * heads * before * 4 * _key_ratio(config, stage) ** 2
         hidden = round(width * config.mlp_ratios[stage])
         vanilla, depth = config.vanilla_blocks[stage], config.depths[stage]
         total += depth * 2 * queries * width * hidden

@@ -26,20 +26,22 @@ def apply_less_attention(vit: nn.Module, vanilla_blocks: int) -> nn.Module:
         The same module.
 
     Raises:
-        ValueError: an unknown layout, a bad `vanilla_blocks`, or a trunk already changed.
-        RuntimeError: while running: another number of tokens, an attention mask, or activation checkpointing, which
-            would recompute a block without its predecessor's scores.
+        ValueError: an unknown layout, a bad `vanilla_blocks`, a trunk already changed, or attention that is more than
+            qkv and a projection (norms, a gate, relative positions). The trunk is unchanged then.
+        RuntimeError: while running: another number of tokens, a mask, rotary positions or the like, or activation
+            checkpointing, which would recompute a block without its predecessor's scores.
     """
     blocks, name = _blocks(vit)
     if not 1 <= vanilla_blocks < len(blocks):
         raise ValueError(f"vanilla_blocks: at least 1 and below the {len(blocks)} blocks, got {vanilla_blocks}")
     tokens = _token_count(vit)
     before = ScoreKeepingAttention(getattr(blocks[vanilla_blocks - 1], name), vanilla_blocks - 1)
-    setattr(blocks[vanilla_blocks - 1], name, before)
-    handover = before.handover
+    less = []
     for index in range(vanilla_blocks, len(blocks)):
-        less = TransplantedLessAttention(getattr(blocks[index], name), handover, index, tokens)
-        setattr(blocks[index], name, less)
+        attention, is_last = getattr(blocks[index], name), index + 1 == len(blocks)
+        less.append(TransplantedLessAttention(attention, before.handover, index, tokens, is_last=is_last))
+    for block, attention in zip(blocks[vanilla_blocks - 1 :], [before, *less], strict=True):
+        setattr(block, name, attention)
     return vit
 
 
@@ -67,6 +69,7 @@ class _TransplantedAttention(nn.Module):
     """What both kinds take over from the attention that they replace."""
 
     handover: _Handover
+    is_last = False
 
     def __init__(self, attention: nn.Module, block: int) -> None:
         super().__init__()
@@ -77,8 +80,11 @@ class _TransplantedAttention(nn.Module):
         self.num_heads: int = attention.num_heads  # type: ignore[assignment]
         self.proj: nn.Module
         if isinstance(attention, nn.MultiheadAttention):
-            if not attention.batch_first or attention.in_proj_weight is None:
-                raise ValueError("vit: nn.MultiheadAttention with batch_first and one in_proj_weight is wanted")
+            if not attention.batch_first or attention.in_proj_weight is None or attention.add_zero_attn:
+                raise ValueError(
+                    "vit: nn.MultiheadAttention with batch_first, one in_proj_weight and no zero attention is wanted"
+                )
+            _refuse_further_parameters(attention, ("in_proj_weight", "in_proj_bias", "out_proj."))
             self.proj = attention.out_proj
             self.attention_dropout = attention.dropout
             self.proj_drop: nn.Module = nn.Identity()
@@ -88,6 +94,7 @@ class _TransplantedAttention(nn.Module):
             for part in ("q_norm", "k_norm", "norm"):
                 if not isinstance(getattr(attention, part, nn.Identity()), nn.Identity):
                     raise ValueError(f"vit: attention with {part} is not supported")
+            _refuse_further_parameters(attention, ("qkv.", "proj."))
             self.proj = attention.proj  # type: ignore[assignment]
             self.attention_dropout = getattr(getattr(attention, "attn_drop", None), "p", 0.0)
             self.proj_drop = getattr(attention, "proj_drop", nn.Identity())
@@ -98,16 +105,27 @@ class _TransplantedAttention(nn.Module):
 
     def attend(self, scores: Tensor, value: Tensor) -> Any:
         """Hand the scores on and return what the replaced module would have."""
-        self.handover.give(scores, self.block)
+        if not self.is_last:
+            self.handover.give(scores, self.block)
         attention = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         output = self.proj_drop(self.proj((attention @ value).transpose(1, 2).flatten(2)))
         return (output, None) if self.is_torchvision else output
 
 
-def _refuse_mask(arguments: dict[str, Any]) -> None:
-    masks = (arguments.get(name) for name in ("attn_mask", "key_padding_mask"))
-    if any(mask is not None for mask in masks) or arguments.get("is_causal"):
-        raise RuntimeError("less attention takes no attention mask")
+def _refuse_further_parameters(attention: nn.Module, known: tuple[str, ...]) -> None:
+    """A gate, relative positions or lambdas would be dropped in silence."""
+    further = [name for name, _ in attention.named_parameters() if not name.startswith(known)]
+    if further:
+        raise ValueError(f"vit: {type(attention).__name__} with {', '.join(further)} is not supported")
+
+
+def _refuse_more(tokens: Tensor, others: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+    """Plain self-attention only: torchvision passes the tokens thrice, and anything else would change the result."""
+    plain = (tokens, None, False)
+    more = [n for n, v in arguments.items() if n != "need_weights" and not any(v is value for value in plain)]
+    if more or not all(any(other is value for value in plain) for other in others):
+        names = ", ".join(more) or "other keys or values"
+        raise RuntimeError(f"less attention takes the tokens alone, got {names} too")
 
 
 class ScoreKeepingAttention(_TransplantedAttention):
@@ -118,9 +136,9 @@ class ScoreKeepingAttention(_TransplantedAttention):
         self.handover = _Handover()
         self.qkv = _joint_projection(attention)
 
-    def forward(self, tokens: Tensor, *_: Any, **arguments: Any) -> Any:
+    def forward(self, tokens: Tensor, *others: Any, **arguments: Any) -> Any:
         """(batch, tokens, C) to the same shape; for torchvision's layout a pair of it and None."""
-        _refuse_mask(arguments)
+        _refuse_more(tokens, others, arguments)
         query, key, value = (self.split(part) for part in self.qkv(tokens).chunk(3, dim=-1))
         return self.attend((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1), value)
 
@@ -128,13 +146,14 @@ class ScoreKeepingAttention(_TransplantedAttention):
 class TransplantedLessAttention(_TransplantedAttention):
     """`A_l = Psi(Theta(A_{l-1})^T)^T` with the trained V and output projection."""
 
-    def __init__(self, attention: nn.Module, handover: _Handover, block: int, tokens: int) -> None:
+    def __init__(self, attention: nn.Module, handover: _Handover, block: int, tokens: int, *, is_last: bool) -> None:
         super().__init__(attention, block)
         self.handover = handover
+        self.is_last = is_last
         joint = _joint_projection(attention)
-        width = joint.in_features
+        width = joint.out_features // 3  # all heads; a ViT may choose another width for them than the tokens'
         like: dict[str, Any] = {"device": joint.weight.device, "dtype": joint.weight.dtype}
-        self.v = nn.Linear(width, width, bias=joint.bias is not None, **like)
+        self.v = nn.Linear(joint.in_features, width, bias=joint.bias is not None, **like)
         self.theta = nn.Linear(tokens, tokens, **like)
         # No bias: it would add one number to all of a query's scores, which the softmax does not see.
         self.psi = nn.Linear(tokens, tokens, bias=False, **like)
@@ -146,9 +165,9 @@ class TransplantedLessAttention(_TransplantedAttention):
             nn.init.zeros_(self.theta.bias)
             nn.init.eye_(self.psi.weight)
 
-    def forward(self, tokens: Tensor, *_: Any, **arguments: Any) -> Any:
+    def forward(self, tokens: Tensor, *others: Any, **arguments: Any) -> Any:
         """(batch, tokens, C) to the same shape; for torchvision's layout a pair of it and None."""
-        _refuse_mask(arguments)
+        _refuse_more(tokens, others, arguments)
         if tokens.shape[1] != self.psi.in_features:
             raise RuntimeError(f"{tokens.shape[1]} tokens; less attention was applied for {self.psi.in_features}")
         scores = self.theta(self.handover.take(self.block))

@@ -73,11 +73,11 @@ def model_config(
             raise ValueError(f"no field of a model is called {override!r}; {_near(override, known)}")
     size = _SIZES[name.removeprefix("lavit_").removesuffix("_vanilla")]
     twin = {"vanilla_blocks": size["depths"], "attention_residual": False} if name.endswith("_vanilla") else {}
+    if image_size is not None:
+        overrides["image_size"] = (image_size, image_size) if isinstance(image_size, int) else image_size
     chosen = {key: tuple(v) if isinstance(v, list) else v for key, v in overrides.items()}
     if name.endswith("_vanilla") and "depths" in chosen:
         twin["vanilla_blocks"] = chosen["depths"]
-    if image_size is not None:
-        chosen["image_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     fields: dict[str, Any] = {"name": name, "num_classes": num_classes} | size | twin | chosen
     return LaViTConfig(**fields)
 

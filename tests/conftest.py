@@ -1,5 +1,7 @@
 """Settings of the whole test suite."""
 
+import functools
+import importlib
 import os
 from pathlib import Path
 
@@ -11,17 +13,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fail-on-skip", action="store_true", help="a skipped test fails the session, unless it is marked gpu"
+        "--fail-on-skip",
+        action="store_true",
+        help="a skipped test fails the session, unless it is marked gpu, or timm and timm cannot be imported",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
+@functools.cache
+def _missing(marker: str) -> str | None:
+    """Why tests with this marker cannot run here; None: they can."""
+    if marker == "gpu":
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
+    try:
+        importlib.import_module("timm")  # which imports torchvision
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises the latter
+        return f"needs timm and a torchvision that fits torch: {error}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in ("gpu", "timm"):
+            if item.get_closest_marker(marker) and (reason := _missing(marker)):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 _SKIPPED: list[str] = []
@@ -30,7 +46,8 @@ _SKIPPED: list[str] = []
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
-    if report.skipped and not item.get_closest_marker("gpu"):
+    allowed = item.get_closest_marker("gpu") or (item.get_closest_marker("timm") and _missing("timm"))
+    if report.skipped and not allowed:
         _SKIPPED.append(item.nodeid)
     return report
 

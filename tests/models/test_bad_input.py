@@ -23,6 +23,11 @@ from tests.models.test_lavit import small
         ({"widths": (8, 16, 16, -24)}, "widths: 4 positive integers"),
         ({"widths": (8.0, 16, 16, 24)}, "widths: 4 positive integers"),
         ({"mlp_ratios": (4.0, 4.0, 0.0, 4.0)}, "mlp_ratios: 4 positive numbers"),
+        ({"mlp_ratios": ("4", 4.0, 4.0, 4.0)}, "mlp_ratios: 4 positive numbers"),
+        ({"mlp_ratios": (4.0, 4.0, 4.0, float("inf"))}, "mlp_ratios: 4 positive numbers"),
+        ({"mlp_ratios": (0.01, 4.0, 4.0, 4.0)}, "mlp_ratios: 0.01 of stage 1's width of 8 is nothing"),
+        ({"attention_residual": "no"}, "attention_residual: true or false"),
+        ({"image_size": 32.5}, "image_size: "),
         ({"reduction_ratios": (2, 4, 4, 4)}, "image_size: 32 x 32 pixels; each side must be a multiple of 64"),
         ({"reduction_ratios": (8, 2, 1, 1)}, "reduction_ratios: a key of stage 2 covers 8 pixels"),
         ({"image_size": 50}, "image_size: 50 x 50 pixels; each side must be a multiple of 16"),
@@ -33,6 +38,7 @@ from tests.models.test_lavit import small
         ({"pool": "max"}, "pool: 'class_attention' or 'mean'"),
         ({"norm": "batch"}, "norm: 'torch' or 'apex'"),
         ({"drop_path": 1.0}, "drop_path: at least 0 and below 1"),
+        ({"drop_path": "0.1"}, "drop_path: at least 0 and below 1"),
     ],
 )
 def test_an_architecture_that_makes_no_sense_is_refused_and_the_field_named(fields, message):

@@ -89,9 +89,9 @@ def test_averaging_attention_residual_equals_pooling_query_and_key_patches_on_th
     grid, heads = (4, 6), 2
     residual = AttentionResidual(heads, heads, key_ratio)
     with torch.no_grad():
-        residual.pool.weight.fill_(1 / (4 * key_ratio**2))
-        residual.mix.weight.copy_(torch.eye(heads)[:, :, None, None])
-        residual.scale.gamma.copy_(torch.tensor([2.0, -3.0]))
+        residual.pool.fill_(1 / (4 * key_ratio**2))
+        residual.mix.copy_(torch.eye(heads))
+        residual.gamma.copy_(torch.tensor([2.0, -3.0]))
     scores = torch.randn(2, heads, key_grid[0] * key_grid[1], grid[0] * grid[1])
     out = residual(scores, grid, key_grid)
 
@@ -114,11 +114,11 @@ def test_the_residuals_four_axis_kernel_weighs_key_offsets_and_query_offsets_apa
     residual = perturb(AttentionResidual(3, 4, 2))
     scores = torch.randn(1, 3, 16, 16)
     out = residual(scores, (4, 4), (4, 4))
-    kernel = residual.pool.weight.view(3, 2, 2, 2, 2)  # head, key offsets, query offsets
+    kernel = residual.pool  # head, key offsets, query offsets
     patches = scores.view(3, 2, 2, 2, 2, 2, 2, 2, 2)  # head, (grid, offset) of 4 axes
     pooled = torch.einsum("hiajbkcld,habcd->hijkl", patches, kernel)
-    mixed = torch.einsum("gh,hijkl->gijkl", residual.mix.weight[:, :, 0, 0], pooled)
-    expected = mixed * residual.scale.gamma.view(4, 1, 1, 1, 1)
+    mixed = torch.einsum("gh,hijkl->gijkl", residual.mix, pooled)
+    expected = mixed * residual.gamma.view(4, 1, 1, 1, 1)
     torch.testing.assert_close(out[0], expected.flatten(3).flatten(1, 2))
 
 

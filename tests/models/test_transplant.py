@@ -1,4 +1,8 @@
-"""A plain ViT of either public layout becomes a less-attention one and keeps its trained weights."""
+"""A plain ViT of either public layout becomes a less-attention one and keeps its trained weights.
+
+Every test runs on small stand-ins with timm's and torchvision's attributes, and on those libraries' own
+VisionTransformer where they are installed.
+"""
 
 import copy
 
@@ -76,15 +80,50 @@ def layers(vit):
     return vit.blocks if hasattr(vit, "blocks") else vit.encoder.layers
 
 
-@pytest.fixture(params=["timm", "torchvision"])
+def published(library):
+    """The library's own class, as small as the stand-ins."""
+    if library == "timm":
+        import timm
+
+        return timm.models.VisionTransformer(
+            img_size=4, patch_size=2, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=7
+        )
+    import torchvision
+
+    vit = torchvision.models.VisionTransformer(
+        image_size=4, patch_size=2, num_layers=DEPTH, num_heads=HEADS, hidden_dim=WIDTH, mlp_dim=24, num_classes=7
+    )
+    nn.init.normal_(vit.heads.head.weight)  # zero as it comes: nothing below would get a gradient
+    return vit
+
+
+@pytest.fixture(
+    params=[
+        "timm's layout",
+        "torchvision's layout",
+        pytest.param("timm", marks=pytest.mark.timm),
+        pytest.param("torchvision", marks=pytest.mark.timm),
+    ]
+)
 def vit(request):
     torch.manual_seed(0)
-    return StandIn(request.param)
+    library, _, is_stand_in = request.param.partition("'")
+    return StandIn(library) if is_stand_in else published(library)
+
+
+def pictures(vit, batch):
+    """What `vit` takes, for four patches."""
+    return torch.randn(batch, 4, 5) if isinstance(vit, StandIn) else torch.randn(batch, 3, 4, 4)
+
+
+def attentions(vit):
+    name = "attn" if hasattr(vit, "blocks") else "self_attention"
+    return [getattr(layer, name) for layer in layers(vit)]
 
 
 def test_the_vanilla_blocks_compute_what_they_did(vit):
     changed = apply_less_attention(copy.deepcopy(vit), vanilla_blocks=2)
-    x = torch.randn(2, 4, 5)
+    x = pictures(vit, 2)
     outputs = []
     for model in (vit, changed):
         hook = layers(model)[1].register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -95,17 +134,15 @@ def test_the_vanilla_blocks_compute_what_they_did(vit):
 
 def test_later_blocks_equal_the_formula_with_the_trained_values_and_projection(vit):
     changed = apply_less_attention(copy.deepcopy(vit), vanilla_blocks=DEPTH - 1)
-    name = "attn" if hasattr(vit, "blocks") else "self_attention"
-    old = [getattr(layer, name) for layer in layers(vit)]
-    new = getattr(layers(changed)[-1], name)
+    old, new = attentions(vit), attentions(changed)[-1]
     with torch.no_grad():
         for parameter in (new.theta.weight, new.theta.bias, new.psi.weight):
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     seen = {}
     for index in (-2, -1):
-        module = getattr(layers(changed)[index], name)
+        module = attentions(changed)[index]
         module.register_forward_hook(lambda module, args, output, i=index: seen.update({i: (args[0], output)}))
-    changed(torch.randn(2, 4, 5))
+    changed(pictures(vit, 2))
     joint = [(a.qkv.weight, a.qkv.bias) if hasattr(a, "qkv") else (a.in_proj_weight, a.in_proj_bias) for a in old]
 
     def heads(x):
@@ -123,12 +160,12 @@ def test_later_blocks_equal_the_formula_with_the_trained_values_and_projection(v
 
 def test_less_attention_blocks_lose_queries_and_keys_and_every_parameter_trains(vit):
     changed = apply_less_attention(vit, vanilla_blocks=1)
-    out = changed(torch.randn(2, 4, 5))
+    out = changed(pictures(vit, 2))
     (out * torch.randn_like(out)).sum().backward()
     for index, layer in enumerate(layers(changed)):
         names = {n.split(".")[1] for n, _ in layer.named_parameters() if n.startswith(("attn.", "self_attention."))}
         assert names == ({"qkv", "proj"} if index == 0 else {"v", "theta", "psi", "proj"})
-    assert [n for n, p in changed.named_parameters() if p.grad is None] == []
+    assert [n for n, p in changed.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_the_state_survives_a_round_trip(vit):
@@ -138,32 +175,113 @@ def test_the_state_survives_a_round_trip(vit):
         for parameter in changed.parameters():
             parameter.normal_()
     twin.load_state_dict(changed.state_dict())
-    x = torch.randn(1, 4, 5)
+    x = pictures(vit, 1)
     assert torch.equal(changed(x), twin(x))
 
 
-def test_what_cannot_work_is_refused_by_name(vit):
+def test_what_cannot_work_is_refused_by_name_and_changes_nothing(vit):
     for bad in (0, DEPTH):
         with pytest.raises(ValueError, match="vanilla_blocks"):
-            apply_less_attention(copy.deepcopy(vit), vanilla_blocks=bad)
+            apply_less_attention(vit, vanilla_blocks=bad)
     with pytest.raises(ValueError, match=r"blocks\[i\]\.attn"):
         apply_less_attention(nn.Linear(2, 2), vanilla_blocks=1)
-    changed = apply_less_attention(vit, vanilla_blocks=2)
-    with pytest.raises(ValueError, match="before"):
-        apply_less_attention(changed, vanilla_blocks=2)
-    changed.pos_embed = nn.Parameter(torch.randn(1, 1 + 9, WIDTH))
-    with pytest.raises(RuntimeError, match="10 tokens"):
-        changed(torch.randn(1, 9, 5))
+    changed = apply_less_attention(vit, vanilla_blocks=3)
+    before = attentions(changed)
+    for again in (1, 3):
+        with pytest.raises(ValueError, match="before"):
+            apply_less_attention(changed, vanilla_blocks=again)
+    assert attentions(changed) == before
+    tokens = torch.randn(1, TOKENS, WIDTH)
     with pytest.raises(RuntimeError, match="checkpointing"):
-        layers(changed)[-1](torch.randn(1, TOKENS, WIDTH))
+        layers(changed)[-1](tokens)
+    before[2](tokens)
+    with pytest.raises(RuntimeError, match="4 tokens; less attention was applied for 5"):
+        before[3](tokens[:, 1:])
+    for more in ({"attn_mask": torch.zeros(TOKENS, TOKENS)}, {"rope": torch.zeros(TOKENS, 4)}, {"is_causal": True}):
+        for attention in before[2:]:
+            with pytest.raises(RuntimeError, match=f"the tokens alone, got {next(iter(more))} too"):
+                attention(tokens, **more)
+    with pytest.raises(RuntimeError, match="other keys or values"):
+        before[2](tokens, torch.zeros_like(tokens), tokens)
 
 
-@pytest.mark.gpu  # timm needs torchvision, which only an environment with a CUDA build of torch has here
-def test_timms_own_vision_transformer_is_understood():
-    timm = pytest.importorskip("timm", reason="timm, the optional extra, is not installed")
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=7, depth=4).eval()
+@pytest.mark.parametrize("extra", ["gate", "q_norm", "position_bias"])
+def test_attention_that_is_more_than_qkv_and_a_projection_is_refused(extra):
+    vit = StandIn("timm")
+    part = nn.Parameter(torch.zeros(TOKENS)) if extra == "position_bias" else nn.Linear(WIDTH, WIDTH)
+    setattr(vit.blocks[-1].attn, extra, part)
+    with pytest.raises(ValueError, match=f"QkvAttention with .*{extra}|attention with {extra}"):
+        apply_less_attention(vit, vanilla_blocks=1)
+    assert {type(attention) for attention in attentions(vit)} == {QkvAttention}
+
+
+def test_heads_of_another_width_than_the_tokens_keep_their_values(vit):
+    """timm's attn_head_dim: all heads together need not be as wide as the tokens."""
+    if not hasattr(vit, "blocks"):
+        return
+    for block in vit.blocks:
+        block.attn.qkv, block.attn.proj = nn.Linear(WIDTH, 3 * 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        block.attn.head_dim, block.attn.attn_dim = 2 * WIDTH // HEADS, 2 * WIDTH
+    trained = vit.blocks[-1].attn.qkv.weight[2 * 2 * WIDTH :]
     changed = apply_less_attention(vit, vanilla_blocks=2)
-    logits = changed(torch.randn(1, 3, 224, 224))
-    assert logits.shape == (1, 7)
-    logits.sum().backward()
-    assert changed.blocks[3].attn.theta.weight.grad is not None
+    assert torch.equal(changed.blocks[-1].attn.v.weight, trained)
+    assert changed(pictures(vit, 2)).isfinite().all()
+
+
+def test_no_scores_outlive_the_forward_pass(vit):
+    """They would hold memory until the next step, and a network that holds them cannot be copied (for EMA, say)."""
+    changed = apply_less_attention(vit, vanilla_blocks=2)
+    changed(pictures(vit, 2))
+    assert {module.handover.scores for module in attentions(changed)[1:]} == {None}
+    copy.deepcopy(changed)
+
+
+@pytest.mark.timm
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"reg_tokens": 2},
+        {"qkv_bias": False},
+        {"init_values": 1e-5, "pre_norm": True},
+        {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.1},
+    ],
+    ids=str,
+)
+def test_timms_options_are_understood(options):
+    import timm
+
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, **options)
+    changed = apply_less_attention(vit, vanilla_blocks=1)
+    changed(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert [n for n, p in changed.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.timm
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_layer": "diff"}], ids=str)
+def test_timms_other_kinds_of_attention_are_refused(options):
+    import timm
+
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, **options)
+    with pytest.raises(ValueError, match=r"vit: .*is not supported"):
+        apply_less_attention(vit, vanilla_blocks=1)
+
+
+@pytest.mark.timm
+def test_rotary_positions_are_refused_and_not_dropped_in_silence():
+    import timm
+
+    vit = timm.models.Eva(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, use_rot_pos_emb=True)
+    with pytest.raises((ValueError, RuntimeError), match=r"is not supported|the tokens alone, got rope"):
+        apply_less_attention(vit, vanilla_blocks=1)(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.timm
+def test_activation_checkpointing_of_timm_is_refused_and_not_wrong():
+    import timm
+
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+    vit.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match="checkpointing"):
+        apply_less_attention(vit, vanilla_blocks=1)(torch.randn(1, 3, 32, 32)).sum().backward()
