@@ -39,6 +39,7 @@ from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig,
 
 SIDE = 224
 BATCH = 64
+_MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -103,7 +104,8 @@ def native(folder: Path, device: torch.device, threads: int) -> Iterator[torch.T
     while True:
         (out,) = pipe.run()
         tensor = out.as_tensor()
-        yield torch.utils.dlpack.from_dlpack(tensor) if gpu else torch.from_numpy(np.array(tensor))
+        # No copy on the CPU, as in DALI's iterator for torch and in our loader.
+        yield torch.utils.dlpack.from_dlpack(tensor) if gpu else torch.from_numpy(np.asarray(tensor))
 
 
 def _augmented(jpeg: bytes) -> torch.Tensor:
@@ -121,8 +123,9 @@ def _augmented(jpeg: bytes) -> torch.Tensor:
     image = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-    return pixels.sub_(torch.tensor(IMAGENET_MEAN)[:, None, None]).div_(torch.tensor(IMAGENET_STD)[:, None, None])
+    # As torchvision's ToTensor: made contiguous while it is a quarter of the size.
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+    return pixels.sub_(_MEAN).div_(_STD)
 
 
 def pillow(folder: Path, device: torch.device, threads: int) -> Iterator[torch.Tensor]:

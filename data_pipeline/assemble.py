@@ -4,6 +4,7 @@ Only the table of all pictures is held in memory (about 90 bytes each: 1.3 GB fo
 Each shard takes one contiguous range of each unit, so that scratch is read almost sequentially.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import File, Reject, Shard, file_of
-from data_pipeline.shards import index_text, sample_bytes, write_shard
+from data_pipeline.shards import crc32, index_text, sample_bytes, write_shard
 
+_OF_A_JOB = ("label", "length", "crc32", "unit", "unit_offset", "name")
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 
 
@@ -56,9 +59,27 @@ class ShardJob:
     first: int
     label: NDArray[np.int32]
     length: NDArray[np.int32]
+    crc32: NDArray[np.uint32]
     unit: NDArray[np.int32]
     unit_offset: NDArray[np.int64]
     name: NDArray[np.bytes_]
+
+    @property
+    def record(self) -> Path:
+        """Where it is written that the shard is whole."""
+        return self.stem.with_suffix(".json")
+
+    def digest(self) -> str:
+        """Identify what the shard holds: its pictures, their names and labels, and where it begins."""
+        total = hashlib.sha256(str(self.first).encode())
+        for column in (self.label, self.length, self.crc32, self.name):
+            total.update(column.tobytes())
+        return total.hexdigest()
+
+
+class _Record(BaseModel):
+    digest: str
+    shard: Shard
 
 
 def classes_of(units: Sequence[Path]) -> set[str]:
@@ -98,23 +119,27 @@ def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator
     """Yield the shards to write; `folder` is where they go, `units` where the pictures are."""
     bounds = np.searchsorted(table.shard, np.arange(table.shard[-1] + 2))
     for number, (low, high) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        part = {f: getattr(table, f)[low:high] for f in ("label", "length", "unit", "unit_offset", "name")}
+        part = {f: getattr(table, f)[low:high] for f in _OF_A_JOB}
         yield ShardJob(folder / f"{prefix}-{number:06d}", units, low, **part)
 
 
 def write(job: ShardJob) -> Shard:
     """Write one shard, its index and then its record, whose presence says that both are whole."""
+    job.record.unlink(missing_ok=True)  # an older one, of other pictures, says nothing of what is written now
     pictures: dict[int, bytes] = {}
     for unit in np.unique(job.unit).tolist():
         rows = np.flatnonzero(job.unit == unit)
         low = int(job.unit_offset[rows[0]])
         high = int(job.unit_offset[rows[-1]] + job.length[rows[-1]])
-        with (job.units / f"unit-{unit:06d}.bin").open("rb") as stream:
+        path = job.units / f"unit-{unit:06d}.bin"
+        with path.open("rb") as stream:
             stream.seek(low)
             data = memoryview(stream.read(high - low))
         for row in rows.tolist():
             at = int(job.unit_offset[row]) - low
             pictures[row] = bytes(data[at : at + int(job.length[row])])
+            if crc32(pictures[row]) != job.crc32[row]:
+                raise DataError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
     keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(job.name.tolist()))
     tar, idx = job.stem.with_suffix(".tar"), job.stem.with_suffix(".idx")
     with replacing(tar) as out:
@@ -122,14 +147,16 @@ def write(job: ShardJob) -> Shard:
         written = write_shard(out, samples)
     write_atomically(idx, index_text(entry.index for entry in written).encode())
     shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))
-    write_atomically(job.stem.with_suffix(".json"), shard.model_dump_json().encode())
+    write_atomically(job.record, _Record(digest=job.digest(), shard=shard).model_dump_json().encode())
     return shard
 
 
 def written(job: ShardJob) -> Shard | None:
-    """Return the record of a shard that an earlier build has written."""
-    record = job.stem.with_suffix(".json")
-    return Shard.model_validate_json(record.read_bytes()) if record.exists() else None
+    """Return the shard if an earlier build has written it, from the same pictures."""
+    if not job.record.exists():
+        return None
+    record = _Record.model_validate_json(job.record.read_bytes())
+    return record.shard if record.digest == job.digest() else None
 
 
 def rejects(units: Sequence[Path]) -> list[Reject]:
@@ -140,8 +167,18 @@ def rejects(units: Sequence[Path]) -> list[Reject]:
     return found
 
 
-def publish(shards: Sequence[Shard], scratch: Path, dest: Path) -> None:
+def shards_in(folder: Path, prefix: str) -> list[Path]:
+    """Return the shards of a split that lie in a folder; not those of a split whose name only begins alike."""
+    return sorted(folder.glob(f"{prefix}-{'[0-9]' * 6}.tar"))
+
+
+def publish(shards: Sequence[Shard], scratch: Path, dest: Path, prefix: str) -> None:
     """Move the shards to their place; may be interrupted and called again."""
+    names = {file.name for file in _files(shards)}
+    for path in shards_in(dest, prefix):
+        if path.name not in names:  # the source was larger when an earlier build was interrupted here
+            path.with_suffix(".idx").unlink(missing_ok=True)
+            path.unlink()
     for file in _files(shards):
         if (scratch / file.name).exists():
             (scratch / file.name).replace(dest / file.name)

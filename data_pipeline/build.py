@@ -104,7 +104,7 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         task = progress.add_task(f"{split}: write shards", total=len(table.label))
         jobs_left = assemble.shard_jobs(table, scratch, scratch, prefix)
         shards = _shards(jobs_left, pool, options.workers, partial(progress.advance, task))
-    assemble.publish(shards, scratch, dest)
+    assemble.publish(shards, scratch, dest, prefix)
     table_path = dest / f"{prefix}.samples.npz"
     table.save(table_path)
     rejected = assemble.rejects(made)
@@ -135,7 +135,7 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
                 (dest / record.name).with_suffix(suffix).unlink(missing_ok=True)
         shutil.rmtree(scratch)
     if not scratch.exists():
-        strangers = sorted(dest.glob(f"{prefix}-*.tar"))
+        strangers = assemble.shards_in(dest, prefix)
         if strangers:
             raise DataError(f"{strangers[0]} exists but belongs to no dataset built here; name another folder")
         scratch.mkdir()
@@ -288,6 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True)
     workers = max(1, args.workers or len(os.sched_getaffinity(0)))
     try:
+        if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.split):
+            raise DataError(f"--split {args.split!r} becomes a part of file names; use letters, digits, - and _")
         if any(c in args.source for c in "*?["):
             _adopt(args.source, args.dest, args.split or "train", workers, console)
         else:

@@ -1,6 +1,7 @@
 """A dataset on disk, opened for reading."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, Shard, Split
-from data_pipeline.shards import member_name
+from data_pipeline.shards import member_name, member_size
 from data_pipeline.store import CacheConfig, LocalStore, Store, open_store
+
+_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Dataset:
             cache: for a URL, where files are kept on local disk.
 
         Raises:
-            DataError: there is no such dataset or split, a shard is missing or has another size than the index says, or
-                a label lies outside the classes.
+            DataError: there is no such dataset or split, a shard is missing, has another size than dataset.json says or
+                does not hold its first and last sample where the table says, or a label lies outside the classes.
         """
         store = open_store(path, cache)
         manifest = store.manifest()
@@ -79,6 +82,8 @@ class Dataset:
             **table,
         )
         dataset._check_table(entry)
+        if isinstance(store, LocalStore):
+            dataset._check_headers(store.folder)
         return dataset
 
     def __len__(self) -> int:
@@ -119,6 +124,27 @@ class Dataset:
                 f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; "
                 "mend the label or the list of classes"
             )
+
+    def _check_headers(self, folder: Path) -> None:
+        """Compare the ends of every shard with the table: a file of the right size may still be another shard."""
+        ends = np.cumsum(self.shard_sizes)
+
+        def check(shard: int) -> None:
+            path = folder / self.shards[shard].tar.name
+            samples = (int(ends[shard] - self.shard_sizes[shard]), int(ends[shard]) - 1)
+            try:
+                with path.open("rb") as stream:
+                    sizes = [member_size(stream, int(self.offset[sample])) for sample in samples]
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror}); mend the disk or copy it again") from None
+            if sizes != [int(self.length[sample]) for sample in samples]:
+                raise DataError(
+                    f"{path} does not hold its samples where the table says: "
+                    "it is not the file that was indexed; copy it again or build the dataset again"
+                )
+
+        with ThreadPoolExecutor(_PROBES) as pool:  # it is waiting for a file server, if anything
+            list(pool.map(check, np.flatnonzero(self.shard_sizes).tolist()))
 
 
 def _check_sizes(folder: Path, entry: Split) -> None:

@@ -145,11 +145,14 @@ def pipeline(
         inputs = _inputs(names, feed)
         return (train_graph if train else eval_graph)(config, inputs, device_id)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # DALI's own augmentations use names that it has moved
+    # DALI's own augmentations use names that it has moved, and it says so past any filter, a page for each rank.
+    with warnings.catch_warnings(record=True) as remarks:
         pipe = graph(
             batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=config.prefetch
         )
+    for remark in remarks:
+        if not issubclass(remark.category, DeprecationWarning):
+            warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
     pipe.build()
     return pipe
 

@@ -19,7 +19,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.index import Sample, scan
 from data_pipeline.manifest import FILE_NAME, Manifest, Reject, Shard, Split, file_of
 from data_pipeline.normalise import Rejected, decoded_size
-from data_pipeline.shards import crc32, index_text
+from data_pipeline.shards import CLS_WIDTH, crc32, index_text
 from data_pipeline.workers import Advance, run_all
 
 _PICTURES = ("jpg", "jpeg")
@@ -103,8 +103,8 @@ def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejecte
         return Rejected("it needs one jpg and one cls member, but has " + ", ".join(m.name for m in sample.members))
     stream.seek(label.offset)
     text = stream.read(label.size).strip()
-    if not text.isdigit():
-        return Rejected(f"its label is {text[:20]!r}, not a number from 0")
+    if not text.isdigit() or len(text) > CLS_WIDTH:
+        return Rejected(f"its label is {text[:20]!r}, not a number of at most {CLS_WIDTH} digits")
     stream.seek(picture.offset)
     data = stream.read(picture.size)
     size = decoded_size(data)

@@ -77,7 +77,8 @@ class _Loader(ABC):
             data, reason = self._reader.read(sample)
             if reason:
                 seen[row], data = self._replacement(sample)
-                bad.append(self._described(sample, reason, int(seen[row])))
+                if rows.valid[row]:  # what only pads a batch is reported by the rank whose share it is in
+                    bad.append(self._described(sample, reason, int(seen[row])))
             jpegs.append(data)
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
         # Drawn for the sample that should stand here, so that its replacement looks other than where it stands itself.
@@ -278,7 +279,7 @@ class EvalLoader(_Loader):
         for batch in range(len(self)):
             ids = self._first + batch * self._size + np.arange(self._size)
             valid = ids < end
-            rows = np.where(valid, ids, 0)
+            rows = np.minimum(ids, end - 1)  # padded with what lies nearest, in a shard that is read anyway
             yield Rows(rows, np.zeros_like(ids), rows, valid)
 
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002

@@ -65,11 +65,24 @@ def index_text(lines: Iterable[str]) -> str:
 
 def member_name(shard: BinaryIO, offset: int) -> str:
     """Return the name of the member whose data begin at `offset`, or '' when there is no header before it."""
+    header = _header(shard, offset)
+    return "" if header is None else header.name
+
+
+def member_size(shard: BinaryIO, offset: int) -> int | None:
+    """Return the bytes of the member whose data begin at `offset`, or None when there is no header before it."""
+    header = _header(shard, offset)
+    return None if header is None else header.size
+
+
+def _header(shard: BinaryIO, offset: int) -> tarfile.TarInfo | None:
+    if offset < BLOCK:
+        return None
     shard.seek(offset - BLOCK)
     try:
-        return tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "replace").name
+        return tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "replace")
     except tarfile.HeaderError:
-        return ""
+        return None
 
 
 def crc32(data: bytes) -> int:

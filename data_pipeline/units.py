@@ -83,8 +83,9 @@ def make(job: Job) -> tuple[int, int]:
         else:
             kept.append((_key(job.seed, picture.name), picture, result))
     kept.sort(key=lambda entry: entry[:1])
-    bytes_path = job.path.with_suffix(".bin")
-    with bytes_path.open("wb") as out:
+    job.path.unlink(missing_ok=True)  # an older one, of other pictures, says nothing of what is written now
+    # On the disk before the table, also when the power fails.
+    with replacing(job.path.with_suffix(".bin")) as out:
         out.writelines(result.jpeg for _, _, result in kept)
     classes = sorted({picture.class_id for _, picture, _ in kept})
     number_of = {class_id: number for number, class_id in enumerate(classes)}

@@ -92,6 +92,20 @@ def test_a_second_split_joins_the_first_with_the_same_classes(photos, tmp_path):
     assert len(Dataset.open(dest, "val")) == 60
 
 
+def test_splits_whose_names_begin_alike_do_not_disturb_each_other(photos, tmp_path):
+    dest = tmp_path / "out"
+    for split in ("train-more", "train"):
+        assert build([str(photos), str(dest), "--split", split, "--workers", "1"]) == 0
+    assert len(Dataset.open(dest, "train-more")) == len(Dataset.open(dest, "train")) == 61
+
+
+@pytest.mark.parametrize("split", ["../train", "a b", "*", ""])
+def test_a_split_that_cannot_be_a_part_of_file_names_is_refused(photos, tmp_path, split, capsys):
+    assert build([str(photos), str(tmp_path / "out"), "--split", split]) == 1
+    assert "becomes a part of file names" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_split_with_a_strange_class_is_refused(photos, tmp_path, capsys):
     dest = tmp_path / "out"
     assert build([str(photos), str(dest), "--workers", "1"]) == 0

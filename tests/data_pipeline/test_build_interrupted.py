@@ -1,9 +1,10 @@
 """A build that is killed, runs out of room or loses its source."""
 
 import errno
+import itertools
 import os
-import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import units
+from data_pipeline import assemble, units
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from data_pipeline.sources.folder import Folder
 from data_pipeline.verify import main as verify
+from tests.data_pipeline.killed_builds import contents
 from tests.data_pipeline.pictures import jpeg
 
 # Small units and shards, so that there is much to be interrupted in, and slow enough to be hit in the middle.
@@ -56,38 +60,65 @@ def start(source: Path, dest: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+@pytest.mark.parametrize(("way", "least"), [("anywhere", 45), ("again and again", 5)])
+def test_a_build_killed_at_any_change_of_the_disk_gives_the_same_bytes(folder, tmp_path, way, least):
+    source = folder
+    if way == "anywhere":  # each death costs two builds
+        source = tmp_path / "source"
+        for label, i in itertools.product(("ant", "bee"), range(3)):
+            (source / label).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / label / f"{i}.jpg", source / label)
+    paths = [source, tmp_path / "a" / "photos", tmp_path / "b" / "photos"]
+    command = [sys.executable, "-B", "-m", "tests.data_pipeline.killed_builds", *map(str, paths), way]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= least
 
 
-def traces(dest: Path) -> int:
-    return sum(1 for _ in dest.rglob("*")) if dest.exists() else 0
+@pytest.mark.parametrize("moved", [0, 3])
+@pytest.mark.parametrize("change", ["gains", "loses"])
+def test_a_source_that_changes_while_a_build_is_interrupted_gives_what_a_new_build_gives(
+    folder, tmp_path, monkeypatch, change, moved
+):
+    source = shutil.copytree(folder, tmp_path / "source")
+    monkeypatch.setattr(units, "UNIT_PICTURES", 20)
+    monkeypatch.setattr(Folder, "shard_bytes", 40_000)
+    real = assemble.publish
+
+    def interrupted(shards, *paths):
+        real(shards[:moved], *paths)
+        raise DataError("interrupted")
+
+    with monkeypatch.context() as now:
+        now.setattr(assemble, "publish", interrupted)
+        assert build([str(source), str(tmp_path / "a" / "photos"), "--workers", "1"]) == 1
+    assert len(list((tmp_path / "a" / "photos").glob("*.tar"))) == moved
+    if change == "gains":
+        (source / "bee" / "new.jpg").write_bytes(jpeg(7, (200, 200)))
+    else:
+        for i in range(30):
+            (source / "bee" / f"{i}.jpg").unlink()
+    for parent in ("a", "b"):
+        assert build([str(source), str(tmp_path / parent / "photos"), "--workers", "1"]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert verify([str(tmp_path / "a" / "photos"), "--workers", "1"]) == 0
 
 
-def test_a_build_killed_again_and_again_gives_the_same_bytes(folder, tmp_path):
-    whole = start(folder, tmp_path / "a" / "photos")
-    assert whole.wait() == 0
-    dest = tmp_path / "b" / "photos"
-    chance, kills, seen = random.Random(7), 0, 0
-    for _ in range(40):
-        process = start(folder, dest)
-        # Kill it after it has made a few more files than any before: every stage is hit, and it always gets on.
-        goal = seen + chance.randint(5, 25)
-        while process.poll() is None and traces(dest) < goal:
-            time.sleep(0.002)
-        seen = max(seen, traces(dest))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-            assert not (dest / "dataset.json").exists() or verify([str(dest), "--workers", "1"]) == 0
-        process.communicate()
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0
-    assert kills >= 4
-    ours = contents(dest)
-    ours.pop(".building.lock", None)
-    assert ours == contents(tmp_path / "a" / "photos")
+def test_scratch_that_a_failing_disk_has_changed_is_one_clear_line(folder, tmp_path, monkeypatch, capsys):
+    real = units.make
+
+    def then_rots(job):
+        made = real(job)
+        path = job.path.with_suffix(".bin")
+        path.write_bytes(path.read_bytes()[:-1])  # as after a power failure
+        return made
+
+    monkeypatch.setattr(units, "make", then_rots)
+    assert build([str(folder), str(tmp_path / "out"), "--workers", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "unit-000000.bin is not as it was written" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_an_interrupted_build_of_something_else_is_begun_anew(folder, tmp_path):
@@ -178,8 +209,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing_that_looks_whole(folder, t
 
 
 def test_a_source_that_vanishes_is_one_clear_line(folder, tmp_path, monkeypatch, capsys):
-    import shutil
-
     source = shutil.copytree(folder, tmp_path / "source")
     real = units.make
 

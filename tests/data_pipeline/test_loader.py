@@ -1,5 +1,7 @@
 import hashlib
 import itertools
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -146,8 +148,6 @@ def damage(dataset, samples):
 
 @pytest.fixture
 def damaged(digits, tmp_path):
-    import shutil
-
     dataset = Dataset.open(shutil.copytree(digits, tmp_path / "digits"), "train")
     damage(dataset, [5, 6, 900])
     return dataset
@@ -196,12 +196,36 @@ def test_a_bad_sample_is_left_out_of_evaluation_and_reported(damaged):
     assert sorted(report.id for report in reports) == [5, 6, 900]
 
 
+@pytest.mark.parametrize(("bad", "rank"), [(1436, 3), (359, 0), (0, 0)])
+def test_a_bad_sample_that_pads_is_reported_once_by_the_rank_whose_share_it_is_in(digits, tmp_path, bad, rank):
+    dataset = Dataset.open(shutil.copytree(digits, tmp_path / "digits"), "train")
+    damage(dataset, [bad])
+    reports = []
+    for own in range(4):  # shares of 360, the last of 357, each padded to 400
+        loader = EvalLoader(
+            dataset, config(dataset), batch_size=100, rank=own, world_size=4, device=CPU,
+            on_bad_sample=lambda report, own=own: reports.append((report.id, own)),
+        )  # fmt: skip
+        list(loader)
+        loader.close()
+    assert reports == [(bad, rank)]
+
+
+def test_dalis_remarks_on_its_own_augmentations_are_kept_from_every_rank(train):
+    with warnings.catch_warnings(record=True) as remarks:
+        TrainLoader(
+            train, config(train, augment=AugmentConfig(trivial_augment=True)), seed=1, global_batch=8, micro_batch=8,
+            rank=0, world_size=1, device=CPU,
+        ).close()  # fmt: skip
+    assert remarks == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [{"rand_augment": {}}, {"trivial_augment": True}], ids=str)
 def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train, policy):
     augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, **policy)
     whole = digests(train, steps=3, micro=64, augment=augment)
-    assert digests(train, world=2, steps=3, micro=8, threads=3, augment=augment) == whole
+    assert digests(train, world=4, steps=3, micro=8, threads=3, augment=augment) == whole
     plain = digests(train, steps=3, micro=64, augment=AugmentConfig())
     changed = sum(plain[position][3] != whole[position][3] for position in whole)
     assert changed > 0.6 * len(whole)
