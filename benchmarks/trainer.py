@@ -37,11 +37,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.batch import Batch
+from pretrain.bad_steps import BadSteps
 from pretrain.checkpoint import Progress
+from pretrain.checkpoint_writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
-from pretrain.distributed import choose_device, has_bf16, init_distributed, read_rank
+from pretrain.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
 from pretrain.engine import build_engine, build_model
+from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe, validate_recipe
@@ -165,6 +168,7 @@ def trainer_run(
     folder.path.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         console = RunConsole(speaks=first, total_steps=10**9, first_step=0, global_batch=resolved.batch.global_batch)
+    pieces = OptimizerPieces(engine)
     return Run(
         recipe=recipe,
         batch=resolved.batch,
@@ -173,7 +177,12 @@ def trainer_run(
         device=device,
         engine=engine,
         dtype=torch.float32,
-        pieces=OptimizerPieces(engine),
+        pieces=pieces,
+        bad_steps=BadSteps(engine),
+        writer=CheckpointWriter(
+            folder.checkpoints, pieces, retention=Retention(), facts={}, group=new_cpu_group(1800.0)
+        ),
+        classification=Classification(recipe.loss, recipe.mixing, (), device),
         train_loader=batches,
         eval_loader=None,
         folder=folder,
@@ -187,19 +196,44 @@ def trainer_run(
     )
 
 
-def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
-    """One rank: build all variants, let them take turns, send the seconds of each from rank 0."""
+def become_rank(local_rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:
+    """Make this process one of several on this machine; its device, and the CPU group of all."""
     os.environ |= {name: str(local_rank) for name in ("RANK", "LOCAL_RANK")}
-    os.environ |= {name: str(options.ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = choose_device(read_rank())
-    control = init_distributed(device)
+    return device, init_distributed(device)
+
+
+def fixed_batch(local_rank: int, options: argparse.Namespace, device: torch.device) -> Batch:
+    """Made pictures and labels, others on every rank."""
     rows = np.arange(options.micro_batch) + local_rank * options.micro_batch
     generator = torch.Generator().manual_seed(local_rank)
     images = torch.randn(len(rows), 3, options.size, options.size, generator=generator).to(device)
     labels = torch.randint(CLASSES, (len(rows),), generator=generator).to(device)
-    batch = Batch(images, labels, rows, rows * 0, rows, rows >= 0)
+    return Batch(images, labels, rows, rows * 0, rows, rows >= 0)
 
+
+def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> Any:
+    """Run ``measure(local_rank, port, options, folder, queue)`` on all ranks; what rank 0 puts into the queue."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.start_processes(
+            measure, (port, options, folder, queue), nprocs=options.ranks, start_method="spawn", join=False
+        )
+        while not ranks.join(timeout=1):
+            pass
+        return queue.get()
+
+
+def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
+    """One rank: build all variants, let them take turns, send the seconds of each from rank 0."""
+    device, control = become_rank(local_rank, port, options.ranks)
+    batch = fixed_batch(local_rank, options, device)
     ours = json.loads(CONFIG.read_text())
     batons: dict[str, Baton] = {BARE: Baton()}
     model = build_model(recipe_of(options, compiled=False), CLASSES).to(device)
@@ -257,6 +291,17 @@ def machine() -> str:
     return found[1] if found else platform.processor()
 
 
+def tell(what: str, lines: list[str], results: Path) -> None:
+    """Print a result and add it, with date, machine and version above it, to ``results/WHAT-DATE-MACHINE.md``."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [f"## {machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {today}", "", *lines]
+    print("\n".join(lines))  # noqa: T201  the table is what this command is for
+    slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
+    results.mkdir(exist_ok=True)
+    with (results / f"{what}-{today}-{slug}.md").open("a") as file:
+        file.write("\n".join([*lines, "", ""]))
+
+
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Measure, print, and add to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -271,23 +316,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--compile", action="store_true", help="also with model.compile")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.start_processes(
-            measure, (port, options, folder, queue), nprocs=options.ranks, start_method="spawn", join=False
-        )
-        while not ranks.join(timeout=1):
-            pass
-        seconds = queue.get()
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    seconds = start_ranks(measure, options)
     device = f"{options.ranks} GPUs" if torch.cuda.is_available() else f"{options.ranks} ranks of one thread each"
     lines = [
-        f"## {machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {today}",
-        "",
         " ".join(
             [
                 f"`python -m benchmarks.trainer {' '.join(sys.argv[1:] if arguments is None else arguments)}`:",
@@ -299,11 +330,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
         "",
         *table(seconds),
     ]
-    print("\n".join(lines))  # noqa: T201  the table is what this command is for
-    slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
-    options.results.mkdir(exist_ok=True)
-    with (options.results / f"trainer-{today}-{slug}.md").open("a") as file:
-        file.write("\n".join([*lines, "", ""]))
+    tell("trainer", lines, options.results)
     return seconds
 
 

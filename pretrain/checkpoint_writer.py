@@ -83,6 +83,11 @@ class CheckpointWriter:
         """Whether a checkpoint was begun whose outcome nobody asked for yet."""
         return self._thread is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is still at work on it."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, progress: Progress) -> None:
         """Copy this rank's pieces and begin to write them; the one before must be settled."""
         assert self._thread is None, "settle the checkpoint before first"
