@@ -209,6 +209,8 @@ def _locked(dest: Path) -> Iterator[None]:
     with (dest / ".building.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # the other has just ended and removed what we opened
+                raise BlockingIOError
         except BlockingIOError:
             raise DataError(f"another build is writing to {dest}; wait for it, or name another folder") from None
         try:
