@@ -15,18 +15,27 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from data_pipeline import assemble, normalise, units
 from data_pipeline.errors import DataError
@@ -41,6 +50,8 @@ from data_pipeline.sources.imagenet21k import ImageNet21k
 from data_pipeline.workers import Advance, run_all, workers_pool
 
 SHUFFLE_SEED = 0
+TELL = 60.0
+"""Seconds between lines that tell how far it is, where there is no terminal to draw a bar on."""
 _SOURCES = """'digits'; a folder of class folders; a folder with the three ImageNet-1k archives; an ImageNet-21k
 archive; or a quoted pattern of jpg + cls shards such as 'DEST/*.tar', which are indexed where they lie"""
 
@@ -92,7 +103,7 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     with _progress(console) as progress, workers_pool(options.workers) as pool:
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.pictures(split), scratch, SHUFFLE_SEED, options.max_side)
-        made = _units(jobs, pool, options.workers, partial(progress.advance, task))
+        made = _units(jobs, pool, options.workers, _Told(progress, task))
         if not made:
             raise DataError(f"split '{split}' of the source has no pictures; check what SOURCE names")
         class_ids, class_names = _classes(source, manifest, made)
@@ -103,7 +114,7 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         table = assemble.merge(made, class_ids, source.shard_bytes)
         task = progress.add_task(f"{split}: write shards", total=len(table.label))
         jobs_left = assemble.shard_jobs(table, scratch, scratch, prefix)
-        shards = _shards(jobs_left, pool, options.workers, partial(progress.advance, task))
+        shards = _shards(jobs_left, pool, options.workers, _Told(progress, task))
     assemble.publish(shards, scratch, dest, prefix)
     table_path = dest / f"{prefix}.samples.npz"
     table.save(table_path)
@@ -209,6 +220,8 @@ def _locked(dest: Path) -> Iterator[None]:
     with (dest / ".building.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # the other has just ended and removed what we opened
+                raise BlockingIOError
         except BlockingIOError:
             raise DataError(f"another build is writing to {dest}; wait for it, or name another folder") from None
         try:
@@ -226,6 +239,24 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class _Told:
+    """Advances a bar; in a batch job's log, a line now and then."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, progress.tasks[task]
+        self._silent_since = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        self._progress.advance(self._task.id, done)
+        if not self._progress.disable or time.monotonic() - self._silent_since < TELL:
+            return
+        self._silent_since = time.monotonic()
+        task = self._task
+        total = "" if task.total is None else f" of {task.total:.0f}"
+        left = "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
+        self._progress.console.print(f"{task.description}: {task.completed:.0f}{total}{left}", highlight=False)
 
 
 def source_named(name: str, split: str | None, classes: Path | None) -> Source:
@@ -262,7 +293,7 @@ def _adopt(pattern: str, dest: Path, split: str, workers: int, console: Console)
         raise DataError(f"shards are indexed where they lie; name {paths[0].parent} as DEST")
     with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
         task = progress.add_task(f"{split}: index", total=len(paths))
-        entry = index_in_place(paths, dest, split, pool, partial(progress.advance, task))
+        entry = index_in_place(paths, dest, split, pool, _Told(progress, task))
     left_out = f", {len(entry.rejected)} left out (listed in {FILE_NAME})" if entry.rejected else ""
     console.print(
         f"{dest}: split '{split}': {entry.samples} samples in {len(paths)} shards, indexed in place{left_out}"

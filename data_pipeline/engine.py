@@ -1,5 +1,6 @@
 """Runs a DALI graph on prepared batches, some of them ahead of the one that is asked for."""
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,7 +108,7 @@ class Engine:
                 if self._runs != current:
                     raise RuntimeError("another iteration of this loader was begun; go on with that one")
         finally:
-            if self._runs == current:
+            if self._runs == current and not sys.is_finalizing():  # then DALI has ended before us
                 self._stop()
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ PAUSES = (0.5, 1.0, 2.0, 4.0)
 STALLED = 60
 """Seconds without a byte after which a try is given up."""
 _CHUNK = 8 * 2**20
+_PART = ".part"
+_WAIT = 0.05  # seconds until it is looked again whether the cache has room
 
 
 class CacheConfig(BaseModel):
@@ -118,7 +120,7 @@ class RemoteStore:
             if not path.exists():
                 with _lock(path.with_name(path.name + ".lock")):
                     if not path.exists():  # another process may have fetched it while we waited
-                        self._make_room(file.bytes)
+                        self._make_room(path, file.bytes)
                         self._fetch(file.name, path, file)
             os.utime(path)  # for the order in which files are dropped
         except FileNotFoundError:  # dropped by another process just now
@@ -127,40 +129,57 @@ class RemoteStore:
             raise DataError(f"{path}: {error.strerror}; make room in the cache's folder, or name another") from None
         return path
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, path: Path, size: int) -> None:
+        """Drop files until one of `size` bytes fits, and reserve them; waits while fetches of others fill the cache."""
         if size > self.limit:
             raise DataError(f"the cache may hold {self.limit} bytes, but a shard has {size}; give it more gigabytes")
-        with _lock(self.folder / "room.lock"):
-            files = {path: path.stat() for path in self.folder.glob("*-*") if path.suffix != ".lock"}
-            total = sum(stat.st_size for stat in files.values()) + size
-            for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
-                if total <= self.limit:
+        aside = _aside(path)
+        while True:
+            with _lock(self.folder / "room.lock"):
+                aside.unlink(missing_ok=True)  # of a process that was killed: we hold its lock now
+                if self._drop(self.limit - size):
+                    with aside.open("wb") as out:
+                        out.truncate(size)
                     return
-                if path.suffix != ".part":  # what is being fetched counts, but stays
-                    path.unlink(missing_ok=True)  # a process that has it open reads on
-                    total -= stat.st_size
+            time.sleep(_WAIT)
+
+    def _drop(self, limit: int) -> bool:
+        """Drop files, the least recently used first, and say whether the rest takes no more than `limit` bytes."""
+        files = {path: path.stat() for path in self.folder.glob("*-*") if path.suffix != ".lock"}
+        total = sum(stat.st_size for stat in files.values())
+        for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
+            if total <= limit:
+                break
+            if path.suffix == _PART and not _free(path.with_suffix(".lock")):
+                continue  # it is being fetched
+            if path.exists():  # else it has just become whole, and counts
+                path.unlink(missing_ok=True)  # a process that has it open reads on
+                total -= stat.st_size
+        return total <= limit
 
     def _fetch(self, name: str, path: Path, expected: File | None) -> None:
         """Download a file, trying again after PAUSES."""
         reason = ""
-        aside = path.with_name(path.name + ".part")
-        for pause in (*PAUSES, None):
-            try:
-                digest = self._download(name, aside)
-            except FileNotFoundError:
-                raise DataError(f"{self.where(name)} does not exist; check the URL") from None
-            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
-                if getattr(error, "status", None) == HTTPStatus.NOT_FOUND:
+        aside = _aside(path)
+        try:
+            for pause in (*PAUSES, None):
+                try:
+                    digest = self._download(name, aside)
+                except FileNotFoundError:
                     raise DataError(f"{self.where(name)} does not exist; check the URL") from None
-                reason = str(error).strip() or type(error).__name__
-            else:
-                if expected is None or digest == expected.sha256:
-                    aside.replace(path)
-                    return
-                reason = "its content is not what dataset.json says"
+                except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+                    if getattr(error, "status", None) == HTTPStatus.NOT_FOUND:
+                        raise DataError(f"{self.where(name)} does not exist; check the URL") from None
+                    reason = str(error).strip() or type(error).__name__
+                else:
+                    if expected is None or digest == expected.sha256:
+                        aside.replace(path)
+                        return
+                    reason = "its content is not what dataset.json says"
+                if pause is not None:
+                    time.sleep(pause)
+        finally:
             aside.unlink(missing_ok=True)
-            if pause is not None:
-                time.sleep(pause)
         raise DataError(
             f"{self.where(name)} cannot be fetched after {len(PAUSES) + 1} tries ({reason}); check the store"
         )
@@ -168,10 +187,12 @@ class RemoteStore:
     def _download(self, name: str, aside: Path) -> str:
         digest = hashlib.sha256()
         remote = self._fs.open(f"{self._root}/{name}", "rb", block_size=_CHUNK, cache_type="readahead")
-        with remote, aside.open("wb") as out:
+        # Over the bytes that were reserved, so that they stay reserved.
+        with remote, aside.open("r+b" if aside.exists() else "wb") as out:
             while chunk := remote.read(_CHUNK):
                 digest.update(chunk)
                 out.write(chunk)
+            out.truncate()
         return digest.hexdigest()
 
 
@@ -187,6 +208,21 @@ def _options(url: str) -> dict[str, Any]:
             "config_kwargs": {"connect_timeout": STALLED, "read_timeout": STALLED, "retries": {"total_max_attempts": 1}}
         }
     return {}
+
+
+def _aside(path: Path) -> Path:
+    """Return where a file is while it is fetched."""
+    return path.with_name(path.name + _PART)
+
+
+def _free(lock: Path) -> bool:
+    """Whether nobody holds a lock: then what it is for was left by a process that was killed."""
+    with lock.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline import build as build_module
+from data_pipeline import units
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
@@ -81,6 +84,15 @@ def test_what_cannot_be_used_is_listed_with_its_reason(photos, tmp_path):
     (reject,) = Manifest.read(tmp_path / "out").splits["train"].rejected
     assert reject.name == "bee/notes.txt"
     assert "does not decode" in reject.reason
+
+
+def test_without_a_terminal_lines_tell_how_far_it_is_and_how_long_it_will_take(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "TELL", 0.0)
+    monkeypatch.setattr(units, "UNIT_PICTURES", 10)
+    assert build([str(photos), str(tmp_path / "out"), "--workers", "1"]) == 0
+    err = capsys.readouterr().err
+    assert re.search(r"^train: decode: 50 of 62, \d:\d\d:\d\d left$", err, re.MULTILINE)
+    assert re.search(r"^train: write shards: 61 of 61, 0:00:00 left$", err, re.MULTILINE)
 
 
 def test_a_second_split_joins_the_first_with_the_same_classes(photos, tmp_path):

@@ -1,6 +1,7 @@
 """A build that is killed, runs out of room or loses its source."""
 
 import errno
+import fcntl
 import itertools
 import os
 import resource
@@ -147,6 +148,18 @@ def test_a_second_build_into_the_same_folder_is_refused(folder, tmp_path):
     first.communicate()
     assert second.returncode == 1
     assert "another build is writing" in err
+
+
+def test_a_lock_that_another_build_has_just_removed_locks_nothing(folder, tmp_path, monkeypatch, capsys):
+    real, lock = fcntl.flock, tmp_path / "out" / ".building.lock"
+
+    def after_the_other_has_ended(stream, operation):
+        lock.unlink()
+        real(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
+    assert build([str(folder), str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert "another build is writing" in capsys.readouterr().err
 
 
 def test_workers_do_not_outlive_a_killed_build(folder, tmp_path):

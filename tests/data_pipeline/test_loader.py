@@ -1,6 +1,8 @@
 import hashlib
 import itertools
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -209,6 +211,19 @@ def test_a_bad_sample_that_pads_is_reported_once_by_the_rank_whose_share_it_is_i
         list(loader)
         loader.close()
     assert reports == [(bad, rank)]
+
+
+def test_a_program_that_ends_in_the_middle_of_an_epoch_says_nothing(digits):
+    script = (
+        "import sys, torch; from data_pipeline.dataset import Dataset; from data_pipeline.loader import EvalLoader;"
+        "from data_pipeline.transforms import InputConfig; data = Dataset.open(sys.argv[1], 'val');"
+        "config = InputConfig(path=sys.argv[1], image_size=32, threads=1);"
+        "loader = EvalLoader(data, config, batch_size=8, rank=0, world_size=1, device=torch.device('cpu'));"
+        "batches = iter(loader); next(batches); next(batches)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(digits)], capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_dalis_remarks_on_its_own_augmentations_are_kept_from_every_rank(train):

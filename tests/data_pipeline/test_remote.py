@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,29 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def test_fetches_at_the_same_time_keep_the_cache_within_its_size(server, train, tmp_path):
+    limit = int(1.5 * train.shards[0].tar.bytes)  # one shard and the table
+    remote = Dataset.open(server.url, "train", CacheConfig(folder=tmp_path / "cache", gigabytes=limit / 1e9))
+    for shard in range(4):
+        server.trouble[train.shards[shard].tar.name] = ["slow"] * 9  # so that all are on their way at once
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(remote.shard_path, range(4)))
+    assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("killed", ["of this shard", "of another"])
+def test_what_a_killed_process_left_half_fetched_gives_its_room_back(server, train, tmp_path, killed):
+    limit = int(1.5 * train.shards[0].tar.bytes)
+    remote = Dataset.open(server.url, "train", CacheConfig(folder=tmp_path / "cache", gigabytes=limit / 1e9))
+    path = remote.shard_path(0)
+    path.unlink()
+    left = path.with_name(path.name + ".part") if killed == "of this shard" else tmp_path / "cache" / "0-old.tar.part"
+    left.write_bytes(bytes(limit))
+    assert remote.shard_path(0).read_bytes() == train.shard_path(0).read_bytes()
+    assert not left.exists()
 
 
 def test_a_cache_smaller_than_a_shard_is_refused(server, tmp_path):
