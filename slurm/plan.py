@@ -98,10 +98,10 @@ def freeze(plan: Plan) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Tasks may start elsewhere than the launch does."""
     content = recipe.model_dump()
-    path = str(recipe.data.path)
-    if "://" in path:
-        return recipe
-    content["data"]["path"] = str(Path(path).absolute())
+    for section, key in (("data", "path"), ("loss", "class_tree")):
+        path = content[section][key]
+        if path is not None and "://" not in str(path):
+            content[section][key] = str(Path(path).absolute())
     return Recipe.model_validate(content)
 
 
