@@ -73,6 +73,8 @@ def assemble(
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])
+    bad_steps = BadSteps(engine)
+    bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
     total_steps = max(1, int(recipe.schedule.epochs * epoch_size) // batch.global_batch)
     console = RunConsole(
@@ -136,7 +138,7 @@ def assemble(
         engine=engine,
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
         pieces=pieces,
-        bad_steps=BadSteps(engine),
+        bad_steps=bad_steps,
         writer=CheckpointWriter(
             folder.checkpoints,
             pieces,

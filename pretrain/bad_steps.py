@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in DeepSpeed's ``DynamicLossScaler`` from step to step."""
+
 
 class BadSteps:
     """Makes an engine skip steps whose gradients are not finite, and tells which ones were.
@@ -35,6 +38,9 @@ class BadSteps:
         self._bad: torch.Tensor | None = None
         self._dropped = self._told = 0
         self._flags: deque[bool | tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._scaler = self._zero.loss_scaler if engine.fp16_enabled() and engine.dynamic_loss_scale() else None
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # how many bad steps are too many is the recipe's
         if not self.waits:
             self._optimizer.register_step_pre_hook(self._skip_on_device)
             if self._stage:
@@ -74,6 +80,16 @@ class BadSteps:
                 flag = bool(value.numpy()[()])
             flags.append(flag)
         return flags
+
+    def loss_scale(self) -> dict[str, float]:
+        """State of fp16's dynamic loss scale, for a checkpoint; empty in other precisions."""
+        return {} if self._scaler is None else {name: getattr(self._scaler, name) for name in SCALER_STATE}
+
+    def set_loss_scale(self, state: dict[str, float]) -> None:
+        """Go on with a loss scale as ``loss_scale`` gave it; nothing where there is none on either side."""
+        if self._scaler is not None:
+            for name in state.keys() & set(SCALER_STATE):
+                setattr(self._scaler, name, state[name])
 
     def _skip_on_device(self, *_: Any) -> None:
         """Before the optimizer steps, at ZeRO once for each partition: let its kernel know the norm's verdict."""

@@ -51,6 +51,8 @@ class Progress:
     """Of these, the ones just before this point."""
     rollbacks: int = 0
     """How often the weights went back to a checkpoint because of such steps."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """State of fp16's dynamic loss scale; empty in other precisions."""
     train_seconds: float = 0.0
     """Wall-clock time of the training loop over all incarnations, without what was lost to a crash."""
 

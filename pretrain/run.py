@@ -163,6 +163,7 @@ class Run:
         self.note_steps()
         self.watchdog.beat("copying a checkpoint", patient=True)
         self.save_tried_at = self.progress.samples_seen
+        self.progress.loss_scale = self.bad_steps.loss_scale()
         self.writer.start(self.progress)
         self._tell(lambda metrics: metrics.flush())
         took = time.monotonic() - began

@@ -1,7 +1,9 @@
 """A step with gradients that are not finite changes nothing at any stage; a good one lets no host wait."""
 
 import dataclasses
+import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.bad_steps import BadSteps
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
@@ -47,6 +50,40 @@ def no_step_reads(control: dist.ProcessGroup) -> None:
 @pytest.mark.slow
 def test_no_rank_waits_for_its_device_in_a_good_step() -> None:
     run_ranks(2, no_step_reads)
+
+
+def scale_goes_on(control: dist.ProcessGroup) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def steps_of(scaler: DynamicLossScaler) -> BadSteps:
+        # fp16 itself needs a GPU; its scaler does not.
+        zero = SimpleNamespace(loss_scaler=scaler, optimizer=SimpleNamespace(defaults={}))
+        return BadSteps(
+            SimpleNamespace(
+                optimizer=zero, zero_optimization_stage=lambda: 1, zero_offload_optimizer=lambda: None,
+                zero_offload_param=lambda: None, fp16_enabled=lambda: True, dynamic_loss_scale=lambda: True,
+            )
+        )  # fmt: skip
+
+    overflows = [True, False, True, *[False] * 5, True]
+    scaler = DynamicLossScaler(2**8, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+    first = steps_of(scaler)
+    for overflow in overflows[:5]:
+        scaler.update_scale(overflow)
+    other = DynamicLossScaler(2**16, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
+    second = steps_of(other)
+    second.set_loss_scale(json.loads(json.dumps(first.loss_scale())))
+    for overflow in overflows[5:]:
+        scaler.update_scale(overflow)
+        other.update_scale(overflow)
+        assert second.loss_scale() == first.loss_scale()
+    for _ in range(40):
+        other.update_scale(True)  # to the end of its scale: what is too much, bad_numbers says
+    assert second.loss_scale()["cur_scale"] == 1
+
+
+def test_fp16s_loss_scale_goes_on_where_it_was() -> None:
+    run_ranks(1, scale_goes_on)
 
 
 def state_of(run: Any) -> list[torch.Tensor]:

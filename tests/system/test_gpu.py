@@ -18,8 +18,16 @@ def test_the_demo_trains_in_bf16_on_a_gpu_and_hands_off(tmp_path: Path, digits: 
     assert json.loads((tmp_path / "demo/summary.json").read_text())["top1"] >= 98.5
 
 
-def test_a_run_stopped_on_a_gpu_resumes_bit_for_bit(tmp_path: Path, digits: Path) -> None:
+BF16: list[str] = []
+FP16 = changes(
+    deepspeed__bf16__enabled="false", deepspeed__fp16__enabled="true", deepspeed__fp16__initial_scale_power=8
+)
+
+
+@pytest.mark.parametrize("precision", [BF16, FP16], ids=["bf16", "fp16"])
+def test_a_run_stopped_on_a_gpu_resumes_bit_for_bit(precision: list[str], tmp_path: Path, digits: Path) -> None:
     fields = changes(data__path=digits, schedule__epochs=0.9, log_every_steps=1, ema__decay=0.9, mixing__mixup=0.8)
+    fields += [*precision, *changes(deterministic="true")]
     with launched(tmp_path / "straight", *fields, ranks=1, gpu=True) as run:
         assert run.end() == ExitCode.FINISHED, run.output()
     with launched(tmp_path / "stopped", *fields, ranks=1, gpu=True) as run:
