@@ -2,6 +2,7 @@
 # DALI's build, for CUDA 12 or 13; once chosen it stays.
 CUDA ?= $(or $(patsubst .venv/.installed-cuda%,%,$(firstword $(wildcard .venv/.installed-cuda*))),13)
 N ?= 100
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,8 +24,10 @@ demo: setup
 	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml
 	$(BIN)/python -m pretrain.evaluate runs/demo --data data/digits
 
+# Whole runs and clusters have the machine for themselves; all else shares its cores.
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --numprocesses $(JOBS) --dist loadfile --ignore tests/system --ignore tests/slurm
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/system tests/slurm
 
 # Kills a run N times at random moments, with random ranks and ZeRO stages, and compares it with an untouched one.
 soak: setup
