@@ -21,7 +21,7 @@ class AttentionResidual(nn.Module):
     Neither convolution has a bias: it would add one number to all scores, which the softmax does not see.
 
     All three are linear, and the depthwise kernels do not overlap, so they are applied as one small matrix to the
-    patches: a depthwise convolution of so few channels took three times as long on a CPU.
+    patches: a depthwise convolution of so few channels took up to three times as long on a CPU.
     """
 
     def __init__(self, heads_before: int, heads: int, key_ratio: int) -> None:
