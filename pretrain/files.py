@@ -8,6 +8,8 @@ from typing import Any
 
 from data_pipeline.files import write_atomically
 
+__all__ = ["digest", "digest_of_file", "fsync", "write_atomically", "write_json"]  # slurm/ takes them from here
+
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file atomically with ``content`` as indented JSON."""

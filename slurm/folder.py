@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipeline.files import write_atomically
+from pretrain.files import write_atomically
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
 from slurm.restart import Policy, RankExit

@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import DataError
 from pretrain.outcome import ExitCode, UserError
 from slurm.folder import Launch
 from slurm.job import Job
@@ -74,7 +73,7 @@ def launch(options: argparse.Namespace) -> int:
     """Check, print the plan, and submit.
 
     Raises:
-        UserError, DataError, SlurmError: what is wrong, in one line.
+        UserError, SlurmError: what is wrong, in one line.
     """
     plan = make_plan(
         options.recipe,
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         return launch(options)
-    except (UserError, DataError, SlurmError) as error:
+    except (UserError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN
 

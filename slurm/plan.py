@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from data_pipeline.dataset import Dataset
-from data_pipeline.errors import DataError
-from models import create_model
+from pretrain.check import check_recipe_here
 from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.files import write_json
 from pretrain.outcome import UserError
@@ -20,9 +18,6 @@ from pretrain.run_folder import RunFolder
 from slurm.folder import SlurmFolder
 from slurm.history import History, current_job
 from slurm.scheduler import queue
-
-FP32_COPIES = 3
-"""Of every parameter in a checkpoint: the weight and the two moments of Adam; an average is one more."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ def make_plan(
     """Check everything that can be checked here.
 
     Raises:
-        UserError, DataError: what is wrong, in one line.
+        UserError: what is wrong, in one line.
     """
     recipe = load_recipe(recipe_file, assignments)
     recipe = _with_absolute_paths(recipe)
@@ -61,8 +56,7 @@ def make_plan(
     run = RunFolder(runs.resolve() / recipe.name)
     resolved = _resolve(recipe, config, nodes * gpus_per_node, on_gpus=on_cluster)
     usable = tuple(n for n in range(min_nodes, nodes + 1) if _fits(recipe, config, n * gpus_per_node, on_cluster))
-    train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
-    val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+    outlook = check_recipe_here(recipe)
     run.check_recipe(recipe, resolved.config)
     state = run.read_state()
     if state is not None and state.state == "finished":
@@ -70,14 +64,13 @@ def make_plan(
     folder = SlurmFolder(run.path)
     if on_cluster:
         _refuse_a_second_job(folder)
-    parameters = _count_parameters(recipe, train_set.num_classes)
-    needed, free = _disk(recipe, parameters, run.path)
+    needed, free = _disk(outlook.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
-    steps = max(1, int(recipe.schedule.epochs * len(train_set)) // batch.global_batch)
+    steps = max(1, int(recipe.schedule.epochs * outlook.train_samples) // batch.global_batch)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
-        f"model         {recipe.model.name}, {parameters:,} parameters, {train_set.num_classes} classes",
-        f"data          {recipe.data.path}: {len(train_set):,} train, {len(val_set):,} val",
+        f"model         {recipe.model.name}, {outlook.parameters:,} parameters, {outlook.classes} classes",
+        f"data          {recipe.data.path}: {outlook.train_samples:,} train, {outlook.val_samples:,} val",
         f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
         + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
@@ -133,24 +126,12 @@ def _refuse_a_second_job(folder: SlurmFolder) -> None:
         )
 
 
-def _count_parameters(recipe: Recipe, classes: int) -> int:
-    try:
-        with torch.device("meta"):
-            model = create_model(
-                recipe.model.name, num_classes=classes, image_size=recipe.data.size, **recipe.model.overrides
-            )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model: {' '.join(str(error).split())}") from None
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _disk(recipe: Recipe, parameters: int, run: Path) -> tuple[int, int]:
+def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]:
     """Bytes that the checkpoints need and that there are; the one being written stands beside those that are kept."""
-    copies = FP32_COPIES + (recipe.ema is not None)
     there = next(path for path in (run, *run.parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"{there} cannot be written: choose another folder with --runs")
-    needed, free = 4 * parameters * copies * (recipe.checkpoint.keep + 1), shutil.disk_usage(there).free
+    needed, free = checkpoint_bytes * checkpoints, shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
             f"the checkpoints need {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free: make space, lower "
@@ -161,6 +142,3 @@ def _disk(recipe: Recipe, parameters: int, run: Path) -> tuple[int, int]:
 
 def _words(numbers: tuple[int, ...]) -> str:
     return " or ".join(str(number) for number in numbers)
-
-
-__all__ = ["DataError", "Plan", "freeze", "make_plan"]

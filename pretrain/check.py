@@ -1,0 +1,60 @@
+"""What of a recipe can be checked and counted before anything is started, on a machine without GPUs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from models import create_model
+from pretrain.class_tree import read_ancestors
+from pretrain.outcome import UserError
+from pretrain.recipe import Recipe
+
+COPIES = {"adamw": 3, "lamb": 3, "sgd": 2}
+"""Of every parameter in a checkpoint, in fp32: the weight and the optimizer's moments; an average is one more."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run will be."""
+
+    parameters: int
+    classes: int
+    train_samples: int
+    val_samples: int
+    checkpoint_bytes: int
+
+
+def check_recipe_here(recipe: Recipe) -> Outlook:
+    """Open the data and lay out the model, without memory for its weights.
+
+    Raises:
+        UserError: data, model or class tree cannot be used as the recipe says; in one line.
+    """
+    try:
+        train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
+        val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+    except DataError as error:
+        raise UserError(str(error)) from None
+    if recipe.loss.class_tree is not None:
+        read_ancestors(recipe.loss.class_tree, train_set.class_ids)
+    parameters = count_parameters(recipe, train_set.num_classes)
+    copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
+    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)
+
+
+def count_parameters(recipe: Recipe, classes: int) -> int:
+    """Parameters of the recipe's model.
+
+    Raises:
+        UserError: the variant does not exist, or a field of it makes no sense.
+    """
+    try:
+        with torch.device("meta"):
+            model = create_model(
+                recipe.model.name, num_classes=classes, image_size=recipe.data.size, **recipe.model.overrides
+            )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {' '.join(str(error).split())}") from None
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,37 @@
+"""What of a recipe is checked before anything is started."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.check import check_recipe_here
+from pretrain.outcome import UserError
+from pretrain.recipe import Recipe, load_recipe
+from tests.system.launching import RECIPE
+
+
+def demo(digits: Path, *assignments: str) -> Recipe:
+    return load_recipe(RECIPE, [f"data.path={digits}", *assignments])
+
+
+def test_it_counts_what_the_run_will_have(digits: Path) -> None:
+    outlook = check_recipe_here(demo(digits))
+    assert (outlook.train_samples, outlook.val_samples, outlook.classes) == (1437, 360, 10)
+    assert outlook.parameters == 910_552
+    assert outlook.checkpoint_bytes == 3 * 4 * outlook.parameters
+    assert check_recipe_here(demo(digits, "ema.decay=0.9")).checkpoint_bytes == 4 * 4 * outlook.parameters
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("data.path=/no/such/data", "no/such/data"),
+        ("model.name=lavit_micr", "model: .*lavit_micr"),
+        ("model.overrides={depths: [1]}", "model: .*depths"),
+        ("loss={classification: semantic_softmax, class_tree: /no/tree}", "loss.class_tree: /no/tree cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(assignment: str, told: str, digits: Path) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        check_recipe_here(demo(digits, assignment))
+    assert "\n" not in str(error.value)
