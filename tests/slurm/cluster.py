@@ -73,7 +73,6 @@ class Cluster:
             f"{', '.join(missing)} missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
         )
         self.folder = folder
-        self._hastened = 0.0
         network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
         ports, host = free_ports(nodes + 1), socket.gethostname()
@@ -132,18 +131,6 @@ class Cluster:
                 if process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]:
                     found += [process, *process.children(recursive=True)]
         return found
-
-    def hasten(self) -> None:
-        """Let requeued jobs start at once: Slurm makes them wait for six seconds here, by default for two minutes.
-
-        To be called while polling; it asks Slurm twice a second at most.
-        """
-        if time.monotonic() < self._hastened + 0.5:
-            return
-        self._hastened = time.monotonic()
-        for job in self.ask("squeue", "-h", "-t", "PENDING", "-o", "%i|%r").splitlines():
-            if job.endswith("|BeginTime"):
-                self.ask("scontrol", "update", f"JobId={job.split('|')[0]}", "StartTime=now", check=False)
 
     def set_preemption(self, *, grace: int, user_signal: bool) -> None:
         """Seconds between telling a job that it is preempted and ending it; whether it is sent its own signal first."""

@@ -100,12 +100,7 @@ class ClusterRun:
 
     def wait_for_chapters(self, number: int) -> list[Chapter]:
         """Wait until so many incarnations have begun."""
-
-        def begun() -> bool:
-            self.cluster.hasten()
-            return len(self.chapters()) >= number
-
-        self.cluster.wait_for(begun, f"{number} incarnations", self.output)
+        self.cluster.wait_for(lambda: len(self.chapters()) >= number, f"{number} incarnations", self.output)
         return self.chapters()
 
     def wait_for_end(self, chapter: int) -> Chapter:

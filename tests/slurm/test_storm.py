@@ -48,7 +48,6 @@ def wait_for_a_moment(run: ClusterRun, chance: random.Random, event: str) -> Non
     came_to: list[int] = []
 
     def reached() -> bool:
-        run.cluster.hasten()
         if event == "kill a rank while it saves":
             return any(drafts.glob(".*")) and any(run.ranks())
         if starting:
