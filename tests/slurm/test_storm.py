@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from tests.slurm.conftest import run_locally
 from tests.slurm.runs import ClusterRun, assert_equals
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
-EVENTS = (["preempt"] * 4 + ["kill a node"] * 4 + ["kill a rank"] * 5 + ["kill a rank while it saves"] * 4
-          + ["restart slurmctld"] * 3)  # fmt: skip
-LONG = 240
+WHILE_SAVING = "kill a rank while it saves"
+EVENTS = (
+    ["restart slurmctld"] * 3 + [WHILE_SAVING] * 4 + ["kill a rank"] * 5 + ["kill a node"] * 4 + ["preempt"] * 4
+)  # fmt: skip
+"""What strikes together does so in this order: what kills most comes last, so that nothing strikes into the void."""
+LONG = 160
 """Steps: so many that the run is not over before the storm."""
 
 
@@ -26,37 +30,46 @@ def test_a_storm_of_twenty_events_changes_nothing(
     untouched = run_locally(tmp_path / "untouched", digits, steps=LONG)
     run = on_cluster(3)
     run.launch(digits, "--max-restarts", "50", "--retry-wait", "0", steps=LONG)
-    for event in events:
-        wait_for_a_moment(run, chance, event)
-        assert run.status()["state"] != "finished", f"over before {event}"
-        strike(run, event, chance)
+    while events:
+        together = [events.pop() for _ in range(min(chance.randint(1, 2), len(events)))]
+        # A slurmctld that dies in the second in which it has started a job forgets that, and then holds the job.
+        settled = "restart slurmctld" in together
+        wait_for_a_moment(run, chance, saving=WHILE_SAVING in together, settled=settled)
+        assert run.status()["state"] != "finished", f"over before {together}"
+        for event in sorted(together, key=EVENTS.index):
+            strike(run, event, chance)
     told = run.finish()
     assert told["step"] == LONG
     ends = [chapter.cause for chapter in run.chapters()]
     assert ends[-1] == "finished"
-    assert len(ends) >= 10, ends
+    assert len(ends) >= 8, ends
     assert None not in ends
     assert {"preempted", "crashed", "lost"} <= {*ends}
     assert_equals(run.folder, untouched, steps=LONG)
     assert not list((run.folder / "checkpoints").glob(".*")), "something half-written was left"
 
 
-def wait_for_a_moment(run: ClusterRun, chance: random.Random, event: str) -> None:
-    """Either while the ranks start, or some steps after they have resumed."""
-    drafts, starting = run.folder / "checkpoints", chance.random() < 0.4
-    aim = chance.randint(1, 4)
+def wait_for_a_moment(run: ClusterRun, chance: random.Random, *, saving: bool, settled: bool) -> None:
+    """While a checkpoint is written, or while the ranks start (unless ``settled``), or some steps after that."""
+    began, starting, aim = time.time(), chance.random() < 0.4 and not settled, chance.randint(1, 4)
     came_to: list[int] = []
 
     def reached() -> bool:
-        if event == "kill a rank while it saves":
-            return any(drafts.glob(".*")) and any(run.ranks())
+        if saving:
+            return any(run.ranks()) and any(is_newer(path, began) for path in (run.folder / "checkpoints").glob(".*"))
         if starting:
             return any(run.ranks())
         if not came_to and run.status()["state"] == "running":
             came_to.append(run.step())
         return bool(came_to) and run.step() >= came_to[0] + aim
 
-    run.cluster.wait_for(reached, f"a moment to {event}", run.output)
+    run.cluster.wait_for(reached, "a moment to strike", run.output)
+
+
+def is_newer(path: Path, than: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime > than
+    return False
 
 
 def strike(run: ClusterRun, event: str, chance: random.Random) -> None:
@@ -66,11 +79,17 @@ def strike(run: ClusterRun, event: str, chance: random.Random) -> None:
         run.cluster.kill_controller()
         run.cluster.start_controller()
     elif event == "kill a node":
-        name = chance.choice(run.cluster.names)
+        name = chance.choice(run.chapters()[-1].nodes)
         run.cluster.kill_node(name)
         run.cluster.start_node(name)
     else:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            ranks = list(run.ranks())
-            if ranks:
-                chance.choice(ranks).kill()
+        run.cluster.wait_for(lambda: killed_a_rank(run, chance), "a rank to kill", run.output)
+
+
+def killed_a_rank(run: ClusterRun, chance: random.Random) -> bool:
+    ranks = list(run.ranks())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if ranks:
+            chance.choice(ranks).kill()
+            return True
+    return False
