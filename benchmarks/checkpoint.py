@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.trainer import CONFIG, RESULTS, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
+from benchmarks.report import RESULTS
+from benchmarks.trainer import CONFIG, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
 from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
 from pretrain.run_folder import RunFolder
 from pretrain.train import train_step

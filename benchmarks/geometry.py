@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.model import add_to_results, heading, seconds, train
+from benchmarks.model import heading, machine, seconds, train
+from benchmarks.report import add_to_results
 from models import LaViT, LaViTConfig, model_config
 from models.cost import count_macs, count_parameters
 
@@ -135,7 +136,7 @@ def main() -> None:
     torch.manual_seed(0)
     batch = arguments.batch or (64 if device == "cuda" else 2)
     lines = [
-        *heading(device),
+        *heading(),
         (
             f"`python -m benchmarks.geometry`: one training step without the optimizer's, batch {batch} of 224 x 224, "
             f"{'bf16' if device == 'cuda' else 'fp32'}, {arguments.rounds} interleaved rounds; speed is the median of "
@@ -150,7 +151,7 @@ def main() -> None:
         rows = measure(size, device, batch, arguments.rounds)
         print("\n".join(rows), flush=True)  # noqa: T201
         lines += rows
-    add_to_results("geometry", device, lines)
+    add_to_results("geometry", machine(), lines)
 
 
 if __name__ == "__main__":

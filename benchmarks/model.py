@@ -9,7 +9,6 @@ not stretch. Prints a table and adds it to benchmarks/results/model-DATE-MACHINE
 """
 
 import argparse
-import datetime
 import multiprocessing
 import platform
 import re
@@ -21,10 +20,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
+from benchmarks.report import add_to_results, processor, today
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
@@ -137,27 +135,15 @@ def measure(size: str, device: str, batch: int, rounds: int, compiled: bool) -> 
     return rows
 
 
-def machine(device: str) -> str:
+def machine() -> str:
     """What was measured on."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return f"{found[1] if found else platform.processor()}, one core"
+    return processor() if torch.cuda.is_available() else f"{processor()}, one core"
 
 
-def heading(device: str) -> list[str]:
+def heading() -> list[str]:
     """Of a table: machine, versions and day."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return [f"## {machine(device)}, {versions}, {datetime.datetime.now(datetime.UTC).date().isoformat()}", ""]
-
-
-def add_to_results(kind: str, device: str, lines: list[str]) -> None:
-    """Append to results/KIND-DATE-MACHINE.md."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{kind}-{today}-{slug}.md").open("a") as file:
-        file.write("\n".join([*lines, "", ""]))
+    return [f"## {machine()}, {versions}, {today()}", ""]
 
 
 def main() -> None:
@@ -172,7 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
     batch = arguments.batch or (64 if device == "cuda" else 4)
     lines = [
-        *heading(device),
+        *heading(),
         " ".join(
             [
                 f"`python -m benchmarks.model {' '.join(sys.argv[1:])}`: batch {batch} of 224 x 224,",
@@ -189,7 +175,7 @@ def main() -> None:
         rows = measure(size, device, batch, arguments.rounds, arguments.compile)
         print("\n".join(rows), flush=True)  # noqa: T201
         lines += rows
-    add_to_results("model", device, lines)
+    add_to_results("model", machine(), lines)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ benchmarks/results/trainer-DATE-MACHINE.md.
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
 import os
-import platform
-import re
 import socket
 import statistics
 import sys
@@ -36,6 +33,7 @@ import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.report import RESULTS, add_to_results, processor, today
 from data_pipeline.batch import Batch
 from pretrain.bad_steps import BadSteps
 from pretrain.checkpoint import Progress
@@ -57,7 +55,6 @@ from pretrain.train import train
 from pretrain.watchdog import Watchdog
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
-RESULTS = Path(__file__).parent / "results"
 CLASSES = 1000
 BARE = "bare DDP"
 
@@ -283,23 +280,11 @@ def table(seconds: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-def machine() -> str:
-    """What was measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return found[1] if found else platform.processor()
-
-
 def tell(what: str, lines: list[str], results: Path) -> None:
     """Print a result and add it, with date, machine and version above it, to ``results/WHAT-DATE-MACHINE.md``."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lines = [f"## {machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {today}", "", *lines]
+    lines = [f"## {processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {today()}", "", *lines]
     print("\n".join(lines))  # noqa: T201  the table is what this command is for
-    slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
-    results.mkdir(exist_ok=True)
-    with (results / f"{what}-{today}-{slug}.md").open("a") as file:
-        file.write("\n".join([*lines, "", ""]))
+    add_to_results(what, processor(), lines, results)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:

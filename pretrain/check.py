@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from models import create_model
+from models import model_config
+from models.cost import count_parameters
 from pretrain.class_tree import read_ancestors
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -27,7 +26,7 @@ class Outlook:
 
 
 def check_recipe_here(recipe: Recipe) -> Outlook:
-    """Open the data and lay out the model, without memory for its weights.
+    """Open the data and count the model's parameters, without building it.
 
     Raises:
         UserError: data, model or class tree cannot be used as the recipe says; in one line.
@@ -39,22 +38,15 @@ def check_recipe_here(recipe: Recipe) -> Outlook:
         raise UserError(str(error)) from None
     if recipe.loss.class_tree is not None:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
-    parameters = count_parameters(recipe, train_set.num_classes)
-    copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
-    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)
-
-
-def count_parameters(recipe: Recipe, classes: int) -> int:
-    """Parameters of the recipe's model.
-
-    Raises:
-        UserError: the variant does not exist, or a field of it makes no sense.
-    """
     try:
-        with torch.device("meta"):
-            model = create_model(
-                recipe.model.name, num_classes=classes, image_size=recipe.data.size, **recipe.model.overrides
-            )
+        architecture = model_config(
+            recipe.model.name,
+            num_classes=train_set.num_classes,
+            image_size=recipe.data.size,
+            **recipe.model.overrides,
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(architecture)
+    copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
+    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)

@@ -1,7 +1,8 @@
 """One run on one rank: all its parts, and what is done with them between steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,19 +104,16 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate the weights, and their average where it is kept, and write it down; a stop leaves it undone."""
-        began = time.monotonic()
-        complete = self._evaluate("eval")
-        if complete and self.recipe.ema is not None:
-            with self.pieces.averaged_weights():
-                complete = self._evaluate("eval_average")
+        with self._beside_training():
+            complete = self._evaluate("eval")
+            if complete and self.recipe.ema is not None:
+                with self.pieces.averaged_weights():
+                    complete = self._evaluate("eval_average")
         if complete:
             self.progress.evaluated_at = self.progress.samples_seen
             if self.progress.evaluation["top1"] > self.progress.best_top1:
                 self.progress.best_top1 = self.progress.evaluation["top1"]
                 self.progress.best_at = self.progress.samples_seen
-        took = time.monotonic() - began
-        self.progress.train_seconds += took
-        self._interval_broken(took)
 
     def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
@@ -159,16 +157,13 @@ class Run:
             UserError: the second one in a row, or the last of the run, could not be written.
         """
         self.settle_save()
-        began = time.monotonic()
-        self.note_steps()
-        self.watchdog.beat("copying a checkpoint", patient=True)
-        self.save_tried_at = self.progress.samples_seen
-        self.progress.loss_scale = self.bad_steps.loss_scale()
-        self.writer.start(self.progress)
-        self._tell(lambda metrics: metrics.flush())
-        took = time.monotonic() - began
-        self.progress.train_seconds += took
-        self._interval_broken(took)
+        with self._beside_training():
+            self.note_steps()
+            self.watchdog.beat("copying a checkpoint", patient=True)
+            self.save_tried_at = self.progress.samples_seen
+            self.progress.loss_scale = self.bad_steps.loss_scale()
+            self.writer.start(self.progress)
+            self._tell(lambda metrics: metrics.flush())
         if wait or self.done or self.failed_saves:  # after a failure the answer is wanted at once
             self.settle_save()
 
@@ -180,12 +175,9 @@ class Run:
         """
         if not self.writer.busy:
             return
-        began = time.monotonic()
-        self.watchdog.beat("waiting for a checkpoint to be written", patient=True)
-        problem = self.writer.settle()
-        took = time.monotonic() - began
-        self.progress.train_seconds += took
-        self._interval_broken(took)
+        with self._beside_training():
+            self.watchdog.beat("waiting for a checkpoint to be written", patient=True)
+            problem = self.writer.settle()
         if not problem:
             self.saved_at, self.failed_saves = self.save_tried_at, 0
             return
@@ -312,7 +304,12 @@ class Run:
             except OSError as error:
                 self.console.say(f"WARNING metrics or state could not be written: {error}")
 
-    def _interval_broken(self, seconds: float) -> None:
-        """Keep time that was not training out of the rates."""
-        self.meter.exclude(seconds)
-        self.console.step_done(self.progress.step, waited_s=seconds)
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """Count what is done within it as time of the run, but keep it out of the rates of training."""
+        began = time.monotonic()
+        yield
+        took = time.monotonic() - began
+        self.progress.train_seconds += took
+        self.meter.exclude(took)
+        self.console.step_done(self.progress.step, waited_s=took)

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.files import write_atomically
+from pretrain.files import write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
 from slurm.restart import Policy, RankExit
@@ -78,7 +78,7 @@ class SlurmFolder:
     def write_launch(self, launch: Launch) -> None:
         """Replace ``launch.json``."""
         self.own.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._launch, (json.dumps(asdict(launch), indent=2) + "\n").encode())
+        write_json(self._launch, asdict(launch))
 
     def launched(self) -> bool:
         """Whether ``slurm.launch`` has been here."""

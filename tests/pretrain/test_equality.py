@@ -123,14 +123,21 @@ def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
 def trained(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the global batches and final weights of the trainer's own step under an engine. Collective."""
     run = training(recipe, accumulation=accumulation, **deepspeed)
-    batches, losses = micro_batches(run.batch.micro_batch), []
-    for _ in range(STEPS):
+    return go_on(run, STEPS), whole_weights(run.engine)
+
+
+def go_on(run: Any, steps: int) -> list[float]:
+    """So many steps more, from where the run's progress stands; their losses. Collective."""
+    first, losses = run.progress.step, []
+    batches = micro_batches(run.batch.micro_batch, first=first, last=first + steps)
+    for _ in range(steps):
         train_step(run, batches)
         run.progress.step += 1
         run.progress.samples_seen += BATCH
         losses.append(run.meter.means()["loss"])
         run.meter.reset()
-    return losses, whole_weights(run.engine)
+    assert run.bad_steps.settled() == [False] * steps
+    return losses
 
 
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:

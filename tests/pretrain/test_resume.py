@@ -10,25 +10,10 @@ import torch.distributed as dist
 from pretrain.checkpoint import Progress, load_newest
 from pretrain.checkpoint_writer import CheckpointWriter, Retention
 from pretrain.distributed import new_cpu_group
-from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
-from tests.pretrain.test_equality import BATCH, micro_batches, recipe, training, whole_weights, zero
+from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 
 HALF = 20
-
-
-def go_on(run: Any, steps: int) -> list[float]:
-    """So many steps more, from where the run's progress stands, in the middle of an epoch of 100 pictures."""
-    first, losses = run.progress.step, []
-    batches = micro_batches(run.batch.micro_batch, first=first, last=first + steps)
-    for _ in range(steps):
-        train_step(run, batches)
-        run.progress.step += 1
-        run.progress.samples_seen += BATCH
-        losses.append(run.meter.means()["loss"])
-        run.meter.reset()
-    assert run.bad_steps.settled() == [False] * steps
-    return losses
 
 
 def state(run: Any) -> list[torch.Tensor]:
