@@ -15,13 +15,16 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, widths: Sequence[int], width: int) -> None:
         super().__init__()
-        self.norms = cast("Sequence[nn.Module]", nn.ModuleList(nn.GroupNorm(1, channels) for channels in widths))
+        self.norms = cast("Sequence[nn.Module]", nn.ModuleList(nn.LayerNorm(channels) for channels in widths))
         self.laterals = cast("Sequence[nn.Module]", nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths))
         self.outputs = cast("Sequence[nn.Module]", nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (batch, widths[m], h, w), each half as large as the one before, to (batch, width, h, w)."""
-        laterals = [lateral(norm(m)) for norm, lateral, m in zip(self.norms, self.laterals, maps, strict=True)]
+        # The maps lie in memory as tokens, channels last. (On such an input that wants no gradient, as frozen features
+        # do, GroupNorm's backward pass ends the process in torch 2.13 on a CPU.)
+        normed = [norm(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps, strict=True)]
+        laterals = [lateral(m) for lateral, m in zip(self.laterals, normed, strict=True)]
         merged = laterals[-1:]
         for finer in reversed(laterals[:-1]):
             merged.insert(0, finer + F.interpolate(merged[0], size=finer.shape[-2:], mode="nearest"))

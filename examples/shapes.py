@@ -47,7 +47,8 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
     source = np.random.default_rng(seed)
     height, width = size
     mask = np.zeros(size, np.int64)
-    picture = _texture(source, size)
+    colour = source.uniform(0.2, 0.8, (3, 1, 1))
+    picture = colour + _patches(source, size)
     boxes: list[tuple[int, int, int, int]] = []
     labels, taken = [], np.zeros(size, bool)
     rows, columns = np.mgrid[:height, :width] + 0.5
@@ -61,11 +62,11 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
         if (near & taken).any():
             continue
         label = int(source.integers(len(CLASSES)))
-        inside = _inside(label, (columns - column) / radius, (rows - row) / radius, source.uniform(0, 2 * np.pi))
+        inside = _inside(label, (columns - column) / radius, (rows - row) / radius, source.uniform(-0.3, 0.3))
         if not inside.any():
             continue
         taken |= near
-        picture = np.where(inside, _texture(source, size), picture)
+        picture = np.where(inside, _another_colour(source, colour) + _patches(source, size), picture)
         mask[inside] = label + 1
         ys, xs = np.nonzero(inside)
         boxes.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
@@ -84,12 +85,19 @@ def draw_many(seeds: Iterable[int], size: tuple[int, int], most: int = MOST_SHAP
     return [draw(seed, size, most) for seed in seeds]
 
 
-def _texture(source: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
-    """(3, *size): a random colour, and patches of noise of a random coarseness about it."""
+def _patches(source: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+    """(3, *size): patches of noise of a random coarseness about 0."""
     cell = int(source.integers(2, 9))
-    coarse = source.normal(0, 0.09, (3, -(-size[0] // cell), -(-size[1] // cell)))
-    fine = coarse.repeat(cell, 1).repeat(cell, 2)[:, : size[0], : size[1]]
-    return source.uniform(0.2, 0.8, (3, 1, 1)) + fine
+    coarse = source.normal(0, 0.05, (3, -(-size[0] // cell), -(-size[1] // cell)))
+    return coarse.repeat(cell, 1).repeat(cell, 2)[:, : size[0], : size[1]]
+
+
+def _another_colour(source: np.random.Generator, colour: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A random colour at least 0.3 away from another, or the shape could not be seen."""
+    while True:
+        other = source.uniform(0.1, 0.9, (3, 1, 1))
+        if np.linalg.norm(other - colour) > 0.3:
+            return other
 
 
 def _inside(label: int, x: NDArray[np.float64], y: NDArray[np.float64], angle: float) -> NDArray[np.bool_]:
