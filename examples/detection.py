@@ -39,7 +39,7 @@ class RetinaNet(nn.Module):
     factor its box differs.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, width: int = 48) -> None:
+    def __init__(self, backbone: Backbone, classes: int, width: int = 32) -> None:
         super().__init__()
         self.backbone = backbone
         self.pyramid = FeaturePyramid(backbone.net.config.widths, width)

@@ -36,7 +36,7 @@ class SemanticFPN(nn.Module):
     classified, and the logits are enlarged to the picture.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, width: int = 48) -> None:
+    def __init__(self, backbone: Backbone, classes: int, width: int = 32) -> None:
         super().__init__()
         self.backbone = backbone
         widths = backbone.net.config.widths

@@ -15,7 +15,7 @@ from torch import Tensor
 CLASSES = ("disc", "square", "triangle", "cross")
 """Label 0 of a box is the first; a mask counts from 1, as 0 is the ground."""
 SIZES = (8.0, 18.0)
-"""Smallest and largest radius of the circle around a shape, in pixels."""
+"""Smallest and largest radius of the circle around a shape, in pixels; on small pictures less."""
 MOST_SHAPES = 4
 EVALUATED = 10**9
 """Seeds of evaluated pictures start here, those of training pictures at 0: none is in both."""
@@ -41,7 +41,7 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
 
     Args:
         seed: every number is another scene.
-        size: height and width in pixels; at least twice the largest radius.
+        size: height and width in pixels, at least 20.
         most: the scene has 1 to `most` shapes, fewer where there is no room.
     """
     source = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
     for _ in range(_TRIES):
         if len(boxes) == wanted:
             break
-        radius = source.uniform(*SIZES)
+        radius = source.uniform(SIZES[0], min(SIZES[1], 0.45 * min(size)))
         row, column = (source.uniform(radius, side - radius) for side in size)
         near = (rows - row) ** 2 + (columns - column) ** 2 < (radius + 2) ** 2
         if (near & taken).any():
