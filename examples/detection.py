@@ -190,11 +190,12 @@ def run(settings: Settings, seed: int) -> dict[str, Any]:
     backbone, said = load_backbone(settings.handoff, settings.size, frozen=False)
     model = RetinaNet(backbone, len(CLASSES)).eval()
     untrained = evaluate(model, settings.size, settings.evaluated)
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     losses = train(model, settings)
+    spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
     result = {
         "seed": seed, **dataclasses.asdict(settings), "backbone": said, "ap50_untrained": untrained,
-        "seconds": time.monotonic() - start, "loss": losses[-1],
+        "loss": losses[-1], **spent,
         "ap50": evaluate(model, settings.size, settings.evaluated),
     }  # fmt: skip
     settings.out.mkdir(parents=True, exist_ok=True)

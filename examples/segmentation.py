@@ -116,11 +116,11 @@ def compare(settings: Settings, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         backbone, said = load_backbone(settings.handoff, settings.size, frozen=kind == "frozen")
         model = SemanticFPN(backbone, len(CLASSES) + 1)
-        start = time.monotonic()
+        start, cpu = time.monotonic(), time.process_time()
         losses = train(model, settings)
-        seconds = time.monotonic() - start
+        spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
         iou = evaluate(model, settings.size, settings.evaluated)
-        result[kind] = {"mean_iou": iou, "loss": losses[-1], "seconds": seconds}
+        result[kind] = {"mean_iou": iou, "loss": losses[-1], **spent}
     result["backbone"] = said
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / f"segmentation-{seed}.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
