@@ -14,9 +14,9 @@ from torch import Tensor
 
 CLASSES = ("disc", "square", "triangle", "cross")
 """Label 0 of a box is the first; a mask counts from 1, as 0 is the ground."""
-SIZES = (8.0, 18.0)
+SIZES = (11.0, 20.0)
 """Smallest and largest radius of the circle around a shape, in pixels; on small pictures less."""
-MOST_SHAPES = 4
+MOST_SHAPES = 3
 EVALUATED = 10**9
 """Seeds of evaluated pictures start here, those of training pictures at 0: none is in both."""
 _TRIES = 20

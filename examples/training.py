@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+BACKBONE_RATE = 0.25
+"""Share of the heads' learning rate that a fine-tuned backbone gets: at all of it, some seeds did not learn."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,19 +57,24 @@ def fit(model: nn.Module, batch_losses: Iterator[Callable[[], Tensor]], steps: i
         model: whose parameters that ask for a gradient are trained.
         batch_losses: gives for each step what computes its loss.
         steps: updates of the weights.
-        lr: the highest learning rate.
+        lr: the highest learning rate; what is called ``backbone`` gets `BACKBONE_RATE` of it.
 
     Returns:
         The loss of each step.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups, rates = [], []
+    for is_backbone in (True, False):
+        for is_matrix in (True, False):
+            members = [
+                p for n, p in trained.items() if n.startswith("backbone.") == is_backbone and (p.ndim > 1) == is_matrix
+            ]
+            if members:
+                groups.append({"params": members, "weight_decay": 0.05 if is_matrix else 0.0})
+                rates.append(lr * (BACKBONE_RATE if is_backbone else 1))
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False, div_factor=100, final_div_factor=100
+        optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False, div_factor=100, final_div_factor=100
     )
     losses = []
     model.train()
@@ -74,7 +82,7 @@ def fit(model: nn.Module, batch_losses: Iterator[Callable[[], Tensor]], steps: i
         loss = next(batch_losses)()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
