@@ -52,10 +52,10 @@ def run_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @torch.no_grad()
 def largest_difference(model: LaViT, forward: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int]) -> float:
-    """Over batches of 1, 2 and 7; their logits must differ from picture to picture, or nothing is compared."""
+    """Over batches of 1 and 4; their logits must differ from picture to picture, or nothing is compared."""
     torch.manual_seed(1)
     differences = []
-    for count in (1, 2, 7):
+    for count in (1, 4):
         images = torch.randn(count, 3, *size)
         images[-1] = images[-1].sign() * 5
         logits = model(images)
@@ -84,33 +84,28 @@ def test_a_rectangle_mean_pooling_and_an_asked_opset_fit_together(tmp_path: Path
     assert {entry.domain: entry.version for entry in onnx.load(out).opset_import}[""] == 18
 
 
-@pytest.fixture(params=[".onnx", ".pt2"])
-def written(micro: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    out: Path = tmp_path / f"model{request.param}"
-    assert main([str(micro), str(out)]) == 0
-    return out
-
-
-def test_the_file_holds_what_is_needed_around_it(written: Path, micro: Path) -> None:
-    if written.suffix == ".onnx":
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_the_door_writes_the_same_numbers_and_what_is_needed_around_them(
+    suffix: str, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / f"model{suffix}"
+    assert main([str(micro), str(written)]) == 0
+    assert f"{written}: " in capsys.readouterr().out
+    model, config = load_handoff(micro)
+    if suffix == ".onnx":
+        assert largest_difference(model, run_onnx(written), (32, 32)) <= TOLERANCE
         found = {entry.key: json.loads(entry.value) for entry in onnx.load(written).metadata_props}
     else:
         extra = {METADATA: ""}
-        torch.export.load(written, extra_files=extra)
+        program = torch.export.load(written, extra_files=extra)
         found = json.loads(extra[METADATA])
-    config = load_handoff(micro)[1]
+        assert largest_difference(model, program.module(), (32, 32)) == 0
     assert found["class_names"] == NAMES
     assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
     assert found["image_size"] == [32, 32]
     assert found["weights_blake2"] == config.weights_blake2
     assert found["interpolation"] == "bicubic"
-    assert list(written.parent.glob(f"{written.name}.*")) == []
-
-
-def test_a_reloaded_program_gives_the_same_bits(micro: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.pt2"
-    convert(micro, out)
-    assert largest_difference(load_handoff(micro)[0], torch.export.load(out).module(), (32, 32)) == 0
+    assert list(tmp_path.iterdir()) == [written]
 
 
 @pytest.mark.parametrize("harm", [1e-3, float("nan")])
@@ -141,10 +136,9 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_the_file_before_and_nothing_unfinished(suffix: str, micro: Path, tmp_path: Path) -> None:
-    out = tmp_path / f"model{suffix}"
+def test_a_full_disk_leaves_the_file_before_and_nothing_unfinished(micro: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
     out.write_text("the file before")
     with pytest.raises(UserError, match=rf"{out} cannot be written"):
         convert(micro, out)
