@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from models import LaViT, create_model
+from pretrain.data_parallel import install_data_parallel
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import use_deterministic_algorithms
 from pretrain.optimizers import build_optimizer, peak_learning_rate
@@ -61,7 +62,7 @@ def build_engine(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
     if resolved.stage == 0:
-        _clip_without_waiting(engine)
+        install_data_parallel(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
 
 
@@ -85,18 +86,3 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
     # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
     model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
     return "compiled by torch.compile: the first steps take minutes"
-
-
-def _clip_without_waiting(engine: Any) -> None:
-    """Clip at stage 0 by torch's multi-tensor function.
-
-    DeepSpeed's own goes parameter by parameter, adds up the norm over ranks that have the same one, and waits for the
-    device to learn whether to clip. This also gives the norm to the metrics, which DeepSpeed's does not.
-    """
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-
-    def clip() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping(), foreach=True)
-        engine._global_grad_norm = norm  # noqa: SLF001
-
-    engine.clip_fp32_gradients = clip
