@@ -229,9 +229,9 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every sample of a split exactly once over all ranks; may be iterated again and again.
 
-    The split is cut into batches, and each rank takes a contiguous share of them: a sample stands in the same row of the
-    same batch whatever the number of ranks, so that a network gives it the same scores, bit for bit. All ranks yield the
-    same number of batches; what is missing at the end is padded with rows whose `valid` is False.
+    The split is cut into batches, of which each rank takes a contiguous share: a sample stands in the same row of the
+    same batch whatever the number of ranks, so that a network can give it the same scores, bit for bit. All ranks yield
+    the same number of batches; what is missing at the end is padded with rows whose `valid` is False.
 
     Args:
         dataset: the split to evaluate on.

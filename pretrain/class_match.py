@@ -45,8 +45,8 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
     if unknown:
         raise UserError(
             f"{len(unknown)} of the {count} classes of {where} are none of the hand-off's {config.num_classes} (the "
-            f"first: {unknown[0]!r}; the hand-off has {_some(config.class_ids)}): evaluate on data with its classes, or "
-            "give --classes-by-position if only the ids are written otherwise"
+            f"first: {unknown[0]!r}; the hand-off has {_some(config.class_ids)}): evaluate on data with its classes, "
+            "or give --classes-by-position if only the ids are written otherwise"
         )
     columns = tuple(number_of[class_id] for class_id in dataset.class_ids)
     names = [config.class_names[column] for column in columns]
@@ -73,8 +73,8 @@ def _match_names(config: HandoffConfig, dataset: Dataset) -> ClassMatch:
     """For a hand-off from before class ids were kept: names may occur twice, so that only equal lists are safe."""
     if dataset.num_classes != config.num_classes:
         raise UserError(
-            f"the hand-off has {config.num_classes} classes and {dataset.path} has {dataset.num_classes}, and it is too "
-            "old to know their ids: hand the run off again with `python -m pretrain.export RUN`"
+            f"the hand-off has {config.num_classes} classes and {dataset.path} has {dataset.num_classes}, and it is "
+            "too old to know their ids: evaluate on data with its classes"
         )
     pairs = enumerate(zip(config.class_names, dataset.class_names, strict=True))
     different = [(number, ours, theirs) for number, (ours, theirs) in pairs if ours != theirs]

@@ -6,47 +6,24 @@ On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --da
 import argparse
 import os
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BadSample, EvalLoader
-from models import LaViT
-from pretrain.class_match import ClassMatch, match_classes
 from pretrain.confusion_picture import MISSING, can_draw, draw_confusion
 from pretrain.distributed import Rank, choose_device, init_distributed, read_rank
-from pretrain.evaluation import evaluate
-from pretrain.evaluation_report import Recorder, report, report_lines
+from pretrain.evaluation import Evaluation
+from pretrain.evaluation_report import report_lines
 from pretrain.files import write_json
-from pretrain.handoff import HandoffConfig, is_handoff, load_handoff
+from pretrain.handoff import is_handoff
+from pretrain.handoff_evaluation import DTYPES, Subject, examine, open_subject
 from pretrain.outcome import ExitCode, UserError
-from pretrain.real_labels import RealLabels
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated on what, checked and opened."""
-
-    source: Path | str
-    model: LaViT
-    """In evaluation mode, on the device, in the precision that it computes in."""
-    config: HandoffConfig
-    dataset: Dataset
-    classes: ClassMatch
-    real: RealLabels | None
-    batch_size: int
-    precision: str
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="folder of the dataset, or its URL")
     parser.add_argument("--split", default="val", help="default: val")
-    parser.add_argument("--batch-size", type=int, help="per process; default: the recipe's evaluation.batch_size")
+    parser.add_argument("--batch-size", type=_count, help="per process; default: the recipe's evaluation.batch_size")
     parser.add_argument(
         "--precision", choices=DTYPES, default="fp32", help="what the model computes in; default: fp32, as handed off"
     )
@@ -76,6 +53,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is wanted, got {number}")
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate a hand-off on a split: top-1, top-5, loss, each class, calibration, confusion, images/s."""
     options = parse_arguments(arguments)
@@ -87,15 +70,24 @@ def main(arguments: list[str] | None = None) -> int:
         folder = None
         if (Path(options.target) / "recipe.yaml").exists() and not is_handoff(Path(options.target)):
             folder = RunFolder(Path(options.target))
-        subject = open_subject(folder.handoff if folder else options.target, options, device)
+        subject = open_subject(
+            folder.handoff if folder else options.target,
+            options.data if "://" in options.data else Path(options.data),
+            split=options.split,
+            device=device,
+            precision=options.precision,
+            batch_size=options.batch_size,
+            real=options.real,
+            by_position=options.classes_by_position,
+        )
         control = init_distributed(device) if rank.world_size > 1 else None
         if rank.is_first:
             for warning in subject.classes.warnings:
                 print(f"WARNING {warning}", file=sys.stderr)  # noqa: T201
-        content = examine(subject, rank, device, control)
+        result, content = examine(subject, rank, device, control)
         if rank.is_first:
             output = options.output or (folder.path / "evaluation" if folder else None)
-            _tell(subject, content, output)
+            _tell(subject, result, content, output)
             if folder is not None and folder.summary.exists():
                 _tell_run(folder, subject, content)
         if control is not None:
@@ -106,106 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     return ExitCode.FINISHED
 
 
-def open_subject(source: Path | str, options: argparse.Namespace, device: torch.device) -> Subject:
-    """Load the hand-off as anyone would, open the data, and see that they fit.
-
-    Raises:
-        UserError: the hand-off is damaged, its classes are not the data's, or the file of labels is about other pictures.
-        DataError: the dataset or the split does not exist or is damaged.
-    """
-    model, config = load_handoff(source)
-    data = options.data if "://" in options.data else Path(options.data)
-    dataset = Dataset.open(data, options.split, config.input.cache)
-    classes = match_classes(config, dataset, by_position=options.classes_by_position)
-    size = options.batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
-    if size < 1:
-        raise UserError(f"--batch-size: at least 1 is wanted, got {size}")
-    return Subject(
-        source=source,
-        model=model.to(device, DTYPES[options.precision]),
-        config=config,
-        dataset=dataset,
-        classes=classes,
-        real=None if options.real is None else RealLabels(options.real, dataset),
-        batch_size=size,
-        precision=options.precision,
-    )
-
-
-def examine(
-    subject: Subject, rank: Rank, device: torch.device, control: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
-    """Evaluate and report, as JSON; all but "speed" is equal for any number of ranks. Collective.
-
-    Args:
-        subject: what is evaluated.
-        rank: this process among the others.
-        device: where the model is.
-        control: CPU group of all ranks; None: there is one.
-
-    Raises:
-        UserError: a score is not a finite number, or the split is empty.
-        DataError: too many samples are damaged.
-    """
-    config, dataset, columns = subject.config, subject.dataset, subject.classes.columns
-    chosen = None if columns is None else torch.tensor(columns, device=device)
-    levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
-    if levels is not None and chosen is not None:
-        levels = levels[chosen]
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = subject.model(images.to(DTYPES[subject.precision]))
-        return logits if chosen is None else logits[:, chosen]
-
-    loader = EvalLoader(
-        dataset,
-        config.input.model_copy(update={"path": dataset.path}),
-        batch_size=subject.batch_size,
-        rank=rank.rank,
-        world_size=rank.world_size,
-        local_ranks=rank.local_world_size,
-        device=device,
-        on_bad_sample=_tell_bad_sample,
-    )
-    began, recorder = time.monotonic(), Recorder(subject.real)
-    try:
-        result = evaluate(forward, loader, levels=levels, observe=recorder)
-    finally:
-        loader.close()
-    assert result is not None
-    seconds = time.monotonic() - began
-    if result.not_finite:
-        raise UserError(
-            f"{subject.source}: the scores of {result.not_finite} of {result.samples} pictures are not finite numbers: "
-            f"the weights are broken, or {subject.precision} is too narrow for them"
-        )
-    return {
-        "handoff": {"source": str(subject.source), "weights": config.weights, "weights_blake2": config.weights_blake2},
-        "data": {
-            "path": str(dataset.path),
-            "name": dataset.name,
-            "split": dataset.split,
-            "fingerprint": dataset.fingerprint,
-            "classes": subject.classes.how,
-            "within_level": levels is not None,
-        },
-        "precision": subject.precision,
-        "batch_size": subject.batch_size,
-        **report(result, recorder.gathered(control), dataset, subject.real),
-        "evaluation": str(result),
-        "speed": {
-            "images_per_second": round(result.samples / seconds, 2),
-            "seconds": round(seconds, 3),
-            "ranks": rank.world_size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        },
-    }
-
-
-def _tell(subject: Subject, content: dict[str, Any], output: Path | None) -> None:
+def _tell(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     dataset, speed = subject.dataset, content["speed"]
-    lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {content['evaluation']}"]
+    lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}"]
     if content["data"]["within_level"]:
         lines.append("a label competes with the classes of its own level only, as in training with semantic softmax")
     lines += report_lines(content)
@@ -245,10 +141,6 @@ def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> N
     ):
         record_handoff_evaluation(folder, content["top1"])
     Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
-
-
-def _tell_bad_sample(bad: BadSample) -> None:
-    print(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", file=sys.stderr)  # noqa: T201
 
 
 def _give_up(error: Exception, rank: Rank | None, *, started: bool) -> int:

@@ -50,9 +50,10 @@ class Recorder:
             logits.double().softmax(1).amax(1),
         )
         samples = batch.sample_ids[batch.valid]
+        label, predicted, in_top5, confidence = (column.cpu().numpy()[batch.valid] for column in columns)
         numbers = [self._real.number(sample) for sample in samples.tolist()] if self._real else [0] * len(samples)
-        kept = (column.cpu().numpy()[batch.valid] for column in columns)
-        self._parts.append(Verdicts(samples, *kept, number=np.array(numbers, np.int64)))
+        number = np.array(numbers, np.int64)
+        self._parts.append(Verdicts(samples, label, predicted, in_top5, confidence, number))
 
     def gathered(self, control: dist.ProcessGroup | None) -> Verdicts:
         """The verdicts of all ranks, on every rank. Collective over ``control``, a CPU group; None: alone."""
@@ -82,9 +83,12 @@ def report(result: Evaluation, verdicts: Verdicts, dataset: Dataset, real: RealL
 
 
 def calibration(verdicts: Verdicts) -> dict[str, Any]:
-    """Expected calibration error: over BINS bins b of equal width of the confidence, sum_b n_b / n |top-1_b - mean
-    confidence_b| (Naeini et al. 2015, Guo et al. 2017), in percent. A bin holds its upper end.
-    """  # fmt: skip
+    """Expected calibration error, in percent (Naeini et al. 2015, Guo et al. 2017).
+
+    Of the n pictures n_b have a confidence in bin b, which holds its upper end:
+
+        ECE = sum_b n_b / n |top-1 of b - mean confidence of b|
+    """
     right = verdicts.predicted == verdicts.label
     bins = np.clip(np.ceil(verdicts.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     table, gaps = [], []
@@ -148,9 +152,9 @@ def worst_classes(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def report_lines(content: dict[str, Any]) -> list[str]:
     """What a person wants to know of it first."""
     error = content["calibration"]["expected_calibration_error"]
+    bins = content["calibration"]["bins"]
     lines = [
-        f"mean over classes {content['mean_class_top1']:.2f} %  expected calibration error {error:.2f} % "
-        f"({content['calibration']['bins']})"
+        f"mean over classes {content['mean_class_top1']:.2f} %  expected calibration error {error:.2f} % ({bins})",
     ]
     if content["real"] is not None:
         real = content["real"]
