@@ -107,7 +107,7 @@ def _tell(subject: Subject, result: Evaluation, content: dict[str, Any], output:
     lines += report_lines(content)
     lines.append(
         f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
-        f"decoding: {speed['ranks']} ranks, {speed['device']}, {subject.precision}"
+        f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
     )
     if output is not None:
         lines += _write(subject, content, output)
