@@ -37,7 +37,8 @@ def train(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
         small = "{depths: [1, 1, 2, 1], widths: [16, 32, 32, 32], heads: [1, 2, 2, 2], drop_path: 0.05}"
         assignments = changes(
             data__path=digits, schedule__epochs=0.6, schedule__warmup_epochs=0.2, ema__decay=0.9,
-            model__overrides=small, deepspeed__zero_optimization__stage=stage, **fields,
+            optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small,
+            deepspeed__zero_optimization__stage=stage, **fields,
         )  # fmt: skip
         arguments = ["--recipe", str(RECIPE), "--runs", str(folder), *assignments]
         arguments += ["--deepspeed_config", str(ROOT / "ds_config.json")]
@@ -79,23 +80,31 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
 
 
-def test_the_handoff_of_two_ranks_at_zero_3_is_that_of_one_rank(alone: Path, sharded: Path) -> None:
+def test_the_handoff_of_two_ranks_at_zero_3_is_that_of_one_rank_but_for_rounding(alone: Path, sharded: Path) -> None:
     one, two = (load_file(run / "handoff/model.safetensors") for run in (alone, sharded))
     assert one.keys() == two.keys()
-    worst = max(((one[n] - two[n]).abs().max().item(), n) for n in one)
-    print(worst, sum(torch_equal(one[n], two[n]) for n in one), len(one))
-    a, b = (json.loads((run / "handoff/config.json").read_text()) for run in (alone, sharded))
-    print([(k, a[k] == b[k]) for k in a])
+    # Two ranks add the same gradients in another order. Each sum is rounded by 2^-24 of its size, weights are up to
+    # about one, and SGD, unlike Adam, does not divide by gradients near zero: a few roundings in 13 steps stay below
+    # 2^-19. One sample seen twice or by another rank's half would be thousands of times more.
+    worst = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert worst < 2**-19
+    first, second = (json.loads((run / "handoff/config.json").read_text()) for run in (alone, sharded))
+    same = ("architecture", "num_classes", "class_names", "class_ids", "input", "weights", "dataset", "samples_seen")
+    assert [first[name] for name in same] == [second[name] for name in same]
+    assert first["class_ids"] == [str(digit) for digit in range(10)]
 
 
-def torch_equal(a, b):
-    return bool((a == b).all())
-
-
-def test_trained_in_bf16(train: Train, digits: Path) -> None:
+def test_a_handoff_trained_in_bf16_equals_its_training_exactly_in_bf16_and_says_fp32_otherwise(
+    train: Train, digits: Path
+) -> None:
+    """The masters are handed off, in fp32; rounded to bf16 they are the very weights that training evaluated."""
     run = train(1, stage=1, deepspeed__bf16__enabled="true")
-    exp = in_training(run)
-    print({k: exp[k] for k in TOTALS})
-    for p in ("bf16", "fp32"):
-        f = evaluated(run, digits, "--precision", p)
-        print(p, {k: f[k] for k in TOTALS})
+    expected = in_training(run)
+    narrow = evaluated(run, digits, "--precision", "bf16")
+    assert [narrow[name] for name in TOTALS] == [expected[name] for name in TOTALS]
+    assert json.loads((run / "summary.json").read_text())["handoff_top1"] is None, "of fp32, as it is handed off"
+    wide = evaluated(run, digits)
+    assert (wide["precision"], narrow["precision"]) == ("fp32", "bf16")
+    assert wide["loss"] != narrow["loss"]
+    # bf16 keeps 8 bits: rounding weights and activations moves a score by some 2^-8 of its size, which is a few.
+    assert abs(wide["loss"] - narrow["loss"]) < 2**-8 * 10
