@@ -90,11 +90,8 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
 
 @pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
 def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
-    (shown,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-        if "load_handoff" in block
-    ]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shown = next(block for block in blocks if "load_handoff" in block)
     assert "runs/demo/handoff" in shown
     names: dict[str, Any] = {"images": torch.randn(2, 3, 32, 32)}
     exec(shown.replace("runs/demo/handoff", str(written)), names)
