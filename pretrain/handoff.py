@@ -92,11 +92,12 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
+        write_atomically(folder / CARD, card.encode())
         draft = folder / f".{WEIGHTS}.unfinished"
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
+        draft.chmod((folder / CARD).stat().st_mode)  # safetensors lets only its owner read a file
         fsync(draft)
         draft.replace(folder / WEIGHTS)
-        write_atomically(folder / CARD, card.encode())
         fsync(folder)
         config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
         write_json(folder / CONFIG, config | {_OWN_DIGEST: _digest_of_fields(config)})

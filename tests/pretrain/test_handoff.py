@@ -39,7 +39,7 @@ def hand_off(folder: Path, model: Any) -> Path:
         "recipe": {"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
         "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.25}, "samples_seen": 1000,
     }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, model_card(content, 40))
+    write_handoff(folder, model.state_dict(), content, model_card(content, samples=40, evaluated_at=900))
     return folder
 
 
@@ -88,6 +88,10 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
     assert is_handoff(written)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None:
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
 def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -108,6 +112,7 @@ def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path)
     assert "50.00 %" in text
     assert "40 pictures" in text
     assert "10.0 epochs" in text
+    assert "after 900 pictures" in text
     card = ModelCard(text).data
     assert (card.library_name, card.license, card.datasets) == ("lavit-pretrain", "unknown", ["x: y"])
     assert {"lavit", "image-classification"} <= set(card.tags)
