@@ -66,6 +66,8 @@ class HandoffConfig(BaseModel):
             value = getattr(self, field)
             if value is not None and len(value) != self.num_classes:
                 raise ValueError(f"{field} has {len(value)} entries for {self.num_classes} classes")
+        if self.class_ids is not None and len(set(self.class_ids)) < self.num_classes:
+            raise ValueError("class_ids names a class twice")
         size = self.architecture.get("image_size")
         if isinstance(size, list) and tuple(size) != self.input.size:
             raise ValueError(f"architecture.image_size is {size}, but input.image_size is {list(self.input.size)}")

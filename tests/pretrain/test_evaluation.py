@@ -44,7 +44,7 @@ def hand_off(folder: Path, class_ids: list[str], *, added: float = 0.0, **fields
         "class_names": class_ids, "class_ids": class_ids,
         "input": {"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, "weights": "raw",
         "dataset": {"name": "x", "fingerprint": "f", "samples": 1},
-        "recipe": {"name": "r", "evaluation": {"batch_size": 7}},
+        "recipe": {"name": "r", "evaluation": {"batch_size": 90}},
         "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.0}, "samples_seen": 1,
     }  # fmt: skip
     write_handoff(folder, model.state_dict(), content | fields, "")
@@ -116,12 +116,12 @@ def door_of_a_rank(arguments: list[str]) -> None:
 def test_one_two_and_three_ranks_give_the_same_report_to_the_last_bit(
     handoff: Path, digits: Path, tmp_path: Path
 ) -> None:
-    alone = examined(handoff, digits, tmp_path / "1")
-    assert alone.pop("speed")["ranks"] == 1
-    for ranks in (2, 3):
+    for ranks, size in ((2, "7"), (3, "200")):  # the third has nothing but padding
+        alone = examined(handoff, digits, tmp_path / f"alone-{size}", "--batch-size", size)
+        assert alone.pop("speed")["ranks"] == 1
         output = tmp_path / str(ranks)
-        arguments = [str(handoff), "--data", str(digits), "--output", str(output), "--local_rank=0"]
-        start_ranks(ranks, door_of_a_rank, arguments)
+        arguments = [str(handoff), "--data", str(digits), "--output", str(output), "--batch-size", size]
+        start_ranks(ranks, door_of_a_rank, [*arguments, "--local_rank=0"])
         found = json.loads((output / "digits-val.json").read_text())
         assert found.pop("speed")["ranks"] == ranks
         assert found == alone

@@ -162,6 +162,7 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
         (lambda c: c["architecture"].update(num_classes=5), r"num_classes is 5, but num_classes is 4"),
         (lambda c: c.update(class_names=list("abc")), r"class_names has 3 entries for 4 classes"),
         (lambda c: c.update(class_ids=list("abcde")), r"class_ids has 5 entries for 4 classes"),
+        (lambda c: c.update(class_ids=list("abca")), r"class_ids names a class twice"),
         (lambda c: c.update(class_levels=[0]), r"class_levels has 1 entries for 4 classes"),
         (lambda c: c["input"].update(image_size=64), r"input.image_size is \[64, 64\]"),
         (lambda c: c["input"].update(mean=[0.5]), r"input.mean"),
@@ -235,7 +236,8 @@ for source in sys.argv[1:]:
 
 def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str], str]:
     """Load hand-offs in a process of its own: digests of their weights or errors, and what was said on stderr."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, *sources], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
