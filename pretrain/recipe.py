@@ -33,6 +33,15 @@ class ModelSection(Section):
     """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3."""
 
 
+class InitializeSection(Section):
+    """The weights to begin with, when a run starts for the first time: those of another run's hand-off."""
+
+    handoff: str
+    """Folder of the hand-off, or the Hugging Face Hub's id of one."""
+    head_init_scale: float = Field(default=1.0, gt=0)
+    """Factor on the classifier's fresh weights: those of classes that the hand-off does not know by their id."""
+
+
 class LossSection(Section):
     """What is minimised."""
 
@@ -154,6 +163,9 @@ class Recipe(Section):
     mixing: MixingConfig = MixingConfig()
     """Mixup, CutMix and label smoothing of the batch."""
     model: ModelSection
+    initialize_from: InitializeSection | None = None
+    """For fine-tuning. The image size, the classes and the drop path may be others than the hand-off's; the rest of the
+    network may not."""
     loss: LossSection = LossSection()
     optimizer: OptimizerSection
     ema: EmaSection | None = None
@@ -181,6 +193,7 @@ CHANGEABLE = (
     "deterministic",
     "log_every_steps",
     "deepspeed",
+    "initialize_from.handoff",  # compared by content
     "loss.class_tree",
     "data.path",
     "data.cache",
