@@ -63,6 +63,7 @@ def assemble(
             "fingerprint": train_set.fingerprint,
             "samples": len(train_set),
             "class_names": list(train_set.class_names),
+            "class_ids": list(train_set.class_ids),
             "class_levels": None if classification.levels is None else classification.levels.tolist(),
         }
     }

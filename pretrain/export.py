@@ -37,6 +37,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
     if not progress["evaluation"]:
         raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
     class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
+    class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
     model = create_model(
         recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
     )
@@ -44,6 +45,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
         "architecture": model.config.to_dict(),
         "num_classes": len(class_names),
         "class_names": class_names,
+        "class_ids": class_ids,
         "class_levels": class_levels,
         "input": recipe.data.model_dump(mode="json"),
         "weights": "average" if recipe.ema else "raw",

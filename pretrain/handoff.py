@@ -33,6 +33,10 @@ class HandoffConfig(BaseModel):
     """``LaViTConfig`` as a dictionary."""
     num_classes: int
     class_names: list[str]
+    """As a person reads them, in the order of the logits."""
+    class_ids: list[str] | None = None
+    """What a class is called everywhere, such as its WordNet id, in the order of the logits. None in a hand-off written
+    before they were kept: only the names are known then."""
     class_levels: list[int] | None = None
     """Level of each class in the hierarchy that semantic softmax was trained on; scores compare within a level only."""
     input: InputConfig

@@ -47,7 +47,7 @@ class RunFolder:
         return content
 
     def read_dataset(self) -> dict[str, Any]:
-        """Name, fingerprint, size and class names of the training split, as in ``environment.json``.
+        """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
 
         Raises:
             UserError: it is not there or damaged.

@@ -24,7 +24,8 @@ def model() -> torch.nn.Module:
 def written(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("handoff") / "h"
     content = {
-        "architecture": model.config.to_dict(), "num_classes": 4, "class_names": list("abcd"), "input": INPUT,
+        "architecture": model.config.to_dict(), "num_classes": 4, "class_names": list("abcd"),
+        "class_ids": ["n1", "n2", "n3", "n4"], "input": INPUT,
         "weights": "raw", "dataset": {"name": "x", "fingerprint": "f", "samples": 100},
         "recipe": {"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
         "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.0}, "samples_seen": 1000,
@@ -38,7 +39,17 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), model(x))
     assert config.class_names == list("abcd")
+    assert config.class_ids == ["n1", "n2", "n3", "n4"]
     assert is_handoff(written)
+
+
+def test_a_handoff_from_before_class_ids_were_kept_still_loads(written: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "h"
+    shutil.copytree(written, copy)
+    config = json.loads((copy / CONFIG).read_text())
+    del config["class_ids"]
+    (copy / CONFIG).write_text(json.dumps(config))
+    assert load_handoff(copy)[1].class_ids is None
 
 
 def test_the_card_says_what_was_measured(written: Path) -> None:
