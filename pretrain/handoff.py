@@ -51,6 +51,8 @@ class HandoffConfig(BaseModel):
     metrics: dict[str, float]
     """Of the last evaluation during training; percent."""
     samples_seen: int
+    initialized_from: dict[str, Any] | None = None
+    """The hand-off that training began with: its digest, run, data, and what it was initialized from itself."""
 
 
 def is_handoff(folder: Path) -> bool:
@@ -123,7 +125,7 @@ weights in fp32.
 | pictures trained on | {content["samples_seen"]:,} ({content["samples_seen"] / dataset["samples"]:.1f} epochs) |
 | input | {recipe["data"]["image_size"]} px, mean {recipe["data"]["mean"]}, std {recipe["data"]["std"]} |
 | training data | {dataset["name"]}, {dataset["samples"]:,} pictures, fingerprint {dataset["fingerprint"]} |
-
+{_lineage(content.get("initialized_from"))}
 The whole recipe stands in `config.json`. To load it:
 
 ```python
@@ -132,3 +134,13 @@ from pretrain.handoff import load_handoff
 model, config = load_handoff(Path("PATH/TO/THIS/FOLDER"))
 ```
 """
+
+
+def _lineage(origin: dict[str, Any] | None) -> str:
+    """A row for each hand-off that training began with, the nearest first."""
+    if origin is None:
+        return ""
+    return (
+        f"| began with | {origin['weights']} weights of {origin['run']}, {origin['samples_seen']:,} pictures of "
+        f"{origin['dataset']['name']}, digest {origin['weights_blake2']} |\n{_lineage(origin['initialized_from'])}"
+    )

@@ -1,25 +1,60 @@
 """The weights a run begins with: those of another run's hand-off, fitted to other classes and another image size."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from data_pipeline.dataset import Dataset
 from models import LaViT, LaViTConfig, load_weights
+from pretrain.checkpoint import list_checkpoints
 from pretrain.handoff import HandoffConfig, load_handoff
 from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
+from pretrain.run_folder import RunFolder
 
 MAY_DIFFER = ("name", "num_classes", "image_size", "drop_path", "norm")
 """Fields of the architecture that change no weight but the head's and those of a token grid."""
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What a start of a run begins with."""
+
+    origin: dict[str, Any] | None
+    """The hand-off that the run was initialized from, for its folder and its own hand-off; None: fresh weights."""
+    initialized: bool
+    """Whether the model was filled now, on this rank alone."""
+    notes: tuple[str, ...] = ()
+
+
+def begin(folder: RunFolder, model: LaViT, recipe: Recipe, train_set: Dataset) -> Beginning:
+    """Fill a fresh model from the recipe's hand-off, if the run has no checkpoint yet. For one rank, under the lock.
+
+    A run that has one reads no hand-off, which may be gone by then.
+
+    Raises:
+        UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
+    """
+    if recipe.initialize_from is None:
+        return Beginning(None, initialized=False)
+    has_checkpoint = bool(list_checkpoints(folder.checkpoints))
+    started = has_checkpoint or (folder.path / "environment.json").exists()
+    recorded = folder.read_origin() if started else None
+    if has_checkpoint:
+        check_moved(recipe.initialize_from, recorded, folder.path)
+        return Beginning(recorded, initialized=False)
+    origin, notes = initialize(model, recipe, train_set.class_ids, train_set.fingerprint, recorded=recorded)
+    return Beginning(origin, initialized=True, notes=tuple(notes))
+
+
 def initialize(
     model: LaViT, recipe: Recipe, class_ids: Sequence[str], fingerprint: str, *, recorded: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Fill a fresh model from the recipe's hand-off. For one rank; ``share_weights`` takes them to the others.
+    """Fill a fresh model from the recipe's hand-off; ``share_weights`` takes the weights to the other ranks.
 
     Args:
         model: on the CPU, as ``build_model`` gives it.
@@ -36,13 +71,16 @@ def initialize(
     """
     section = recipe.initialize_from
     assert section is not None
-    source, config = load_handoff(section.handoff)
+    source, config = load_handoff(Path(section.handoff))
     origin = _origin(section, config)
     if recorded is not None:
         _check_same(section, origin, recorded)
     check_architecture(section, config, model.config)
     state = source.state_dict()
-    resampled = load_weights(model, state, fresh=["head."])
+    try:
+        resampled = load_weights(model, state, fresh=["head."])
+    except ValueError as error:
+        raise UserError(f"initialize_from: {section.handoff}: {' '.join(str(error).split())}") from None
     rows, head = match_classes(config, class_ids, fingerprint)
     with torch.no_grad():
         model.head.weight.mul_(section.head_init_scale)
@@ -61,7 +99,9 @@ def initialize(
     ]
     if resampled:
         sizes = [" x ".join(map(str, size)) for size in (source.config.image_size, model.config.image_size)]
-        lines.append(f"initialized from: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}")
+        lines.append(
+            f"initialized from: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}"
+        )
     return origin, [*lines, *_input_warnings(recipe, config)]
 
 
@@ -105,7 +145,7 @@ def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, 
     if recorded is None:
         raise UserError(f"{run} was not started from a hand-off: leave initialize_from out, or choose another name")
     if Path(section.handoff).absolute() != Path(recorded["handoff"]).absolute():
-        _check_same(section, _origin(section, load_handoff(section.handoff)[1]), recorded)
+        _check_same(section, _origin(section, load_handoff(Path(section.handoff))[1]), recorded)
 
 
 def match_classes(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:

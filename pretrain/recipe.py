@@ -4,13 +4,14 @@ import difflib
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.mixing import MixingConfig
-from data_pipeline.transforms import InputConfig
+from data_pipeline.store import CacheConfig
+from data_pipeline.transforms import InputConfig, as_location
 from pretrain.outcome import UserError
 
 
@@ -119,6 +120,30 @@ class EvaluationSection(Section):
     """Pictures per rank and step of evaluation."""
 
 
+class ProbesSection(Section):
+    """What the features of the last stage are worth by themselves, on a small labelled set with classes of its own."""
+
+    path: Annotated[Path | str, BeforeValidator(as_location)]
+    """The set's folder, as written by ``python -m data_pipeline.build``; or a URL. It is seen at the run's own image
+    size; what is known of it, its training split, must fit on every device as features."""
+    cache: CacheConfig | None = None
+    """Needed for a URL: where its files are kept on local disk."""
+    train_split: str = "train"
+    """The split whose labels the probes learn from."""
+    val_split: str = "val"
+    """The split that they are measured on."""
+    every_epochs: float = Field(gt=0)
+    """Distance between probes, in passes over the run's own training split; the end is always probed."""
+    knn_k: int = Field(default=20, ge=1)
+    """Neighbours that vote."""
+    knn_temperature: float = Field(default=0.07, gt=0)
+    """A neighbour of cosine similarity s has ``exp(s / temperature)`` votes."""
+    linear_iterations: int = Field(default=100, ge=1)
+    """Steps of L-BFGS on the linear classifier, over the whole set each."""
+    time_limit_minutes: float = Field(default=10.0, gt=0)
+    """Probes that take longer are abandoned, which is told, until they are due again."""
+
+
 class CheckpointSection(Section):
     """When the state is saved; a stop and the end are always saved."""
 
@@ -172,6 +197,8 @@ class Recipe(Section):
     """Average of the weights; off when not given."""
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
+    probes: ProbesSection | None = None
+    """k-NN and a linear classifier on frozen features, during training; off when not given."""
     checkpoint: CheckpointSection = CheckpointSection()
     bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
@@ -187,6 +214,7 @@ class Recipe(Section):
 # carried out, not what is computed. Everything else would make the curve a lie.
 CHANGEABLE = (
     "evaluation",
+    "probes",
     "checkpoint",
     "bad_numbers",
     "watchdog",
