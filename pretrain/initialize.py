@@ -92,16 +92,11 @@ def initialize(
     new = model.config.num_classes - len(rows)
     if new and section.head_init_scale != 1:
         head += f", their fresh weights times {section.head_init_scale:g}"
-    lines = [
-        f"initialized from {section.handoff} ({config.weights} weights of {origin['run']}, "
-        f"{config.samples_seen:,} images of {config.dataset['name']}; digest {config.weights_blake2})",
-        f"initialized from: {head}",
-    ]
+    what = f"{config.weights} weights of {origin['run']}, {config.samples_seen:,} images of {config.dataset['name']}"
+    lines = [f"initialized from {section.handoff}: {what}; digest {config.weights_blake2}", f"initialized: {head}"]
     if resampled:
         sizes = [" x ".join(map(str, size)) for size in (source.config.image_size, model.config.image_size)]
-        lines.append(
-            f"initialized from: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}"
-        )
+        lines.append(f"initialized: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}")
     return origin, [*lines, *_input_warnings(recipe, config)]
 
 
@@ -201,8 +196,7 @@ def _check_same(section: InitializeSection, found: Mapping[str, Any], recorded: 
 def _input_warnings(recipe: Recipe, config: HandoffConfig) -> list[str]:
     """Pictures that are normalised otherwise than those that the weights know."""
     return [
-        f"WARNING initialized from: the hand-off was trained with {name} {getattr(config.input, name)}, this recipe has "
-        f"{getattr(recipe.data, name)}"
+        f"WARNING initialized: the hand-off was trained with {name} {there}, this recipe has {here}"
         for name in ("mean", "std")
-        if getattr(config.input, name) != getattr(recipe.data, name)
+        if (there := getattr(config.input, name)) != (here := getattr(recipe.data, name))
     ]

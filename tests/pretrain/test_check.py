@@ -7,7 +7,10 @@ import pytest
 from pretrain.check import check_recipe_here
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
+from pretrain.run_folder import RunFolder
 from tests.system.launching import RECIPE
+
+NEW = RunFolder(Path("runs/there-is-none"))
 
 
 def demo(digits: Path, *assignments: str) -> Recipe:
