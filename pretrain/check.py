@@ -1,7 +1,6 @@
 """What of a recipe can be checked and counted before anything is started, on a machine without GPUs."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
@@ -9,7 +8,7 @@ from models import model_config
 from models.cost import count_parameters
 from pretrain.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
-from pretrain.handoff import load_handoff
+from pretrain.handoff import read_handoff
 from pretrain.initialize import check_architecture
 from pretrain.outcome import UserError
 from pretrain.probes import open_probe_sets
@@ -58,7 +57,7 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> Outlook:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
     if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
-        check_architecture(recipe.initialize_from, load_handoff(Path(recipe.initialize_from.handoff))[1], architecture)
+        check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], architecture)
     parameters = count_parameters(architecture)
     copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
     return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from data_pipeline.dataset import Dataset
 from models import LaViT, LaViTConfig, load_weights
 from pretrain.checkpoint import list_checkpoints
-from pretrain.handoff import HandoffConfig, load_handoff
+from pretrain.handoff import HandoffConfig, read_handoff
 from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
 from pretrain.run_folder import RunFolder
@@ -71,12 +71,11 @@ def initialize(
     """
     section = recipe.initialize_from
     assert section is not None
-    source, config = load_handoff(Path(section.handoff))
+    config, state = read_handoff(section.handoff)
     origin = _origin(section, config)
     if recorded is not None:
         _check_same(section, origin, recorded)
     check_architecture(section, config, model.config)
-    state = source.state_dict()
     try:
         resampled = load_weights(model, state, fresh=["head."])
     except ValueError as error:
@@ -95,7 +94,7 @@ def initialize(
     what = f"{config.weights} weights of {origin['run']}, {config.samples_seen:,} images of {config.dataset['name']}"
     lines = [f"initialized from {section.handoff}: {what}; digest {config.weights_blake2}", f"initialized: {head}"]
     if resampled:
-        sizes = [" x ".join(map(str, size)) for size in (source.config.image_size, model.config.image_size)]
+        sizes = [" x ".join(map(str, size)) for size in (config.architecture["image_size"], model.config.image_size)]
         lines.append(f"initialized: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}")
     return origin, [*lines, *_input_warnings(recipe, config)]
 
@@ -140,7 +139,7 @@ def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, 
     if recorded is None:
         raise UserError(f"{run} was not started from a hand-off: leave initialize_from out, or choose another name")
     if Path(section.handoff).absolute() != Path(recorded["handoff"]).absolute():
-        _check_same(section, _origin(section, load_handoff(Path(section.handoff))[1]), recorded)
+        _check_same(section, _origin(section, read_handoff(section.handoff)[0]), recorded)
 
 
 def match_classes(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:

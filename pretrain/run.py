@@ -16,7 +16,7 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
 from pretrain.distributed import limit_collectives
-from pretrain.evaluate import Evaluation, evaluate
+from pretrain.evaluation import Evaluation, evaluate
 from pretrain.export import export_run
 from pretrain.losses import Classification
 from pretrain.meter import Meter
