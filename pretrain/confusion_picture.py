@@ -1,7 +1,7 @@
 """The confusion of the worst classes as a picture, drawn by the optional package matplotlib."""
 
+import io
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,11 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_confusion(per_class: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw how the worst classes' pictures were classified, as a PNG.
+def draw_confusion(per_class: list[dict[str, Any]], title: str) -> bytes:
+    """Draw how the pictures of the worst classes were classified; the result is a PNG.
 
     Args:
         per_class: rows of ``class_table``.
-        path: the file; replaced.
         title: above it.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional
@@ -52,8 +51,9 @@ def draw_confusion(per_class: list[dict[str, Any]], path: Path, title: str) -> N
     bar = figure.colorbar(picture, ax=axes, fraction=0.03, pad=0.01)
     bar.set_label("share of the class's pictures", fontsize=7)
     bar.ax.tick_params(labelsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
 
 
 def confusion_of_worst(per_class: list[dict[str, Any]]) -> tuple[list[str], list[str], np.ndarray]:

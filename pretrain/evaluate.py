@@ -18,7 +18,7 @@ from pretrain.confusion_picture import MISSING, can_draw, draw_confusion
 from pretrain.distributed import Rank, choose_device, init_distributed, read_rank
 from pretrain.evaluation import Evaluation
 from pretrain.evaluation_report import report_lines
-from pretrain.files import write_json
+from pretrain.files import write_atomically, write_json
 from pretrain.handoff import is_handoff
 from pretrain.handoff_evaluation import DTYPES, Subject, examine, open_subject
 from pretrain.outcome import ExitCode, UserError
@@ -107,11 +107,11 @@ def _tell(subject: Subject, result: Evaluation, content: dict[str, Any], output:
     lines += report_lines(content)
     lines.append(
         f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
-        f"decoding: {speed['ranks']} ranks, {speed['device']}, {subject.precision}"
+        f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
     )
+    console.print("\n".join(lines), markup=False)  # before anything can go wrong with the disk
     if output is not None:
-        lines += _write(subject, content, output)
-    console.print("\n".join(lines), markup=False)
+        console.print("\n".join(_write(subject, content, output)), markup=False)
 
 
 def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]:
@@ -120,23 +120,27 @@ def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]
     path, picture = output / f"{name}.json", output / f"{name}-confusion.png"
     try:
         output.mkdir(parents=True, exist_ok=True)
+        picture.unlink(missing_ok=True)  # an older one would not belong to the report
         write_json(path, content)
         if not can_draw():
             return [f"report in {path}", f"WARNING {MISSING}"]
         title = f"{subject.config.recipe['name']} on {name}: worst classes, top-1 {content['top1']:.2f} %"
-        draw_confusion(content["per_class"], picture, title)
+        write_atomically(picture, draw_confusion(content["per_class"], title))
     except OSError as error:
         raise UserError(f"the report cannot be written to {output}: {error}: make space, or name another") from None
     return [f"report in {path}", f"confusion of the worst classes in {picture}"]
 
 
 def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
-    """Note the result in the run's summary, if this is the split that training evaluated on, and show it."""
+    """Show the run's summary; a result of the weights as handed off, on the training's own split, is noted there."""
     recipe = folder.read_recipe()
     assert recipe is not None
-    dataset = subject.dataset
-    if dataset.split == recipe["data"]["val_split"] and (
-        Dataset.open(dataset.path, recipe["data"]["train_split"], subject.config.input.cache).fingerprint
+    dataset, train_split = subject.dataset, recipe["data"]["train_split"]
+    if (
+        subject.precision == "fp32"
+        and dataset.split == recipe["data"]["val_split"]
+        and train_split in dataset.store.manifest().splits
+        and Dataset.open(dataset.path, train_split, subject.config.input.cache).fingerprint
         == folder.read_dataset()["fingerprint"]
     ):
         record_handoff_evaluation(folder, content["top1"])

@@ -27,7 +27,7 @@ class Evaluation:
     samples: int
     """Pictures evaluated: the split's size, less those that cannot be read."""
     not_finite: int = 0
-    """Of these, pictures with a score that is no finite number; they count as wrong."""
+    """Of these, pictures whose scores give no finite loss; they count as wrong."""
 
     def __str__(self) -> str:
         correct = round(self.top1 * self.samples / 100)
@@ -68,12 +68,11 @@ def evaluate(
         if stop():
             return None
         logits = forward(batch.images).float()
-        finite = logits.isfinite().all(1)
         if levels is not None:
             logits = within_level(logits, batch.labels, levels)
         if observe is not None:
             observe(batch, logits)
-        tables.append(_scores(batch, logits, finite))
+        tables.append(_scores(batch, logits))
     if not tables:
         raise UserError("the split to evaluate is empty")
     return _total(_gathered(torch.cat(tables, 1)))
@@ -84,9 +83,10 @@ def top5(logits: torch.Tensor) -> torch.Tensor:
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
-def _scores(batch: Batch, logits: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+def _scores(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     """Of each row: whether it counts, whether its scores are finite, top-1, top-5, loss; (5, b) fp64."""
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    finite = losses.isfinite()  # the loss sums over all scores that compete
     hits = (top5(logits) == batch.labels[:, None]) & finite[:, None]
     valid = torch.from_numpy(batch.valid).to(logits.device)
     return torch.stack([row.double() for row in (valid, finite, hits[:, 0], hits.any(1), losses)])

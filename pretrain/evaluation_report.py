@@ -107,7 +107,7 @@ def calibration(verdicts: Verdicts) -> dict[str, Any]:
         )
     return {
         "expected_calibration_error": 100 * math.fsum(gaps) / len(right),
-        "bins": f"{BINS} of equal width, by the highest probability",
+        "bins": f"{BINS} bins of equal width of the highest probability",
         "table": table,
     }
 
@@ -153,9 +153,7 @@ def report_lines(content: dict[str, Any]) -> list[str]:
     """What a person wants to know of it first."""
     error = content["calibration"]["expected_calibration_error"]
     bins = content["calibration"]["bins"]
-    lines = [
-        f"mean over classes {content['mean_class_top1']:.2f} %  expected calibration error {error:.2f} % ({bins})",
-    ]
+    lines = [f"mean over classes {content['mean_class_top1']:.2f} %  expected calibration error {error:.2f} % ({bins})"]
     if content["real"] is not None:
         real = content["real"]
         lines.append(

@@ -61,7 +61,12 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         folder.handoff,
         read_weights(checkpoint, average=recipe.ema is not None),
         handoff,
-        model_card(handoff, progress["evaluation"]["samples"], license_id),
+        model_card(
+            handoff,
+            samples=progress["evaluation"]["samples"],
+            evaluated_at=progress["evaluated_at"],
+            license_id=license_id,
+        ),
     )
     return folder.handoff
 

@@ -68,6 +68,8 @@ class HandoffConfig(BaseModel):
             value = getattr(self, field)
             if value is not None and len(value) != self.num_classes:
                 raise ValueError(f"{field} has {len(value)} entries for {self.num_classes} classes")
+        if self.class_ids is not None and len(set(self.class_ids)) < self.num_classes:
+            raise ValueError("class_ids names a class twice")
         size = self.architecture.get("image_size")
         if isinstance(size, list) and tuple(size) != self.input.size:
             raise ValueError(f"architecture.image_size is {size}, but input.image_size is {list(self.input.size)}")
@@ -94,11 +96,12 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
+        write_atomically(folder / CARD, card.encode())
         draft = folder / f".{WEIGHTS}.unfinished"
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
+        draft.chmod((folder / CARD).stat().st_mode)  # safetensors lets only its owner read a file
         fsync(draft)
         draft.replace(folder / WEIGHTS)
-        write_atomically(folder / CARD, card.encode())
         fsync(folder)
         config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
         write_json(folder / CONFIG, config | {_OWN_DIGEST: _digest_of_fields(config)})

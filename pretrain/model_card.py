@@ -5,12 +5,13 @@ from typing import Any
 import yaml
 
 
-def model_card(content: dict[str, Any], samples: int, license_id: str = "unknown") -> str:
+def model_card(content: dict[str, Any], *, samples: int, evaluated_at: int, license_id: str = "unknown") -> str:
     """The card as Markdown.
 
     Args:
         content: fields of ``HandoffConfig``.
-        samples: size of the evaluated split.
+        samples: pictures that were evaluated.
+        evaluated_at: pictures trained on at the time of that evaluation; before the end in a run that goes on.
         license_id: of the weights, as the Hub names licenses. It is not ours to choose: it depends on the data.
     """
     dataset, metrics, recipe = content["dataset"], content["metrics"], content["recipe"]
@@ -34,8 +35,8 @@ LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_cl
 | training data | {dataset["name"]}, {dataset["samples"]:,} pictures, fingerprint {dataset["fingerprint"]} |
 {_lineage(content.get("initialized_from"))}| license | {license_id}{_about(license_id)} |
 
-Measured by the training itself, on its last weights. The whole recipe stands in `config.json`, the classes too. To
-load it, from this folder or from the Hub:
+Measured by the training itself after {evaluated_at:,} pictures, in the precision that it computes in. The whole recipe
+stands in `config.json`, the classes too. To load it, from this folder or from the Hub:
 
 ```python
 from pretrain.handoff import load_handoff

@@ -39,7 +39,7 @@ def hand_off(folder: Path, model: Any) -> Path:
         "recipe": {"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
         "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.25}, "samples_seen": 1000,
     }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, model_card(content, 40))
+    write_handoff(folder, model.state_dict(), content, model_card(content, samples=40, evaluated_at=900))
     return folder
 
 
@@ -88,6 +88,20 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
     assert is_handoff(written)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None:
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
+def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shown = next(block for block in blocks if "load_handoff" in block)
+    assert "runs/demo/handoff" in shown
+    names: dict[str, Any] = {"images": torch.randn(2, 3, 32, 32)}
+    exec(shown.replace("runs/demo/handoff", str(written)), names)
+    assert torch.equal(names["model"](names["images"]), model(names["images"]))
+
+
 def test_a_handoff_from_before_class_ids_and_its_own_digest_still_loads(copied: Path) -> None:
     change(copied, lambda config: config.pop("class_ids"), digest=False)
     assert load_handoff(copied)[1].class_ids is None
@@ -98,6 +112,7 @@ def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path)
     assert "50.00 %" in text
     assert "40 pictures" in text
     assert "10.0 epochs" in text
+    assert "after 900 pictures" in text
     card = ModelCard(text).data
     assert (card.library_name, card.license, card.datasets) == ("lavit-pretrain", "unknown", ["x: y"])
     assert {"lavit", "image-classification"} <= set(card.tags)
@@ -147,6 +162,7 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
         (lambda c: c["architecture"].update(num_classes=5), r"num_classes is 5, but num_classes is 4"),
         (lambda c: c.update(class_names=list("abc")), r"class_names has 3 entries for 4 classes"),
         (lambda c: c.update(class_ids=list("abcde")), r"class_ids has 5 entries for 4 classes"),
+        (lambda c: c.update(class_ids=list("abca")), r"class_ids names a class twice"),
         (lambda c: c.update(class_levels=[0]), r"class_levels has 1 entries for 4 classes"),
         (lambda c: c["input"].update(image_size=64), r"input.image_size is \[64, 64\]"),
         (lambda c: c["input"].update(mean=[0.5]), r"input.mean"),
@@ -220,7 +236,8 @@ for source in sys.argv[1:]:
 
 def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str], str]:
     """Load hand-offs in a process of its own: digests of their weights or errors, and what was said on stderr."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, *sources], cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False,
