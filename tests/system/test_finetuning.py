@@ -1,7 +1,6 @@
 """From half of the classes to all of them: handed-off weights are ahead of fresh ones, also at a larger image size."""
 
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,12 @@ import pytest
 
 from data_pipeline.build import main as build
 from data_pipeline.sources.digits import Digits
+from pretrain.check import check_recipe_here
 from pretrain.metrics import read_metrics
-from pretrain.outcome import ExitCode
-from tests.system.launching import changes, launched
+from pretrain.outcome import ExitCode, UserError
+from pretrain.recipe import load_recipe
+from pretrain.run_folder import RunFolder
+from tests.system.launching import RECIPE, changes, launched
 
 NETWORK = (
     "{depths: [1, 1, 2, 1], vanilla_blocks: [1, 1, 1, 1], widths: [32, 48, 64, 80], heads: [1, 2, 2, 2], "
@@ -54,10 +56,6 @@ class Course:
             schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **common(), **fields,
         )  # fmt: skip
 
-    @property
-    def begin(self) -> dict[str, Any]:
-        return {"initialize_from__handoff": self.handoff}
-
 
 def common() -> dict[str, Any]:
     return {"model__overrides": NETWORK, "model__activation_checkpointing": "none", "evaluation__every_epochs": 100}
@@ -68,7 +66,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     folder = tmp_path_factory.mktemp("course")
     half = write_digits(folder / "half", range(5))
     few = write_digits(folder / "few", range(10), PICTURES_OF_EACH)
-    augment = "{affine: {degrees: 15, translate: 0.05, scale: [0.9, 1.8]}}"
+    augment = "{affine: {degrees: 15, translate: 0.2, scale: [0.8, 1.8]}}"
     fields = changes(name="half", data__path=half, data__augment=augment, schedule__epochs=14,
                      schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **common())  # fmt: skip
     with launched(folder, *fields, ranks=0) as run:
@@ -78,23 +76,20 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
 
 def tuned_and_from_scratch(course: Course, size: int, **fields: Any) -> tuple[float, float, str]:
     """Top-1 of both, and what the tuned one printed. They run side by side, each on one core."""
+    arguments = {
+        "tuned": course.tuning("tuned", size, initialize_from__handoff=course.handoff, **fields),
+        "scratch": course.tuning("scratch", size),
+    }
+    folder = course.folder / str(size)
     with ExitStack() as stack:
-        runs = [
-            stack.enter_context(
-                launched(course.folder / f"logs-{kind}-{size}", *arguments, "--runs", str(course.folder), ranks=0)
-            )
-            for kind, arguments in (
-                ("tuned", course.tuning(f"tuned-{size}", size, **course.begin, **fields)),
-                ("scratch", course.tuning(f"scratch-{size}", size)),
-            )
-        ]
+        runs = [stack.enter_context(launched(folder, *words, ranks=0)) for words in arguments.values()]
         assert [run.end() for run in runs] == [ExitCode.FINISHED] * 2, [run.output() for run in runs]
-        top1 = [summary(course.folder / f"{kind}-{size}")["top1"] for kind in ("tuned", "scratch")]
-        return top1[0], top1[1], runs[0].output()
+        tuned, scratch = (read_json(folder / name / "summary.json")["top1"] for name in arguments)
+        return tuned, scratch, runs[0].output()
 
 
-def summary(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "summary.json").read_text())
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
     return content
 
 
@@ -120,17 +115,19 @@ def test_they_are_ahead_at_a_larger_image_size_too(course: Course) -> None:
 
 
 def test_the_handoff_tells_what_training_began_with(course: Course, at_32: tuple[float, float, str]) -> None:
-    begun = json.loads((course.handoff / "config.json").read_text())
-    config = json.loads((course.folder / "tuned-32/handoff/config.json").read_text())
-    assert config["initialized_from"]["weights_blake2"] == begun["weights_blake2"]
-    card = (course.folder / "tuned-32/handoff/README.md").read_text()
-    assert f"| began with | raw weights of half, 10,080 pictures of shards, digest {begun['weights_blake2']} |" in card
+    begun = read_json(course.handoff / "config.json")["weights_blake2"]
+    tuned = course.folder / "32/tuned/handoff"
+    assert read_json(tuned / "config.json")["initialized_from"]["weights_blake2"] == begun
+    row = f"| began with | raw weights of half, 10,080 pictures of shards, digest {begun} |"
+    assert row in (tuned / "README.md").read_text()
 
 
 def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouched_one_did(
     course: Course, at_32: tuple[float, float, str]
 ) -> None:
-    arguments = course.tuning("tuned-32", 32, **course.begin, **probing(course), checkpoint__every_steps=10)
+    arguments = course.tuning(
+        "tuned", 32, initialize_from__handoff=course.handoff, checkpoint__every_steps=10, **probing(course)
+    )
     folder = course.folder / "crashed"
     with launched(folder, *arguments, ranks=0, program=("tests/system/inject.py", "raise=25")) as run:
         assert run.end() == ExitCode.RETRY, run.output()
@@ -142,32 +139,29 @@ def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouche
             assert "initialized" not in run.output()
     finally:
         gone.rename(course.handoff)
-    pairs = [
-        [read_metrics(where / "tuned-32/metrics.jsonl", kind) for where in (folder, course.folder)]
-        for kind in ("train", "probe")
-    ]
-    (losses, expected), (probes, untouched) = pairs
-    assert [row["loss"] for row in losses] == [row["loss"] for row in expected]
-    assert [row["samples_seen"] for row in untouched] == [250, 500, 750]
-    names = ("samples_seen", "knn_top1", "linear_top1", "samples")
-    assert [[row[name] for name in names] for row in probes] == [[row[name] for name in names] for row in untouched]
-    origins = [
-        json.loads((where / "tuned-32/environment.json").read_text())["initialized_from"]
-        for where in (folder, course.folder)
-    ]
+    crashed, untouched = folder / "tuned", course.folder / "32/tuned"
+    losses, expected = ([row["loss"] for row in rows(run, "train")] for run in (crashed, untouched))
+    assert losses == expected
+    probes, expected = ([without_times(row) for row in rows(run, "probe")] for run in (crashed, untouched))
+    assert probes == expected
+    assert [row["samples_seen"] for row in probes] == [250, 500, 750]
+    origins = [read_json(run / "environment.json")["initialized_from"] for run in (crashed, untouched)]
     assert origins[0] == origins[1] is not None
 
 
-def test_a_missing_handoff_is_told_before_anything_is_started(course: Course) -> None:
-    from pretrain.check import check_recipe_here
-    from pretrain.outcome import UserError
-    from pretrain.recipe import load_recipe
-    from pretrain.run_folder import RunFolder
-    from tests.system.launching import RECIPE
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl", kind)
 
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_a_missing_handoff_is_told_before_anything_is_started_but_not_missed_by_a_run_under_way(
+    course: Course, at_32: tuple[float, float, str]
+) -> None:
     fields = course.tuning("new", 32, initialize_from__handoff=course.folder / "none")[1::2]
     recipe = load_recipe(RECIPE, fields)
     with pytest.raises(UserError, match="is not a finished hand-off"):
         check_recipe_here(recipe, RunFolder(course.folder / "new"))
-    shutil.copytree(course.folder / "tuned-32/checkpoints", course.folder / "begun/checkpoints")
-    check_recipe_here(recipe, RunFolder(course.folder / "begun"))
+    check_recipe_here(recipe, RunFolder(course.folder / "32/tuned"))
