@@ -76,18 +76,18 @@ def initialize(
     if recorded is not None:
         _check_same(section, origin, recorded)
     check_architecture(section, config, model.config)
+    rows, head = match_classes(config, class_ids, fingerprint)
     try:
         resampled = load_weights(model, state, fresh=["head."])
-    except ValueError as error:
-        raise UserError(f"initialize_from: {section.handoff}: {' '.join(str(error).split())}") from None
-    rows, head = match_classes(config, class_ids, fingerprint)
-    with torch.no_grad():
-        model.head.weight.mul_(section.head_init_scale)
-        model.head.bias.mul_(section.head_init_scale)
-        if rows:
-            here, there = torch.tensor(list(rows)), torch.tensor(list(rows.values()))
-            model.head.weight[here] = state["head.weight"][there]
-            model.head.bias[here] = state["head.bias"][there]
+        for name in ("head.weight", "head.bias"):
+            fresh = model.state_dict()[name].mul_(section.head_init_scale)
+            for here, there in rows.items():
+                fresh[here] = state[name][there]
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"initialize_from: {section.handoff} does not hold the weights that it tells of: {reason}"
+        ) from None
     new = model.config.num_classes - len(rows)
     if new and section.head_init_scale != 1:
         head += f", their fresh weights times {section.head_init_scale:g}"
@@ -104,11 +104,10 @@ def share_weights(model: torch.nn.Module, device: torch.device) -> None:
 
     One rank reads the hand-off, so that hundreds do not, and all have the same even if the folder changes meanwhile.
     """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            there = parameter.to(device)
-            dist.broadcast(there, src=0)
-            parameter.copy_(there)
+    for tensor in model.state_dict().values():
+        there = tensor.to(device)
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
 
 
 def check_architecture(section: InitializeSection, config: HandoffConfig, wanted: LaViTConfig) -> None:
@@ -117,7 +116,10 @@ def check_architecture(section: InitializeSection, config: HandoffConfig, wanted
     Raises:
         UserError: names the fields that differ.
     """
-    there, here = LaViTConfig.from_dict(config.architecture).to_dict(), wanted.to_dict()
+    try:
+        there, here = LaViTConfig.from_dict(config.architecture).to_dict(), wanted.to_dict()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"initialize_from: {section.handoff}: {' '.join(str(error).split())}") from None
     differ = [
         f"{name} is {there[name]} there and {here[name]} here"
         for name in here
