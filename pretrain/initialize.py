@@ -84,9 +84,9 @@ def initialize(
             for here, there in rows.items():
                 fresh[here] = state[name][there]
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"initialize_from: {section.handoff} does not hold the weights that it tells of: {reason}"
+            f"initialize_from: {section.handoff} lacks weights that its config tells of: {reason}"
         ) from None
     new = model.config.num_classes - len(rows)
     if new and section.head_init_scale != 1:

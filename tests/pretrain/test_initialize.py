@@ -35,10 +35,11 @@ def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("source") / "handoff")
 
 
-def write(folder: Path, class_ids: list[str] | None = KNOWN, seed: int = 7, **content: Any) -> Path:
+def write(folder: Path, class_ids: list[str] | None = KNOWN, seed: int = 7, lost: str = "", **content: Any) -> Path:
     torch.manual_seed(seed)
     model = create_model("lavit_micro", num_classes=5, image_size=32, **NETWORK)
     weights = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    weights.pop(lost, None)
     fields = {
         "architecture": model.config.to_dict(), "num_classes": 5, "class_names": list("abcde"),
         "class_ids": class_ids, "input": INPUT, "weights": "average",
@@ -148,6 +149,13 @@ def test_a_damaged_or_missing_handoff_is_refused(handoff: Path, tmp_path: Path) 
         started(tmp_path / "run", recipe(tmp_path / "copy"), KNOWN)
     with pytest.raises(UserError, match="is not a finished hand-off"):
         started(tmp_path / "run", recipe(tmp_path / "none"), KNOWN)
+
+
+@pytest.mark.parametrize("lost", ["head.bias", "norm.weight"])
+def test_a_handoff_that_lacks_a_tensor_is_refused_in_one_line(tmp_path: Path, lost: str) -> None:
+    with pytest.raises(UserError, match=f"lacks weights that its config tells of: .*{lost}") as caught:
+        started(tmp_path / "run", recipe(write(tmp_path / "handoff", lost=lost)), KNOWN)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_has_a_checkpoint_reads_no_handoff_and_keeps_its_origin(handoff: Path, tmp_path: Path) -> None:
