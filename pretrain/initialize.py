@@ -127,8 +127,8 @@ def check_architecture(section: InitializeSection, config: HandoffConfig, wanted
     ]
     if differ:
         raise UserError(
-            f"initialize_from: {section.handoff} is of another network ({there['name']}, not {here['name']}: "
-            f"{'; '.join(differ)}): choose its model and overrides in the recipe, or another hand-off"
+            f"initialize_from: {section.handoff} is of another network, a {there['name']} ({'; '.join(differ)}): "
+            "choose its model and overrides in the recipe, or another hand-off"
         )
 
 
