@@ -23,7 +23,6 @@ _WORST_TOLD = 5
 class Verdicts:
     """Of every evaluated picture, in the order of the split; every array is (n,)."""
 
-    sample: NDArray[np.int64]
     label: NDArray[np.int64]
     predicted: NDArray[np.int64]
     in_top5: NDArray[np.bool_]
@@ -53,7 +52,7 @@ class Recorder:
         label, predicted, in_top5, confidence = (column.cpu().numpy()[batch.valid] for column in columns)
         numbers = [self._real.number(sample) for sample in samples.tolist()] if self._real else [0] * len(samples)
         number = np.array(numbers, np.int64)
-        self._parts.append(Verdicts(samples, label, predicted, in_top5, confidence, number))
+        self._parts.append(Verdicts(label, predicted, in_top5, confidence, number))
 
     def gathered(self, control: dist.ProcessGroup | None) -> Verdicts:
         """The verdicts of all ranks, on every rank. Collective over ``control``, a CPU group; None: alone."""
@@ -62,9 +61,8 @@ class Recorder:
             gathered: list[Any] = [None] * dist.get_world_size(control)
             dist.all_gather_object(gathered, parts, group=control)
             parts = [part for rank in gathered for part in rank]
-        order = np.argsort(np.concatenate([part.sample for part in parts]))
         fields = Verdicts.__dataclass_fields__
-        return Verdicts(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in fields})
+        return Verdicts(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
 
 
 def report(result: Evaluation, verdicts: Verdicts, dataset: Dataset, real: RealLabels | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from models import create_model
 from pretrain.class_match import match_classes
 from pretrain.confusion_picture import confusion_of_worst, draw_confusion
 from pretrain.evaluate import main as door
+from pretrain.evaluation import Evaluation, evaluate
 from pretrain.evaluation_report import Verdicts, calibration, class_table
 from pretrain.handoff import CONFIG, WEIGHTS, load_handoff, write_handoff
 from pretrain.outcome import ExitCode, UserError
@@ -127,10 +128,41 @@ def test_one_two_and_three_ranks_give_the_same_report_to_the_last_bit(
         assert found == alone
 
 
+def totals_of(logits: torch.Tensor, labels: torch.Tensor, size: int) -> Evaluation:
+    """What the loop makes of logits that are given batch by batch."""
+    rows = range(0, len(labels), size)
+    batches: Any = [
+        SimpleNamespace(images=logits[i : i + size], labels=labels[i : i + size], valid=np.ones(size, bool))
+        for i in rows
+    ]
+    result = evaluate(lambda images: images, batches)
+    assert result is not None
+    return result
+
+
+def test_the_loss_does_not_depend_on_the_order_of_pictures_to_the_last_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 10, generator=generator) * torch.logspace(-6, 6, 4000)[:, None]
+    labels = torch.randint(10, (4000,), generator=generator)
+    turned = torch.randperm(4000, generator=generator)
+    first = totals_of(logits, labels, 500)
+    assert first == totals_of(logits[turned], labels[turned], 500) == totals_of(logits.flip(0), labels.flip(0), 8)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_picture_whose_scores_are_not_finite_counts_as_wrong_and_is_told(broken: float) -> None:
+    logits = torch.eye(4).repeat(2, 1)
+    logits[5, 1] = broken
+    result = totals_of(logits, torch.arange(4).repeat(2), 4)
+    assert (result.top1, result.top5, result.not_finite, result.samples) == (87.5, 87.5, 1, 8)
+    assert "WARNING scores of 1 pictures are not finite" in str(result)
+    assert "WARNING" not in str(totals_of(torch.eye(4), torch.arange(4), 4))
+
+
 def verdicts(labels: list[int], predicted: list[int], confidence: list[float] | None = None) -> Verdicts:
     count = len(labels)
     return Verdicts(
-        np.arange(count), np.array(labels), np.array(predicted), np.ones(count, bool),
+        np.array(labels), np.array(predicted), np.ones(count, bool),
         np.array(confidence or [1.0] * count), np.zeros(count, int),
     )  # fmt: skip
 
@@ -172,6 +204,13 @@ def test_the_picture_shows_the_worst_classes_and_loses_no_count() -> None:
     assert (len(rows), len(columns)) == (20, 20 + 10 + 1)
     assert (counts.sum(1) == 30).all()
     assert columns[-1] == "all others"
+    elsewhere = {name: 0 for name in names(60).class_names if name not in columns[:20]}
+    for row in table:
+        if any(label.startswith(f"{row['name']} (") for label in rows):
+            for other, count in row["confused_with"].items():
+                name = names(60).class_names[int(other[1:])]
+                elsewhere |= {name: elsewhere[name] + count} if name in elsewhere else {}
+    assert counts[:, 20:30].sum(0).tolist() == sorted(elsewhere.values(), reverse=True)[:10]
     worst = sorted(row["top1"] for row in table)[:20]
     assert (100 * counts.diagonal() / 30).tolist() == pytest.approx(worst)
     with Image.open(io.BytesIO(draw_confusion(table, "costs $5 or $6"))) as picture:
@@ -213,12 +252,12 @@ def test_a_model_of_more_classes_is_evaluated_on_the_ones_that_the_data_has_foun
 ) -> None:
     """Ids stand in another order, between others, at two levels of a hierarchy."""
     ids = ["x", *"9876543210", "y", "z"]
-    levels = [0] + [int(digit) % 2 for digit in "9876543210"] + [0, 1]
+    levels = [0] + [int(digit) // 5 for digit in "9876543210"] + [0, 1]
     wide = hand_off(tmp_path / "h", ids, class_levels=levels, class_names=[f"name of {name}" for name in ids])
     found = examined(wide, digits, tmp_path / "out")
     logits, labels = scores(wide, digits)
     logits = logits[:, [10 - digit for digit in range(10)]]
-    logits[torch.arange(10)[None] % 2 != labels[:, None] % 2] = -torch.inf
+    logits[torch.arange(10)[None] // 5 != labels[:, None] // 5] = -torch.inf
     assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item(), abs=1e-12)
     assert found["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-6)
     assert found["data"]["classes"] == "by id, 10 of 13"
