@@ -104,13 +104,13 @@ def probing(course: Course) -> dict[str, Any]:
 
 def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(at_32: tuple[float, float, str]) -> None:
     tuned, scratch, said = at_32
-    assert tuned > scratch + 3
+    assert tuned > scratch + 5
     assert "the head's rows of 5 classes are reused, of 5 there; 5 are new" in said
 
 
 def test_they_are_ahead_at_a_larger_image_size_too(course: Course) -> None:
     tuned, scratch, said = tuned_and_from_scratch(course, 48)
-    assert tuned > scratch + 3
+    assert tuned > scratch + 5
     assert "tensors of the token grids resampled, 32 x 32 -> 48 x 48" in said
 
 
