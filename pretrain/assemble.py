@@ -24,6 +24,7 @@ from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -76,7 +77,7 @@ def assemble(
     bad_steps = BadSteps(engine)
     bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
-    total_steps = max(1, int(recipe.schedule.epochs * epoch_size) // batch.global_batch)
+    total_steps = batch.steps(recipe.schedule.epochs, epoch_size)
     console = RunConsole(
         speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
     )
@@ -136,7 +137,7 @@ def assemble(
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(

@@ -23,6 +23,10 @@ class BatchPlan:
     accumulation: int
     world_size: int
 
+    def steps(self, epochs: float, images: int) -> int:
+        """Optimizer steps of a run: whole global batches within so many passes over the training split."""
+        return max(1, int(epochs * images) // self.global_batch)
+
 
 @dataclass(frozen=True)
 class ResolvedDeepSpeed:

@@ -66,7 +66,7 @@ def make_plan(
         _refuse_a_second_job(folder)
     needed, free = _disk(outlook.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
-    steps = max(1, int(recipe.schedule.epochs * outlook.train_samples) // batch.global_batch)
+    steps = batch.steps(recipe.schedule.epochs, outlook.train_samples)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.name}, {outlook.parameters:,} parameters, {outlook.classes} classes",
