@@ -25,6 +25,7 @@ def planned_is_measured(control: dist.ProcessGroup) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_planned_memory_is_what_training_takes_within_15_percent() -> None:
     run_ranks(2, planned_is_measured)
 
