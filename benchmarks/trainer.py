@@ -45,6 +45,7 @@ from pretrain.engine import build_engine, build_model
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.pieces import OptimizerPieces
+from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -165,7 +166,7 @@ def trainer_run(
     folder.path.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         console = RunConsole(speaks=first, total_steps=10**9, first_step=0, global_batch=resolved.batch.global_batch)
-    pieces = OptimizerPieces(engine)
+    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     return Run(
         recipe=recipe,
         batch=resolved.batch,
@@ -173,7 +174,7 @@ def trainer_run(
         total_steps=10**9,
         device=device,
         engine=engine,
-        dtype=torch.float32,
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=BadSteps(engine),
         writer=CheckpointWriter(

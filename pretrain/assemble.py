@@ -26,6 +26,7 @@ from pretrain.metrics import MetricsWriter
 from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.precision import input_dtype
 from pretrain.probes import Probes
 from pretrain.recipe import Recipe
 from pretrain.run import Run
@@ -158,7 +159,7 @@ def assemble(
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from models import model_config
+from models.config import LaViTConfig
 from models.cost import count_parameters
 from pretrain.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
@@ -47,17 +48,28 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> Outlook:
         raise UserError(str(error)) from None
     if recipe.loss.class_tree is not None:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
+    network = architecture(recipe, train_set.num_classes)
+    if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
+        check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], network)
+    parameters = count_parameters(network)
+    size = checkpoint_bytes(recipe, parameters)
+    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), size)
+
+
+def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
+    """What the recipe's network is, without building it.
+
+    Raises:
+        UserError: the variant does not exist, or a field of it makes no sense.
+    """
     try:
-        architecture = model_config(
-            recipe.model.name,
-            num_classes=train_set.num_classes,
-            image_size=recipe.data.size,
-            **recipe.model.overrides,
+        return model_config(
+            recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
-    if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
-        check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], architecture)
-    parameters = count_parameters(architecture)
-    copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
-    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Of all ranks' files, but for their index of names and shapes, which is some kilobytes."""
+    return 4 * parameters * (COPIES[recipe.optimizer.kind] + (recipe.ema is not None))
