@@ -56,6 +56,11 @@ class Engine:
     states_on_host: bool
     weights_on_host: bool
 
+    @property
+    def buckets_stay(self) -> bool:
+        """Whether gradients are averaged by ``pretrain.data_parallel``."""
+        return self.stage == 0 and self.ranks > 1
+
     @classmethod
     def of(cls, recipe: Recipe, resolved: ResolvedDeepSpeed) -> "Engine":
         """As a recipe and a resolved configuration have it."""
@@ -184,6 +189,8 @@ class MemoryModel:
             gradients = share * (4 if engine.wide_gradients else engine.element) * (not engine.states_on_host)
         elif engine.wide_gradients and engine.stage == 2:
             gradients = 4 * share
+        elif engine.buckets_stay:
+            gradients = 4 * self.parameters
         peak = max(self._moments(engine, passes, share), key=lambda moment: moment.total)
         host = (states + average + 4 * share) * engine.states_on_host + engine.element * share * engine.weights_on_host
         if engine.states_on_host:
@@ -210,6 +217,8 @@ class MemoryModel:
         yield Moment("forward", passes.forward_peak, 0, gathered + flat)
         if engine.stage == 3:
             yield from self._scattering(engine, passes, gathered)
+        elif engine.buckets_stay:
+            yield from self._reducing_into_buckets(engine, passes)
         elif engine.stage == 2 or (engine.stage == 1 and engine.overlap):
             for rank in {0, engine.ranks - 1}:
                 yield from self._reducing_on_the_way(engine, passes, share, rank)
@@ -217,8 +226,19 @@ class MemoryModel:
             yield from self._reducing_at_the_end(engine, passes)
         yield from self._step(engine, share)
 
+    def _reducing_into_buckets(self, engine: Engine, passes: Passes) -> Iterator[Moment]:
+        """Stage 0 on several ranks: a full bucket is copied to where it stays, and its gradients are dropped."""
+        if engine.accumulation > 1:  # those of the first micro-batch are still whole when the last one begins
+            yield Moment("backward", int(passes.live.max()), 4 * self.parameters, 0)
+            return
+        pending = 0
+        for elements, live in zip(self._elements.tolist(), passes.live.tolist(), strict=True):
+            yield Moment("backward", live, 4 * pending, 0)
+            pending = 0 if pending + elements >= engine.bucket else pending + elements
+        yield Moment("reduce", 0, 4 * pending, 0)
+
     def _reducing_at_the_end(self, engine: Engine, passes: Passes) -> Iterator[Moment]:
-        """Stages 0 and 1: all gradients are kept until the last micro-batch is through."""
+        """Stage 1, or a single rank: all gradients are kept until the last micro-batch is through."""
         width = 4 if engine.wide_gradients else engine.element
         arrived = width * (np.cumsum(self._elements) - self._elements)
         if engine.accumulation > 1:
@@ -275,7 +295,7 @@ class MemoryModel:
         """Before the optimizer steps a partition its gradients are flattened and brought to fp32."""
         norm = 8 * min(int(self._elements.max()), share)  # DeepSpeed takes norms in fp64, tensor by tensor
         if engine.stage == 0:
-            yield Moment("step", 0, 4 * self.parameters, 0)
+            yield Moment("step", 0, 0 if engine.buckets_stay else 4 * self.parameters, 0)
         elif engine.stage == 3:
             yield Moment("step", 0, 0, 4 * share if engine.element == 4 else (2 + 4) * share)
         else:
