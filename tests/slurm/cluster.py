@@ -51,7 +51,7 @@ ReturnToService=2
 JobRequeue=1
 MessageTimeout=4
 SlurmdTimeout=5
-KillWait=8
+KillWait=15
 MinJobAge=3600
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
