@@ -112,4 +112,4 @@ def tick_labels(values: Sequence[float], *, log: bool = False) -> tuple[list[str
         return labels, f"10{str(power).translate(_SUPERSCRIPT)}"
     if largest >= 1e4:
         return [short(value) for value in values], ""
-    return [f"{value:.4g}".replace("-", "\u2212") for value in values], ""  # noqa: RUF001 - a minus, not a hyphen
+    return [f"{value:.4g}".replace("-", "\u2212") for value in values], ""

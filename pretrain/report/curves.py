@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pretrain.files import json_lines
 
 COLUMNS = 450
-"""A curve of more than twice so many points is cut down to the lowest and the highest one of each of so many columns."""
+"""A curve of more than twice so many points is cut down to the lowest and highest one of each of so many columns."""
 _PLACES = ("kind", "samples_seen", "time", "step", "epoch")
 """What says where a line stands, and is no measurement."""
 
@@ -38,6 +38,8 @@ class Metrics:
     samples: Floats = field(default_factory=lambda: np.zeros(0))
     """Of all lines of training that have a time, ascending; with ``times`` it says what was seen when."""
     times: Floats = field(default_factory=lambda: np.zeros(0))
+    began: float | None = None
+    """Unix time of the first line."""
     epoch_size: float | None = None
     """Pictures of an epoch, as the lines have it."""
     lines: int = 0
@@ -63,7 +65,7 @@ class _Kind:
         self.keys: dict[str, tuple[array[int], array[float]]] = {}
 
     def add(self, samples: float, row: dict[str, Any]) -> None:
-        time = as_number(row.get("time"))
+        time = as_finite(row.get("time"))
         self.samples.append(samples)
         self.times.append(math.nan if time is None else time)
         for key, content in row.items():
@@ -82,21 +84,24 @@ def read_curves(path: Path) -> Metrics:
     Raises:
         OSError: it is there and cannot be read.
     """
-    found, kinds = Metrics(), {}  # type: tuple[Metrics, dict[str, _Kind]]
+    found = Metrics()
+    kinds: dict[str, _Kind] = {}
     if not path.exists():
         return found
     for row in json_lines(path):
         found.lines += 1
-        samples = as_number(row.get("samples_seen")) if row else None
-        if row is None or samples is None or not math.isfinite(samples) or not isinstance(row.get("kind"), str):
+        seen = as_finite(row.get("samples_seen")) if row else None
+        if row is None or seen is None or not isinstance(row.get("kind"), str):
             found.unreadable += 1
             continue
-        kinds.setdefault(row["kind"], _Kind()).add(samples, row)
-        epoch = as_number(row.get("epoch"))
-        if epoch and samples and row["kind"] == "train":
-            found.epoch_size = samples / epoch
+        kinds.setdefault(row["kind"], _Kind()).add(seen, row)
+        epoch = as_finite(row.get("epoch"))
+        if epoch and seen and row["kind"] == "train":
+            found.epoch_size = seen / epoch
     for name, kind in kinds.items():
         samples, times = np.array(kind.samples), np.array(kind.times)
+        began = float(np.nanmin(times)) if np.isfinite(times).any() else None
+        found.began = min((first for first in (found.began, began) if first is not None), default=None)
         for key, (rows, values) in kind.keys.items():
             order = np.argsort(samples[np.array(rows)], kind="stable")
             index = np.array(rows)[order]
@@ -117,6 +122,12 @@ def as_number(content: Any) -> float | None:
         return float(content)
     except OverflowError:
         return None
+
+
+def as_finite(content: Any) -> float | None:
+    """A finite number of JSON; None for anything else."""
+    value = as_number(content)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def thinned(x: Floats, y: Floats, low: float, high: float) -> NDArray[np.intp]:

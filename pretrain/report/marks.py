@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.files import json_lines
-from pretrain.report.curves import Metrics, as_number
+from pretrain.report.curves import Metrics, as_finite
 from pretrain.run_state import RunState
 
 KINDS = (
@@ -44,6 +44,8 @@ class Log:
 
     marks: list[Mark] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    began: float | None = None
+    """Unix time of the first start."""
 
 
 def read_marks(run: Path, metrics: Metrics, state: RunState | None) -> Log:
@@ -51,6 +53,7 @@ def read_marks(run: Path, metrics: Metrics, state: RunState | None) -> Log:
     log = Log()
     events = _rows(run / "events.jsonl", log.notes)
     log.marks += [*_starts_and_ends(events, _rows(run / "slurm/history.jsonl", log.notes), state)]
+    log.began = min((row["time"] for row in events if as_finite(row.get("time")) is not None), default=None)
     for row in events:
         if row.get("event") == "went back":
             log.marks.append(_mark("went back", row))
@@ -60,17 +63,17 @@ def read_marks(run: Path, metrics: Metrics, state: RunState | None) -> Log:
     log.marks += _spikes(_rows(run / "loss_spikes.jsonl", log.notes))
     for row in _rows(run / "bad_samples.jsonl", log.notes):
         text = f"{row.get('name')} of {row.get('shard')}: {row.get('reason')}"
-        log.marks.append(Mark("bad sample", text, time=as_number(row.get("time"))))
+        log.marks.append(Mark("bad sample", text, time=as_finite(row.get("time"))))
     log.marks += _hangs(run / "hangs")
-    log.marks = sorted(
-        (_placed(mark, metrics) for mark in log.marks), key=lambda mark: (mark.time or 0, mark.step or 0)
-    )
+    placed = [_placed(mark, metrics) for mark in log.marks]
+    log.marks = sorted(placed, key=lambda mark: (mark.time or 0, mark.samples or 0))
     return log
 
 
 def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Lines of a file; what is damaged, or too much, is noted."""
-    rows, damaged = [], 0
+    rows: list[dict[str, Any]] = []
+    damaged = 0
     try:
         for row in json_lines(path):
             if row is None:
@@ -79,6 +82,7 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
                 notes.append(f"{path.name}: only the first {_MOST:,} lines are taken in")
                 break
             else:
+                row.pop("sample_ids", None)  # of a spike: thousands
                 rows.append(row)
     except FileNotFoundError:
         return []
@@ -90,12 +94,12 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _mark(kind: str, row: dict[str, Any], text: str | None = None) -> Mark:
-    step = as_number(row.get("step"))
+    step = as_finite(row.get("step"))
     return Mark(
         kind,
         str(row.get("text", "")) if text is None else text,
-        samples=as_number(row.get("samples_seen")),
-        time=as_number(row.get("time")),
+        samples=as_finite(row.get("samples_seen")),
+        time=as_finite(row.get("time")),
         step=None if step is None else int(step),
     )
 
@@ -104,11 +108,11 @@ def _starts_and_ends(
     events: list[dict[str, Any]], history: list[dict[str, Any]], state: RunState | None
 ) -> Iterator[Mark]:
     """Starts after the first one, and what ended the one before: as Slurm's batch script knows it, or ``run.json``."""
-    starts = [row for row in events if row.get("event") == "start" and as_number(row.get("time")) is not None]
+    starts = [row for row in events if row.get("event") == "start" and as_finite(row.get("time")) is not None]
     ends = [
         row
         for row in history
-        if row.get("event") == "end" and as_number(row.get("time")) is not None and row.get("cause") != "finished"
+        if row.get("event") == "end" and as_finite(row.get("time")) is not None and row.get("cause") != "finished"
     ]
     told: list[int] = []
     for number, row in enumerate(starts[1:], start=1):
@@ -133,7 +137,7 @@ def _ended_by_slurm(end: dict[str, Any], samples: Any) -> Mark:
     cause = str(end.get("cause"))
     kind = "stopped or preempted" if cause in _TOLD_TO_STOP else "failed or killed"
     text = f"{cause}: {end.get('reason')} (job {end.get('job')}-{end.get('restart')})"
-    return Mark(kind, text, samples=as_number(samples), time=as_number(end["time"]))
+    return Mark(kind, text, samples=as_finite(samples), time=as_finite(end["time"]))
 
 
 def _reason(after: dict[str, Any]) -> str:
@@ -154,7 +158,7 @@ def _skipped(metrics: Metrics) -> list[Mark]:
             "steps skipped",
             f"{rises[row]:.0f} skipped in the interval that ends here: a gradient was not finite",
             samples=float(curve.samples[row]),
-            time=_finite(float(curve.time[row])),
+            time=as_finite(float(curve.time[row])),
         )
         for row in np.flatnonzero(rises > 0).tolist()
     ]
@@ -163,12 +167,10 @@ def _skipped(metrics: Metrics) -> list[Mark]:
 def _spikes(rows: list[dict[str, Any]]) -> list[Mark]:
     found: dict[Any, Mark] = {}  # a step that was computed again after a restart is told of once
     for row in rows:
-        step, last = as_number(row.get("step")), as_number(row.get("last_position"))
-        loss, level = as_number(row.get("loss")), as_number(row.get("level"))
+        step, last = as_finite(row.get("step")), as_finite(row.get("last_position"))
+        loss, level = as_finite(row.get("loss")), as_finite(row.get("level"))
         text = f"loss {loss:.4g} above a level of {level:.4g}" if loss is not None and level is not None else "loss"
-        found[step] = Mark(
-            "loss spike", text, None if last is None else last + 1, None, None if step is None else int(step)
-        )
+        found[step] = _mark("loss spike", {"step": step, "samples_seen": None if last is None else last + 1}, text)
     return list(found.values())
 
 
@@ -177,9 +179,8 @@ def _hangs(folder: Path) -> list[Mark]:
     found = []
     for file in sorted(folder.glob("*-rank-*.txt"))[:_MOST]:
         try:
-            time: float | None = (
-                datetime.strptime(file.name.split("-")[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
-            )
+            stamp = datetime.strptime(file.name.split("-")[0], "%Y%m%dT%H%M%SZ")
+            time: float | None = stamp.replace(tzinfo=UTC).timestamp()
         except ValueError:
             time = None
         try:
@@ -199,7 +200,3 @@ def _placed(mark: Mark, metrics: Metrics) -> Mark:
     if time is None and samples is not None and len(metrics.samples):
         time = float(np.interp(samples, metrics.samples, metrics.times))
     return Mark(mark.kind, mark.text, samples, time, mark.step)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -22,7 +22,7 @@ def escaped(content: Any) -> Markup:
     return Markup(html.escape(_NOT_IN_HTML.sub("\ufffd", str(content)), quote=True))
 
 
-def tag(name: str, *inside: Any, **attributes: Any) -> Markup:
+def tag(name: str, /, *inside: Any, **attributes: Any) -> Markup:
     """An element with its content.
 
     Args:

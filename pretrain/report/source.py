@@ -40,6 +40,8 @@ class RunRecord:
     """Of the run; the report makes it unique among those on the page."""
     metrics: Metrics = field(default_factory=Metrics)
     marks: list[Mark] = field(default_factory=list)
+    began: float | None = None
+    """Unix time of its first sign of life."""
     state: RunState | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -56,14 +58,6 @@ class RunRecord:
         dataset = self.environment.get("dataset")
         size = as_number(dataset.get("samples")) if isinstance(dataset, dict) else None
         return size or self.metrics.epoch_size
-
-    @property
-    def began(self) -> float | None:
-        """Unix time of its first sign of life."""
-        times = [mark.time for mark in self.marks if mark.time] + self.metrics.times[:1].tolist() + self._first
-        return min(times, default=None)
-
-    _first: list[float] = field(default_factory=list)
 
 
 def read_run(path: Path) -> RunRecord:
@@ -104,6 +98,7 @@ def read_run(path: Path) -> RunRecord:
         notes.append("nothing was measured yet: metrics.jsonl is missing or empty")
     log = read_marks(path, record.metrics, record.state)
     record.marks = log.marks
+    record.began = min((time for time in (log.began, record.metrics.began) if time is not None), default=None)
     notes += log.notes
     record.evaluations = _evaluations(path / "evaluation", notes)
     record.card = _text(path / "handoff/README.md", notes)
