@@ -12,7 +12,7 @@ from pretrain.report.markup import Markup, joined, tag
 from pretrain.report.panels import Line, Panel
 
 WIDTH, HEIGHT = 520, 214
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
 _DOTS_UP_TO = 40
 """A curve of so few points has a dot for each."""
 _MOST_RULES = 100
@@ -29,7 +29,7 @@ class Axis:
     """Of all runs together, in ``unit``s."""
     unit: float = 1.0
     """Seconds, for time."""
-    label: str = "images seen"
+    label: str = "images"
     epoch_size: float | None = None
     """Where all runs have the same."""
     began: tuple[float, ...] = ()
@@ -82,7 +82,7 @@ def draw(panel: Panel, axes: list[Axis], rules: list[Rule], runs: int) -> Markup
     )
     note = tag("text", above, x=WIDTH - RIGHT, y=TOP + 4, class_="unit", text_anchor="end") if above else None
     return tag(
-        "svg", grid, *groups, note, tag("line", class_="cursor", y1=TOP, y2=HEIGHT - BOTTOM, x1=-9, x2=-9),
+        "svg", grid, *groups, note, tag("line", class_="cursor", y1=TOP, y2=HEIGHT - BOTTOM),
         viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{panel.title}: {_summary(panel)}", class_="chart",
         data_low=scale.low, data_high=scale.high, data_top=TOP, data_bottom=HEIGHT - BOTTOM,
         data_log="1" if scale.log else None,
@@ -90,24 +90,23 @@ def draw(panel: Panel, axes: list[Axis], rules: list[Rule], runs: int) -> Markup
 
 
 def x_axis(axis: Axis, left: float, right: float, bottom: float) -> Markup:
-    """Ticks and labels along the bottom; under samples seen also the epochs."""
-    scale, parts = axis.scale(left, right), []
-    labels = round_values(0, axis.end, 5)
-    for value in labels:
+    """Ticks and labels along the bottom, named at the left; under samples seen also the epochs."""
+    scale = axis.scale(left, right)
+    parts = [
+        tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"),
+        tag("text", axis.label, x=left - 6, y=bottom + 14, text_anchor="end", class_="epoch"),
+    ]
+    for value in round_values(0, axis.end, 5):
         x = _px(scale.pixel(value))
-        parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 3, class_="tick"))
         text = short(value) if axis.name == "samples" else f"{value:.4g}"
-        parts.append(tag("text", text, x=x, y=bottom + 13, text_anchor="middle"))
-    label = axis.label
+        parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 3, class_="tick"))
+        parts.append(tag("text", text, x=x, y=bottom + 14, text_anchor="middle"))
     if axis.name == "samples" and axis.epoch_size:
-        label = f"{axis.label}; below, epochs"
+        parts.append(tag("text", "epochs", x=left - 6, y=bottom + 27, text_anchor="end", class_="epoch"))
         for value in round_values(0, axis.end / axis.epoch_size, 5):
             x = _px(scale.pixel(value * axis.epoch_size))
-            parts.append(tag("text", f"{value:.4g}", x=x, y=bottom + 25, text_anchor="middle", class_="epoch"))
-    else:
-        parts.append(tag("text", label, x=right, y=bottom + 25, text_anchor="end", class_="epoch"))
-    parts.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    return joined(tag("title", label), *parts)
+            parts.append(tag("text", f"{value:.4g}", x=x, y=bottom + 27, text_anchor="middle", class_="epoch"))
+    return joined(*parts)
 
 
 def _grid(scale: Scale) -> tuple[Markup, str]:

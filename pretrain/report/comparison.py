@@ -30,7 +30,7 @@ def standing(records: list[RunRecord]) -> Markup:
     facts = [dict(_facts(record)) for record in records]
     names = dict.fromkeys(name for column in facts for name in column)
     rows = [[name, *(column.get(name, ABSENT) for column in facts)] for name in names]
-    return table(["", *_heads(records)], rows, class_="facts")
+    return table(["", *_heads(records)] if len(records) > 1 else [], rows, class_="facts")
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
@@ -156,7 +156,5 @@ def _value(value: Any) -> str:
 
 
 def _heads(records: list[RunRecord]) -> list[Markup]:
-    """Names of the runs, each with its colour."""
-    if len(records) == 1:
-        return [tag("span", records[0].name)]
+    """Names of several runs, each with its colour."""
     return [joined(tag("span", class_=f"key c{number}"), record.name) for number, record in enumerate(records)]

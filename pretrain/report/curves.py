@@ -36,7 +36,7 @@ class Metrics:
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     """By kind of line and key, in order of appearance."""
     samples: Floats = field(default_factory=lambda: np.zeros(0))
-    """Of all lines of training that have a time, ascending; with ``times`` it says what was seen when."""
+    """Of all lines of training that have a time, ascending; ``times`` says when, also ascending."""
     times: Floats = field(default_factory=lambda: np.zeros(0))
     began: float | None = None
     """Unix time of the first line."""
@@ -44,17 +44,6 @@ class Metrics:
     """Pictures of an epoch, as the lines have it."""
     lines: int = 0
     unreadable: int = 0
-
-    def last(self, kind: str, key: str) -> float | None:
-        """The newest value; None where there is none."""
-        curve = self.curves.get((kind, key))
-        return None if curve is None else float(curve.values[-1])
-
-    def samples_at(self, time: float) -> float | None:
-        """Samples seen at a Unix time; None where no line says so."""
-        if not len(self.times):
-            return None
-        return float(np.interp(time, self.times, self.samples))
 
 
 class _Kind:

@@ -65,8 +65,8 @@ def read_marks(run: Path, metrics: Metrics, state: RunState | None) -> Log:
         text = f"{row.get('name')} of {row.get('shard')}: {row.get('reason')}"
         log.marks.append(Mark("bad sample", text, time=as_finite(row.get("time"))))
     log.marks += _hangs(run / "hangs")
-    placed = [_placed(mark, metrics) for mark in log.marks]
-    log.marks = sorted(placed, key=lambda mark: (mark.time or 0, mark.samples or 0))
+    clock = _Clock(metrics, events)
+    log.marks = sorted(map(clock.place, log.marks), key=lambda mark: (mark.time or 0, mark.samples or 0))
     return log
 
 
@@ -192,11 +192,28 @@ def _hangs(folder: Path) -> list[Mark]:
     return found
 
 
-def _placed(mark: Mark, metrics: Metrics) -> Mark:
-    """With what is missing of samples and time filled in from the lines of training."""
-    samples, time = mark.samples, mark.time
-    if samples is None and time is not None:
-        samples = metrics.samples_at(time)
-    if time is None and samples is not None and len(metrics.samples):
-        time = float(np.interp(samples, metrics.samples, metrics.times))
-    return Mark(mark.kind, mark.text, samples, time, mark.step)
+class _Clock:
+    """What was seen when, from the lines of training and the starts."""
+
+    def __init__(self, metrics: Metrics, events: list[dict[str, Any]]) -> None:
+        starts = [
+            (time, samples)
+            for row in events
+            if (time := as_finite(row.get("time"))) is not None
+            and (samples := as_finite(row.get("samples_seen"))) is not None
+        ]
+        known = np.array(starts, np.float64).reshape(-1, 2)
+        times = np.concatenate([metrics.times, known[:, 0]])
+        order = np.argsort(times, kind="stable")
+        self._metrics = metrics
+        self._times = times[order]
+        self._samples = np.concatenate([metrics.samples, known[:, 1]])[order]
+
+    def place(self, mark: Mark) -> Mark:
+        """The mark, with what is missing of samples and time filled in."""
+        samples, time = mark.samples, mark.time
+        if samples is None and time is not None and len(self._times):
+            samples = float(np.interp(time, self._times, self._samples))
+        if time is None and samples is not None and len(self._metrics.samples):
+            time = float(np.interp(samples, self._metrics.samples, self._metrics.times))
+        return Mark(mark.kind, mark.text, samples, time, mark.step)

@@ -43,8 +43,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
   });
   const leave = () => {
     read.textContent = "";
-    cursor.setAttribute("x1", -9);
-    cursor.setAttribute("x2", -9);
+    cursor.removeAttribute("x1");
   };
   chart.addEventListener("mouseleave", leave);
 }

@@ -98,7 +98,7 @@ def _axes(records: list[RunRecord]) -> list[Axis]:
     longest = max((value for value in times if np.isfinite(value)), default=0.0)
     if longest > 0:
         unit, name = next((unit, name) for unit, name, least in _UNITS if longest >= least * unit)
-        axes.append(Axis("time", longest / unit, unit, f"{name} since the start", began=began))
+        axes.append(Axis("time", longest / unit, unit, name, began=began))
     return axes
 
 

@@ -102,8 +102,9 @@ def read_run(path: Path) -> RunRecord:
     notes += log.notes
     record.evaluations = _evaluations(path / "evaluation", notes)
     record.card = _text(path / "handoff/README.md", notes)
-    if failure := _text(path / "failure.txt", notes):
-        notes.append(f"the last start failed: {failure.strip()[:2000]}")
+    failure = _text(path / "failure.txt", notes).strip()
+    if failure and not (record.state and record.state.reason == failure):  # else it is told with the state
+        notes.append(f"the last start failed: {failure[:2000]}")
     return record
 
 
