@@ -12,7 +12,7 @@ from pretrain.report.markup import Markup, joined, tag
 from pretrain.report.panels import Line, Panel
 
 WIDTH, HEIGHT = 520, 214
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 36
 _DOTS_UP_TO = 40
 """A curve of so few points has a dot for each."""
 _MOST_RULES = 100
@@ -94,7 +94,7 @@ def x_axis(axis: Axis, left: float, right: float, bottom: float) -> Markup:
     scale = axis.scale(left, right)
     parts = [
         tag("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"),
-        tag("text", axis.label, x=left - 6, y=bottom + 14, text_anchor="end", class_="epoch"),
+        tag("text", axis.label, x=left - 14, y=bottom + 14, text_anchor="end", class_="epoch"),
     ]
     for value in round_values(0, axis.end, 5):
         x = _px(scale.pixel(value))
@@ -102,8 +102,8 @@ def x_axis(axis: Axis, left: float, right: float, bottom: float) -> Markup:
         parts.append(tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 3, class_="tick"))
         parts.append(tag("text", text, x=x, y=bottom + 14, text_anchor="middle"))
     if axis.name == "samples" and axis.epoch_size:
-        parts.append(tag("text", "epochs", x=left - 6, y=bottom + 27, text_anchor="end", class_="epoch"))
-        for value in round_values(0, axis.end / axis.epoch_size, 5):
+        parts.append(tag("text", "epochs", x=left - 14, y=bottom + 27, text_anchor="end", class_="epoch"))
+        for value in round_values(0, axis.end / axis.epoch_size, 8):
             x = _px(scale.pixel(value * axis.epoch_size))
             parts.append(tag("text", f"{value:.4g}", x=x, y=bottom + 27, text_anchor="middle", class_="epoch"))
     return joined(*parts)

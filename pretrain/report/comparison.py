@@ -30,7 +30,12 @@ def standing(records: list[RunRecord]) -> Markup:
     facts = [dict(_facts(record)) for record in records]
     names = dict.fromkeys(name for column in facts for name in column)
     rows = [[name, *(column.get(name, ABSENT) for column in facts)] for name in names]
-    return table(["", *_heads(records)] if len(records) > 1 else [], rows, class_="facts")
+    if len(records) > 1:
+        return table(["", *_heads(records)], rows, class_="facts")
+    half = -(-len(rows) // 2)
+    return tag(
+        "div", *(table([], part, class_="facts") for part in (rows[:half], rows[half:]) if part), class_="beside"
+    )
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:

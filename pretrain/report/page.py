@@ -51,8 +51,8 @@ def _sections(records: list[RunRecord]) -> list[Markup | None]:
         _notes(records),
         tag("section", standing(records)),
         tag("section", tag("h2", "What differs"), differences(records)) if len(records) > 1 else None,
-        _curves(records, overview, axes),
         _events(records, axes),
+        _curves(records, overview, axes),
         tag("section", tag("h2", "All measurements"), results(records))
         if overview.panels or overview.constant
         else None,
@@ -118,13 +118,13 @@ def _curves(records: list[RunRecord], overview: Overview, axes: list[Axis]) -> M
     if overview.left_out:
         said.append(f"{overview.left_out:,} further pictures are left out.")
     return tag(
-        "section", tag("h2", "Curves"), _controls(records, axes), tag("div", *figures, class_="figures"),
+        "section", tag("h2", "Curves"), tag("div", *figures, class_="figures"),
         tag("p", " ".join(said), class_="note"),
     )  # fmt: skip
 
 
 def _controls(records: list[RunRecord], axes: list[Axis]) -> Markup:
-    """Switches that work by CSS alone."""
+    """Switches of time line and curves, which work by CSS alone."""
     parts = []
     if len(axes) > 1:
         choices = [("samples", "images seen"), ("time", "wall time")]
@@ -167,7 +167,7 @@ def _events(records: list[RunRecord], axes: list[Axis]) -> Markup:
             continue
         listed = tag("details", tag("summary", f"list of {len(record.marks):,} events"), list_marks(record.marks))
         parts.append(joined(name, line, listed))
-    return tag("section", tag("h2", "Events"), *parts)
+    return tag("section", tag("h2", "Events"), _controls(records, axes), *parts)
 
 
 def _evaluations(records: list[RunRecord]) -> Markup | None:
