@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -152,7 +154,11 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
             assert str(attributes[key]).startswith("data:image/png;base64,")
     assert sum(name == "img" for name, _ in elements) == 1
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp|import\(", page)
-    assert "default-src 'none'" in page
+    script = page.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(str(attributes["content"]) for _, attributes in elements if "http-equiv" in attributes)
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
     assert {name for name, _ in elements} >= {"article", "code", "svg"}
 
 
