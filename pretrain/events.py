@@ -40,5 +40,7 @@ def write_start(file: Path, state: RunState, former: RunState | None) -> None:
             "samples_seen": former.samples_seen,
             "time": former.updated,
         }
-    text = f"{state.world_size} ranks, host {state.host}" + (f", job {state.job_id}" if state.job_id else "")
+    text = f"{state.world_size} rank{'s' * (state.world_size != 1)}, host {state.host}" + (
+        f", job {state.job_id}" if state.job_id else ""
+    )
     write_event(file, "start", step=state.step, samples_seen=state.samples_seen, text=text, after=after)

@@ -123,7 +123,7 @@ def _grid(scale: Scale) -> tuple[Markup, str]:
 def _along(axis: Axis, panel: Panel, scale: Scale, rules: list[Rule], runs: int) -> Markup:
     across = axis.scale(LEFT, WIDTH - RIGHT)
     drawn = [_rule(axis, across, rule, runs) for rule in rules]
-    drawn += [_line(line, axis, across, scale, runs) for line in panel.lines]
+    drawn += [_line(line, axis, across, scale, rules=rules, runs=runs) for line in panel.lines]
     return tag(
         "g", x_axis(axis, LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM), *drawn,
         class_=f"by-{axis.name}", data_end=axis.end, data_left=LEFT, data_right=WIDTH - RIGHT,
@@ -131,7 +131,7 @@ def _along(axis: Axis, panel: Panel, scale: Scale, rules: list[Rule], runs: int)
     )  # fmt: skip
 
 
-def _line(line: Line, axis: Axis, across: Scale, scale: Scale, runs: int) -> Markup:
+def _line(line: Line, axis: Axis, across: Scale, scale: Scale, *, rules: list[Rule], runs: int) -> Markup:
     x, y = axis.places(line.run, line.curve), line.curve.values
     inside = np.isfinite(x) & (x >= 0) & (x <= axis.end * (1 + 1e-9))
     finite = inside & np.isfinite(y)
@@ -141,7 +141,9 @@ def _line(line: Line, axis: Axis, across: Scale, scale: Scale, runs: int) -> Mar
     x, y = x[finite][order], y[finite][order]
     kept = thinned(x, y, 0.0, axis.end)
     points = [f"{_px(a)},{_px(b, 2)}" for a, b in zip(across.pixels(x[kept]), scale.pixels(y[kept]), strict=True)]
-    path = tag("path", d="M" + "L".join(points), stroke_dasharray=dash(line, runs), data_label=line.label)
+    begins = _begins(x[kept], line.run, axis, rules)
+    drawn = "".join(("M" if begin else "L") + point for begin, point in zip(begins, points, strict=True))
+    path = tag("path", d=drawn, stroke_dasharray=dash(line, runs), data_label=line.label)
     dots = []
     if len(points) <= _DOTS_UP_TO:
         dots = [tag("circle", cx=point.split(",")[0], cy=point.split(",")[1], r=1.9) for point in points]
@@ -153,6 +155,18 @@ def _line(line: Line, axis: Axis, across: Scale, scale: Scale, runs: int) -> Mar
         class_=f"line r{line.run} {colour_class(line, runs)}",
         data_run=line.run,
     )
+
+
+def _begins(x: Floats, run: int, axis: Axis, rules: list[Rule]) -> list[bool]:
+    """Whether a stretch of the curve begins at each point: over time, a curve has a gap where its run was down."""
+    begins = np.zeros(len(x), bool)
+    begins[:1] = True
+    if axis.name == "time":
+        times = np.array([rule.time for rule in rules if rule.run == run])
+        places = axis.at(run, times, times)
+        after = np.searchsorted(x, places[np.isfinite(places)])
+        begins[after[after < len(x)]] = True
+    return begins.tolist()
 
 
 def _rule(axis: Axis, across: Scale, rule: Rule, runs: int) -> Markup | None:

@@ -19,6 +19,11 @@ _MOST_FIELDS = 2000
 _DEEPEST = 8
 _LONGEST = 200
 """Characters of a value."""
+_FACTS = (
+    "state", "reason", "steps", "images seen", "top-1", "top-1 of the average", "top-1 of the hand-off",
+    "time of training", "images/s, evaluations included", "restarts", "ranks", "last sign of life", "folder",
+)  # fmt: skip
+"""What is told of a run, in this order."""
 _NO_DIFFERENCE = ("name",)
 """Differs in every run, and says nothing."""
 _OF_THE_START = ("command", "host", "user", "dataset.class_names", "dataset.class_ids", "dataset.class_levels")
@@ -28,8 +33,11 @@ _OF_THE_START = ("command", "host", "user", "dataset.class_names", "dataset.clas
 def standing(records: list[RunRecord]) -> Markup:
     """How the runs stand; a column each."""
     facts = [dict(_facts(record)) for record in records]
-    names = dict.fromkeys(name for column in facts for name in column)
-    rows = [[name, *(column.get(name, ABSENT) for column in facts)] for name in names]
+    rows = [
+        [name, *(column.get(name, ABSENT) for column in facts)]
+        for name in _FACTS
+        if any(name in column for column in facts)
+    ]
     if len(records) > 1:
         return table(["", *_heads(records)], rows, class_="facts")
     half = -(-len(rows) // 2)
@@ -112,7 +120,7 @@ def differences(records: list[RunRecord]) -> Markup:
         rows = [
             [name, *(column.get(name, ABSENT) for column in leaves)]
             for name in names
-            if len({column.get(name) for column in leaves}) > 1
+            if len({column.get(name, "null") for column in leaves}) > 1  # what is off may also be left out
         ]
         missing = [record.name for record, content in zip(records, contents, strict=True) if not content]
         if missing:

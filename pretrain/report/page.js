@@ -28,7 +28,7 @@ for (const chart of document.querySelectorAll("svg.chart")) {
       const path = line.querySelector("path");
       if (!path || getComputedStyle(line).display === "none") continue;
       let best = null;
-      for (const point of path.getAttribute("d").slice(1).split("L")) {
+      for (const point of path.getAttribute("d").slice(1).split(/[ML]/)) {
         const [px, py] = point.split(",").map(Number);
         if (best === null || Math.abs(px - x) < Math.abs(best[0] - x)) best = [px, py];
       }

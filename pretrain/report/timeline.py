@@ -14,8 +14,8 @@ from pretrain.report.markup import Markup, joined, table, tag
 WIDTH, LEFT, RIGHT, ROW, TOP = 1080, 176, 14, 22, 6
 _TOLD = 3
 """Texts of marks that share a pixel which are shown when the mouse rests there."""
-_ROWS = 60
-"""Rows of the table; of more, the first and the last ones are shown."""
+_ROWS = 20
+"""Rows of the table for each kind of mark; of more, the first and the last ones are shown."""
 
 
 def draw_timeline(run: int, marks: list[Mark], axes: list[Axis]) -> Markup | None:
@@ -65,15 +65,19 @@ def _where(mark: Mark) -> str:
 
 
 def list_marks(marks: list[Mark]) -> Markup:
-    """The marks as a table; of very many the first and the last."""
-    shown = marks if len(marks) <= _ROWS else marks[: _ROWS // 2] + marks[-_ROWS // 2 :]
+    """The marks as a table; of a kind that has very many the first and the last."""
+    places: list[int] = []
+    for kind in KINDS:
+        mine = [place for place, mark in enumerate(marks) if mark.kind == kind]
+        places += mine if len(mine) <= _ROWS else mine[: _ROWS // 2] + mine[-_ROWS // 2 :]
     rows = [
-        [stamp(mark.time), _count(mark.step), _count(mark.samples), mark.kind, mark.text[:1000]] for mark in shown
-    ]  # fmt: skip
+        [stamp(mark.time), _count(mark.step), _count(mark.samples), mark.kind, mark.text[:1000]]
+        for mark in (marks[place] for place in sorted(places))
+    ]
     note = None
-    if len(shown) < len(marks):
-        note = tag("p", f"The first and the last {_ROWS // 2} of {len(marks):,}.", class_="note")
-    return joined(table(["time (UTC)", "step", "images seen", "what", ""], list(rows), class_="events"), note)
+    if len(places) < len(marks):
+        note = tag("p", f"Of each kind the first and the last {_ROWS // 2}, of {len(marks):,} in all.", class_="note")
+    return joined(table(["time (UTC)", "step", "images seen", "what", ""], rows, class_="events"), note)
 
 
 def stamp(time: float | None) -> str:

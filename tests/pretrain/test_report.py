@@ -122,6 +122,15 @@ def test_a_restart_tells_how_the_start_before_ended(tmp_path: Path) -> None:
     assert "restart 1 at step 8, 2 ranks; before: it ended without a word" in page
 
 
+def test_over_time_a_curve_has_a_gap_where_its_run_was_down(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    figure = page.split("<b>training loss</b>")[1].split("</figure>")[0]
+    by_samples, by_time = re.findall(r'<path d="([^"]+)"', figure)
+    assert by_samples.count("M") == 1
+    stretches = by_time.split("M")[1:]
+    assert [stretch.count("L") + 1 for stretch in stretches] == [7, 4, 29]  # started again at step 8, went back at 12
+
+
 def test_on_a_cluster_the_reasons_are_those_of_the_batch_script(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     begin = {"event": "begin", "job": "7", "restart": 0, "time": BEGAN - 9, "nodes": ["n1"], "ranks": 4, "step": 0}
@@ -285,6 +294,8 @@ def test_a_long_run_makes_a_small_page_that_keeps_its_spikes(tmp_path: Path) -> 
     page = page_of(run)
     assert len(page) < 400_000
     assert "bad sample (20,000)" in page
+    assert page.count("<td>bad sample</td>") == 20
+    assert "of 20,008 in all" in page
     path = re.search(r'class="line r0 c0"[^>]*><path d="M([^"]+)"', page)
     assert path
     points = np.array([point.split(",") for point in path[1].split("L")], float)
