@@ -47,7 +47,7 @@ def _part(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _worst(content: dict[str, Any]) -> Markup | None:
-    """The classes with the lowest top-1, of those that have pictures."""
+    """The classes with the lowest top-1, of those with mistakes."""
     classes = content.get("per_class")
     rows = [
         (share, row)
@@ -57,7 +57,7 @@ def _worst(content: dict[str, Any]) -> Markup | None:
     names = {str(row.get("id")): row.get("name") for _, row in rows}
     rows.sort(key=lambda pair: pair[0])
     shown = []
-    for share, row in rows[:_WORST]:
+    for share, row in [pair for pair in rows if pair[0] < 100][:_WORST]:
         taken = list(_part(row, "confused_with").items())[:2]
         confused = ", ".join(f"{names.get(other, other)} ({times})" for other, times in taken)
         shown.append([row.get("name"), number(round(share, 2)), row.get("samples"), confused])

@@ -27,11 +27,13 @@ for (const chart of document.querySelectorAll("svg.chart")) {
     for (const line of group.querySelectorAll("g.line")) {
       const path = line.querySelector("path");
       if (!path || getComputedStyle(line).display === "none") continue;
-      let best = null;
+      let best = null, end = 0;
       for (const point of path.getAttribute("d").slice(1).split(/[ML]/)) {
         const [px, py] = point.split(",").map(Number);
         if (best === null || Math.abs(px - x) < Math.abs(best[0] - x)) best = [px, py];
+        end = px;
       }
+      if (x > end + 5) continue; // the run was over by then
       nearest = best[0];
       texts.push([names[+line.dataset.run], path.dataset.label, shown(value(best[1]))].filter(Boolean).join(" "));
     }
@@ -47,4 +49,3 @@ for (const chart of document.querySelectorAll("svg.chart")) {
   };
   chart.addEventListener("mouseleave", leave);
 }
-window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => (one.open = true)));
