@@ -20,6 +20,7 @@ from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
+from pretrain.events import write_event, write_start
 from pretrain.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
@@ -151,6 +152,10 @@ def assemble(
             },
         )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
+        write_start(folder.events, state, folder.read_state())
+        for warning in warnings:
+            where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
+            write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
         folder.write_state(state)
     return Run(
         recipe=recipe,

@@ -2,12 +2,13 @@
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import write_atomically
+from pretrain.files import json_lines, write_atomically
 
 
 class MetricsWriter:
@@ -29,14 +30,15 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=samples_seen + 1)
 
     def write(self, kind: str, samples_seen: int, values: dict[str, float | int]) -> None:
-        """Write one line and one TensorBoard point per value.
+        """Write one line, with the time (Unix), and one TensorBoard point per value.
 
         Args:
             kind: "train", "eval", "eval_average", "probe"; the prefix in TensorBoard.
             samples_seen: the x axis.
             values: finite or not, they are written as they are.
         """
-        self._lines.write(json.dumps({"kind": kind, "samples_seen": samples_seen, **values}) + "\n")
+        line = {"kind": kind, "samples_seen": samples_seen, "time": round(time.time(), 3)}
+        self._lines.write(json.dumps(line | values) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, samples_seen)
@@ -54,13 +56,7 @@ class MetricsWriter:
 
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of ``metrics.jsonl``, all or of one kind. A last line that was cut by a crash is left out."""
-    rows = []
-    for line in jsonl.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if kind in (None, row["kind"])]
+    return [row for row in json_lines(jsonl) if row is not None and kind in (None, row["kind"])]
 
 
 def _cut_after(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> None:

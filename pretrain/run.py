@@ -17,6 +17,7 @@ from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
 from pretrain.distributed import limit_collectives
 from pretrain.evaluation import Evaluation, evaluate
+from pretrain.events import EventName, write_event
 from pretrain.export import export_run
 from pretrain.losses import Classification
 from pretrain.meter import Meter
@@ -211,6 +212,7 @@ class Run:
             self.saved_at, self.failed_saves = self.save_tried_at, 0
             return
         self.failed_saves += 1
+        self._note_event("checkpoint failed", problem)
         last = self.done and self.save_tried_at == self.progress.samples_seen
         if self.failed_saves > FAILED_SAVES_ALLOWED or last:
             raise UserError(
@@ -259,10 +261,9 @@ class Run:
             self.console.say(f"WARNING {warning}")
         progress.rollbacks += 1
         progress.skipped_in_a_row = 0
-        self.console.say(
-            f"WARNING {why}: back to the weights of step {loaded[0].step}, going on behind these images "
-            f"({progress.rollbacks} of {limits.rollbacks} times)"
-        )
+        what = f"{why}: back to the weights of step {loaded[0].step}, going on behind these images"
+        self._note_event("went back", what)
+        self.console.say(f"WARNING {what} ({progress.rollbacks} of {limits.rollbacks} times)")
 
     def log_due(self) -> bool:
         """Whether the metrics of an interval are written after this step."""
@@ -324,6 +325,11 @@ class Run:
         self.console.close()
         if self.metrics:
             self.metrics.close()
+
+    def _note_event(self, name: EventName, text: str) -> None:
+        progress = self.progress
+        where = {"step": progress.step, "samples_seen": progress.samples_seen}
+        self._tell(lambda _: write_event(self.folder.events, name, text=text, **where))
 
     def _tell(self, write: Callable[[MetricsWriter], None]) -> None:
         """Write what only informs; when the disk refuses, say so and train on."""

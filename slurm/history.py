@@ -1,4 +1,7 @@
-"""``history.jsonl``: every incarnation of a run, from its first line to the reason of its end."""
+"""``history.jsonl``: every incarnation of a run, from its first line to the reason of its end.
+
+``pretrain.report`` reads the ``time``, ``cause`` and ``reason`` of its ends.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import json_lines
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.restart import Cause, Decision, Past
 from slurm.scheduler import Job
@@ -105,11 +109,6 @@ class History:
             os.fsync(handle.fileno())
 
     def _lines(self) -> list[dict[str, Any]]:
-        found = []
-        text = self.path.read_text() if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        if not self.path.exists():
+            return []
+        return [line for line in json_lines(self.path) if line is not None]
