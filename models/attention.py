@@ -75,7 +75,7 @@ class Theta(TokenMap):
         assert bias is not None
         heads = scores.flatten(0, 1)
         # One product a head, on the scores as they lie; torch.matmul would transpose them in memory and back.
-        return torch.baddbmm(bias[:, None], weight.expand(len(heads), -1, -1), heads).view_as(scores)
+        return torch.baddbmm(bias[:, None], weight.expand(heads.shape[0], -1, -1), heads).view_as(scores)
 
 
 class Psi(TokenMap):
@@ -167,7 +167,11 @@ class VanillaAttention(Attention):
         if not self.keeps_scores and self.observer is None:
             # The fused kernel wants its mask query-major; only the first block of a stage has one.
             mask = None if initial is None else initial.to(query.dtype).transpose(-2, -1).contiguous()
-            return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)), None, None
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            if torch.compiler.is_exporting():
+                # Its strides belong to the kernel; an exporter that takes the kernel apart gets others.
+                output = output.contiguous()
+            return self.merge(output), None, None
         scores = (key * query.shape[-1] ** -0.5) @ query.transpose(-2, -1)
         if initial is not None:
             scores = scores + initial.to(scores.dtype)
@@ -225,5 +229,5 @@ class ClassAttention(nn.Module):
         """(batch, N, C) to (batch, C)."""
         heads = (self.heads, -1)
         key, value = (half.unflatten(-1, heads).transpose(1, 2) for half in self.kv(tokens).chunk(2, dim=-1))
-        query = self.class_token.to(key.dtype).view(1, self.heads, 1, -1).expand(len(tokens), -1, -1, -1)
+        query = self.class_token.to(key.dtype).view(1, self.heads, 1, -1).expand(tokens.shape[0], -1, -1, -1)
         return self.proj(F.scaled_dot_product_attention(query, key, value).flatten(1))

@@ -86,15 +86,15 @@ class LaViT(nn.Module):
                 f"{self.config.in_channels}), got {tuple(images.shape)}"
             )
         self.config.grids((images.shape[2], images.shape[3]))  # raises where the size is no multiple of the stride
-        if uniforms is not None and uniforms.shape != (self.num_drop_paths, len(images)):
+        if uniforms is not None and uniforms.shape != (self.num_drop_paths, images.shape[0]):
             raise ValueError(
-                f"drop_path_uniforms: {(self.num_drop_paths, len(images))} is wanted, (num_drop_paths, batch), "
+                f"drop_path_uniforms: {(self.num_drop_paths, images.shape[0])} is wanted, (num_drop_paths, batch), "
                 f"got {tuple(uniforms.shape)}"
             )
         if not self.training or self.config.drop_path == 0:
             uniforms = None
         elif uniforms is None:
-            uniforms = torch.rand(self.num_drop_paths, len(images), device=images.device)
+            uniforms = torch.rand(self.num_drop_paths, images.shape[0], device=images.device)
         picture, scores, maps, losses, row = images, None, [], [], 0
         for stage in self.stages:
             rows = 2 * len(stage.blocks)

@@ -30,7 +30,7 @@ def load_weights(model: LaViT, state_dict: Mapping[str, Tensor], *, fresh: Seque
     given = {name: tensor for name, tensor in state_dict.items() if not name.startswith(skipped)}
     problems = [f"missing: {name}" for name in wanted.keys() - given.keys()]
     problems += [f"unknown: {name}" for name in given.keys() - wanted.keys()]
-    resampled = {} if problems else _resampled(model, given)
+    resampled = {} if problems else resample_weights(model, given)
     for name in wanted.keys() & given.keys():
         tensor = resampled.get(name, given[name])
         if tensor.shape != wanted[name].shape:
@@ -41,8 +41,8 @@ def load_weights(model: LaViT, state_dict: Mapping[str, Tensor], *, fresh: Seque
     return sorted(resampled)
 
 
-def _resampled(model: LaViT, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that depends on a token grid, where that grid differs between `given` and the model.
+def resample_weights(model: LaViT, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that depends on a token grid, for the model's grids; none where they are those of `given`.
 
     A position embedding is stored as (height, width, C), so it tells the grid that its stage was trained on, which the
     square weights of Psi and Theta do not.

@@ -25,7 +25,7 @@ def imported_rooms(source: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
         found |= {name.split(".")[0] for name in names}
-    return found & {*ROOMS, "tests", "benchmarks"}
+    return found & {*ROOMS, "examples", "tests", "benchmarks"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

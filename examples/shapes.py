@@ -1,0 +1,114 @@
+"""Made pictures: shapes with a texture of their own on a textured ground, with masks and boxes.
+
+Colour, brightness and place tell nothing about a shape's class, so a network has to see form. Every picture is a
+function of (seed, size); shapes do not overlap.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CLASSES = ("disc", "square", "triangle", "cross")
+"""Label 0 of a box is the first; a mask counts from 1, as 0 is the ground."""
+SIZES = (8.0, 18.0)
+"""Smallest and largest radius of the circle around a shape, in pixels; on small pictures less."""
+MOST_SHAPES = 4
+EVALUATED = 10**9
+"""Seeds of evaluated pictures start here, those of training pictures at 0: none is in both."""
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is on it."""
+
+    picture: Tensor
+    """(3, height, width) in 0..1."""
+    mask: Tensor
+    """(height, width), int64: 0 is the ground, k + 1 is class k."""
+    boxes: Tensor
+    """(shapes, 4): left, top, right, bottom in pixels; the smallest that hold all pixels of a shape."""
+    labels: Tensor
+    """(shapes,), int64: index into `CLASSES`."""
+
+
+def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
+    """The scene of a seed.
+
+    Args:
+        seed: every number is another scene.
+        size: height and width in pixels, at least 20.
+        most: the scene has 1 to `most` shapes, fewer where there is no room.
+    """
+    source = np.random.default_rng(seed)
+    height, width = size
+    mask = np.zeros(size, np.int64)
+    colour = source.uniform(0.2, 0.8, (3, 1, 1))
+    picture = colour + _patches(source, size)
+    boxes: list[tuple[int, int, int, int]] = []
+    labels, taken = [], np.zeros(size, bool)
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    wanted = source.integers(1, most + 1)
+    for _ in range(_TRIES):
+        if len(boxes) == wanted:
+            break
+        radius = source.uniform(SIZES[0], min(SIZES[1], 0.45 * min(size)))
+        row, column = (source.uniform(radius, side - radius) for side in size)
+        near = (rows - row) ** 2 + (columns - column) ** 2 < (radius + 2) ** 2
+        if (near & taken).any():
+            continue
+        label = int(source.integers(len(CLASSES)))
+        inside = _inside(label, (columns - column) / radius, (rows - row) / radius, source.uniform(-0.3, 0.3))
+        if not inside.any():
+            continue
+        taken |= near
+        picture = np.where(inside, _another_colour(source, colour) + _patches(source, size), picture)
+        mask[inside] = label + 1
+        ys, xs = np.nonzero(inside)
+        boxes.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+        labels.append(label)
+    noisy = picture + source.normal(0, 0.04, picture.shape)
+    return Scene(
+        torch.from_numpy(noisy.clip(0, 1).astype(np.float32)),
+        torch.from_numpy(mask),
+        torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)),
+        torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+def draw_many(seeds: Iterable[int], size: tuple[int, int], most: int = MOST_SHAPES) -> list[Scene]:
+    """One scene a seed."""
+    return [draw(seed, size, most) for seed in seeds]
+
+
+def _patches(source: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+    """(3, *size): patches of noise of a random coarseness about 0."""
+    cell = int(source.integers(2, 9))
+    coarse = source.normal(0, 0.05, (3, -(-size[0] // cell), -(-size[1] // cell)))
+    return coarse.repeat(cell, 1).repeat(cell, 2)[:, : size[0], : size[1]]
+
+
+def _another_colour(source: np.random.Generator, colour: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A random colour at least 0.3 away from another, or the shape could not be seen."""
+    while True:
+        other = source.uniform(0.1, 0.9, (3, 1, 1))
+        if np.linalg.norm(other - colour) > 0.3:
+            return other
+
+
+def _inside(label: int, x: NDArray[np.float64], y: NDArray[np.float64], angle: float) -> NDArray[np.bool_]:
+    """Where a shape is, turned by `angle`; its circle has radius 1."""
+    x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    match CLASSES[label]:
+        case "disc":
+            return x**2 + y**2 < 0.85**2
+        case "square":
+            return np.maximum(abs(x), abs(y)) < np.sqrt(0.5)
+        case "triangle":
+            return (y < 0.5) & (y > -1 + np.sqrt(3) * abs(x))
+        case _:
+            return (np.minimum(abs(x), abs(y)) < 0.28) & (np.maximum(abs(x), abs(y)) < 0.95)

@@ -1,0 +1,257 @@
+"""Turn a hand-off into one file for other runtimes: ``python -m pretrain.convert HANDOFF OUT.onnx``, or ``OUT.pt2``.
+
+Both take normalised pictures (batch, 3, height, width) of one size in any number and give logits (batch, classes). What
+is needed around them is inside: class names, mean and standard deviation, and where the weights come from.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from data_pipeline.files import replacing
+from models import LaViT, load_weights
+from pretrain.handoff import HandoffConfig, load_handoff
+from pretrain.outcome import ExitCode, UserError
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit from torch's with which a file is published."""
+OPSETS = range(18, 24)
+ONNX_LIMIT = 2**31 - 2**24
+"""Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, beside a graph."""
+METADATA = "lavit.json"
+"""Name of the metadata inside a pt2 file; an ONNX file has one property for each of its fields."""
+_KEPT = {"class_names", "class_ids", "class_levels", "weights", "weights_blake2", "dataset", "metrics"}
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    path: Path
+    what: str
+    """Format and version."""
+    size: tuple[int, int]
+    """Height and width of a picture, in pixels."""
+    classes: int
+    difference: float
+    """Largest difference of a logit from torch's."""
+    pictures: int
+    """How many were compared."""
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return (
+            f"{self.path}: {self.what}, (batch, 3, {height}, {width}) to (batch, {self.classes}); logits of "
+            f"{self.pictures} pictures differ from torch's by at most {self.difference:.1e}"
+        )
+
+
+def convert(
+    handoff: Path, out: Path, *, image_size: tuple[int, int] | None = None, opset: int | None = None
+) -> Converted:
+    """Write a hand-off as one file, run the file on random and extreme pictures, and publish it if it is right.
+
+    Args:
+        handoff: the hand-off's folder.
+        out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
+        image_size: height and width in pixels; None takes the hand-off's. What depends on the size is resampled.
+        opset: ONNX's version of operators; None takes the exporter's own.
+
+    Raises:
+        UserError: no hand-off, an impossible size, format or opset, missing packages, a file that cannot be written, or
+            one whose logits differ from torch's by more than ``TOLERANCE``. ``out`` is untouched then.
+    """
+    if out.suffix not in {".onnx", ".pt2"}:
+        raise UserError(f"{out}: the name must end with .onnx or .pt2")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"{out}: {'it is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}")
+    if opset is not None and (out.suffix != ".onnx" or opset not in OPSETS):
+        raise UserError(f"opset: for .onnx files, from {OPSETS.start} to {OPSETS.stop - 1}, got {opset} for {out.name}")
+    if out.suffix == ".onnx":
+        _require_onnx()
+    reference, config = load_handoff(handoff)
+    size = image_size or reference.config.image_size
+    model = _at_size(reference, size)
+    held = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if out.suffix == ".onnx" and held > ONNX_LIMIT:
+        raise UserError(
+            f"{out}: {held / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2; write a .pt2 file"
+        )
+    metadata = config.model_dump(mode="json", include=_KEPT) | {
+        "name": reference.config.name,
+        "image_size": size,
+        **config.input.model_dump(mode="json", include={"mean", "std", "interpolation", "eval_crop_ratio"}),
+    }
+    try:
+        with _or_nothing(out), replacing(out) as stream, _quiet():
+            program = _program(model, size)
+            if out.suffix == ".onnx":
+                content, what = _onnx(program, metadata, opset)
+                load = _load_onnx
+            else:
+                content, what = _pt2(program, metadata)
+                load = _load_program
+            stream.write(content)
+            stream.flush()
+            difference, pictures = _compare(reference, load(Path(stream.name)), config, size)
+            if not difference <= TOLERANCE:  # NaN must not pass
+                raise UserError(
+                    f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
+                    f"more than {TOLERANCE:g}"
+                )
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    return Converted(out, what, size, reference.config.num_classes, difference, pictures)
+
+
+def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
+    """The same network whose parameters belong to `size`, so that the file has nothing to resample."""
+    fields = reference.config.to_dict() | {"image_size": list(size)}
+    try:
+        model = LaViT(type(reference.config).from_dict(fields)).eval()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    load_weights(model, reference.state_dict())
+    return model
+
+
+def _program(model: LaViT, size: tuple[int, int]) -> ExportedProgram:
+    """The network as a graph with a free batch size; two example pictures, as torch makes a constant of 0 and 1."""
+    example = torch.zeros(2, model.config.in_channels, *size)
+    with torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+
+
+def _onnx(program: ExportedProgram, metadata: dict[str, Any], opset: int | None) -> tuple[bytes, str]:
+    """The file's content and what it is."""
+    exported = torch.onnx.export(
+        program, input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
+    )
+    assert exported is not None
+    proto = exported.model_proto
+    version = next(entry.version for entry in proto.opset_import if not entry.domain)
+    if opset is not None and version != opset:  # the exporter keeps its own where it cannot convert
+        raise UserError(f"opset: the exporter could not make {opset}, only {version}")
+    for key, value in metadata.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, json.dumps(value)
+    return proto.SerializeToString(), f"ONNX opset {version}"
+
+
+def _pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, str]:
+    """The file's content and what it is; by way of memory, as torch's writer ends the process where a disk is full."""
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
+    return content.getvalue(), f"torch.export of torch {torch.__version__.split('+')[0]}"
+
+
+def _load_onnx(path: Path) -> Forward:
+    import onnxruntime  # noqa: PLC0415 - an optional extra
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _load_program(path: Path) -> Forward:
+    with path.open("rb") as stream:
+        return torch.export.load(stream).module()
+
+
+def trial_pictures(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Normalised batches of 1, 3 and 6 pictures: noise as it comes, then what is hardest.
+
+    The last batch is black, white, every value at one end or the other, squares of them, noise a hundred times too
+    strong, and the mean colour.
+    """
+    source = torch.Generator().manual_seed(0)
+    yield torch.randn(1, 3, *size, generator=source)
+    yield torch.randn(3, 3, *size, generator=source)
+    ends = torch.randint(2, (3, *size), generator=source).float()
+    squares = ends[:, ::8, ::8].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, : size[0], : size[1]]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
+    pictures = (torch.stack([torch.zeros_like(ends), torch.ones_like(ends), ends, squares]) - mean) / std
+    beyond = torch.stack([100 * torch.randn(3, *size, generator=source), torch.zeros(3, *size)])
+    yield torch.cat([pictures, beyond])
+
+
+@torch.no_grad()
+def _compare(reference: LaViT, forward: Forward, config: HandoffConfig, size: tuple[int, int]) -> tuple[float, int]:
+    """The largest difference of a logit over all trial pictures, and their number."""
+    differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_pictures(config, size)]
+    return torch.cat(differences).max().item(), sum(map(len, differences))
+
+
+def _require_onnx() -> None:
+    missing = []
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -c constraints.txt -e '.[onnx]'")
+
+
+@contextmanager
+def _or_nothing(out: Path) -> Iterator[None]:
+    """Leave no unfinished file behind."""
+    try:
+        yield
+    except BaseException:
+        out.with_name(out.name + ".part").unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notices about operators that no LaViT has, and torch's about itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write a hand-off as one ONNX or torch.export file; it is compared with torch before it is published."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.convert", description=main.__doc__)
+    parser.add_argument("handoff", type=Path, metavar="HANDOFF", help="runs/NAME/handoff")
+    parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt2")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", metavar="N", help="side of the pictures in pixels, or height and width"
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help=f"ONNX: {OPSETS.start} to {OPSETS.stop - 1}")
+    given = parser.parse_args(arguments)
+    sides = given.image_size
+    if sides is not None and len(sides) > 2:
+        parser.error(f"--image-size: one or two numbers, got {len(sides)}")
+    size = None if sides is None else (sides[0], sides[-1])
+    try:
+        print(convert(given.handoff, given.out, image_size=size, opset=given.opset))  # noqa: T201
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return ExitCode.WILL_FAIL_AGAIN
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A hand-off as ONNX and torch.export files: the same numbers, all that is needed inside, whole or not there."""
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from models import LaViT, create_model
+from pretrain import convert as door
+from pretrain.convert import METADATA, TOLERANCE, convert, main
+from pretrain.handoff import load_handoff, write_handoff
+from pretrain.outcome import UserError
+
+NAMES = ["cat", "dög", "cow, calf"]
+
+
+def hand_off(folder: Path, name: str, **options: Any) -> Path:
+    """A hand-off whose every weight matters, Psi, Theta and the attention residual included."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=len(NAMES), **options)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            matters = any(part in parameter_name for part in ("psi", "theta", "gamma", "pool", "head", "bias"))
+            parameter.add_(torch.randn_like(parameter), alpha=(0.3 if matters else 0.02) / parameter.shape[-1] ** 0.5)
+    content = {
+        "architecture": model.config.to_dict(), "num_classes": len(NAMES), "class_names": NAMES,
+        "input": {"path": "d", "image_size": model.config.image_size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]},
+        "weights": "average", "dataset": {"name": "d", "fingerprint": "f", "samples": 9}, "recipe": {"name": "r"},
+        "metrics": {"top1": 50.0}, "samples_seen": 1,
+    }  # fmt: skip
+    write_handoff(folder, model.state_dict(), content, "card")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hand_off(tmp_path_factory.mktemp("handoff") / "h", "lavit_micro")
+
+
+def run_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+def largest_difference(model: LaViT, forward: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int]) -> float:
+    """Over batches of 1, 2 and 7; their logits must differ from picture to picture, or nothing is compared."""
+    torch.manual_seed(1)
+    differences = []
+    for count in (1, 2, 7):
+        images = torch.randn(count, 3, *size)
+        images[-1] = images[-1].sign() * 5
+        logits = model(images)
+        assert count == 1 or logits.std(0).max() > 100 * TOLERANCE
+        differences.append((forward(images) - logits).abs().max().item())
+    return max(differences)
+
+
+@pytest.mark.parametrize("name", ["lavit_tiny", "lavit_small", "lavit_base"])
+def test_an_onnx_file_of_each_published_size_gives_torchs_logits(name: str, tmp_path: Path) -> None:
+    folder, out = hand_off(tmp_path / "h", name), tmp_path / "model.onnx"
+    done = convert(folder, out)
+    model, _ = load_handoff(folder)
+    assert done.size == (224, 224)
+    assert done.pictures == 10
+    assert done.difference <= TOLERANCE
+    assert largest_difference(model, run_onnx(out), (224, 224)) <= TOLERANCE
+    onnx.checker.check_model(out, full_check=True)
+
+
+def test_a_rectangle_mean_pooling_and_an_asked_opset_fit_together(tmp_path: Path) -> None:
+    """The file holds what was resampled once; torch resamples at every call."""
+    folder, out = hand_off(tmp_path / "h", "lavit_micro", pool="mean"), tmp_path / "model.onnx"
+    convert(folder, out, image_size=(64, 96), opset=18)
+    assert largest_difference(load_handoff(folder)[0], run_onnx(out), (64, 96)) <= TOLERANCE
+    assert {entry.domain: entry.version for entry in onnx.load(out).opset_import}[""] == 18
+
+
+@pytest.fixture(params=[".onnx", ".pt2"])
+def written(micro: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    out: Path = tmp_path / f"model{request.param}"
+    assert main([str(micro), str(out)]) == 0
+    return out
+
+
+def test_the_file_holds_what_is_needed_around_it(written: Path, micro: Path) -> None:
+    if written.suffix == ".onnx":
+        found = {entry.key: json.loads(entry.value) for entry in onnx.load(written).metadata_props}
+    else:
+        extra = {METADATA: ""}
+        torch.export.load(written, extra_files=extra)
+        found = json.loads(extra[METADATA])
+    config = load_handoff(micro)[1]
+    assert found["class_names"] == NAMES
+    assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+    assert found["image_size"] == [32, 32]
+    assert found["weights_blake2"] == config.weights_blake2
+    assert found["interpolation"] == "bicubic"
+    assert list(written.parent.glob(f"{written.name}.*")) == []
+
+
+def test_a_reloaded_program_gives_the_same_bits(micro: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
+    convert(micro, out)
+    assert largest_difference(load_handoff(micro)[0], torch.export.load(out).module(), (32, 32)) == 0
+
+
+@pytest.mark.parametrize("harm", [1e-3, float("nan")])
+def test_a_file_with_other_numbers_is_not_published(
+    harm: float, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(reference: LaViT, size: tuple[int, int]) -> LaViT:
+        model = original(reference, size)
+        model.head.bias.data[0] += harm
+        return model
+
+    original = door._at_size
+    monkeypatch.setattr(door, "_at_size", wrong)
+    out = tmp_path / "model.pt2"
+    out.write_text("the file before")
+    with pytest.raises(UserError, match=r"was not written: its logits would differ from torch's by"):
+        convert(micro, out)
+    assert out.read_text() == "the file before"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 64 KiB: what a write sees is as on a full disk, but for the number of the error."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_file_before_and_nothing_unfinished(suffix: str, micro: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"model{suffix}"
+    out.write_text("the file before")
+    with pytest.raises(UserError, match=rf"{out} cannot be written"):
+        convert(micro, out)
+    assert out.read_text() == "the file before"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.bin"], "must end with .onnx or .pt2"),
+        (["nowhere/model.onnx"], "the folder .*nowhere does not exist"),
+        (["model.onnx", "--image-size", "50"], "each side must be a multiple of 32"),
+        (["model.pt2", "--opset", "20"], "opset: for .onnx files"),
+        (["model.onnx", "--opset", "7"], "opset: for .onnx files, from 18"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    arguments: list[str], message: str, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(micro), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("error: ")
+    import re
+
+    assert re.search(message, line), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_packages_the_error_says_how_to_get_them(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    def version(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(sys.modules["importlib.metadata"], "version", version)
+    with pytest.raises(
+        UserError, match=r"onnx, onnxruntime, onnxscript: pip install -c constraints.txt -e '.\[onnx\]'"
+    ):
+        convert(micro, tmp_path / "model.onnx")
+
+
+def test_weights_beyond_onnxs_limit_name_the_other_format(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "ONNX_LIMIT", 1000)
+    with pytest.raises(UserError, match=r"write a \.pt2 file"):
+        convert(micro, tmp_path / "model.onnx")

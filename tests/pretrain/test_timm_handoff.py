@@ -1,0 +1,54 @@
+"""A hand-off as one of timm's models: the same numbers, and timm's data configuration knows its input."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import create_model
+from pretrain.handoff import load_handoff, write_handoff
+from pretrain.outcome import UserError
+from pretrain.timm_handoff import create_timm_model
+
+
+@pytest.fixture
+def handoff(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = create_model("lavit_micro", num_classes=2, image_size=64, depths=(1, 2, 1, 1), drop_path=0.1)
+    content: dict[str, Any] = {
+        "architecture": model.config.to_dict(), "num_classes": 2, "class_names": ["a", "b"],
+        "input": {"path": "d", "image_size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1],
+                  "interpolation": "bilinear", "eval_crop_ratio": 1.0},
+        "weights": "raw", "dataset": {"name": "d"}, "recipe": {"name": "r"}, "metrics": {}, "samples_seen": 1,
+    }  # fmt: skip
+    write_handoff(tmp_path / "h", model.state_dict(), content, "card")
+    return tmp_path / "h"
+
+
+@pytest.mark.timm
+def test_the_same_logits_and_the_hand_offs_own_input(handoff: Path) -> None:
+    from timm.data import resolve_model_data_config
+
+    model, images = create_timm_model(handoff).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), load_handoff(handoff)[0](images))
+    found = resolve_model_data_config(model)
+    assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
+    assert (found["mean"], found["std"]) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    assert model.pretrained_cfg["label_names"] == ("a", "b")
+    assert "state_dict" not in model.pretrained_cfg
+
+
+@pytest.mark.timm
+def test_features_at_another_size_and_a_head_for_other_classes(handoff: Path) -> None:
+    net, images = load_handoff(handoff)[0], torch.randn(1, 3, 32, 96)
+    maps = create_timm_model(handoff, features_only=True, img_size=(32, 96)).eval()(images)
+    for ours, theirs in zip(net.forward_features(images), maps, strict=True):
+        torch.testing.assert_close(theirs, ours)
+    assert create_timm_model(handoff, num_classes=5, drop_path_rate=0.2)(images).shape == (1, 5)
+
+
+def test_without_timm_the_error_says_what_is_missing(handoff: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm and a torchvision that fits torch"):
+        create_timm_model(handoff)
