@@ -184,6 +184,7 @@ def trainer_run(
         eval_loader=None,
         folder=folder,
         state=RunState("running"),
+        probes=None,
         metrics=MetricsWriter(folder.metrics, folder.tensorboard, samples_seen=0) if first else None,
         console=console,
         stop=StopAgreement(StopFlag(), control),

@@ -20,10 +20,13 @@ from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
+from pretrain.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.probes import Probes
 from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -68,7 +71,16 @@ def assemble(
         }
     }
     model = build_model(recipe, train_set.num_classes)
-    state = first_rank_decides(control, lambda: _open_folder(folder, recipe, resolved, facts, rank))
+
+    def first_weights() -> Beginning:
+        return begin(folder, model, recipe, train_set)
+
+    def open_folder() -> tuple[RunState, Beginning]:
+        return _open_folder(folder, recipe, resolved, facts, rank=rank, begin=first_weights)
+
+    state, beginning = first_rank_decides(control, open_folder)
+    if beginning.initialized:
+        share_weights(model, device)
 
     engine, engine_notes = build_engine(model, recipe, resolved, device)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
@@ -77,11 +89,11 @@ def assemble(
     bad_steps = BadSteps(engine)
     bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
-    total_steps = max(1, int(recipe.schedule.epochs * epoch_size) // batch.global_batch)
+    total_steps = count_steps(recipe.schedule, epoch_size=epoch_size, global_batch=batch.global_batch)
     console = RunConsole(
         speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
     )
-    for note in (*resolved.notes, *engine_notes):
+    for note in (*resolved.notes, *engine_notes, *beginning.notes):
         console.say(note)
     for warning in warnings:
         console.say(f"WARNING {warning}")
@@ -120,13 +132,22 @@ def assemble(
         **where,
     )
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
+    probes = None
+    if recipe.probes is not None:
+        probes = Probes(
+            recipe.probes, recipe.data, batch_size=recipe.evaluation.batch_size, control=control, where=where
+        )
     keep, metrics = recipe.checkpoint, None
     if rank.is_first:
         metrics = MetricsWriter(
             folder.metrics,
             folder.tensorboard,
             samples_seen=progress.samples_seen,
-            evaluated_at=progress.evaluated_at,
+            done={
+                "eval": progress.evaluated_at,
+                "eval_average": progress.evaluated_at,
+                "probe": progress.probed_at,
+            },
         )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
         folder.write_state(state)
@@ -151,6 +172,7 @@ def assemble(
         classification=classification,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        probes=probes,
         folder=folder,
         state=state,
         metrics=metrics,
@@ -179,9 +201,15 @@ def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
 
 
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, resolved: ResolvedDeepSpeed, facts: dict[str, Any], rank: Rank
-) -> RunState:
-    """Check that the folder holds this run or none, take its lock, and describe what runs now."""
+    folder: RunFolder,
+    recipe: Recipe,
+    resolved: ResolvedDeepSpeed,
+    facts: dict[str, Any],
+    *,
+    rank: Rank,
+    begin: Callable[[], Beginning],
+) -> tuple[RunState, Beginning]:
+    """Check that the folder holds this run or none, take its lock, begin, and describe what runs now."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
@@ -195,16 +223,18 @@ def _open_folder(
         former = folder.read_state()
         if former is not None and former.state == "finished":
             raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")
-        folder.write_description(recipe, resolved.config, facts)
+        beginning = begin()
+        folder.write_description(recipe, resolved.config, facts | {"initialized_from": beginning.origin})
     except OSError as error:
         raise UserError(f"{folder.path} cannot be written: {error}") from None
-    return RunState(
+    state = RunState(
         state="running",
         restarts=former.restarts + 1 if former else 0,
         world_size=rank.world_size,
         job_id=rank.job_id,
         host=rank.host,
     )
+    return state, beginning
 
 
 _locks: list[Any] = []  # held open for the life of the process

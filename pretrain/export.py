@@ -55,6 +55,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         "recipe": recipe.model_dump(mode="json"),
         "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
         "samples_seen": progress["samples_seen"],
+        "initialized_from": folder.read_origin(),
     }
     write_handoff(
         folder.handoff,

@@ -56,6 +56,8 @@ class HandoffConfig(BaseModel):
     metrics: dict[str, float]
     """Of the last evaluation during training; percent, the loss in nats."""
     samples_seen: int
+    initialized_from: dict[str, Any] | None = None
+    """The hand-off that training began with: its digest, run, data, and what it was initialized from itself."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "HandoffConfig":

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ class MetricsWriter:
     ``metrics.jsonl`` and purged from TensorBoard's view.
     """
 
-    def __init__(self, jsonl: Path, tensorboard: Path, *, samples_seen: int, evaluated_at: int | None = None) -> None:
-        """Open both for a run that goes on at ``samples_seen`` and was last evaluated at ``evaluated_at``."""
+    def __init__(
+        self, jsonl: Path, tensorboard: Path, *, samples_seen: int, done: Mapping[str, int] | None = None
+    ) -> None:
+        """Open both for a run that goes on at ``samples_seen``; ``done`` says up to where kinds were done before it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds that only rank 0 pays
-        _cut_after(jsonl, samples_seen, samples_seen if evaluated_at is None else evaluated_at)
+        _cut_after(jsonl, samples_seen, done or {})
         self._lines = jsonl.open("a")
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=samples_seen + 1)
 
@@ -29,7 +32,7 @@ class MetricsWriter:
         """Write one line and one TensorBoard point per value.
 
         Args:
-            kind: "train", "eval"; the prefix in TensorBoard.
+            kind: "train", "eval", "eval_average", "probe"; the prefix in TensorBoard.
             samples_seen: the x axis.
             values: finite or not, they are written as they are.
         """
@@ -60,9 +63,8 @@ def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if kind in (None, row["kind"])]
 
 
-def _cut_after(jsonl: Path, samples_seen: int, evaluated_at: int) -> None:
+def _cut_after(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> None:
     if jsonl.exists():
-        end = {"train": samples_seen}
-        rows = [row for row in read_metrics(jsonl) if row["samples_seen"] <= end.get(row["kind"], evaluated_at)]
+        rows = [row for row in read_metrics(jsonl) if row["samples_seen"] <= done.get(row["kind"], samples_seen)]
         kept = [json.dumps(row) + "\n" for row in rows]
         write_atomically(jsonl, "".join(kept).encode())

@@ -33,7 +33,7 @@ LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_cl
 | pictures trained on | {content["samples_seen"]:,} ({content["samples_seen"] / dataset["samples"]:.1f} epochs) |
 | input | {data["image_size"]} px, {data.get("interpolation", "")}, mean {data["mean"]}, std {data["std"]} |
 | training data | {dataset["name"]}, {dataset["samples"]:,} pictures, fingerprint {dataset["fingerprint"]} |
-| license | {license_id}{_about(license_id)} |
+{_lineage(content.get("initialized_from"))}| license | {license_id}{_about(license_id)} |
 
 Measured by the training itself after {evaluated_at:,} pictures, in the precision that it computes in. The whole recipe
 stands in `config.json`, the classes too. To load it, from this folder or from the Hub:
@@ -50,6 +50,16 @@ logits = model(images)  # (batch, 3, H, W) in 0..1, normalised by config.input.m
 
 def _about(license_id: str) -> str:
     return "" if license_id != "unknown" else ": nobody said; `python -m pretrain.export RUN --license ID` does"
+
+
+def _lineage(origin: dict[str, Any] | None) -> str:
+    """A row for each hand-off that training began with, the nearest first."""
+    if origin is None:
+        return ""
+    return (
+        f"| began with | {origin['weights']} weights of {origin['run']}, {origin['samples_seen']:,} pictures of "
+        f"{origin['dataset']['name']}, digest {origin['weights_blake2']} |\n{_lineage(origin['initialized_from'])}"
+    )
 
 
 def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
 from pretrain.distributed import limit_collectives
-from pretrain.evaluation import evaluate
+from pretrain.evaluation import Evaluation, evaluate
 from pretrain.export import export_run
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.probes import Probed, Probes, ProbesEndedError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
@@ -53,6 +54,7 @@ class Run:
     classification: Classification
     train_loader: TrainLoader
     eval_loader: EvalLoader
+    probes: Probes | None
     folder: RunFolder
     state: RunState
     metrics: MetricsWriter | None
@@ -88,9 +90,17 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Whether an evaluation boundary was passed, or the end reached, and not yet evaluated."""
-        interval = self.recipe.evaluation.every_epochs * self.epoch_size
-        seen, evaluated = self.progress.samples_seen, self.progress.evaluated_at
-        return seen // interval > evaluated // interval or (self.done and evaluated < seen)
+        return self._passed(self.recipe.evaluation.every_epochs, self.progress.evaluated_at)
+
+    def probes_due(self) -> bool:
+        """The same for the probes, where the recipe has any."""
+        section = self.recipe.probes
+        return section is not None and self._passed(section.every_epochs, self.progress.probed_at)
+
+    def _passed(self, every_epochs: float, last: int) -> bool:
+        """Whether a multiple of so many epochs, or the end, lies between the images seen at ``last`` and now."""
+        interval, seen = every_epochs * self.epoch_size, self.progress.samples_seen
+        return seen // interval > last // interval or (self.done and last < seen)
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
@@ -118,31 +128,50 @@ class Run:
     def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
         self.engine.eval()
-
-        def stopped() -> bool:
-            self.watchdog.beat("evaluating", patient=self.first_step)
-            return self.stop.at_step_boundary()
-
         result = evaluate(
             lambda images: self.engine(images.to(self.dtype)),
             self.eval_loader,
             levels=self.classification.levels,
-            stop=stopped,
+            stop=lambda: self._stopped_while("evaluating"),
         )
         self.engine.train()
         if result is None:
             return False
         self.progress.evaluation = asdict(result)
-        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
-        if self.metrics:
-            values: dict[str, float] = {
-                "step": self.progress.step,
-                "epoch": round(self.epoch, 4),
-                **asdict(result),
-                "seconds": round(time.monotonic() - began, 3),
-            }
-            self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
+        self._tell_result(kind, result, began)
         return True
+
+    def probe(self) -> None:
+        """Probe the features of the weights that are handed off, and write it down; a stop leaves it undone."""
+        assert self.probes is not None
+        began = time.monotonic()
+        average = self.pieces.averaged_weights() if self.recipe.ema is not None else nullcontext()
+        with self._beside_training():
+            try:
+                with average:
+                    result = self.probes.run(self.engine, self.dtype, stop=lambda: self._stopped_while("probing"))
+            except ProbesEndedError as ended:
+                if ended.why == "stopped":
+                    return
+                limit = self.probes.section.time_limit_minutes
+                self.console.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
+            else:
+                self._tell_result("probe", result, began)
+        self.progress.probed_at = self.progress.samples_seen
+
+    def _stopped_while(self, doing: str) -> bool:
+        self.watchdog.beat(doing, patient=self.first_step)
+        return self.stop.at_step_boundary()
+
+    def _tell_result(self, kind: str, result: Evaluation | Probed, began: float) -> None:
+        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
+        values: dict[str, float] = {
+            "step": self.progress.step,
+            "epoch": round(self.epoch, 4),
+            **asdict(result),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
 
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""

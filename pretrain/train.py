@@ -25,6 +25,8 @@ def train(run: Run) -> ExitCode:
     while True:
         if run.evaluation_due():
             run.evaluate()
+        if run.probes_due():
+            run.probe()
         if run.checkpoint_due():
             run.save()
         if run.done or run.stop.at_step_boundary():
@@ -41,7 +43,7 @@ def train(run: Run) -> ExitCode:
         if run.log_due():
             run.log(lr)
             tell_spikes(run)
-    if run.done and not run.evaluation_due():
+    if run.done and not run.evaluation_due() and not run.probes_due():
         run.finish()
         return ExitCode.FINISHED
     run.settle_save()

@@ -33,12 +33,19 @@ def test_a_resumed_run_leaves_no_double_points(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_will_be_done_again_does_not_stand_twice(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
-    for kind, samples in (("eval", 4), ("train", 8), ("eval", 8)):  # stopped before the second evaluation was complete
+    for kind, samples in (
+        ("probe", 2),
+        ("eval", 4),
+        ("probe", 4),
+        ("train", 8),
+        ("eval", 8),
+    ):  # stopped in the last of each
         writer.write(kind, samples, {"loss": 1.0})
     writer.close()
-    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8, evaluated_at=4).close()
+    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8,
+                  done={"eval": 4, "probe": 2}).close()  # fmt: skip
     rows = [(row["kind"], row["samples_seen"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
-    assert rows == [("eval", 4), ("train", 8)]
+    assert rows == [("probe", 2), ("eval", 4), ("train", 8)]
 
 
 def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -> None:
