@@ -23,6 +23,8 @@ from pretrain.engine import build_engine, build_model
 from pretrain.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
@@ -146,19 +148,36 @@ def assemble(
             done={
                 "eval": progress.evaluated_at,
                 "eval_average": progress.evaluated_at,
+                "attention": progress.evaluated_at,
                 "probe": progress.probed_at,
             },
+            trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+            say=console.say,
         )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
         folder.write_state(state)
-    return Run(
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32)
+    monitor = Monitor(
+        engine,
+        pieces,
+        due=lambda: run.log_due(ahead=1),
+        device=device,
+        precision=resolved.precision,
+        dtype=dtype,
+        attention_pictures=recipe.watch.attention_pictures,
+        data=recipe.data,
+        class_names=train_set.class_names,
+        request=folder.show,
+        fresh=not progress.step,
+    )
+    run = Run(
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
+        dtype=dtype,
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
@@ -181,8 +200,10 @@ def assemble(
         control=control,
         progress=progress,
         watchdog=watchdog,
+        monitor=monitor,
         saved_at=progress.samples_seen if loaded else -1,
     )
+    return run
 
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
@@ -210,6 +231,7 @@ def _open_folder(
     begin: Callable[[], Beginning],
 ) -> tuple[RunState, Beginning]:
     """Check that the folder holds this run or none, take its lock, begin, and describe what runs now."""
+    check_trackers(recipe.watch.sinks)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
