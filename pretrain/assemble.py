@@ -52,8 +52,11 @@ def assemble(
     flag: StopFlag,
     control: dist.ProcessGroup,
     watchdog: Watchdog,
+    verbose: bool = False,
 ) -> Run:
     """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
+
+    ``verbose`` lets DeepSpeed print what it wants.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
@@ -84,7 +87,7 @@ def assemble(
     if beginning.initialized:
         share_weights(model, device)
 
-    engine, engine_notes = build_engine(model, recipe, resolved, device)
+    engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])

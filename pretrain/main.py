@@ -78,6 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the run folders (default: runs)"
     )
+    parser.add_argument("--verbose", action="store_true", help="let through all that DeepSpeed prints while it starts")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
     return parser.parse_args(arguments)
 
@@ -113,7 +114,15 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
         run = assemble(
-            recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control, watchdog=watchdog
+            recipe,
+            resolved,
+            folder,
+            rank=rank,
+            device=device,
+            flag=flag,
+            control=control,
+            watchdog=watchdog,
+            verbose=options.verbose,
         )
         code = train(run)
         run.close()
