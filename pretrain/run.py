@@ -23,6 +23,7 @@ from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.monitoring.monitor import Monitor, describe
+from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
 from pretrain.probes import Probed, Probes, ProbesEndedError
@@ -68,6 +69,7 @@ class Run:
     progress: Progress
     watchdog: Watchdog
     monitor: Monitor
+    profiler: StepProfiler | None = None
     first_step: bool = True
     """Whether no step was taken yet by this incarnation: the first one may build and compile for minutes."""
     saved_at: int = -1
@@ -321,6 +323,13 @@ class Run:
         except OSError as error:
             self.console.say(f"WARNING attention could not be written: {error}")
 
+    def profile(self) -> None:
+        """Begin or end the profile that was asked for, where its first or last step is next or done."""
+        if self.profiler is not None:
+            told = self.profiler.between_steps(self.progress.step, self.meter.timer)
+            if told:
+                self.console.say(told)
+
     def finish(self) -> None:
         """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
         self.watchdog.beat("handing off", patient=True)
@@ -349,6 +358,8 @@ class Run:
     def close(self) -> None:
         """Free loaders, flush metrics, give the terminal back."""
         self.watchdog.close()
+        if self.profiler is not None and (told := self.profiler.abandon()):
+            self.console.say(told)
         self.train_loader.close()
         self.eval_loader.close()
         self.console.close()

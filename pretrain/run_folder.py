@@ -37,6 +37,7 @@ class RunFolder:
         self.hangs = path / "hangs"
         self.failure = path / "failure.txt"
         self.loss_spikes = path / "loss_spikes.jsonl"
+        self.profile = path / "profile"
         self.show = path / "show"
         """A person makes this file to see training pictures and attention; the run removes it."""
 

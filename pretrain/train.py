@@ -23,6 +23,7 @@ def train(run: Run) -> ExitCode:
     """
     progress, batches = run.progress, iter(run.train_loader)
     while True:
+        run.profile()
         if run.evaluation_due():
             run.evaluate()
         if run.probes_due():
