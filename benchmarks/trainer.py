@@ -44,6 +44,7 @@ from pretrain.distributed import choose_device, has_bf16, init_distributed, new_
 from pretrain.engine import build_engine, build_model
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
 from pretrain.pieces import OptimizerPieces
 from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe, validate_recipe
@@ -167,7 +168,20 @@ def trainer_run(
     with contextlib.redirect_stdout(io.StringIO()):
         console = RunConsole(speaks=first, total_steps=10**9, first_step=0, global_batch=resolved.batch.global_batch)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
-    return Run(
+    monitor = Monitor(
+        engine,
+        pieces,
+        due=lambda: run.log_due(ahead=1),
+        device=device,
+        precision=resolved.precision,
+        dtype=input_dtype(resolved.precision),
+        attention_pictures=recipe.watch.attention_pictures,
+        data=recipe.data,
+        class_names=tuple(str(number) for number in range(CLASSES)),
+        request=folder.show,
+        fresh=False,
+    )
+    run = Run(
         recipe=recipe,
         batch=resolved.batch,
         epoch_size=10**4,
@@ -192,7 +206,9 @@ def trainer_run(
         control=control,
         progress=Progress(),
         watchdog=Watchdog(folder.hangs, dist.get_rank(), start_s=1e6, step_s=1e6),
+        monitor=monitor,
     )
+    return run
 
 
 def become_rank(local_rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:

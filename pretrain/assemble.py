@@ -24,6 +24,8 @@ from pretrain.events import write_event, write_start
 from pretrain.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
@@ -52,8 +54,11 @@ def assemble(
     flag: StopFlag,
     control: dist.ProcessGroup,
     watchdog: Watchdog,
+    verbose: bool = False,
 ) -> Run:
     """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
+
+    ``verbose`` lets DeepSpeed print what it wants.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
@@ -84,7 +89,7 @@ def assemble(
     if beginning.initialized:
         share_weights(model, device)
 
-    engine, engine_notes = build_engine(model, recipe, resolved, device)
+    engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])
@@ -148,8 +153,11 @@ def assemble(
             done={
                 "eval": progress.evaluated_at,
                 "eval_average": progress.evaluated_at,
+                "attention": progress.evaluated_at,
                 "probe": progress.probed_at,
             },
+            trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+            say=console.say,
         )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
         write_start(folder.events, state, folder.read_state())
@@ -157,14 +165,28 @@ def assemble(
             where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
             write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
         folder.write_state(state)
-    return Run(
+    dtype = input_dtype(resolved.precision)
+    monitor = Monitor(
+        engine,
+        pieces,
+        due=lambda: run.log_due(ahead=1),
+        device=device,
+        precision=resolved.precision,
+        dtype=dtype,
+        attention_pictures=recipe.watch.attention_pictures,
+        data=recipe.data,
+        class_names=train_set.class_names,
+        request=folder.show,
+        fresh=not progress.step,
+    )
+    run = Run(
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype=input_dtype(resolved.precision),
+        dtype=dtype,
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
@@ -187,8 +209,10 @@ def assemble(
         control=control,
         progress=progress,
         watchdog=watchdog,
+        monitor=monitor,
         saved_at=progress.samples_seen if loaded else -1,
     )
+    return run
 
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
@@ -216,6 +240,7 @@ def _open_folder(
     begin: Callable[[], Beginning],
 ) -> tuple[RunState, Beginning]:
     """Check that the folder holds this run or none, take its lock, begin, and describe what runs now."""
+    check_trackers(recipe.watch.sinks)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")

@@ -1,6 +1,5 @@
 """Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
 
-import logging
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from models import LaViT, create_model
 from pretrain.data_parallel import install_data_parallel
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import use_deterministic_algorithms
+from pretrain.noise import start_up_noise
 from pretrain.optimizers import build_optimizer, peak_learning_rate
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -32,9 +32,9 @@ def build_model(recipe: Recipe, num_classes: int) -> LaViT:
 
 
 def build_engine(
-    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device
+    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device, *, verbose: bool = False
 ) -> tuple[Any, list[str]]:
-    """Wrap the model by ``deepspeed.initialize``; the process group must exist.
+    """Wrap the model by ``deepspeed.initialize``; the process group must exist. ``verbose`` lets it print all it wants.
 
     Returns:
         ``deepspeed.DeepSpeedEngine``, which takes what ``LaViT.forward`` takes; and lines about what was chosen.
@@ -45,7 +45,6 @@ def build_engine(
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     section, notes = recipe.optimizer, []
     if recipe.deterministic:
         notes.append(use_deterministic_algorithms())
@@ -55,9 +54,10 @@ def build_engine(
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
-        )
+        with start_up_noise(wanted=verbose, first=torch.distributed.get_rank() == 0):
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+            )
     except (AssertionError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error

@@ -144,6 +144,15 @@ class ProbesSection(Section):
     """Probes that take longer are abandoned, which is told, until they are due again."""
 
 
+class WatchSection(Section):
+    """What is shown of a run beside its metrics, and where."""
+
+    attention_pictures: int = Field(default=4, ge=0, le=8)
+    """After each evaluation the attention of so many pictures of the validation split is measured and drawn."""
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where measurements and pictures go beside metrics.jsonl and TensorBoard; the package must be installed."""
+
+
 class CheckpointSection(Section):
     """When the state is saved; a stop and the end are always saved."""
 
@@ -199,6 +208,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     probes: ProbesSection | None = None
     """k-NN and a linear classifier on frozen features, during training; off when not given."""
+    watch: WatchSection = WatchSection()
     checkpoint: CheckpointSection = CheckpointSection()
     bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
@@ -218,6 +228,7 @@ CHANGEABLE = (
     "checkpoint",
     "bad_numbers",
     "watchdog",
+    "watch",
     "deterministic",
     "log_every_steps",
     "deepspeed",

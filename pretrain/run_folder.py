@@ -38,6 +38,9 @@ class RunFolder:
         self.failure = path / "failure.txt"
         self.loss_spikes = path / "loss_spikes.jsonl"
         self.events = path / "events.jsonl"
+        self.profile = path / "profile"
+        self.show = path / "show"
+        """A person makes this file to see training pictures and attention; the run removes it."""
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run."""
