@@ -4,9 +4,9 @@
     python -m benchmarks.monitoring --model lavit_tiny --size 96 --micro-batch 8 --intervals 3
 
 Both live in one process and take turns, one optimizer step each, on the same fixed batch. Watched is a run as recipes
-have it: a line of metrics every 50 steps, norms by part, phases of the step, TensorBoard. The other one never logs and
-has no timer. What is compared is the CPU time of the process over an interval of 50 steps, which other programs on the machine
-disturb less than a clock; pictures of attention, once an evaluation, are timed apart. Adds a table to
+have it: a line of metrics every 50 steps, norms by part, phases of the step, TensorBoard. The other one never logs
+and has no timer. What is compared is the CPU time of the process over an interval of 50 steps, which other programs
+on the machine disturb less than a clock; pictures of attention, once an evaluation, are timed apart. Adds a table to
 benchmarks/results/monitoring-DATE-MACHINE.md.
 """
 
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     lines = [
         f"`python -m benchmarks.monitoring {typed}`:",
         f"{options.model} at {options.size} x {options.size}, {options.micro_batch} pictures a rank, {options.ranks}",
-        f"rank(s) of one thread each, fp32, ZeRO stage {options.stage}; {options.intervals} interleaved intervals of 50",
+        f"rank(s) of one thread each, fp32, ZeRO stage {options.stage}; {options.intervals} intervals in turn, of 50",
         "steps; CPU time, on a machine that others used at the same time.",
         "",
         "| variant | CPU time of a step, ms | over not watched | quartiles |",
