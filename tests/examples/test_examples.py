@@ -22,6 +22,7 @@ def run(door, handoff: Path, out: Path, steps: int) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # trains for a minute, or for many beside other work
 def test_fine_tuned_features_segment_clearly_better_than_fixed_ones(
     handoff: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,6 +37,7 @@ def test_fine_tuned_features_segment_clearly_better_than_fixed_ones(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # trains for a minute, or for many beside other work
 def test_detection_finds_what_an_untrained_head_does_not(
     handoff: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

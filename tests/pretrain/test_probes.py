@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,7 +150,7 @@ def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() 
         "recipe": SimpleNamespace(probes=ProbesSection(path="x", every_epochs=1), ema=None), "epoch_size": 100,
         "total_steps": 99, "progress": Progress(), "engine": None, "dtype": None, "metrics": writer,
         "console": SimpleNamespace(say=said.append, step_done=lambda *_, **__: None),
-        "meter": SimpleNamespace(exclude=lambda _: None), "pieces": None,
+        "meter": SimpleNamespace(excluded=nullcontext), "pieces": None,
         "probes": Scripted(ProbesEndedError("stopped"), ProbesEndedError("too late"), Probed(50.0, 60.0, 10)),
     }  # fmt: skip
     assert not run.probes_due()
