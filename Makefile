@@ -24,10 +24,12 @@ demo: setup
 	@trap '' INT; PATH="$(abspath $(BIN)):$$PATH" deepspeed --quiet --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml
 	$(BIN)/python -m pretrain.evaluate runs/demo --data data/digits
 
-# Whole runs and clusters have the machine for themselves; all else shares its cores.
+# Whole runs have the machine for themselves. Those on a cluster mostly wait for Slurm, so two tests share it: the
+# clusters have nothing in common.
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --numprocesses $(JOBS) --dist loadfile --ignore tests/system --ignore tests/slurm
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/system tests/slurm
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/system
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --numprocesses 2 --dist worksteal tests/slurm
 
 # Kills a run N times at random moments, with random ranks and ZeRO stages, and compares it with an untouched one.
 soak: setup

@@ -44,7 +44,9 @@ from pretrain.distributed import choose_device, has_bf16, init_distributed, new_
 from pretrain.engine import build_engine, build_model
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
 from pretrain.pieces import OptimizerPieces
+from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -165,15 +167,28 @@ def trainer_run(
     folder.path.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         console = RunConsole(speaks=first, total_steps=10**9, first_step=0, global_batch=resolved.batch.global_batch)
-    pieces = OptimizerPieces(engine)
-    return Run(
+    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
+    monitor = Monitor(
+        engine,
+        pieces,
+        due=lambda: run.log_due(ahead=1),
+        device=device,
+        precision=resolved.precision,
+        dtype=input_dtype(resolved.precision),
+        attention_pictures=recipe.watch.attention_pictures,
+        data=recipe.data,
+        class_names=tuple(str(number) for number in range(CLASSES)),
+        request=folder.show,
+        fresh=False,
+    )
+    run = Run(
         recipe=recipe,
         batch=resolved.batch,
         epoch_size=10**4,
         total_steps=10**9,
         device=device,
         engine=engine,
-        dtype=torch.float32,
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=BadSteps(engine),
         writer=CheckpointWriter(
@@ -184,13 +199,16 @@ def trainer_run(
         eval_loader=None,
         folder=folder,
         state=RunState("running"),
+        probes=None,
         metrics=MetricsWriter(folder.metrics, folder.tensorboard, samples_seen=0) if first else None,
         console=console,
         stop=StopAgreement(StopFlag(), control),
         control=control,
         progress=Progress(),
         watchdog=Watchdog(folder.hangs, dist.get_rank(), start_s=1e6, step_s=1e6),
+        monitor=monitor,
     )
+    return run
 
 
 def become_rank(local_rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:

@@ -1,7 +1,7 @@
 """The DALI graphs. They hold no random operator: whatever differs from picture to picture comes in as an argument.
 
 One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the host, pixels on the device) and
-everything after it follows the pixels; without one it is "cpu".
+everything after it follows the pixels; without one it is "cpu", and torch resizes.
 """
 
 import warnings
@@ -13,16 +13,11 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
-from data_pipeline import auto_augment
+from data_pipeline import auto_augment, resize
 from data_pipeline.transforms import InputConfig
 
 Source = Callable[..., list[Any]]
 
-_INTERPOLATION = {
-    "bilinear": types.INTERP_LINEAR,
-    "bicubic": types.INTERP_CUBIC,
-    "lanczos": types.INTERP_LANCZOS3,
-}
 # Dimensions and type of a picture's inputs, as DALI wants them.
 _INPUTS = {
     "jpeg": (1, types.UINT8),
@@ -62,6 +57,12 @@ def _decode(inputs: dict[str, Any], device_id: int | None) -> Any:
     )
 
 
+def _resize(images: Any, size: Any, config: InputConfig, threads: int, device_id: int | None) -> Any:
+    if device_id is None:
+        return resize.by_torch(images, size, config.interpolation, threads)
+    return resize.by_dali(images, size, config.interpolation)
+
+
 def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
     return fn.crop_mirror_normalize(
         images, dtype=types.FLOAT16 if config.dtype == "float16" else types.FLOAT, output_layout="CHW",
@@ -88,10 +89,9 @@ def _has_policy(config: InputConfig) -> bool:
     return config.augment.rand_augment is not None or config.augment.trivial_augment
 
 
-def train_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | None) -> Any:
+def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 training pictures."""
-    images = _decode(inputs, device_id)
-    images = fn.resize(images, size=config.size, interp_type=_INTERPOLATION[config.interpolation], antialias=True)
+    images = _resize(_decode(inputs, device_id), config.size, config, threads, device_id)
     if config.augment.affine is not None:
         images = fn.warp_affine(
             images, matrix=inputs["affine"], inverse_map=True, interp_type=types.INTERP_LINEAR, fill_value=0
@@ -114,10 +114,9 @@ def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_in
     return ["jpeg", "start", "shape", "resize", "crop_x", "crop_y"]
 
 
-def eval_graph(config: InputConfig, inputs: dict[str, Any], device_id: int | None) -> Any:
+def eval_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 evaluation pictures."""
-    images = _decode(inputs, device_id)
-    images = fn.resize(images, size=inputs["resize"], interp_type=_INTERPOLATION[config.interpolation], antialias=True)
+    images = _resize(_decode(inputs, device_id), inputs["resize"], config, threads, device_id)
     return _normalise(images, config, crop=config.size, crop_pos_x=inputs["crop_x"], crop_pos_y=inputs["crop_y"])
 
 
@@ -131,7 +130,7 @@ def pipeline(
         source: called for every batch with the names of the inputs; returns their values, or raises StopIteration.
         train: the training graph, else the evaluation graph.
         batch_size: pictures in a batch.
-        threads: CPU threads.
+        threads: CPU threads of DALI; on the CPU as many beside them resize.
         device_id: the GPU, or None for the CPU.
     """
     names = (train_inputs if train else eval_inputs)(config)
@@ -143,7 +142,7 @@ def pipeline(
     @pipeline_def(enable_conditionals=train and _has_policy(config))  # type: ignore[untyped-decorator]
     def graph() -> Any:
         inputs = _inputs(names, feed)
-        return (train_graph if train else eval_graph)(config, inputs, device_id)
+        return (train_graph if train else eval_graph)(config, inputs, threads, device_id)
 
     # DALI's own augmentations use names that it has moved, and it says so past any filter, a page for each rank.
     with warnings.catch_warnings(record=True) as remarks:

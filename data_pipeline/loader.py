@@ -229,8 +229,9 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every sample of a split exactly once over all ranks; may be iterated again and again.
 
-    Each rank takes a contiguous share. All ranks yield the same number of batches of the same size; what is missing
-    at the end is padded with rows whose `valid` is False.
+    The split is cut into batches, of which each rank takes a contiguous share: a sample stands in the same row of the
+    same batch whatever the number of ranks, so that a network can give it the same scores, bit for bit. All ranks yield
+    the same number of batches; what is missing at the end is padded with rows whose `valid` is False.
 
     Args:
         dataset: the split to evaluate on.
@@ -263,12 +264,12 @@ class EvalLoader(_Loader):
         self._set_share(batch_size, rank, world_size)
 
     def _set_share(self, batch_size: int, rank: int, world_size: int) -> None:
-        self._size, self._share = batch_size, -(-len(self._dataset) // world_size)
+        self._size, self._share = batch_size, -(-len(self._dataset) // (batch_size * world_size)) * batch_size
         self._first = rank * self._share
 
     def __len__(self) -> int:
         """Return the number of batches, equal on every rank."""
-        return math.ceil(self._share / self._size)
+        return self._share // self._size
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rank's share of the split once."""

@@ -25,7 +25,8 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
-def _location(value: object) -> object:
+def as_location(value: object) -> object:
+    """A dataset's URL stays a string, all else becomes a path."""
     return value if isinstance(value, str) and "://" in value else Path(str(value))
 
 
@@ -118,7 +119,7 @@ class AugmentConfig(_Config):
 class InputConfig(_Config):
     """The way from shards on disk to a normalised batch on the device."""
 
-    path: Annotated[Path | str, BeforeValidator(_location)]
+    path: Annotated[Path | str, BeforeValidator(as_location)]
     """The dataset's folder, as written by `python -m data_pipeline.build`; or a URL that fsspec knows."""
     cache: CacheConfig | None = None
     """Needed for a URL: where its files are kept on local disk."""

@@ -1,6 +1,6 @@
 """What the paper argues with: how diagonal, symmetric and saturated each block's attention is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +33,11 @@ class BlockDiagnostics:
     predecessor did. None for the first block of a stage."""
 
 
-def attention_diagnostics(model: LaViT, images: Tensor) -> list[BlockDiagnostics]:
+Look = Callable[[int, int, Tensor, Grid, Grid], None]
+"""Is given stage, block, attention (batch, heads, M, N) with keys on M, query grid (N) and key grid (M)."""
+
+
+def attention_diagnostics(model: LaViT, images: Tensor, look: Look | None = None) -> list[BlockDiagnostics]:
     """Measure every block's attention in one extra forward pass, without gradients and in evaluation mode.
 
     Meant for a few pictures every few hundred steps: the fused attention kernel never shows its matrix, so each block
@@ -42,6 +46,7 @@ def attention_diagnostics(model: LaViT, images: Tensor) -> list[BlockDiagnostics
     Args:
         model: any LaViT, on any device, under any ZeRO stage (all ranks must call it then).
         images: as for `LaViT.forward`.
+        look: is shown every block's attention, in the order of depth.
 
     Returns:
         One entry a block, in the order of depth.
@@ -49,7 +54,7 @@ def attention_diagnostics(model: LaViT, images: Tensor) -> list[BlockDiagnostics
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _observed(model) as rows:
+        with torch.no_grad(), _observed(model, look) as rows:
             model.forward_features(images)
     finally:
         model.train(training)
@@ -64,7 +69,7 @@ Row = tuple[int, int, Literal["vanilla", "less"], Tensor, Tensor, Tensor]
 
 
 @contextmanager
-def _observed(model: LaViT) -> Iterator[list[Row]]:
+def _observed(model: LaViT, look: Look | None) -> Iterator[list[Row]]:
     """Let every attention module report to a list, and stop afterwards."""
     rows: list[Row] = []
     previous: list[Tensor] = []
@@ -77,6 +82,8 @@ def _observed(model: LaViT) -> Iterator[list[Row]]:
             asymmetry = (square - square.transpose(-2, -1)).abs().sum((-2, -1)).mean()
             similar = F.cosine_similarity(square, previous[0], dim=-2).mean() if block else torch.zeros_like(asymmetry)
             previous[:] = [square]
+            if look is not None:
+                look(stage, block, attention, grid, key_grid)
             rows.append((stage, block, kind, diagonality, 1 - asymmetry / (2 * keys), similar))
 
         return observe
@@ -91,4 +98,4 @@ def _observed(model: LaViT) -> Iterator[list[Row]]:
         yield rows
     finally:
         for module in modules:
-            module.observer = None
+            del module.observer  # back to the class's None: a compiled graph is not to see that there ever was one

@@ -20,10 +20,17 @@ from pretrain.console import RunConsole
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import Rank, new_cpu_group
 from pretrain.engine import build_engine, build_model
+from pretrain.events import write_event, write_start
+from pretrain.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.sinks import check_trackers, open_trackers
+from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.precision import input_dtype
+from pretrain.probes import Probes
 from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -47,8 +54,11 @@ def assemble(
     flag: StopFlag,
     control: dist.ProcessGroup,
     watchdog: Watchdog,
+    verbose: bool = False,
 ) -> Run:
     """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
+
+    ``verbose`` lets DeepSpeed print what it wants.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
@@ -63,24 +73,34 @@ def assemble(
             "fingerprint": train_set.fingerprint,
             "samples": len(train_set),
             "class_names": list(train_set.class_names),
+            "class_ids": list(train_set.class_ids),
             "class_levels": None if classification.levels is None else classification.levels.tolist(),
         }
     }
     model = build_model(recipe, train_set.num_classes)
-    state = first_rank_decides(control, lambda: _open_folder(folder, recipe, resolved, facts, rank))
 
-    engine, engine_notes = build_engine(model, recipe, resolved, device)
+    def first_weights() -> Beginning:
+        return begin(folder, model, recipe, train_set)
+
+    def open_folder() -> tuple[RunState, Beginning]:
+        return _open_folder(folder, recipe, resolved, facts, rank=rank, begin=first_weights)
+
+    state, beginning = first_rank_decides(control, open_folder)
+    if beginning.initialized:
+        share_weights(model, device)
+
+    engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, pieces, group=control)
     progress, warnings = loaded or (Progress(), [])
     bad_steps = BadSteps(engine)
     bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
-    total_steps = max(1, int(recipe.schedule.epochs * epoch_size) // batch.global_batch)
+    total_steps = count_steps(recipe.schedule, epoch_size=epoch_size, global_batch=batch.global_batch)
     console = RunConsole(
         speaks=rank.is_first, total_steps=total_steps, first_step=progress.step, global_batch=batch.global_batch
     )
-    for note in (*resolved.notes, *engine_notes):
+    for note in (*resolved.notes, *engine_notes, *beginning.notes):
         console.say(note)
     for warning in warnings:
         console.say(f"WARNING {warning}")
@@ -119,24 +139,54 @@ def assemble(
         **where,
     )
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
+    probes = None
+    if recipe.probes is not None:
+        probes = Probes(
+            recipe.probes, recipe.data, batch_size=recipe.evaluation.batch_size, control=control, where=where
+        )
     keep, metrics = recipe.checkpoint, None
     if rank.is_first:
         metrics = MetricsWriter(
             folder.metrics,
             folder.tensorboard,
             samples_seen=progress.samples_seen,
-            evaluated_at=progress.evaluated_at,
+            done={
+                "eval": progress.evaluated_at,
+                "eval_average": progress.evaluated_at,
+                "attention": progress.evaluated_at,
+                "probe": progress.probed_at,
+            },
+            trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+            say=console.say,
         )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
+        write_start(folder.events, state, folder.read_state())
+        for warning in warnings:
+            where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
+            write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
         folder.write_state(state)
-    return Run(
+    dtype = input_dtype(resolved.precision)
+    monitor = Monitor(
+        engine,
+        pieces,
+        due=lambda: run.log_due(ahead=1),
+        device=device,
+        precision=resolved.precision,
+        dtype=dtype,
+        attention_pictures=recipe.watch.attention_pictures,
+        data=recipe.data,
+        class_names=train_set.class_names,
+        request=folder.show,
+        fresh=not progress.step,
+    )
+    run = Run(
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolved.precision, torch.float32),
+        dtype=dtype,
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
@@ -150,6 +200,7 @@ def assemble(
         classification=classification,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        probes=probes,
         folder=folder,
         state=state,
         metrics=metrics,
@@ -158,8 +209,10 @@ def assemble(
         control=control,
         progress=progress,
         watchdog=watchdog,
+        monitor=monitor,
         saved_at=progress.samples_seen if loaded else -1,
     )
+    return run
 
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
@@ -178,9 +231,16 @@ def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
 
 
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, resolved: ResolvedDeepSpeed, facts: dict[str, Any], rank: Rank
-) -> RunState:
-    """Check that the folder holds this run or none, take its lock, and describe what runs now."""
+    folder: RunFolder,
+    recipe: Recipe,
+    resolved: ResolvedDeepSpeed,
+    facts: dict[str, Any],
+    *,
+    rank: Rank,
+    begin: Callable[[], Beginning],
+) -> tuple[RunState, Beginning]:
+    """Check that the folder holds this run or none, take its lock, begin, and describe what runs now."""
+    check_trackers(recipe.watch.sinks)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
@@ -194,16 +254,18 @@ def _open_folder(
         former = folder.read_state()
         if former is not None and former.state == "finished":
             raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")
-        folder.write_description(recipe, resolved.config, facts)
+        beginning = begin()
+        folder.write_description(recipe, resolved.config, facts | {"initialized_from": beginning.origin})
     except OSError as error:
         raise UserError(f"{folder.path} cannot be written: {error}") from None
-    return RunState(
+    state = RunState(
         state="running",
         restarts=former.restarts + 1 if former else 0,
         world_size=rank.world_size,
         job_id=rank.job_id,
         host=rank.host,
     )
+    return state, beginning
 
 
 _locks: list[Any] = []  # held open for the life of the process

@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from models import model_config
+from models.config import LaViTConfig
 from models.cost import count_parameters
+from pretrain.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
+from pretrain.handoff import read_handoff
+from pretrain.initialize import check_architecture
 from pretrain.outcome import UserError
+from pretrain.probes import open_probe_sets
 from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
 
 COPIES = {"adamw": 3, "lamb": 3, "sgd": 2}
 """Of every parameter in a checkpoint, in fp32: the weight and the optimizer's moments; an average is one more."""
@@ -25,28 +31,45 @@ class Outlook:
     checkpoint_bytes: int
 
 
-def check_recipe_here(recipe: Recipe) -> Outlook:
-    """Open the data and count the model's parameters, without building it.
+def check_recipe_here(recipe: Recipe, run: RunFolder) -> Outlook:
+    """Open the data and the hand-off to begin with, and count the model's parameters, without building it.
+
+    The hand-off is left alone where ``run`` has a checkpoint: it is not read any more then.
 
     Raises:
-        UserError: data, model or class tree cannot be used as the recipe says; in one line.
+        UserError: data, model, class tree or hand-off cannot be used as the recipe says; in one line.
     """
     try:
         train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
         val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+        if recipe.probes is not None:
+            open_probe_sets(recipe.probes)
     except DataError as error:
         raise UserError(str(error)) from None
     if recipe.loss.class_tree is not None:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
+    network = architecture(recipe, train_set.num_classes)
+    if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
+        check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], network)
+    parameters = count_parameters(network)
+    size = checkpoint_bytes(recipe, parameters)
+    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), size)
+
+
+def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
+    """What the recipe's network is, without building it.
+
+    Raises:
+        UserError: the variant does not exist, or a field of it makes no sense.
+    """
     try:
-        architecture = model_config(
-            recipe.model.name,
-            num_classes=train_set.num_classes,
-            image_size=recipe.data.size,
-            **recipe.model.overrides,
+        return model_config(
+            recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
-    parameters = count_parameters(architecture)
-    copies = COPIES[recipe.optimizer.kind] + (recipe.ema is not None)
-    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), 4 * parameters * copies)
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Of all ranks' files, but for their index of names and shapes, which is some kilobytes."""
+    return 4 * parameters * (COPIES[recipe.optimizer.kind] + (recipe.ema is not None))

@@ -41,6 +41,8 @@ class Progress:
     """``samples_seen`` of the last finished evaluation."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Its result for the weights that are handed off: top1 and top5 in percent, loss, samples."""
+    probed_at: int = 0
+    """``samples_seen`` of the last probes that were finished or abandoned."""
     best_top1: float = -1.0
     """The highest top-1 of all evaluations so far, in percent."""
     best_at: int = 0

@@ -1,18 +1,32 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log. Only rank 0 speaks."""
+"""What a person sees of a run: a live view on a terminal, plain lines in a log. Only rank 0 speaks."""
 
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
+from math import ceil
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.live import Live
+from rich.text import Text
 
 ETA_SKIPS_STEPS = 5
 """The first steps build and warm everything up; an estimate that holds them is wrong for a long time."""
+WIDEST = 79
+"""Columns at most: a terminal that stays as wide never has to wrap the view."""
+BAR = 30
+"""Columns of the bar."""
+EVENTS = 3
+"""Newest events that the live view repeats: on a terminal where much is printed they would be gone."""
 
 
 class RunConsole:
-    """Progress and messages of one process; a rank other than 0 gets a silent one."""
+    """Progress and messages of one process; a rank other than 0 gets a silent one.
+
+    On a terminal the measurements of an interval replace each other at the bottom, and events are printed above them.
+    Elsewhere each interval is a line that begins with "step".
+    """
 
     def __init__(self, *, speaks: bool, total_steps: int, first_step: int, global_batch: int) -> None:
         self._speaks = speaks
@@ -21,22 +35,16 @@ class RunConsole:
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._first = first_step
         self._clock: tuple[int, float] | None = None
-        self._bar: Progress | None = None
+        self._view: LiveView | None = None
         if speaks and self._console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("training", total=total_steps, completed=first_step, status="starting")
-            self._bar.start()
+            self._view = LiveView(self._console)
+            self._show(first_step)
+            self._view.start()
 
     def say(self, text: str) -> None:
         """Print a line."""
+        if self._view is not None:
+            self._view.events = [*self._view.events, text.split("\n", maxsplit=1)[0]][-EVENTS:]
         if self._speaks:
             self._console.print(text, markup=False)
 
@@ -49,20 +57,29 @@ class RunConsole:
                 self._clock = (step, time.monotonic())
         elif waited_s:
             self._clock = (self._clock[0], self._clock[1] + waited_s)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=self._status(step))
+        if self._view is not None:
+            self._show(step)
 
     def log_metrics(self, step: int, epoch: float, values: dict[str, float]) -> None:
-        """Print the metrics of an interval as one line, greppable by ``step``."""
+        """Show the metrics of an interval; in a log as one line, greppable by ``step``."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        status = self._status(step) if self._bar is None else ""
-        self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  {shown}  {status}".rstrip())
+        if self._view is not None:
+            self._view.metrics = f"epoch {epoch:.2f}  {shown}"
+        else:
+            self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  {shown}  {self._status(step)}".rstrip())
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Take the view away; the last metrics stay as a line."""
+        if self._view is not None:
+            view, self._view = self._view, None
+            view.stop()
+            if view.metrics:
+                self.say(f"{view.progress.split('  ')[0].split(' ', 1)[-1]}  {view.metrics}")
+
+    def _show(self, step: int) -> None:
+        assert self._view is not None
+        done = step * BAR // max(self._total, 1)
+        self._view.progress = f"{'━' * done}{'╌' * (BAR - done)} step {step}/{self._total}  {self._status(step)}"
 
     def _status(self, step: int) -> str:
         if self._clock is None or step <= self._clock[0]:
@@ -70,3 +87,45 @@ class RunConsole:
         per_step = (time.monotonic() - self._clock[1]) / (step - self._clock[0])
         left = timedelta(seconds=round(per_step * (self._total - step)))
         return f"{self._batch / per_step:.0f} images/s  ETA {left}"
+
+
+class LiveView(Live):
+    """A few lines at the bottom of a terminal that stay in place when it is resized.
+
+    A terminal that gets narrower wraps the lines that are there; rich would go up by as many as it had drawn and leave
+    the rest. Here it goes up by as many as they are now.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.progress = self.metrics = ""
+        self.events: list[str] = []
+        self._drawn: list[int] = []
+        super().__init__(_Lines(self), console=console, transient=True, refresh_per_second=1)
+
+    def lines(self, width: int) -> list[Text]:
+        """What is shown on so many columns."""
+        texts = [self.progress, *([self.metrics] if self.metrics else []), *(f"· {event}" for event in self.events)]
+        lines = [Text(text, no_wrap=True, overflow="ellipsis", end="") for text in texts]
+        for line in lines:
+            line.truncate(max(1, min(width - 1, WIDEST)), overflow="ellipsis")
+        self._drawn = [cell_len(line.plain) for line in lines]
+        return lines
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Put the view below what is printed; called by rich for everything that it prints."""
+        shape = self._live_render._shape  # noqa: SLF001 - rich's version is pinned
+        if shape is not None and self._drawn:
+            rows = sum(max(1, ceil(columns / self.console.width)) for columns in self._drawn)
+            self._live_render._shape = (shape[0], rows)  # noqa: SLF001
+        return super().process_renderables(renderables)
+
+
+class _Lines:
+    """The view as rich draws it: at whatever width the terminal has by then."""
+
+    def __init__(self, view: LiveView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines: Iterable[Text] = self._view.lines(options.max_width)
+        yield Text("\n").join(lines)

@@ -1,13 +1,14 @@
 """Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
 
-import logging
 from typing import Any
 
 import torch
 
 from models import LaViT, create_model
+from pretrain.data_parallel import install_data_parallel
 from pretrain.deepspeed_config import ResolvedDeepSpeed
 from pretrain.distributed import use_deterministic_algorithms
+from pretrain.noise import start_up_noise
 from pretrain.optimizers import build_optimizer, peak_learning_rate
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -31,9 +32,9 @@ def build_model(recipe: Recipe, num_classes: int) -> LaViT:
 
 
 def build_engine(
-    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device
+    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device, *, verbose: bool = False
 ) -> tuple[Any, list[str]]:
-    """Wrap the model by ``deepspeed.initialize``; the process group must exist.
+    """Wrap the model by ``deepspeed.initialize``; the process group must exist. ``verbose`` lets it print all it wants.
 
     Returns:
         ``deepspeed.DeepSpeedEngine``, which takes what ``LaViT.forward`` takes; and lines about what was chosen.
@@ -44,7 +45,6 @@ def build_engine(
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     section, notes = recipe.optimizer, []
     if recipe.deterministic:
         notes.append(use_deterministic_algorithms())
@@ -54,14 +54,15 @@ def build_engine(
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
-        )
+        with start_up_noise(wanted=verbose, first=torch.distributed.get_rank() == 0):
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=resolved.config, dist_init_required=False
+            )
     except (AssertionError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
     if resolved.stage == 0:
-        _clip_without_waiting(engine)
+        install_data_parallel(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
 
 
@@ -85,18 +86,3 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
     # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
     model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
     return "compiled by torch.compile: the first steps take minutes"
-
-
-def _clip_without_waiting(engine: Any) -> None:
-    """Clip at stage 0 by torch's multi-tensor function.
-
-    DeepSpeed's own goes parameter by parameter, adds up the norm over ranks that have the same one, and waits for the
-    device to learn whether to clip. This also gives the norm to the metrics, which DeepSpeed's does not.
-    """
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-
-    def clip() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping(), foreach=True)
-        engine._global_grad_norm = norm  # noqa: SLF001
-
-    engine.clip_fp32_gradients = clip

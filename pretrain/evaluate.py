@@ -1,162 +1,160 @@
-"""Evaluation: every picture of a split exactly once, on any number of ranks.
+"""Evaluate a hand-off: ``python -m pretrain.evaluate RUN_OR_HANDOFF --data DEST``.
 
-``python -m pretrain.evaluate`` is the door for hand-offs.
+On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --data DEST``; the answer is the same.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BadSample, EvalLoader
-from models import within_level
-from pretrain.distributed import choose_device, read_rank
-from pretrain.handoff import is_handoff, load_handoff
+from pretrain.confusion_picture import MISSING, can_draw, draw_confusion
+from pretrain.distributed import Rank, choose_device, init_distributed, read_rank
+from pretrain.evaluation import Evaluation
+from pretrain.evaluation_report import report_lines
+from pretrain.files import write_atomically, write_json
+from pretrain.handoff import is_handoff
+from pretrain.handoff_evaluation import DTYPES, Subject, examine, open_subject
 from pretrain.outcome import ExitCode, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Result over a whole split."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=main.__doc__)
+    parser.add_argument(
+        "target",
+        metavar="RUN_OR_HANDOFF",
+        help="runs/NAME, a hand-off folder, or ORGANIZATION/NAME[@REVISION] of the Hugging Face Hub",
+    )
+    parser.add_argument("--data", required=True, help="folder of the dataset, or its URL")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--batch-size", type=_count, help="per process; default: the recipe's evaluation.batch_size")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="fp32", help="what the model computes in; default: fp32, as handed off"
+    )
+    parser.add_argument(
+        "--real", type=Path, metavar="FILE", help="several labels per picture, as ImageNet-ReaL's real.json"
+    )
+    parser.add_argument(
+        "--classes-by-position", action="store_true", help="take classes as they stand, however they are called"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for the report; default: RUN/evaluation for a run, else none"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
+    return parser.parse_args(arguments)
 
-    top1: float
-    """Share of pictures whose highest score is their label, in percent."""
-    top5: float
-    """Share of pictures whose label is among the five highest scores (all, below five classes), in percent."""
-    loss: float
-    """Mean cross-entropy in nats, without label smoothing."""
-    samples: int
-    """Pictures evaluated: the split's size."""
 
-    def __str__(self) -> str:
-        correct = round(self.top1 * self.samples / 100)
-        return f"top-1 {self.top1:.2f} % ({correct} of {self.samples})  top-5 {self.top5:.2f} %  loss {self.loss:.4f}"
-
-
-@torch.no_grad()
-def evaluate(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    loader: EvalLoader,
-    *,
-    levels: torch.Tensor | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Evaluate a classifier. Collective where a process group exists.
-
-    Args:
-        forward: images (b, 3, H, W) fp32 -> logits (b, classes).
-        loader: this rank's share; it has equally many batches on every rank.
-        levels: (classes,) int64 on the logits' device: level of each class in the hierarchy of semantic softmax. A
-            label then competes with the classes of its own level only.
-        stop: polled at every batch; must give the same answer on every rank.
-
-    Returns:
-        the result over all ranks, or None when stopped.
-    """
-    totals: torch.Tensor | None = None
-    for batch in loader:
-        if stop():
-            return None
-        logits = forward(batch.images).float()
-        if levels is not None:
-            logits = within_level(logits, batch.labels, levels)
-        valid = torch.from_numpy(batch.valid).to(logits.device)
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-        sums = torch.stack(
-            [
-                (ranked[:, 0] & valid).sum().double(),
-                (ranked.any(1) & valid).sum().double(),
-                torch.where(valid, losses, 0.0).double().sum(),
-                valid.sum().double(),
-            ]
-        )
-        totals = sums if totals is None else totals + sums
-    if totals is None:
-        raise UserError("the split to evaluate is empty")
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    top1, top5, loss, count = totals.tolist()
-    return Evaluation(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is wanted, got {number}")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate a hand-off on a split and print the result; for a run also write it down and show the summary."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=main.__doc__)
-    parser.add_argument("target", type=Path, metavar="RUN_OR_HANDOFF", help="runs/NAME, or a hand-off folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--split", default="val", help="default: val")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
-    options = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    """Evaluate a hand-off on a split: top-1, top-5, loss, each class, calibration, confusion, images/s."""
+    options = parse_arguments(arguments)
+    rank: Rank | None = None
+    subject: Subject | None = None
     try:
-        folder = None if is_handoff(options.target) else RunFolder(options.target)
-        handoff = folder.handoff if folder else options.target
-        result = evaluate_handoff(handoff, options.data, split=options.split, batch_size=options.batch_size)
-        console.print(f"hand-off {handoff} on {options.data} {options.split}: {result}")
-        if folder is not None and folder.summary.exists():
-            if _is_the_runs_own(folder, options.data, options.split):
-                record_handoff_evaluation(folder, result.top1)
-            console.print("\n".join(summary_lines(folder)), markup=False)
+        rank = read_rank()
+        device = choose_device(rank)
+        folder = None
+        if (Path(options.target) / "recipe.yaml").exists() and not is_handoff(Path(options.target)):
+            folder = RunFolder(Path(options.target))
+        subject = open_subject(
+            folder.handoff if folder else options.target,
+            options.data if "://" in options.data else Path(options.data),
+            split=options.split,
+            device=device,
+            precision=options.precision,
+            batch_size=options.batch_size,
+            real=options.real,
+            by_position=options.classes_by_position,
+        )
+        control = init_distributed(device) if rank.world_size > 1 else None
+        if rank.is_first:
+            for warning in subject.classes.warnings:
+                print(f"WARNING {warning}", file=sys.stderr)  # noqa: T201
+        result, content = examine(subject, rank, device, control)
+        if rank.is_first:
+            output = options.output or (folder.path / "evaluation" if folder else None)
+            _tell(subject, result, content, output)
+            if folder is not None and folder.summary.exists():
+                _tell_run(folder, subject, content)
+        if control is not None:
+            dist.barrier(control)  # the launcher ends the others as soon as one is gone
+            dist.destroy_process_group()
     except (UserError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return _give_up(error, rank, started=subject is not None)
     return ExitCode.FINISHED
 
 
-def evaluate_handoff(handoff: Path, data: Path, *, split: str, batch_size: int) -> Evaluation:
-    """Load a hand-off as anyone would and evaluate it in this process, in fp32.
-
-    Raises:
-        UserError: the hand-off is damaged, or its classes are not the dataset's.
-        DataError: the dataset or the split does not exist or is damaged.
-    """
-    model, config = load_handoff(handoff)
-    dataset = Dataset.open(data, split, config.input.cache)
-    if dataset.num_classes != config.num_classes:
-        raise UserError(f"{handoff} has {config.num_classes} classes and {data} has {dataset.num_classes}")
-    rank = read_rank()
-    device = choose_device(rank)
-    model = model.to(device).eval()
-    loader = EvalLoader(
-        dataset,
-        config.input.model_copy(update={"path": data}),
-        batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        device=device,
-        on_bad_sample=_tell_bad_sample,
+def _tell(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    dataset, speed = subject.dataset, content["speed"]
+    lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}"]
+    if content["data"]["within_level"]:
+        lines.append("a label competes with the classes of its own level only, as in training with semantic softmax")
+    lines += report_lines(content)
+    lines.append(
+        f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
+        f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
     )
+    console.print("\n".join(lines), markup=False)  # before anything can go wrong with the disk
+    if output is not None:
+        console.print("\n".join(_write(subject, content, output)), markup=False)
+
+
+def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]:
+    """Write report and picture, and say so."""
+    name = f"{subject.dataset.name}-{subject.dataset.split}"
+    path, picture = output / f"{name}.json", output / f"{name}-confusion.png"
     try:
-        levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
-        result = evaluate(model, loader, levels=levels)
-    finally:
-        loader.close()
-    assert result is not None
-    return result
+        output.mkdir(parents=True, exist_ok=True)
+        picture.unlink(missing_ok=True)  # an older one would not belong to the report
+        write_json(path, content)
+        if not can_draw():
+            return [f"report in {path}", f"WARNING {MISSING}"]
+        title = f"{subject.config.recipe['name']} on {name}: worst classes, top-1 {content['top1']:.2f} %"
+        write_atomically(picture, draw_confusion(content["per_class"], title))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {output}: {error}: make space, or name another") from None
+    return [f"report in {path}", f"confusion of the worst classes in {picture}"]
 
 
-def _is_the_runs_own(folder: RunFolder, data: Path, split: str) -> bool:
-    """Whether this is the split that training evaluated on; another's result is not the run's."""
+def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
+    """Show the run's summary; a result of the weights as handed off, on the training's own split, is noted there."""
     recipe = folder.read_recipe()
     assert recipe is not None
-    return split == recipe["data"]["val_split"] and (
-        Dataset.open(data, recipe["data"]["train_split"]).fingerprint == folder.read_dataset()["fingerprint"]
-    )
+    dataset, train_split = subject.dataset, recipe["data"]["train_split"]
+    if (
+        subject.precision == "fp32"
+        and dataset.split == recipe["data"]["val_split"]
+        and train_split in dataset.store.manifest().splits
+        and Dataset.open(dataset.path, train_split, subject.config.input.cache).fingerprint
+        == folder.read_dataset()["fingerprint"]
+    ):
+        record_handoff_evaluation(folder, content["top1"])
+    Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
 
 
-def _tell_bad_sample(bad: BadSample) -> None:
-    print(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", file=sys.stderr)  # noqa: T201
+def _give_up(error: Exception, rank: Rank | None, *, started: bool) -> int:
+    """Say what is wrong; a rank among others ends at once, since they may wait for it."""
+    alone = rank is None or rank.world_size == 1
+    if started or rank is None or rank.local_rank == 0:  # while opening, all ranks meet the same error
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    if not alone:
+        os._exit(ExitCode.WILL_FAIL_AGAIN)
+    return ExitCode.WILL_FAIL_AGAIN
 
 
 if __name__ == "__main__":

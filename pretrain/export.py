@@ -6,18 +6,20 @@ from pathlib import Path
 
 from models import create_model
 from pretrain.checkpoint import CheckpointDamagedError, list_checkpoints, read_manifest, read_weights, verify
-from pretrain.handoff import model_card, write_handoff
+from pretrain.handoff import write_handoff
+from pretrain.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 
 
-def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
+def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = "unknown") -> Path:
     """Write ``RUN/handoff`` from the newest checkpoint that is whole. Needs no engine and no process group.
 
     Args:
         folder: the run.
         step: the step that must be handed off; None takes the newest there is.
+        license_id: of the weights, for the model card.
 
     Returns:
         the hand-off's folder.
@@ -37,6 +39,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
     if not progress["evaluation"]:
         raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
     class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
+    class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
     model = create_model(
         recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
     )
@@ -44,6 +47,7 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
         "architecture": model.config.to_dict(),
         "num_classes": len(class_names),
         "class_names": class_names,
+        "class_ids": class_ids,
         "class_levels": class_levels,
         "input": recipe.data.model_dump(mode="json"),
         "weights": "average" if recipe.ema else "raw",
@@ -51,12 +55,18 @@ def export_run(folder: RunFolder, *, step: int | None = None) -> Path:
         "recipe": recipe.model_dump(mode="json"),
         "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
         "samples_seen": progress["samples_seen"],
+        "initialized_from": folder.read_origin(),
     }
     write_handoff(
         folder.handoff,
         read_weights(checkpoint, average=recipe.ema is not None),
         handoff,
-        model_card(handoff, progress["evaluation"]["samples"]),
+        model_card(
+            handoff,
+            samples=progress["evaluation"]["samples"],
+            evaluated_at=progress["evaluated_at"],
+            license_id=license_id,
+        ),
     )
     return folder.handoff
 
@@ -78,8 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the hand-off of a run from its newest checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.export", description=main.__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        metavar="ID",
+        help="license of the weights for the model card, as the Hugging Face Hub names it, such as apache-2.0",
+    )
+    options = parser.parse_args(arguments)
     try:
-        print(export_run(RunFolder(parser.parse_args(arguments).run)))  # noqa: T201
+        print(export_run(RunFolder(options.run), license_id=options.license))  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN

@@ -3,17 +3,30 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_atomically
 
-__all__ = ["digest", "digest_of_file", "fsync", "write_atomically", "write_json"]  # slurm/ takes them from here
+# slurm/ takes them from here
+__all__ = ["digest", "digest_of_file", "fsync", "json_lines", "write_atomically", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file atomically with ``content`` as indented JSON."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Each line of a file of JSON objects; None for a line that is none, as where a crash cut it."""
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield row if isinstance(row, dict) else None
 
 
 def fsync(path: Path) -> None:

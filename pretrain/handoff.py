@@ -1,8 +1,10 @@
 """The hand-off: weights and all that is needed to use them, in a folder that any tool can read.
 
 - ``handoff/model.safetensors``: fp32 weights, by parameter name
-- ``handoff/config.json``: architecture, input, classes, data, recipe, metrics, digest of the weights
+- ``handoff/config.json``: architecture, input, classes, data, recipe, metrics, digests of the weights and of itself
 - ``handoff/README.md``: model card with the run's facts
+
+The folder is laid out as a repository of the Hugging Face Hub.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -18,10 +20,13 @@ from data_pipeline.files import write_atomically
 from data_pipeline.transforms import InputConfig
 from models import LaViT, LaViTConfig
 from pretrain.files import digest, digest_of_file, fsync, write_json
+from pretrain.hub import fetch, is_hub_name
 from pretrain.outcome import UserError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+CARD = "README.md"
+_OWN_DIGEST = "config_blake2"
 
 
 class HandoffConfig(BaseModel):
@@ -33,6 +38,10 @@ class HandoffConfig(BaseModel):
     """``LaViTConfig`` as a dictionary."""
     num_classes: int
     class_names: list[str]
+    """As a person reads them, in the order of the logits."""
+    class_ids: list[str] | None = None
+    """What a class is called everywhere, such as its WordNet id, in the order of the logits. None in a hand-off written
+    before they were kept: only the names are known then."""
     class_levels: list[int] | None = None
     """Level of each class in the hierarchy that semantic softmax was trained on; scores compare within a level only."""
     input: InputConfig
@@ -45,8 +54,26 @@ class HandoffConfig(BaseModel):
     """Name, fingerprint and size of the training split."""
     recipe: dict[str, Any]
     metrics: dict[str, float]
-    """Of the last evaluation during training; percent."""
+    """Of the last evaluation during training; percent, the loss in nats."""
     samples_seen: int
+    initialized_from: dict[str, Any] | None = None
+    """The hand-off that training began with: its digest, run, data, and what it was initialized from itself."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "HandoffConfig":
+        outputs = self.architecture.get("num_classes")
+        if outputs != self.num_classes:
+            raise ValueError(f"architecture.num_classes is {outputs}, but num_classes is {self.num_classes}")
+        for field in ("class_names", "class_ids", "class_levels"):
+            value = getattr(self, field)
+            if value is not None and len(value) != self.num_classes:
+                raise ValueError(f"{field} has {len(value)} entries for {self.num_classes} classes")
+        if self.class_ids is not None and len(set(self.class_ids)) < self.num_classes:
+            raise ValueError("class_ids names a class twice")
+        size = self.architecture.get("image_size")
+        if isinstance(size, list) and tuple(size) != self.input.size:
+            raise ValueError(f"architecture.image_size is {size}, but input.image_size is {list(self.input.size)}")
+        return self
 
 
 def is_handoff(folder: Path) -> bool:
@@ -62,69 +89,103 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         weights: by parameter name.
         content: fields of ``HandoffConfig`` but for ``weights_blake2``.
         card: Markdown.
+
+    Raises:
+        UserError: the disk does not take it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
-    draft = folder / f".{WEIGHTS}.unfinished"
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
-    fsync(draft)
-    draft.replace(folder / WEIGHTS)
-    write_atomically(folder / "README.md", card.encode())
-    config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS))
-    write_json(folder / CONFIG, config.model_dump(mode="json"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        write_atomically(folder / CARD, card.encode())
+        draft = folder / f".{WEIGHTS}.unfinished"
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
+        draft.chmod((folder / CARD).stat().st_mode)  # safetensors lets only its owner read a file
+        fsync(draft)
+        draft.replace(folder / WEIGHTS)
+        fsync(folder)
+        config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
+        write_json(folder / CONFIG, config | {_OWN_DIGEST: _digest_of_fields(config)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the hand-off cannot be written to {folder} ({error}): make space or mend the storage, then "
+            "`python -m pretrain.export RUN` writes it from the newest checkpoint"
+        ) from None
 
 
-def load_handoff(folder: Path) -> tuple[LaViT, HandoffConfig]:
+def load_handoff(source: Path | str) -> tuple[LaViT, HandoffConfig]:
     """Build the model of a hand-off, in evaluation mode on the CPU.
+
+    Args:
+        source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is no folder here: a
+            repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
 
     Raises:
         UserError: no hand-off, unfinished, or its files do not belong together.
     """
-    try:
-        config = HandoffConfig.model_validate(json.loads((folder / CONFIG).read_text()))
-        content = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} is not a finished hand-off: {error.filename} is missing; "
-            "`python -m pretrain.export RUN` writes one"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{folder / CONFIG}: {where}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from None
-    if digest(content) != config.weights_blake2:
-        raise UserError(f"{folder / WEIGHTS} has other content than when it was handed off: copy it again")
+    config, weights = read_handoff(source)
     try:
         model = LaViT(LaViTConfig.from_dict(config.architecture))
-        model.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: weights and {CONFIG} do not fit: {' '.join(str(error).split())[:300]}") from None
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}: {WEIGHTS} and {CONFIG} do not fit: {_one_line(error)}") from None
     return model.eval(), config
 
 
-def model_card(content: dict[str, Any], samples: int) -> str:
-    """The card as Markdown. ``samples`` is the size of the evaluated split."""
-    dataset, metrics, recipe = content["dataset"], content["metrics"], content["recipe"]
-    return f"""# {content["recipe"]["name"]}: {content["architecture"]["name"]} on {dataset["name"]}
+def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Tensor]]:
+    """The config and the weights (by parameter name, on the CPU) of a hand-off, without a model built of them.
 
-LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_classes"]} classes, {content["weights"]}
-weights in fp32.
+    Args:
+        source: as for ``load_handoff``.
 
-| | |
-|---|---|
-| top-1 on the {recipe["data"]["val_split"]} split ({samples} pictures) | {metrics["top1"]:.2f} % |
-| top-5 | {metrics["top5"]:.2f} % |
-| pictures trained on | {content["samples_seen"]:,} ({content["samples_seen"] / dataset["samples"]:.1f} epochs) |
-| input | {recipe["data"]["image_size"]} px, mean {recipe["data"]["mean"]}, std {recipe["data"]["std"]} |
-| training data | {dataset["name"]}, {dataset["samples"]:,} pictures, fingerprint {dataset["fingerprint"]} |
+    Raises:
+        UserError: as ``load_handoff``.
+    """
+    folder = Path(source)
+    if isinstance(source, str) and not folder.exists() and is_hub_name(source):
+        folder = fetch(source, [CONFIG, WEIGHTS])
+    try:
+        config = _config((folder / CONFIG).read_bytes(), folder / CONFIG)
+        content = (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{source} is not a finished hand-off: {error.filename} is missing; "
+            "`python -m pretrain.export RUN` writes one"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error}") from None
+    if digest(content) != config.weights_blake2:
+        raise UserError(
+            f"{folder / WEIGHTS} has other content than when it was handed off with this {CONFIG}: copy both again"
+        )
+    try:
+        return config, load(content)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {_one_line(error)}") from None
 
-The whole recipe stands in `config.json`. To load it:
 
-```python
-from pathlib import Path
-from pretrain.handoff import load_handoff
-model, config = load_handoff(Path("PATH/TO/THIS/FOLDER"))
-```
-"""
+def _config(text: bytes, path: Path) -> HandoffConfig:
+    try:
+        fields = json.loads(text)
+        # A hand-off from before config.json had a digest has none; it is still checked field by field.
+        stated = fields.pop(_OWN_DIGEST, None) if isinstance(fields, dict) else None
+        if stated is not None and stated != _digest_of_fields(fields):
+            raise UserError(
+                f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
+                "if it was changed on purpose"
+            )
+        return HandoffConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+
+
+def _digest_of_fields(fields: dict[str, Any]) -> str:
+    """Of what ``config.json`` says, whichever way it is indented."""
+    return digest(json.dumps(fields, sort_keys=True).encode())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 # The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,6 +23,7 @@ from pretrain.assemble import assemble  # noqa: E402
 from pretrain.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
 from pretrain.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
+from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
 from pretrain.preflight import measure, meet  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
@@ -78,6 +79,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the run folders (default: runs)"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="profile these steps: trace, summary and on a GPU a memory snapshot in runs/NAME/profile/",
+    )
+    parser.add_argument(
+        "--profile-ranks", choices=get_args(Ranks), default="first", help="which ranks are profiled (default: first)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="let through all that DeepSpeed prints while it starts")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
     return parser.parse_args(arguments)
 
@@ -91,6 +101,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     try:
         rank = read_rank()
         device = choose_device(rank)
+        steps = parse_steps(options.profile) if options.profile else None
         recipe = load_recipe(options.recipe, options.assignments)
         folder = RunFolder(options.runs / recipe.name)
         config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
@@ -113,8 +124,26 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
         run = assemble(
-            recipe, resolved, folder, rank=rank, device=device, flag=flag, control=control, watchdog=watchdog
+            recipe,
+            resolved,
+            folder,
+            rank=rank,
+            device=device,
+            flag=flag,
+            control=control,
+            watchdog=watchdog,
+            verbose=options.verbose,
         )
+        if steps is not None:
+            profiler = StepProfiler(
+                steps,
+                step=run.progress.step,
+                total_steps=run.total_steps,
+                folder=folder.profile,
+                rank=rank.rank,
+                device=device,
+            )
+            run.profiler = profiler if rank.is_first or options.profile_ranks == "all" else None
         code = train(run)
         run.close()
     except (UserError, DataError, CheckpointDamagedError) as error:

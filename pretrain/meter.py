@@ -1,10 +1,13 @@
 """Measurements of an interval, summed on the device."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from pretrain.monitoring.step_timer import StepTimer
 from pretrain.spikes import LossLevel
 
 
@@ -16,6 +19,7 @@ class Meter:
         self.step_losses: list[float] = []
         """Loss of each step of the interval that ``means`` was asked for last, over its global batch."""
         self.level = LossLevel()
+        self.timer = StepTimer(device)
         self.reset()
 
     def reset(self) -> None:
@@ -24,7 +28,6 @@ class Meter:
         self._losses: list[torch.Tensor] = []
         self._finite = torch.zeros((), device=self._device)
         self.steps = 0
-        self.data_wait_s = 0.0
         self._began = time.monotonic()
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
@@ -57,6 +60,13 @@ class Meter:
         """Wall-clock time of the interval, without what was excluded."""
         return time.monotonic() - self._began
 
-    def exclude(self, seconds: float) -> None:
-        """Leave time that was not training, such as an evaluation, out of the interval."""
-        self._began += seconds
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave time that is not training, such as an evaluation, out of the interval."""
+        began = time.monotonic()
+        self.timer.enter(None)
+        try:
+            yield
+        finally:
+            self.timer.enter("other")
+            self._began += time.monotonic() - began

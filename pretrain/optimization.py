@@ -8,6 +8,11 @@ import torch
 from pretrain.recipe import ScheduleSection
 
 
+def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int) -> int:
+    """Optimizer steps of a run: whole global batches that fit into its epochs, at least one."""
+    return max(1, int(schedule.epochs * epoch_size) // global_batch)
+
+
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
     """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
 

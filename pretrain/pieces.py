@@ -62,6 +62,8 @@ class OptimizerPieces:
         self.kinds = ("parameter", *self._moments, *((AVERAGE,) if average else ()))
         """What a checkpoint holds of every piece."""
         names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        self.names = list(names.values())
+        """Names of all parameters that are trained, on whatever rank."""
         find: Callable[[dict[Any, str]], list[Piece]] = {
             0: self._whole_parameters,
             1: self._flat_partitions,

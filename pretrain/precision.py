@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+import torch
+
 from pretrain.deepspeed_keys import FLOATS
 from pretrain.outcome import UserError
 
@@ -100,3 +102,8 @@ def _check_accumulation(config: dict[str, Any], precision: Precision) -> None:
         raise UserError(
             f"data_types.grad_accum_dtype {given!r} does not go with {precision}: use fp32, or leave it out for {own}"
         )
+
+
+def input_dtype(precision: Precision) -> torch.dtype:
+    """What the network's weights are stored in, and the type in which it takes its pictures."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)

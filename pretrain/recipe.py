@@ -4,13 +4,14 @@ import difflib
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.mixing import MixingConfig
-from data_pipeline.transforms import InputConfig
+from data_pipeline.store import CacheConfig
+from data_pipeline.transforms import InputConfig, as_location
 from pretrain.outcome import UserError
 
 
@@ -31,6 +32,15 @@ class ModelSection(Section):
     """Recompute activations in the backward pass: in no stage, in all, or one choice for each of the four."""
     compile: bool = False
     """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3."""
+
+
+class InitializeSection(Section):
+    """The weights to begin with, when a run starts for the first time: those of another run's hand-off."""
+
+    handoff: str
+    """Folder of the hand-off, or the Hugging Face Hub's id of one."""
+    head_init_scale: float = Field(default=1.0, gt=0)
+    """Factor on the classifier's fresh weights: those of classes that the hand-off does not know by their id."""
 
 
 class LossSection(Section):
@@ -110,6 +120,39 @@ class EvaluationSection(Section):
     """Pictures per rank and step of evaluation."""
 
 
+class ProbesSection(Section):
+    """What the features of the last stage are worth by themselves, on a small labelled set with classes of its own."""
+
+    path: Annotated[Path | str, BeforeValidator(as_location)]
+    """The set's folder, as written by ``python -m data_pipeline.build``; or a URL. It is seen at the run's own image
+    size; what is known of it, its training split, must fit on every device as features."""
+    cache: CacheConfig | None = None
+    """Needed for a URL: where its files are kept on local disk."""
+    train_split: str = "train"
+    """The split whose labels the probes learn from."""
+    val_split: str = "val"
+    """The split that they are measured on."""
+    every_epochs: float = Field(gt=0)
+    """Distance between probes, in passes over the run's own training split; the end is always probed."""
+    knn_k: int = Field(default=20, ge=1)
+    """Neighbours that vote."""
+    knn_temperature: float = Field(default=0.07, gt=0)
+    """A neighbour of cosine similarity s has ``exp(s / temperature)`` votes."""
+    linear_iterations: int = Field(default=100, ge=1)
+    """Steps of L-BFGS on the linear classifier, over the whole set each."""
+    time_limit_minutes: float = Field(default=10.0, gt=0)
+    """Probes that take longer are abandoned, which is told, until they are due again."""
+
+
+class WatchSection(Section):
+    """What is shown of a run beside its metrics, and where."""
+
+    attention_pictures: int = Field(default=4, ge=0, le=8)
+    """After each evaluation the attention of so many pictures of the validation split is measured and drawn."""
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where measurements and pictures go beside metrics.jsonl and TensorBoard; the package must be installed."""
+
+
 class CheckpointSection(Section):
     """When the state is saved; a stop and the end are always saved."""
 
@@ -154,12 +197,18 @@ class Recipe(Section):
     mixing: MixingConfig = MixingConfig()
     """Mixup, CutMix and label smoothing of the batch."""
     model: ModelSection
+    initialize_from: InitializeSection | None = None
+    """For fine-tuning. The image size, the classes and the drop path may be others than the hand-off's; the rest of the
+    network may not."""
     loss: LossSection = LossSection()
     optimizer: OptimizerSection
     ema: EmaSection | None = None
     """Average of the weights; off when not given."""
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
+    probes: ProbesSection | None = None
+    """k-NN and a linear classifier on frozen features, during training; off when not given."""
+    watch: WatchSection = WatchSection()
     checkpoint: CheckpointSection = CheckpointSection()
     bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
@@ -175,12 +224,15 @@ class Recipe(Section):
 # carried out, not what is computed. Everything else would make the curve a lie.
 CHANGEABLE = (
     "evaluation",
+    "probes",
     "checkpoint",
     "bad_numbers",
     "watchdog",
+    "watch",
     "deterministic",
     "log_every_steps",
     "deepspeed",
+    "initialize_from.handoff",  # compared by content
     "loss.class_tree",
     "data.path",
     "data.cache",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,13 +16,18 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.deepspeed_config import BatchPlan
 from pretrain.distributed import limit_collectives
-from pretrain.evaluate import evaluate
+from pretrain.evaluation import Evaluation, evaluate
+from pretrain.events import EventName, write_event
 from pretrain.export import export_run
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.bad_samples import BadSampleCount
+from pretrain.monitoring.monitor import Monitor, describe
+from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import UserError
 from pretrain.pieces import OptimizerPieces
+from pretrain.probes import Probed, Probes, ProbesEndedError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
@@ -53,6 +58,7 @@ class Run:
     classification: Classification
     train_loader: TrainLoader
     eval_loader: EvalLoader
+    probes: Probes | None
     folder: RunFolder
     state: RunState
     metrics: MetricsWriter | None
@@ -63,6 +69,8 @@ class Run:
     """CPU group for small objects."""
     progress: Progress
     watchdog: Watchdog
+    monitor: Monitor
+    profiler: StepProfiler | None = None
     first_step: bool = True
     """Whether no step was taken yet by this incarnation: the first one may build and compile for minutes."""
     saved_at: int = -1
@@ -70,11 +78,14 @@ class Run:
     save_tried_at: int = -1
     """``samples_seen`` of the newest attempt, which may have failed."""
     failed_saves: int = 0
+    described: bool = False
+    """Whether the sinks were given recipe and environment by this incarnation."""
     meter: Meter = field(init=False)
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
         self.watchdog.on_hang = self.fail
+        self.bad_samples = BadSampleCount(self.folder.bad_samples)
 
     @property
     def done(self) -> bool:
@@ -88,9 +99,17 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Whether an evaluation boundary was passed, or the end reached, and not yet evaluated."""
-        interval = self.recipe.evaluation.every_epochs * self.epoch_size
-        seen, evaluated = self.progress.samples_seen, self.progress.evaluated_at
-        return seen // interval > evaluated // interval or (self.done and evaluated < seen)
+        return self._passed(self.recipe.evaluation.every_epochs, self.progress.evaluated_at)
+
+    def probes_due(self) -> bool:
+        """The same for the probes, where the recipe has any."""
+        section = self.recipe.probes
+        return section is not None and self._passed(section.every_epochs, self.progress.probed_at)
+
+    def _passed(self, every_epochs: float, last: int) -> bool:
+        """Whether a multiple of so many epochs, or the end, lies between the images seen at ``last`` and now."""
+        interval, seen = every_epochs * self.epoch_size, self.progress.samples_seen
+        return seen // interval > last // interval or (self.done and last < seen)
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
@@ -109,6 +128,8 @@ class Run:
             if complete and self.recipe.ema is not None:
                 with self.pieces.averaged_weights():
                     complete = self._evaluate("eval_average")
+            if complete:
+                self._show_attention(self._where())
         if complete:
             self.progress.evaluated_at = self.progress.samples_seen
             if self.progress.evaluation["top1"] > self.progress.best_top1:
@@ -118,31 +139,46 @@ class Run:
     def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
         self.engine.eval()
-
-        def stopped() -> bool:
-            self.watchdog.beat("evaluating", patient=self.first_step)
-            return self.stop.at_step_boundary()
-
         result = evaluate(
             lambda images: self.engine(images.to(self.dtype)),
             self.eval_loader,
             levels=self.classification.levels,
-            stop=stopped,
+            stop=lambda: self._stopped_while("evaluating"),
+            observe=self.monitor.keep,
         )
         self.engine.train()
         if result is None:
             return False
         self.progress.evaluation = asdict(result)
-        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
-        if self.metrics:
-            values: dict[str, float] = {
-                "step": self.progress.step,
-                "epoch": round(self.epoch, 4),
-                **asdict(result),
-                "seconds": round(time.monotonic() - began, 3),
-            }
-            self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
+        self._tell_result(kind, result, began)
         return True
+
+    def probe(self) -> None:
+        """Probe the features of the weights that are handed off, and write it down; a stop leaves it undone."""
+        assert self.probes is not None
+        began = time.monotonic()
+        average = self.pieces.averaged_weights() if self.recipe.ema is not None else nullcontext()
+        with self._beside_training():
+            try:
+                with average:
+                    result = self.probes.run(self.engine, self.dtype, stop=lambda: self._stopped_while("probing"))
+            except ProbesEndedError as ended:
+                if ended.why == "stopped":
+                    return
+                limit = self.probes.section.time_limit_minutes
+                self.console.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
+            else:
+                self._tell_result("probe", result, began)
+        self.progress.probed_at = self.progress.samples_seen
+
+    def _stopped_while(self, doing: str) -> bool:
+        self.watchdog.beat(doing, patient=self.first_step)
+        return self.stop.at_step_boundary()
+
+    def _tell_result(self, kind: str, result: Evaluation | Probed, began: float) -> None:
+        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
+        values = {**self._where(), **asdict(result), "seconds": round(time.monotonic() - began, 3)}
+        self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
 
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
@@ -162,8 +198,8 @@ class Run:
             self.watchdog.beat("copying a checkpoint", patient=True)
             self.save_tried_at = self.progress.samples_seen
             self.progress.loss_scale = self.bad_steps.loss_scale()
+            self._tell(lambda metrics: metrics.flush())  # before it: what a checkpoint has seen is never told again
             self.writer.start(self.progress)
-            self._tell(lambda metrics: metrics.flush())
         if wait or self.done or self.failed_saves:  # after a failure the answer is wanted at once
             self.settle_save()
 
@@ -182,6 +218,7 @@ class Run:
             self.saved_at, self.failed_saves = self.save_tried_at, 0
             return
         self.failed_saves += 1
+        self._note_event("checkpoint failed", problem)
         last = self.done and self.save_tried_at == self.progress.samples_seen
         if self.failed_saves > FAILED_SAVES_ALLOWED or last:
             raise UserError(
@@ -230,37 +267,69 @@ class Run:
             self.console.say(f"WARNING {warning}")
         progress.rollbacks += 1
         progress.skipped_in_a_row = 0
-        self.console.say(
-            f"WARNING {why}: back to the weights of step {loaded[0].step}, going on behind these images "
-            f"({progress.rollbacks} of {limits.rollbacks} times)"
-        )
+        what = f"{why}: back to the weights of step {loaded[0].step}, going on behind these images"
+        self._note_event("went back", what)
+        self.console.say(f"WARNING {what} ({progress.rollbacks} of {limits.rollbacks} times)")
 
-    def log_due(self) -> bool:
-        """Whether the metrics of an interval are written after this step."""
-        return self.progress.step % self.recipe.log_every_steps == 0 or self.done
+    def log_due(self, ahead: int = 0) -> bool:
+        """Whether the metrics of an interval are written after this step, or after the one so many steps ahead."""
+        step = self.progress.step + ahead
+        return step % self.recipe.log_every_steps == 0 or step >= self.total_steps
 
     def log(self, lr: float) -> None:
         """Write the interval's means as metrics and as a line; collective."""
         self.note_steps()
         values = self.meter.means()
         norm = self.engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
         values |= {"lr": lr, "skipped_steps": self.progress.skipped_steps} | (
-            {"grad_norm": float(norm)} if norm is not None else {}
+            {} if norm is None else {"grad_norm": norm}
         )
-        seconds = self.meter.seconds()
-        rate = self.meter.steps * self.batch.global_batch / seconds
+        rate = self.meter.steps * self.batch.global_batch / self.meter.seconds()
+        measured, pictures = self.monitor.measure(
+            self.meter.timer, steps=self.meter.steps, images_per_second=rate, grad_norm=norm
+        )
         self.console.log_metrics(self.progress.step, self.epoch, values)
-        if self.metrics:
-            line = {
-                "step": self.progress.step,
-                "epoch": round(self.epoch, 4),
-                **values,
-                "images_per_second": round(rate, 2),
-                "data_wait": round(self.meter.data_wait_s / seconds, 4),
-            }
-            self._tell(lambda metrics: metrics.write("train", self.progress.samples_seen, line))
-            self._tell(lambda _: self.write_state("running"))
+        where = self._where()
+        speed = {"images_per_second": round(rate, 2), "data_wait": round(measured.data_wait, 4)}
+        if measured.mfu is not None:
+            speed["mfu"] = round(measured.mfu, 4)
+
+        def write(metrics: MetricsWriter) -> None:
+            counts = {"bad_samples": self.bad_samples(), "restarts": self.state.restarts}
+            train = {**where, **values, **speed, "memory_gib": round(measured.memory_gib, 3), **counts}
+            metrics.write("train", self.progress.samples_seen, train)
+            metrics.write("norms", self.progress.samples_seen, where | measured.norms)
+            metrics.write("time", self.progress.samples_seen, where | measured.seconds)
+            self.monitor.show_batch(metrics, self.progress.samples_seen)
+            if not self.described:
+                describe(metrics, self.progress.samples_seen, self.folder.path)
+                self.described = True
+            if pictures:
+                self.monitor.requested()
+            self.write_state("running")
+
+        self._tell(write)
+        if pictures:
+            with self._beside_training():
+                self._show_attention(None)
         self.meter.reset()
+
+    def _where(self) -> dict[str, float]:
+        return {"step": self.progress.step, "epoch": round(self.epoch, 4)}
+
+    def _show_attention(self, where: dict[str, float] | None) -> None:
+        try:
+            self.monitor.look(self.metrics, self.progress.samples_seen, where)
+        except OSError as error:
+            self.console.say(f"WARNING attention could not be written: {error}")
+
+    def profile(self) -> None:
+        """Begin or end the profile that was asked for, where its first or last step is next or done."""
+        if self.profiler is not None:
+            told = self.profiler.between_steps(self.progress.step, self.meter.timer)
+            if told:
+                self.console.say(told)
 
     def finish(self) -> None:
         """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
@@ -290,11 +359,18 @@ class Run:
     def close(self) -> None:
         """Free loaders, flush metrics, give the terminal back."""
         self.watchdog.close()
+        if self.profiler is not None and (told := self.profiler.abandon()):
+            self.console.say(told)
         self.train_loader.close()
         self.eval_loader.close()
         self.console.close()
         if self.metrics:
             self.metrics.close()
+
+    def _note_event(self, name: EventName, text: str) -> None:
+        progress = self.progress
+        where = {"step": progress.step, "samples_seen": progress.samples_seen}
+        self._tell(lambda _: write_event(self.folder.events, name, text=text, **where))
 
     def _tell(self, write: Callable[[MetricsWriter], None]) -> None:
         """Write what only informs; when the disk refuses, say so and train on."""
@@ -308,8 +384,8 @@ class Run:
     def _beside_training(self) -> Iterator[None]:
         """Count what is done within it as time of the run, but keep it out of the rates of training."""
         began = time.monotonic()
-        yield
+        with self.meter.excluded():
+            yield
         took = time.monotonic() - began
         self.progress.train_seconds += took
-        self.meter.exclude(took)
         self.console.step_done(self.progress.step, waited_s=took)

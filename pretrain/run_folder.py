@@ -37,6 +37,10 @@ class RunFolder:
         self.hangs = path / "hangs"
         self.failure = path / "failure.txt"
         self.loss_spikes = path / "loss_spikes.jsonl"
+        self.events = path / "events.jsonl"
+        self.profile = path / "profile"
+        self.show = path / "show"
+        """A person makes this file to see training pictures and attention; the run removes it."""
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run."""
@@ -47,17 +51,30 @@ class RunFolder:
         return content
 
     def read_dataset(self) -> dict[str, Any]:
-        """Name, fingerprint, size and class names of the training split, as in ``environment.json``.
+        """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
 
         Raises:
             UserError: it is not there or damaged.
         """
+        content: dict[str, Any] = self._read_fact("dataset")
+        return content
+
+    def read_origin(self) -> dict[str, Any] | None:
+        """The hand-off that this run began with, as ``pretrain.initialize`` gave it; None: it began with fresh weights.
+
+        Raises:
+            UserError: ``environment.json`` is not there or damaged.
+        """
+        origin: dict[str, Any] | None = self._read_fact("initialized_from", None)
+        return origin
+
+    def _read_fact(self, name: str, *default: Any) -> Any:
         path = self.path / "environment.json"
         try:
-            content: dict[str, Any] = json.loads(path.read_text())["dataset"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            content = json.loads(path.read_text())
+            return content.get(name, *default) if default else content[name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error}): it belongs to every run, put it back") from None
-        return content
 
     def read_state(self) -> RunState | None:
         """``run.json``; None for a new run."""

@@ -1,9 +1,17 @@
 """Ranks agree on a stop at a step boundary. The flag itself is in ``pretrain.signals``, which needs no torch."""
 
+from typing import Protocol
+
 import torch
 import torch.distributed as dist
 
-from pretrain.signals import StopFlag
+
+class Flag(Protocol):
+    """What is agreed on once it is set on any rank: ``StopFlag``, or a deadline."""
+
+    reason: str
+
+    def __bool__(self) -> bool: ...
 
 
 class StopAgreement:
@@ -14,7 +22,7 @@ class StopAgreement:
     never synchronised.
     """
 
-    def __init__(self, flag: StopFlag, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, flag: Flag, group: dist.ProcessGroup | None) -> None:
         self.flag = flag
         self.agreed = False
         self._group = group

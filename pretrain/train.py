@@ -23,8 +23,11 @@ def train(run: Run) -> ExitCode:
     """
     progress, batches = run.progress, iter(run.train_loader)
     while True:
+        run.profile()
         if run.evaluation_due():
             run.evaluate()
+        if run.probes_due():
+            run.probe()
         if run.checkpoint_due():
             run.save()
         if run.done or run.stop.at_step_boundary():
@@ -41,7 +44,7 @@ def train(run: Run) -> ExitCode:
         if run.log_due():
             run.log(lr)
             tell_spikes(run)
-    if run.done and not run.evaluation_due():
+    if run.done and not run.evaluation_due() and not run.probes_due():
         run.finish()
         return ExitCode.FINISHED
     run.settle_save()
@@ -61,7 +64,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
     A step whose gradients are not finite changes nothing, on all ranks alike; ``run.bad_steps`` knows of it. The host
     waits for nothing here but the data.
     """
-    recipe, progress = run.recipe, run.progress
+    recipe, progress, enter = run.recipe, run.progress, run.meter.timer.enter
     lr = learning_rate(
         progress.samples_seen + run.batch.global_batch,
         peak=peak_learning_rate(recipe.optimizer, run.batch.global_batch)[0],
@@ -71,18 +74,22 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
     for group in run.engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     for _ in range(run.batch.accumulation):
-        waiting = time.monotonic()
+        enter("data")
         run.watchdog.beat("waiting for data", patient=run.first_step)
         batch = next(batches)
         run.watchdog.beat("computing, or waiting for the other ranks", patient=run.first_step)
-        run.meter.data_wait_s += time.monotonic() - waiting
+        run.monitor.see(batch)
+        enter("forward")
         loss, parts = micro_batch_loss(run, batch)
+        enter("backward")
         run.engine.backward(loss)
+        enter("optimizer")
         run.engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
         run.meter.add({"loss": loss, **parts})
     run.bad_steps.note_step()
     if recipe.ema is not None:
         run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
+    enter("other")
     run.meter.steps += 1
     return lr
 

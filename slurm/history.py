@@ -1,4 +1,7 @@
-"""``history.jsonl``: every incarnation of a run, from its first line to the reason of its end."""
+"""``history.jsonl``: every incarnation of a run, from its first line to the reason of its end.
+
+``pretrain.report`` reads the ``time``, ``cause`` and ``reason`` of its ends.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import json_lines
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.restart import Cause, Decision, Past
 from slurm.scheduler import Job
@@ -30,6 +34,8 @@ class Chapter:
     reason: str = ""
     action: str = ""
     node: str = ""
+    slow: list[str] = field(default_factory=list)
+    """Nodes that preflight found slow."""
     next_job: str = ""
     """The job that goes on in its place, where it could not be requeued."""
     notes: list[str] = field(default_factory=list)
@@ -49,7 +55,7 @@ def current_job(folder: SlurmFolder, chapters: list[Chapter], queue: dict[str, J
 
 
 class History:
-    """Reads and extends the file. Only the batch script of the running incarnation writes to it."""
+    """Reads and extends the file. The running batch script writes to it; while none runs, ``slurm.release``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,6 +73,7 @@ class History:
                 chapter.ended, chapter.end_step = line["time"], line["step"]
                 chapter.cause, chapter.reason = line["cause"], line["reason"]
                 chapter.action, chapter.node = line["action"], line["node"]
+                chapter.slow = line.get("slow", [])  # runs that began before this was written down go on too
             elif incarnation in found:
                 found[incarnation].notes.append(line["text"])
                 found[incarnation].next_job = line["next_job"] or found[incarnation].next_job
@@ -75,7 +82,7 @@ class History:
     def past(self, before: Incarnation) -> list[Past]:
         """Incarnations before this one, as ``slurm.restart`` takes them."""
         return [
-            Past(chapter.step, chapter.cause or "lost", chapter.node)
+            Past(chapter.step, chapter.cause or "lost", chapter.node, tuple(chapter.slow))
             for chapter in self.chapters()
             if chapter.incarnation != before
         ]
@@ -86,8 +93,8 @@ class History:
 
     def end(self, incarnation: Incarnation, decision: Decision, *, step: int) -> None:
         """An incarnation has ended."""
-        facts = {"cause": decision.cause, "reason": decision.reason, "action": decision.action, "node": decision.node}
-        self._write("end", incarnation, facts | {"step": step})
+        facts = {"cause": decision.cause, "reason": decision.reason, "action": decision.action}
+        self._write("end", incarnation, facts | {"node": decision.node, "slow": decision.slow, "step": step})
 
     def note(self, incarnation: Incarnation, text: str, *, next_job: str = "") -> None:
         """Something else was done about it."""
@@ -102,11 +109,6 @@ class History:
             os.fsync(handle.fileno())
 
     def _lines(self) -> list[dict[str, Any]]:
-        found = []
-        text = self.path.read_text() if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        if not self.path.exists():
+            return []
+        return [line for line in json_lines(self.path) if line is not None]

@@ -17,7 +17,8 @@ from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder, stamp
 from slurm.history import History
-from slurm.restart import Decision, Ending, decide, nodes_to_exclude
+from slurm.preflight import slow_nodes
+from slurm.restart import Decision, Ending, decide
 from slurm.scheduler import SlurmError
 
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -101,6 +102,7 @@ def end(folder: SlurmFolder, status: int, script: Path) -> int:
         stop_request=folder.stop_request(),
         begun_at=chapter.step if chapter else step,
         saved_at=step,
+        slow=slow_nodes(folder.log(incarnation, 0)),
     )
     decision = decide(ending, history.past(incarnation), launch.policy)
     history.end(incarnation, decision, step=step)
@@ -122,8 +124,8 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
     if decision.action in ("none", "cancel"):
         return
     exclude = [node for node in decision.exclude if _can_do_without(node, decision, folder)]
-    if decision.node in exclude:
-        history.note(incarnation, f"avoiding {', '.join(exclude)} from now on: it failed more than once")
+    if newly := {decision.node, *decision.slow} & {*exclude}:
+        history.note(incarnation, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
     if decision.action == "requeue":
         try:
             scheduler.requeue(job)
@@ -166,16 +168,14 @@ def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Incarnation
         return False
     step = folder.saved_step()
     ending = Ending("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=former.step,
-                    saved_at=step)  # fmt: skip
+                    saved_at=step, slow=slow_nodes(folder.log(former.incarnation, 0)))  # fmt: skip
     past = history.past(former.incarnation)
     decision = decide(ending, past, launch.policy)
     saved = f"saved at step {step}" if step else "nothing was saved"
     reason = f"killed with its node, or before it could say anything; {saved}"
     gave_up = decision.action == "none"
-    history.end(former.incarnation, Decision("none" if gave_up else "leave", "lost", reason), step=step)
-    exclude = nodes_to_exclude(past)
-    if exclude:
-        _say(f"avoiding {', '.join(exclude)}")
+    ended = Decision("none" if gave_up else "leave", "lost", reason, slow=ending.slow)
+    history.end(former.incarnation, ended, step=step)
     return gave_up
 
 

@@ -12,6 +12,7 @@ import yaml
 from pretrain.check import check_recipe_here
 from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.files import write_json
+from pretrain.optimization import count_steps
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
@@ -56,8 +57,8 @@ def make_plan(
     run = RunFolder(runs.resolve() / recipe.name)
     resolved = _resolve(recipe, config, nodes * gpus_per_node, on_gpus=on_cluster)
     usable = tuple(n for n in range(min_nodes, nodes + 1) if _fits(recipe, config, n * gpus_per_node, on_cluster))
-    outlook = check_recipe_here(recipe)
     run.check_recipe(recipe, resolved.config)
+    outlook = check_recipe_here(recipe, run)
     state = run.read_state()
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
@@ -66,7 +67,7 @@ def make_plan(
         _refuse_a_second_job(folder)
     needed, free = _disk(outlook.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
-    steps = max(1, int(recipe.schedule.epochs * outlook.train_samples) // batch.global_batch)
+    steps = count_steps(recipe.schedule, epoch_size=outlook.train_samples, global_batch=batch.global_batch)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.name}, {outlook.parameters:,} parameters, {outlook.classes} classes",
@@ -91,10 +92,12 @@ def freeze(plan: Plan) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Tasks may start elsewhere than the launch does."""
     content = recipe.model_dump()
-    for section, key in (("data", "path"), ("loss", "class_tree")):
-        path = content[section][key]
+    for section, key in (("data", "path"), ("loss", "class_tree"), ("probes", "path")):
+        path = (content[section] or {}).get(key)
         if path is not None and "://" not in str(path):
             content[section][key] = str(Path(path).absolute())
+    if recipe.initialize_from is not None and Path(recipe.initialize_from.handoff).exists():  # else the Hub's id of one
+        content["initialize_from"]["handoff"] = str(Path(recipe.initialize_from.handoff).absolute())
     return Recipe.model_validate(content)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain.outcome import ExitCode
+from slurm.preflight import missing_node
 
 Fate = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled"]
 """What Slurm says of the job whose ranks have just ended; "requeued": it will start it again by itself."""
@@ -27,11 +28,12 @@ Action = Literal["none", "cancel", "leave", "requeue"]
 COUNTED: tuple[Cause, ...] = ("time limit", "node lost", "crashed", "hang", "lost")
 """Endings that may mean that the run cannot go on. Being preempted says nothing about the run."""
 FAILURES_TO_EXCLUDE = 2
-"""A node that was at fault so often is not used any more by this run."""
+"""A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
 _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-_COMMUNICATION = re.compile(
+_NOT_ITS_NODE = re.compile(
     r"connection (closed|reset|refused|timed)|closed by peer|broken pipe|NCCL|gloo|ECONN|DistBackendError|"
-    r"DistNetworkError|DistStoreError|did not arrive| hangs: ",
+    r"DistNetworkError|DistStoreError|did not arrive| hangs: |"
+    r"another process is training",
     re.IGNORECASE,
 )
 
@@ -66,8 +68,8 @@ class RankExit:
 
     @property
     def at_fault(self) -> bool:
-        """Whether it failed by itself, rather than because it lost the others."""
-        return self.code < 0 or not _COMMUNICATION.search(self.error)
+        """Whether it failed by itself, rather than because it lost the others or a former start is not dead yet."""
+        return self.code < 0 or not _NOT_ITS_NODE.search(self.error)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Past:
     cause: Cause
     node: str = ""
     """The node at fault, where one was."""
+    slow: tuple[str, ...] = ()
+    """Nodes that preflight found slow."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class Ending:
     """Step of the newest checkpoint when it began."""
     saved_at: int
     """The same at its end."""
+    slow: tuple[str, ...] = ()
+    """Nodes that preflight found slow."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Decision:
     """All nodes that this run avoids from now on."""
     node: str = ""
     """The node at fault this time."""
+    slow: tuple[str, ...] = ()
+    """Nodes that preflight found slow this time."""
 
 
 def decide(ending: Ending, past: list[Past], policy: Policy) -> Decision:
@@ -131,7 +139,7 @@ def decide(ending: Ending, past: list[Past], policy: Policy) -> Decision:
     if ending.fate == "cancelled":
         return _end(ending, "cancelled", "cancelled with scancel")
     cause, reason, node = _why(ending)
-    now = Past(ending.begun_at, cause, node)
+    now = Past(ending.begun_at, cause, node, ending.slow)
     tries = restarts_without_progress([*past, now], ending.saved_at)
     if tries > policy.max_restarts:
         return _end(ending, cause, f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint", node)
@@ -142,6 +150,7 @@ def decide(ending: Ending, past: list[Past], policy: Policy) -> Decision:
         wait_s=policy.retry_wait_s * 4 ** (tries - 2) if tries >= 2 else 0.0,
         exclude=nodes_to_exclude([*past, now]),
         node=node,
+        slow=ending.slow,
     )
 
 
@@ -156,13 +165,13 @@ def restarts_without_progress(past: list[Past], saved_at: int) -> int:
 
 
 def nodes_to_exclude(past: list[Past]) -> tuple[str, ...]:
-    """Nodes that were at fault more than once."""
-    failed = [one.node for one in past if one.node]
+    """Nodes that were at fault, did not arrive or were slow in more than one incarnation."""
+    failed = [node for one in past for node in {one.node, *one.slow} if node]
     return tuple(sorted({node for node in failed if failed.count(node) >= FAILURES_TO_EXCLUDE}))
 
 
 def _end(ending: Ending, cause: Cause, reason: str, node: str = "") -> Decision:
-    return Decision("cancel" if ending.fate == "requeued" else "none", cause, reason, node=node)
+    return Decision("cancel" if ending.fate == "requeued" else "none", cause, reason, node=node, slow=ending.slow)
 
 
 def _why(ending: Ending) -> tuple[Cause, str, str]:
@@ -183,7 +192,7 @@ def _why(ending: Ending) -> tuple[Cause, str, str]:
         first = culprit or failed[0]
         if " hangs: " in first.error:
             return "hang", _told(first), ""
-        return "crashed", _told(first), first.node if culprit else ""
+        return "crashed", _told(first), first.node if culprit else missing_node(e.error for e in failed)
     if ending.fate == "time limit":
         late = f" ({stopped[0].error})" if stopped and "had not saved" in stopped[0].error else ""
         return "time limit", f"time limit{late}; {saved}", ""

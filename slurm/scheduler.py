@@ -10,6 +10,7 @@ from slurm.restart import Fate
 
 _OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
          "DEADLINE", "REVOKED")  # fmt: skip
+_HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
 
@@ -31,6 +32,16 @@ class Job:
     def over(self) -> bool:
         """Whether it has ended for good."""
         return self.state in _OVER
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for someone to release it, and for nothing else."""
+        return self.state == "PENDING" and _HELD.search(self.reason) is not None
+
+    @property
+    def launch_failed(self) -> bool:
+        """Whether Slurm holds it because it could not start it. Its owner may release it, as what he held himself."""
+        return self.held and self.reason.lower().startswith("launch")
 
 
 def run(*words: str, retry_s: float = 0.0) -> str:
@@ -136,6 +147,15 @@ def submit(script: Path, *, after: str, wait_s: float, exclude: list[str]) -> st
     if exclude:
         words.append(f"--exclude={','.join(exclude)}")
     return run(*words, str(script), retry_s=PATIENCE_S).split(";")[0]
+
+
+def release(job: str) -> None:
+    """Let a held job go on.
+
+    Raises:
+        SlurmError: it is not allowed, as where an administrator holds it.
+    """
+    run("scontrol", "release", job, retry_s=PATIENCE_S)
 
 
 def cancel(job: str, signal: str = "") -> None:

@@ -22,7 +22,7 @@ class Standing:
 
     name: str
     state: str
-    """waiting, starting, running, stopping, restarting, finished, stopped, cancelled, failed or lost."""
+    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed or lost."""
     why: str = ""
     """What it waits for, or why it ended or was started again last."""
     step: int = 0
@@ -88,6 +88,8 @@ def _state(
         return _without_job(folder, state, last, queue)
     if folder.stop_request():
         return "stopping", folder.stop_request()
+    if job.held:
+        return "held", _who_releases(folder, job) + (f"; before: {reason}" if reason else "")
     if job.state == "PENDING":
         return "waiting", f"Slurm: {job.reason}" + (f"; before: {reason}" if reason else "")
     before = next((chapter.reason for chapter in reversed(chapters[:-1]) if chapter.reason), "")
@@ -102,6 +104,15 @@ def _state(
     if state.state != "running":
         return "stopping", state.reason
     return "running", before
+
+
+def _who_releases(folder: SlurmFolder, job: Job) -> str:
+    """Why a job is held, and how it goes on."""
+    if job.launch_failed:
+        return f"Slurm could not launch it and holds it: `python -m slurm.release {folder.run}` lets it go on"
+    if job.reason == "JobHeldAdmin":
+        return f"an administrator holds it, who alone can let it go on: `scontrol release {job.id}`"
+    return f"Slurm: {job.reason}; `scontrol release {job.id}` lets it go on"
 
 
 def _without_job(

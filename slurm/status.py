@@ -16,12 +16,13 @@ from slurm.folder import stamp
 from slurm.scheduler import Job, SlurmError
 from slurm.standing import Standing, find_runs, standing_of
 
-COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "lost": "bold red"}
+COLOURS = {"running": "green", "finished": "bold green"} | dict.fromkeys(("held", "failed", "lost"), "bold red")
 DESCRIPTION = """\
 Tell how runs are, from their folders and from Slurm's queue.
 
-states: waiting (for nodes), starting, running, stopping, restarting, finished, stopped (slurm.stop), cancelled
-(scancel), failed (will not be started again; the reason says what to change), lost (nothing runs and nothing waits)
+states: waiting (for nodes), held (until someone releases it), starting, running, stopping, restarting, finished,
+stopped (slurm.stop), cancelled (scancel), failed (will not be started again; the reason says what to change), lost
+(nothing runs and nothing waits)
 """
 
 

@@ -54,6 +54,20 @@ def test_evaluation_on_1024_ranks_covers_every_sample_once_in_equally_many_batch
     assert lengths == {(batches, batches)}
 
 
+def test_evaluation_puts_a_sample_in_the_same_row_of_the_same_batch_on_any_number_of_ranks():
+    def batches(world):
+        loader = EvalLoader.__new__(EvalLoader)
+        loader._dataset = range(1000)
+        found = {}
+        for rank in range(world):
+            loader._set_share(32, rank, world)
+            for rows in loader._plan():
+                found |= {int(i): rows.sample_ids.tolist() for i in rows.sample_ids[rows.valid]}
+        return found
+
+    assert batches(1) == batches(2) == batches(3) == batches(40)
+
+
 @pytest.mark.parametrize("lanes", [1, 128])
 def test_planning_costs_less_than_a_hundredth_of_a_step_of_50_ms(lanes):
     assert planned(lanes) < STEP / 100

@@ -15,6 +15,15 @@ from pretrain.handoff import write_handoff
 SIDE, BATCH, STEPS = 32, 32, 150
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tests' processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sklearn.datasets import load_digits

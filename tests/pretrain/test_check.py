@@ -7,7 +7,10 @@ import pytest
 from pretrain.check import check_recipe_here
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
+from pretrain.run_folder import RunFolder
 from tests.system.launching import RECIPE
+
+NEW = RunFolder(Path("runs/there-is-none"))
 
 
 def demo(digits: Path, *assignments: str) -> Recipe:
@@ -15,11 +18,11 @@ def demo(digits: Path, *assignments: str) -> Recipe:
 
 
 def test_it_counts_what_the_run_will_have(digits: Path) -> None:
-    outlook = check_recipe_here(demo(digits))
+    outlook = check_recipe_here(demo(digits), NEW)
     assert (outlook.train_samples, outlook.val_samples, outlook.classes) == (1437, 360, 10)
     assert outlook.parameters == 910_552
     assert outlook.checkpoint_bytes == 3 * 4 * outlook.parameters
-    assert check_recipe_here(demo(digits, "ema.decay=0.9")).checkpoint_bytes == 4 * 4 * outlook.parameters
+    assert check_recipe_here(demo(digits, "ema.decay=0.9"), NEW).checkpoint_bytes == 4 * 4 * outlook.parameters
 
 
 @pytest.mark.parametrize(
@@ -33,5 +36,5 @@ def test_it_counts_what_the_run_will_have(digits: Path) -> None:
 )
 def test_what_is_wrong_is_told_in_one_line(assignment: str, told: str, digits: Path) -> None:
     with pytest.raises(UserError, match=told) as error:
-        check_recipe_here(demo(digits, assignment))
+        check_recipe_here(demo(digits, assignment), NEW)
     assert "\n" not in str(error.value)

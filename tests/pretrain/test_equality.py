@@ -24,6 +24,7 @@ from pretrain.deepspeed_config import resolve_deepspeed_config
 from pretrain.engine import build_engine, build_model
 from pretrain.losses import Classification
 from pretrain.meter import Meter
+from pretrain.monitoring.monitor import Monitor
 from pretrain.optimization import drop_path_uniforms, learning_rate
 from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe, validate_recipe
@@ -111,9 +112,15 @@ def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
     )
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, CPU)
     dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
+    bad_steps = BadSteps(engine)
+    monitor = Monitor(
+        engine, pieces, due=lambda: True, device=CPU, precision=resolved.precision, dtype=dtype, attention_pictures=2,
+        data=recipe.data, class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
+    )  # fmt: skip
     return SimpleNamespace(
         recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=dtype, engine=engine,
-        pieces=OptimizerPieces(engine, average=recipe.ema is not None), bad_steps=BadSteps(engine), meter=Meter(CPU),
+        pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(CPU),
         classification=Classification(recipe.loss, recipe.mixing, (), CPU),
         first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
         watchdog=SimpleNamespace(beat=lambda *_, **__: None),

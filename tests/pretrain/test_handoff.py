@@ -1,82 +1,290 @@
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff import CONFIG, WEIGHTS, is_handoff, load_handoff, model_card, write_handoff
+from pretrain.handoff import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
+from pretrain.model_card import model_card
 from pretrain.outcome import UserError
-from tests.pretrain.damage import cut, flip_byte
+from tests.pretrain.damage import cut
+from tests.pretrain.hub_server import serving
 
+ROOT = Path(__file__).parents[2]
 INPUT = {"path": "data/x", "image_size": 32, "interpolation": "bilinear"}
 
 
+def model_of(seed: int, classes: int = 4, **overrides: Any) -> Any:
+    torch.manual_seed(seed)
+    small = {"depths": [1, 1, 2, 1], "widths": [16, 32, 32, 32], "heads": [1, 2, 2, 2]}
+    return create_model("lavit_micro", num_classes=classes, image_size=32, **(small | overrides)).eval()
+
+
+def hand_off(folder: Path, model: Any) -> Path:
+    classes = model.config.num_classes
+    content = {
+        "architecture": model.config.to_dict(), "num_classes": classes, "class_names": list("abcdefgh")[:classes],
+        "class_ids": [f"n{number}" for number in range(classes)], "input": INPUT, "weights": "raw",
+        "dataset": {"name": "x: y", "fingerprint": "f", "samples": 100},
+        "recipe": {"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
+        "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.25}, "samples_seen": 1000,
+    }  # fmt: skip
+    write_handoff(folder, model.state_dict(), content, model_card(content, samples=40, evaluated_at=900))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return create_model("lavit_micro", num_classes=4, image_size=32).eval()
+def model() -> Any:
+    return model_of(0)
 
 
 @pytest.fixture(scope="module")
 def written(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("handoff") / "h"
-    content = {
-        "architecture": model.config.to_dict(), "num_classes": 4, "class_names": list("abcd"), "input": INPUT,
-        "weights": "raw", "dataset": {"name": "x", "fingerprint": "f", "samples": 100},
-        "recipe": {"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
-        "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.0}, "samples_seen": 1000,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, model_card(content, 40))
-    return folder
+    return hand_off(tmp_path_factory.mktemp("handoff") / "h", model)
+
+
+@pytest.fixture
+def copied(written: Path, tmp_path: Path) -> Path:
+    shutil.copytree(written, tmp_path / "h")
+    return tmp_path / "h"
+
+
+def refused(folder: Path) -> str:
+    """The line with which a hand-off is refused."""
+    with pytest.raises(UserError) as caught:
+        load_handoff(folder)
+    line = str(caught.value)
+    assert str(folder) in line
+    assert "\n" not in line
+    return line
+
+
+def change(folder: Path, alter: Callable[[dict[str, Any]], Any], *, digest: bool) -> None:
+    """Alter config.json, which keeps a digest that no longer fits, or has none, as before there was one."""
+    config = json.loads((folder / CONFIG).read_text())
+    alter(config)
+    if not digest:
+        del config["config_blake2"]
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, model: Any) -> None:
-    loaded, config = load_handoff(written)
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(x), model(x))
+    for source in (written, str(written)):
+        loaded, config = load_handoff(source)
+        assert torch.equal(loaded(x), model(x))
     assert config.class_names == list("abcd")
+    assert config.class_ids == ["n0", "n1", "n2", "n3"]
     assert is_handoff(written)
 
 
-def test_the_card_says_what_was_measured(written: Path) -> None:
-    card = (written / "README.md").read_text()
-    assert "50.00 %" in card
-    assert "40 pictures" in card
-    assert "10.0 epochs" in card
+def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None:
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
+def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shown = next(block for block in blocks if "load_handoff" in block)
+    assert "runs/demo/handoff" in shown
+    names: dict[str, Any] = {"images": torch.randn(2, 3, 32, 32)}
+    exec(shown.replace("runs/demo/handoff", str(written)), names)
+    assert torch.equal(names["model"](names["images"]), model(names["images"]))
+
+
+def test_a_handoff_from_before_class_ids_and_its_own_digest_still_loads(copied: Path) -> None:
+    change(copied, lambda config: config.pop("class_ids"), digest=False)
+    assert load_handoff(copied)[1].class_ids is None
+
+
+def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path) -> None:
+    text = (written / CARD).read_text()
+    assert "50.00 %" in text
+    assert "40 pictures" in text
+    assert "10.0 epochs" in text
+    assert "after 900 pictures" in text
+    card = ModelCard(text).data
+    assert (card.library_name, card.license, card.datasets) == ("lavit-pretrain", "unknown", ["x: y"])
+    assert {"lavit", "image-classification"} <= set(card.tags)
+    assert [(r.metric_name, r.metric_value, r.dataset_split) for r in card.eval_results] == [
+        ("top-1 accuracy, percent", 50.0, "val"), ("top-5 accuracy, percent", 100.0, "val"),
+        ("cross-entropy, nats", 1.25, "val"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-@pytest.mark.parametrize("damage", [cut, Path.unlink])
-def test_a_damaged_handoff_is_refused_in_one_line(written: Path, tmp_path: Path, file: str, damage: Any) -> None:
-    copy = tmp_path / "h"
-    shutil.copytree(written, copy)
-    damage(copy / file)
-    with pytest.raises(UserError, match=str(copy)) as caught:
-        load_handoff(copy)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"")], ids=["cut", "gone", "empty"])
+def test_a_damaged_handoff_is_refused_in_one_line(copied: Path, file: str, damage: Any) -> None:
+    damage(copied / file)
+    assert file in refused(copied)
 
 
-def test_weights_that_were_tampered_with_are_refused(written: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "h"
-    shutil.copytree(written, copy)
-    flip_byte(copy / WEIGHTS)
-    with pytest.raises(UserError, match="other content than when it was handed off"):
-        load_handoff(copy)
+def test_a_single_bit_changed_anywhere_in_the_weights_is_refused(copied: Path) -> None:
+    good = (copied / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for place in (0, 7, 8, header // 2, header - 1, header, header + 1, len(good) // 2, len(good) - 1):
+        bad = bytearray(good)
+        bad[place] ^= 0x10
+        (copied / WEIGHTS).write_bytes(bad)
+        assert "other content than when it was handed off" in refused(copied), f"byte {place}"
 
 
-def test_a_config_of_another_architecture_is_refused(written: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "h"
-    shutil.copytree(written, copy)
-    config = json.loads((copy / CONFIG).read_text())
-    config["architecture"]["num_classes"] = 5
-    (copy / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(UserError, match="do not fit"):
-        load_handoff(copy)
+def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_same(written: Path, copied: Path) -> None:
+    good, config = (written / CONFIG).read_bytes(), read_handoff(written)[0]
+    outcomes = []
+    for place in range(0, len(good), 7):
+        bad = bytearray(good)
+        bad[place] ^= 0x04
+        (copied / CONFIG).write_bytes(bad)
+        try:
+            found = read_handoff(copied)[0]
+        except UserError as error:
+            outcomes.append(str(error))
+        else:
+            assert found == config, f"byte {place}"
+    assert not [line for line in outcomes if "\n" in line]
+    assert len(outcomes) > len(good) / 7 / 2
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (lambda c: c["architecture"].update(num_classes=5), r"num_classes is 5, but num_classes is 4"),
+        (lambda c: c.update(class_names=list("abc")), r"class_names has 3 entries for 4 classes"),
+        (lambda c: c.update(class_ids=list("abcde")), r"class_ids has 5 entries for 4 classes"),
+        (lambda c: c.update(class_ids=list("abca")), r"class_ids names a class twice"),
+        (lambda c: c.update(class_levels=[0]), r"class_levels has 1 entries for 4 classes"),
+        (lambda c: c["input"].update(image_size=64), r"input.image_size is \[64, 64\]"),
+        (lambda c: c["input"].update(mean=[0.5]), r"input.mean"),
+        (lambda c: c["architecture"].update(depths=[1, 1, 1, 1]), r"do not fit: Error.* Unexpected key"),
+        (lambda c: c["architecture"].update(depths="deep"), r"do not fit: depths"),
+        (lambda c: c["architecture"].update(magic=1), r"do not fit: LaViTConfig has no field magic"),
+        (lambda c: c.pop("weights"), r"weights: Field required"),
+        (lambda c: c.update(stranger=1), r"stranger: Extra inputs"),
+    ],
+)
+def test_a_config_that_was_altered_is_refused_by_its_digest_and_without_one_by_what_does_not_fit(
+    copied: Path, written: Path, alter: Any, said: str
+) -> None:
+    change(copied, alter, digest=True)
+    assert "has other content than when it was handed off" in refused(copied)
+    shutil.copy(written / CONFIG, copied / CONFIG)
+    change(copied, alter, digest=False)
+    assert re.search(said, refused(copied))
+
+
+@pytest.mark.parametrize(
+    "other", [lambda: model_of(1), lambda: model_of(0, classes=5), lambda: model_of(0, depths=[1, 1, 1, 1])],
+    ids=["other weights", "another number of classes", "another architecture"],
+)  # fmt: skip
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_file_of_another_handoff_is_refused(copied: Path, tmp_path: Path, other: Any, file: str) -> None:
+    shutil.copy(hand_off(tmp_path / "other", other()) / file, copied / file)
+    assert f"other content than when it was handed off with this {CONFIG}" in refused(copied)
+
+
+def test_a_config_that_is_no_object_is_refused(copied: Path) -> None:
+    (copied / CONFIG).write_text("[]")
+    assert CONFIG in refused(copied)
 
 
 def test_what_is_no_handoff_names_the_command_that_writes_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python -m pretrain\.export"):
-        load_handoff(tmp_path)
+    assert "python -m pretrain.export" in refused(tmp_path)
+    with pytest.raises(UserError, match=r"not a finished hand-off"):
+        load_handoff(str(tmp_path / "x/y"))
+
+
+def test_a_handoff_that_the_disk_does_not_take_is_told_in_one_line(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written to .*python -m pretrain\.export"):
+        hand_off(tmp_path / "file", model)
+
+
+def test_without_huggingface_hub_a_name_of_the_hub_is_refused_with_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"lab/lavit is no folder here.* pip install .*huggingface_hub"):
+        load_handoff("lab/lavit")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(written, "lab/lavit")
+    load_handoff("lab/lavit")  # a folder that exists wins
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+PROGRAM = """
+import json, sys
+from pretrain.handoff import load_handoff
+from pretrain.outcome import UserError
+for source in sys.argv[1:]:
+    try:
+        print(json.dumps([source, load_handoff(source)[1].weights_blake2]))
+    except UserError as error:
+        print(json.dumps([source, "error: " + str(error)]))
+"""
+
+
+def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str], str]:
+    """Load hand-offs in a process of its own: digests of their weights or errors, and what was said on stderr."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *sources], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [source for source, _ in lines] == list(sources)
+    return [answer for _, answer in lines], ended.stderr
+
+
+@pytest.mark.slow
+def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_it_is_gone(
+    written: Path, tmp_path: Path
+) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    old, new = files(written), files(hand_off(tmp_path / "new", model_of(1)))
+    assert set(old) == {CONFIG, WEIGHTS, CARD}
+    digests = [json.loads(content[CONFIG])["weights_blake2"] for content in (old, new)]
+    repositories = {
+        "lab/lavit": {FIRST: old, SECOND: new},
+        "lab/mixed": {FIRST: new | {CONFIG: old[CONFIG]}},
+        "lab/empty": {FIRST: {CARD: old[CARD]}},
+    }
+    with serving(repositories) as hub:
+        answers, said = load_elsewhere(
+            hub.url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none", "lab/mixed",
+            "lab/empty",
+        )  # fmt: skip
+        assert answers[:2] == [digests[1], digests[0]]
+        for answer, expected in zip(
+            answers[2:],
+            ("RevisionNotFoundError", "RepositoryNotFoundError", "other content than when", "config.json is missing"),
+            strict=True,
+        ):
+            assert answer.startswith("error: "), answer
+            assert expected in answer
+        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in said
+        assert not [request for request in hub.requests if CARD in request], "the card is not needed to load it"
+        gone = hub.url
+    answers, said = load_elsewhere(gone, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
+    assert answers[:2] == [digests[1], digests[0]]
+    assert f"lab/lavit: commit {SECOND}" in said
+    assert "error: lab/other is no folder here, and it cannot be had" in answers[2]
+
+
+def test_the_front_matter_is_plain_yaml(written: Path) -> None:
+    text = (written / CARD).read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "r"

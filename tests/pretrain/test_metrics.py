@@ -1,10 +1,17 @@
 import json
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.metrics import MetricsWriter, read_metrics
+from pretrain.monitoring.sinks import check_trackers
+from pretrain.outcome import UserError
 
 
 def write(folder: Path, first: int, last: int, *, resumed_at: int) -> None:
@@ -33,12 +40,19 @@ def test_a_resumed_run_leaves_no_double_points(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_will_be_done_again_does_not_stand_twice(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
-    for kind, samples in (("eval", 4), ("train", 8), ("eval", 8)):  # stopped before the second evaluation was complete
+    for kind, samples in (
+        ("probe", 2),
+        ("eval", 4),
+        ("probe", 4),
+        ("train", 8),
+        ("eval", 8),
+    ):  # stopped in the last of each
         writer.write(kind, samples, {"loss": 1.0})
     writer.close()
-    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8, evaluated_at=4).close()
+    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8,
+                  done={"eval": 4, "probe": 2}).close()  # fmt: skip
     rows = [(row["kind"], row["samples_seen"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
-    assert rows == [("eval", 4), ("train", 8)]
+    assert rows == [("probe", 2), ("eval", 4), ("train", 8)]
 
 
 def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -> None:
@@ -49,3 +63,110 @@ def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -
     write(tmp_path, 4, 4, resumed_at=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["samples_seen"] for line in lines] == [1, 2, 3, 4]
+
+
+def board_points(folder: Path) -> dict[str, list[int]]:
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_a_killed_writer_leaves_no_double_points_in_tensorboard_though_its_file_ends_within_a_record(
+    tmp_path: Path,
+) -> None:
+    for start in (0, 5, 3):  # the third start goes back further than the second, past a checkpoint that was damaged
+        write(tmp_path, start + 1, start + 6, resumed_at=start)
+        newest = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
+        newest.write_bytes(newest.read_bytes()[:-7])
+        time.sleep(1.1)  # event files are ordered by the second in which they were begun
+    write(tmp_path, 5, 8, resumed_at=4)
+    assert board_points(tmp_path) == {"train/step": [*range(1, 9)], "train/loss": [*range(1, 9)]}
+    assert [row["samples_seen"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 9)]
+
+
+def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once_in_tensorboard(tmp_path: Path) -> None:
+    def start(done: int) -> MetricsWriter:
+        return MetricsWriter(
+            tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8, done={"eval": done, "attention": done}
+        )
+
+    first = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
+    for kind, samples in (("train", 4), ("eval", 4), ("train", 8), ("eval", 8)):
+        first.write(kind, samples, {"loss": 1.0})
+    first.close()  # evaluated at 8 by a start that died before a checkpoint knew of it
+    second = start(done=4)
+    second.write("eval", 8, {"loss": 2.0})
+    second.close()
+    assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8]}
+    start(done=8).close()  # and once more, where nothing is measured again
+    assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8]}
+
+
+class Notebook:
+    """A sink that writes to a file, as a service would keep it: nothing in it can be taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _note(self, *line: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
+        self._note(kind, samples_seen, dict(values))
+
+    def picture(self, name: str, samples_seen: int, pixels: Any) -> None:
+        self._note(name, samples_seen, pixels.shape)
+
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        self._note(name, samples_seen, markdown)
+
+    def flush(self) -> None:
+        if self._path.name == "broken":
+            raise RuntimeError("no connection")
+
+    def close(self) -> None:
+        self._note("closed")
+
+    def lines(self) -> list[list[Any]]:
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+
+def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_path: Path) -> None:
+    book = Notebook(tmp_path / "book")
+    for start, end in ((0, 8), (5, 6), (4, 9)):  # killed after 8, after 6, then finished
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=start,
+                               trackers={"book": book})  # fmt: skip
+        for samples in range(start + 1, end + 1):
+            writer.write("train", samples, {"loss": 1.0})
+        writer.picture("grid", end, np.zeros((2, 3, 3), np.uint8))
+        writer.text("run/recipe", end, "name: x")
+        writer.close()
+    assert [line[1] for line in book.lines() if line[0] == "train"] == [*range(1, 10)]
+    assert [line[1:] for line in book.lines() if line[0] == "grid"] == [[8, [2, 3, 3]], [9, [2, 3, 3]]]
+
+
+def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    books = {name: Notebook(tmp_path / name) for name in ("broken", "whole")}
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0, trackers=books,
+                           say=said.append)  # fmt: skip
+    for samples in (1, 2):
+        writer.write("train", samples, {"loss": 1.0})
+        writer.flush()
+    writer.close()
+    assert [line[1] for line in books["broken"].lines() if line[0] == "train"] == [1]
+    assert [line[1] for line in books["whole"].lines() if line[0] == "train"] == [1, 2]
+    assert len(said) == 1
+    assert "WARNING broken takes no more measurements" in said[0]
+    assert "no connection" in said[0]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
+    missing = [name for name in ("wandb", "trackio") if find_spec(name) is None]
+    for name in ("wandb", "trackio"):
+        if name in missing:
+            with pytest.raises(UserError, match=f"pip install {name}"):
+                check_trackers([name])
+        else:
+            check_trackers([name])
+    check_trackers([])

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from slurm.folder import Incarnation
+from slurm.incarnation import FIRST_PORT, PORTS, rendezvous_port
+
 PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -48,11 +51,12 @@ ReturnToService=2
 JobRequeue=1
 MessageTimeout=4
 SlurmdTimeout=5
-KillWait=5
+KillWait=15
 MinJobAge=3600
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 FirstJobId={first_job}
+Prolog={folder}/prolog
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
@@ -76,15 +80,17 @@ class Cluster:
         network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
         ports, host = free_ports(nodes + 1), socket.gethostname()
+        self._launches_fail = folder / "launches-fail"
         lines = [
             f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 Gres=gpu:{len(GPUS)}"
             for name, port in zip(self.names, ports, strict=False)
         ]
         (folder / "state").mkdir(parents=True)
-        self._config = CONFIG.format(
-            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=random.SystemRandom().randint(1000, 60000)
-        )
+        self._config = CONFIG.format(port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=first_job())
         (folder / "slurm.conf").write_text(self._config)
+        prolog = folder / "prolog"
+        prolog.write_text(f"#!/bin/sh\n[ ! -e {self._launches_fail} ]\n")
+        prolog.chmod(0o755)
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._keeper = subprocess.Popen(
@@ -139,6 +145,13 @@ class Cluster:
         self.ask("scontrol", "reconfigure")
         self.ask("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
 
+    @contextlib.contextmanager
+    def failing_launches(self) -> Iterator[None]:
+        """While in it, no job can be started: Slurm takes the first node for broken and holds the job."""
+        self._launches_fail.touch()
+        yield
+        self._launches_fail.unlink()
+
     def preempt(self) -> None:
         """Take all nodes for two seconds, for a job that matters more."""
         self.ask("sbatch", "-p", "urgent", "-N", str(len(self.names)), "--exclusive", "-o", "/dev/null",
@@ -184,12 +197,25 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Ports that nobody listens on, all different; above those of rendezvous and below those handed out to clients."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(FIRST_PORT + PORTS, 32_768), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("there are no free ports")
+
+
+def first_job() -> int:
+    """A random id. Clusters of tests that run side by side get rendezvous ports of their own, which come of the ids."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = PORTS // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    begins = range(FIRST_PORT + worker * share, FIRST_PORT + worker * share + share // 2)  # each cluster has some jobs
+    return random.SystemRandom().choice(
+        [job for job in range(1000, 60_000) if rendezvous_port(Incarnation(str(job), 0)) in begins]
+    )
 
 
 @contextlib.contextmanager

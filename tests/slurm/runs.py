@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pretrain.metrics import read_metrics
-from slurm import launch, status, stop
+from slurm import launch, release, status, stop
 from slurm.history import Chapter, History
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes
@@ -56,6 +56,12 @@ class ClusterRun:
     def stop(self) -> str:
         """``python -m slurm.stop``; what it printed."""
         ended, text = self._call(stop.main, [str(self.folder)])
+        assert ended == 0, text
+        return text
+
+    def release(self) -> str:
+        """``python -m slurm.release`` for all runs, as cron does it; what it printed."""
+        ended, text = self._call(release.main, ["--runs", str(self.runs)])
         assert ended == 0, text
         return text
 

@@ -4,11 +4,13 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from slurm.folder import SlurmFolder
 from tests.slurm.runs import GLOBAL_BATCH, SAVED_EVERY, STEPS, ClusterRun, assert_equals, assert_resumed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -68,17 +70,20 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
     on_cluster: Maker, digits: Path, reference: Path
 ) -> None:
     run = on_cluster(2)
-    run.launch(digits, "--time", "1", "--save-within", "20")
+    run.launch(digits, "--save-within", "20")
     run.wait_for_step(7)
+    let_time_run_out(run)
     for rank in run.ranks():  # Slurm looks at time limits twice a minute, and wakes whom it sends a signal
         rank.suspend()
     saved = run.wait_for_end(0)
     assert (saved.cause, saved.action) == ("time limit", "requeue")
     assert "time limit" in run.wait_for_state("waiting")["why"]
+    run.cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     begun = run.wait_for_chapters(2)[1]
     assert begun.step == saved.end_step >= 7
     assert_resumed(run, begun, at_least=7)
     run.wait_for_step(begun.step + SAVED_EVERY + 1)
+    let_time_run_out(run)
     while not run.chapters()[1].ended:  # these get no time to save
         for rank in run.ranks():
             with contextlib.suppress(psutil.Error):
@@ -91,6 +96,13 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
     assert_resumed(run, run.wait_for_chapters(3)[2], at_least=begun.step + SAVED_EVERY)
     assert run.finish()["restarts"] == 2
     assert_equals(run.folder, reference)
+
+
+def let_time_run_out(run: ClusterRun) -> None:
+    """Give the run a limit of whole minutes, of which 20 to 80 s are left."""
+    hours, minutes, seconds = map(int, run.cluster.job(run.job)["RunTime"].split(":"))
+    limit = (hours * 3600 + minutes * 60 + seconds + 20) // 60 + 1
+    run.cluster.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
 
 
 def test_lost_nodes_are_replaced_by_others(on_cluster: Maker, digits: Path, reference: Path) -> None:
@@ -134,22 +146,26 @@ def test_nodes_that_reboot_at_once_are_used_again(on_cluster: Maker, digits: Pat
     assert_equals(run.folder, reference)
 
 
-def test_a_rank_that_is_killed_is_told_and_its_node_avoided_after_the_second_time(
+def test_a_node_whose_rank_was_killed_and_that_then_did_not_arrive_is_avoided(
     on_cluster: Maker, digits: Path, reference: Path
 ) -> None:
     run = on_cluster(3)
     first, second, third = run.cluster.names
-    run.launch(digits)
-    for number in range(2):
-        before = run.chapters()[-1].step if number else 0
-        run.wait_for_step(before + SAVED_EVERY + 1)
-        run.rank(1).kill()
-        ended = run.wait_for_end(number)
-        assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
-        assert f"rank 1 on {second}: killed by SIGKILL" in run.status()["why"]
-        begun = run.wait_for_chapters(number + 2)[number + 1]
-        assert_resumed(run, begun, at_least=before + SAVED_EVERY)
+    run.launch(digits, "--set", "watchdog.start_minutes=1")  # a third of it for all nodes to arrive
+    run.wait_for_step(SAVED_EVERY + 1)
+    run.rank(1).kill()
+    ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
+    assert f"rank 1 on {second}: killed by SIGKILL" in run.status()["why"]
+    assert run.wait_for_chapters(2)[1].nodes == [first, second]
+    run.cluster.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks", run.output)
+    run.rank(1).suspend()  # long before it has imported what it needs
+    ended = run.wait_for_end(1)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
+    assert f"{second} (rank 1) did not arrive within 20 s" in run.status()["why"]
+    begun = run.wait_for_chapters(3)[2]
     assert begun.nodes == [first, third]
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
     assert f"avoiding {second}" in run.told(str(run.folder))
     run.finish()
     assert_equals(run.folder, reference)
@@ -238,23 +254,60 @@ def test_stopped_or_cancelled_it_stays_so_until_it_is_launched_again(
 def test_where_jobs_may_not_be_requeued_another_job_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:
     run = on_cluster(2)
     run.launch(digits)
-    job = run.job
-    for number, cause in enumerate(("crashed", "preempted")):
-        run.cluster.ask("scontrol", "update", f"JobId={job}", "Requeue=0")
-        before = run.chapters()[-1].step if number else 0
-        run.wait_for_step(before + SAVED_EVERY + 1)
-        if cause == "crashed":
-            run.rank(1).kill()
-        else:
-            run.cluster.preempt()
-        begun = run.wait_for_chapters(number + 2)[number + 1]
-        assert run.chapters()[number].cause == cause
-        assert run.chapters()[number].next_job == begun.job != job
-        assert_resumed(run, begun, at_least=before + SAVED_EVERY)
-        job = begun.job
-        assert run.status()["job"] == job
-    assert run.finish()["restarts"] == 2
+    run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
+    run.wait_for_step(SAVED_EVERY + 1)
+    run.cluster.preempt()  # what happens after a crash the plain batch script shows
+    begun = run.wait_for_chapters(2)[1]
+    ended = run.chapters()[0]
+    assert ended.cause == "preempted"
+    assert ended.next_job == begun.job != run.job
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    assert run.status()["job"] == begun.job
+    assert run.finish()["restarts"] == 1
     assert_equals(run.folder, reference)
+
+
+def test_held_by_slurm_after_a_launch_that_failed_it_is_told_and_goes_on_when_released(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(3)
+    run.launch(digits)
+    run.wait_for_step(SAVED_EVERY + 1)
+    with run.cluster.failing_launches():
+        run.rank(0).kill()
+        told = run.wait_for_state("held")
+    assert f"`python -m slurm.release {run.folder}` lets it go on; before: rank 0" in told["why"]
+    assert run.cluster.job(run.job)["Reason"] == "launch_failed_requeued_held"
+    folder = SlurmFolder(run.folder)
+    launched = folder.read_launch()
+    folder.write_launch(replace(launched, policy=replace(launched.policy, max_restarts=0)))
+    assert "stays held: 1 launches in a row failed" in run.release()
+    folder.write_launch(launched)
+    assert f"job {run.job} was held since a launch failed, and is released" in run.release()
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.restart == 2
+    assert "released" in run.told(str(run.folder))
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    assert run.release() == ""
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_what_a_person_or_an_administrator_holds_stays_held(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(1)
+    run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[0]}", "State=DRAIN", "Reason=test")
+    run.launch(digits, nodes=1)
+    for how, who in (("hold", "an administrator holds it"), ("uhold", "JobHeldUser")):
+        run.cluster.ask("scontrol", how, run.job)
+        told = run.status()
+        assert told["state"] == "held"
+        assert who in told["why"]
+        assert f"scontrol release {run.job}" in told["why"]
+        assert run.release() == ""
+        assert run.status()["state"] == "held"
+        run.cluster.ask("scontrol", "release", run.job)
+        assert run.status()["state"] == "waiting"
+    assert "is cancelled" in run.stop()
 
 
 def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:

@@ -1,19 +1,28 @@
 """The parts of this room that need no cluster."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from slurm import scheduler
+from pretrain.outcome import ExitCode
+from pretrain.preflight import Measured, slow_ones
+from slurm import launch, scheduler
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.history import History
 from slurm.incarnation import rendezvous_port
 from slurm.job import Output
+from slurm.plan import make_plan
+from slurm.preflight import slow_nodes
 from slurm.restart import Decision, RankExit
+from slurm.scheduler import Job
 from slurm.standing import find_runs, standing_of
+from tests.slurm.runs import arguments
+from tests.system.launching import ROOT
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,32 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> 
     assert output.last_error() == "the end"
 
 
+def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, digits: Path) -> None:
+    folder, first = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
+    options = launch.parse_arguments(["--local", "--gpus-per-node", "1", *arguments(tmp_path, digits)])
+    plan = make_plan(options.recipe, ROOT / options.deepspeed_config, options.assignments, runs=tmp_path, nodes=1,
+                     min_nodes=1, gpus_per_node=1, on_cluster=False)  # fmt: skip
+    launch._prepare(plan, options)
+    door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
+    door.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main, signals\n"
+        "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(signals.StopFlag()))"
+    )
+    program = (
+        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
+        f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '0', '1']))"
+    )
+    with (folder.run / ".lock").open("a") as former:
+        fcntl.flock(former, fcntl.LOCK_EX)
+        here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | here,
+                               capture_output=True, check=False)  # fmt: skip
+    assert ended.returncode == ExitCode.RETRY, ended.stdout
+    (told,) = folder.read_exits(first)
+    assert (told.code, told.at_fault) == (ExitCode.RETRY, False)
+    assert told.error.startswith(f"another process is training {folder.run}: stop it first")
+
+
 def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:
     ports = [rendezvous_port(Incarnation(str(job), restart)) for job in range(5000, 5100) for restart in range(20)]
     assert len({*ports}) == len(ports)
@@ -57,18 +92,56 @@ def test_durations(text: str, seconds: int) -> None:
     assert scheduler._seconds(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "held", "launch_failed"),
+    [
+        ("PENDING", "launch failed requeued held", True, True),
+        ("COMPLETING", "launch failed requeued held", False, False),
+        ("PENDING", "job requeued in held state", True, False),
+        ("PENDING", "JobHeldUser", True, False),
+        ("PENDING", "JobHeldAdmin", True, False),
+        ("PENDING", "JobHoldMaxRequeue", True, False),
+        ("PENDING", "BeginTime", False, False),
+    ],
+)
+def test_a_held_job_is_known_by_its_reason(state: str, reason: str, held: bool, launch_failed: bool) -> None:
+    job = Job("7", state, reason, "")
+    assert (job.held, job.launch_failed) == (held, launch_failed)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([(1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)], ()),
+        ([(1.0, 1.0), (1.0, 4.0), (1.0, 1.0), (1.0, 1.0)], ("b",)),
+        ([(1.0, 1.0), (9.0, 1.0), (1.0, 1.0), (1.0, 1.0)], ()),  # a or b
+        ([(1.0, 1.0), (9.0, 1.0), (9.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)], ("b",)),
+    ],
+)
+def test_nodes_that_preflight_found_slow_are_read_from_the_log(
+    seconds: list[tuple[float, float]], slow: tuple[str, ...], tmp_path: Path
+) -> None:
+    measured = [Measured(node, link, compute) for node, (link, compute) in zip("abcdef", seconds, strict=False)]
+    log = tmp_path / "rank-00000.log"
+    assert slow_nodes(log) == ()
+    log.write_text("\n".join(["preflight: all-reduce of 4 MiB", *slow_ones(measured), "step 1"]))
+    assert slow_nodes(log) == slow
+
+
 def test_a_history_whose_last_line_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
     history, first, second = History(tmp_path / "history.jsonl"), Incarnation("7", 0), Incarnation("7", 1)
     history.begin(first, nodes=["a", "b"], ranks=2, step=0)
-    history.end(first, Decision("requeue", "crashed", "rank 1 on b: killed by SIGKILL", node="b"), step=5)
+    crashed = Decision("requeue", "crashed", "rank 1 on b: killed by SIGKILL", node="b", slow=("c",))
+    history.end(first, crashed, step=5)
     history.note(first, "goes on as job 8", next_job="8")
     history.begin(second, nodes=["a", "c"], ranks=2, step=5)
     with history.path.open("a") as handle:
         handle.write('{"event": "end", "job": "7", "rest')
     one, two = history.chapters()
-    assert (one.cause, one.node, one.end_step, one.next_job) == ("crashed", "b", 5, "8")
+    assert (one.cause, one.node, one.slow, one.end_step, one.next_job) == ("crashed", "b", ["c"], 5, "8")
     assert (two.step, two.cause, two.ended) == (5, None, 0.0)
     assert [past.cause for past in history.past(Incarnation("8", 0))] == ["crashed", "lost"]
+    assert [past.slow for past in history.past(Incarnation("8", 0))] == [("c",), ()]
 
 
 def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ STOPPED = rank(ExitCode.STOPPED, "SIGUSR2")
 CRASHED = rank(ExitCode.RETRY, "RuntimeError: CUDA error: an illegal memory access", rank=3, node="b")
 LOST_PEER = rank(ExitCode.RETRY, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]")
 HANG = rank(ExitCode.RETRY, "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
+BUSY = rank(ExitCode.RETRY, "another process is training runs/one: stop it first, or choose another name", node="b")
 HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
 
 
@@ -49,6 +50,7 @@ HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
         ({"exits": (LOST_PEER,), "status": 1, "node_down": True}, "node lost", "requeue"),
         ({"exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
         ({"exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
+        ({"exits": (BUSY,), "status": 1}, "crashed", "requeue"),
         ({"exits": (HANG,), "status": 1}, "hang", "requeue"),
         ({"exits": (STOPPED,)}, "preempted", "requeue"),
         ({"status": 128 + 12}, "preempted", "requeue"),
@@ -73,8 +75,10 @@ def test_the_rank_at_fault_is_told_rather_than_those_that_lost_it() -> None:
     assert decide(replace(ENDED, exits=(LOST_PEER, killed), status=137), [], POLICY).node == "c"
 
 
-@pytest.mark.parametrize("exits", [(LOST_PEER,), (HANG,), (HANG, LOST_PEER)])
-def test_a_rank_that_lost_the_others_does_not_blame_its_node(exits: tuple[RankExit, ...]) -> None:
+@pytest.mark.parametrize("exits", [(LOST_PEER,), (HANG,), (HANG, LOST_PEER), (BUSY,)])
+def test_a_rank_that_lost_the_others_or_finds_the_run_busy_does_not_blame_its_node(
+    exits: tuple[RankExit, ...],
+) -> None:
     assert decide(replace(ENDED, exits=exits, status=1), [], POLICY).node == ""
 
 
@@ -112,6 +116,36 @@ def test_being_preempted_is_never_too_often() -> None:
     assert decide(ending, without_progress(50, "preempted"), POLICY).action == "requeue"
     crash = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
     assert decide(crash, without_progress(50, "preempted"), POLICY).wait_s == 0
+
+
+def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
+    text = f"pretrain.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
+    return rank(ExitCode.RETRY, text, rank=rank_number, node=node)
+
+
+@pytest.mark.parametrize(
+    ("exits", "blamed"),
+    [
+        ((missing("b"), missing("b", rank_number=2, node="c")), "b"),
+        ((missing("b, c", ranks="1, 2"), missing("a", rank_number=1, node="b", ranks="0")), "a"),  # a cannot be reached
+        ((missing("b, c", ranks="1, 2"),), ""),
+        ((missing("b"), missing("a", rank_number=1, node="b", ranks="0")), ""),  # each says it of the other
+        ((missing("b"), CRASHED), "b"),
+        ((missing("c"), CRASHED), "b"),  # which had a reason of its own for not being there
+    ],
+)
+def test_the_one_node_that_did_not_arrive_is_blamed(exits: tuple[RankExit, ...], blamed: str) -> None:
+    assert decide(replace(ENDED, exits=exits, status=1), [], POLICY).node == blamed
+
+
+def test_a_node_that_failed_or_was_slow_twice_is_avoided_whatever_ended_the_run() -> None:
+    ending = replace(ENDED, fate="preempted", exits=(STOPPED,), slow=("b", "c"))
+    assert decide(ending, [], POLICY).slow == ("b", "c")
+    assert decide(ending, [], POLICY).exclude == ()
+    past = [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))]
+    assert decide(ending, past, POLICY).exclude == ("b",)
+    both = replace(ENDED, exits=(CRASHED,), status=1, slow=("b",))  # one incarnation counts once
+    assert decide(both, [], POLICY).exclude == ()
 
 
 def test_a_node_that_failed_twice_is_avoided_for_good() -> None:

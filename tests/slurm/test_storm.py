@@ -30,19 +30,23 @@ def test_a_storm_of_twenty_events_changes_nothing(
     untouched = run_locally(tmp_path / "untouched", digits, steps=LONG)
     run = on_cluster(3)
     run.launch(digits, "--max-restarts", "50", "--retry-wait", "0", steps=LONG)
+    begun = killing = 0
     while events:
         together = [events.pop() for _ in range(min(chance.randint(1, 2), len(events)))]
         # A slurmctld that dies in the second in which it has started a job forgets that, and then holds the job.
         settled = "restart slurmctld" in together
+        run.wait_for_chapters(begun + 1)  # who was struck before may take a while to die
         wait_for_a_moment(run, chance, saving=WHILE_SAVING in together, settled=settled)
         assert run.status()["state"] != "finished", f"over before {together}"
+        if {*together} != {"restart slurmctld"}:
+            begun, killing = len(run.chapters()), killing + 1
         for event in sorted(together, key=EVENTS.index):
             strike(run, event, chance)
     told = run.finish()
     assert told["step"] == LONG
     ends = [chapter.cause for chapter in run.chapters()]
     assert ends[-1] == "finished"
-    assert len(ends) >= 10, ends
+    assert len(ends) > killing, ends
     assert None not in ends
     assert {"preempted", "crashed", "lost"} <= {*ends}
     assert_equals(run.folder, untouched, steps=LONG)

@@ -71,9 +71,9 @@ class Launched:
             f"step {steps}",
         )
 
-    def end(self) -> int:
+    def end(self, patience_s: float = PATIENCE_S) -> int:
         """Wait for the launcher to end; its exit status."""
-        return self.process.wait(PATIENCE_S)
+        return self.process.wait(patience_s)
 
     def assert_no_rank_stays(self) -> None:
         """Every rank that was ever seen is gone soon."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import list_checkpoints, verify
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
-from tests.system.launching import Launched, changes, launched
+from tests.system.launching import PATIENCE_S, Launched, changes, launched
 
 INTERVAL = 4
 """Steps between checkpoints: what a kill may cost."""
@@ -50,11 +50,12 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
     """
     chance, result = random.Random(seed), Soak()
     epochs = (STEPS_A_ROUND * rounds + 2) * 64 / 1437
+    whole_run_s = PATIENCE_S + 4 * STEPS_A_ROUND * rounds
     fields = changes(data__path=data, schedule__epochs=epochs, schedule__warmup_epochs=epochs / 4, log_every_steps=1,
                      checkpoint__every_steps=INTERVAL, checkpoint__keep=3, ema__decay=0.9, optimizer__lr=2e-4,
                      evaluation__every_epochs=epochs / (rounds + 1))  # fmt: skip
     with launched(folder / "untouched", *fields) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
+        assert run.end(whole_run_s) == ExitCode.FINISHED, run.output()
     run_folder = folder / "killed" / "demo"
     for number in range(rounds):
         ranks, stage = chance.choice([1, 2, 4]), chance.choice([0, 1, 2, 3])
@@ -71,10 +72,11 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
             run.assert_no_rank_stays()
             result.lost_steps = max(result.lost_steps, before - resumed_at(run.output(), before))
         result.rounds.append(f"{number}: {ranks} ranks, stage {stage}, killed {victim} at step {reached(run_folder)}")
+        print(result.rounds[-1], flush=True)
         for checkpoint in list_checkpoints(run_folder / "checkpoints"):
             verify(checkpoint)
     with launched(folder / "killed", *fields) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
+        assert run.end(whole_run_s) == ExitCode.FINISHED, run.output()
         run.assert_no_rank_stays()
     assert result.lost_steps <= INTERVAL, f"a kill cost {result.lost_steps} steps"
     steps = [row["step"] for row in read_metrics(run_folder / "metrics.jsonl", "train")]
@@ -132,7 +134,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = soak(options.folder, options.data.resolve(), rounds=options.rounds, seed=options.seed)
-    print("\n".join(result.rounds))
     print(
         f"{options.rounds} kills; the costliest lost {result.lost_steps} steps; largest difference of a weight from "
         f"the untouched run {result.weight_difference:.2e}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.files import json_lines
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
 from tests.system.launching import changes, launched
@@ -39,6 +40,9 @@ def test_bad_steps_are_skipped_on_all_ranks_and_a_streak_goes_back_once(
     assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
     assert "WARNING step 6 was skipped: a gradient was not finite; images 320 to 383 of the order" in output
     assert "back to the weights of step 8" in output
+    events = [row for row in json_lines(tmp_path / "demo/events.jsonl") if row]
+    assert [row["event"] for row in events] == ["start", "went back"]
+    assert "back to the weights of step 8" in events[1]["text"]
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint import list_checkpoints
+from pretrain.files import json_lines
 from pretrain.outcome import ExitCode
 from tests.system.launching import changes, launched
 
@@ -23,6 +24,8 @@ def test_two_checkpoints_that_cannot_be_written_end_the_run_and_it_starts_again_
     state = json.loads((tmp_path / "demo/run.json").read_text())
     assert (state["state"], state["step"]) == ("failed", 12)
     assert "make space" in state["reason"]
+    events = [row for row in json_lines(tmp_path / "demo/events.jsonl") if row]
+    assert [row["event"] for row in events] == ["start", "checkpoint failed", "checkpoint failed"]
     assert not list((tmp_path / "demo/checkpoints").iterdir()), "something half-written was left"
     with launched(tmp_path, *fields) as run:
         assert run.end() == ExitCode.FINISHED, run.output()

@@ -16,6 +16,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
 from pretrain.engine import build_model
+from pretrain.files import json_lines
 from pretrain.metrics import read_metrics
 from pretrain.optimization import drop_path_uniforms
 from pretrain.outcome import ExitCode
@@ -144,6 +145,12 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
     assert first >= (6 if crashed else 8), text
     assert f"resuming {folder} at step {first} of {STEPS}" in text
     assert state(folder)["restarts"] == 1
+    begun, went_on = json_lines(folder / "events.jsonl")
+    assert begun is not None
+    assert went_on is not None
+    assert (begun["event"], begun["samples_seen"], begun["after"]) == ("start", 0, None)
+    assert (went_on["event"], went_on["step"], went_on["samples_seen"]) == ("start", first, 64 * first)
+    assert went_on["after"]["state"] in (("running", "failed") if crashed else ("preempted",))
     expected, rows = train_rows(straight), train_rows(folder)
     assert [row["step"] for row in rows] == [row["step"] for row in expected], "a step is missing or stands twice"
     losses, straight_losses = [row["loss"] for row in rows], [row["loss"] for row in expected]

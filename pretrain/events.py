@@ -1,0 +1,46 @@
+"""``events.jsonl``: what happened to a run beside its measurements; one line each, never rewritten.
+
+| event | when |
+|---|---|
+| start | each start; with ``after``, how ``run.json`` stood before it: its state, reason, step, samples seen and time |
+| went back | the weights went back to a checkpoint, after too many skipped steps in a row |
+| checkpoint failed | a checkpoint could not be written |
+| checkpoint passed over | a damaged checkpoint was found while loading |
+
+A line has ``event``, ``time`` (Unix), ``step``, ``samples_seen`` and ``text``. What stands elsewhere is not said again:
+skipped steps are counted in ``metrics.jsonl``, bad samples, loss spikes and hangs have files of their own, and the end
+of a run is ``run.json``.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.run_state import RunState
+
+EventName = Literal["start", "went back", "checkpoint failed", "checkpoint passed over"]
+
+
+def write_event(file: Path, name: EventName, *, step: int, samples_seen: int, text: str, **facts: Any) -> None:
+    """Add a line to ``events.jsonl``; only rank 0 does."""
+    line = {"event": name, "time": round(time.time(), 3), "step": step, "samples_seen": samples_seen, "text": text}
+    with file.open("a") as handle:
+        handle.write(json.dumps(line | facts) + "\n")
+
+
+def write_start(file: Path, state: RunState, former: RunState | None) -> None:
+    """A start: how it begins, and how the one before it had left ``run.json``; ``former`` is None for the first."""
+    after = None
+    if former is not None:
+        after = {
+            "state": former.state,
+            "reason": former.reason,
+            "step": former.step,
+            "samples_seen": former.samples_seen,
+            "time": former.updated,
+        }
+    text = f"{state.world_size} rank{'s' * (state.world_size != 1)}, host {state.host}" + (
+        f", job {state.job_id}" if state.job_id else ""
+    )
+    write_event(file, "start", step=state.step, samples_seen=state.samples_seen, text=text, after=after)

@@ -1,0 +1,53 @@
+"""Hand-offs on the Hugging Face Hub, by the optional package huggingface_hub."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.outcome import UserError
+
+_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a text can name a repository: ``ORGANIZATION/NAME``, or with a branch, tag or commit ``...@REVISION``."""
+    return _NAME.fullmatch(source) is not None
+
+
+def fetch(source: str, files: Sequence[str]) -> Path:
+    """Download files of a repository into the Hub's cache on this machine, unless they are there.
+
+    Which commit it is that was taken is said on stderr, since a branch moves, and since without a network the cache's
+    newest stands in for it. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and tokens are the library's affair.
+
+    Args:
+        source: a name as ``is_hub_name`` wants it. Without a revision it is the main branch.
+        files: their names in the repository.
+
+    Returns:
+        the folder in the cache that holds them, as far as the repository has them.
+
+    Raises:
+        UserError: huggingface_hub is not installed, there is no such repository or revision, or it cannot be reached.
+    """
+    parts = _NAME.fullmatch(source)
+    assert parts is not None
+    repository, revision = parts["repository"], parts["revision"]
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise UserError(
+            f"{source} is no folder here, and to look for it on the Hugging Face Hub huggingface_hub is needed "
+            f"({error}): pip install --constraint constraints.txt huggingface_hub, or give the path of a folder"
+        ) from None
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except Exception as error:  # noqa: BLE001  (its own, the HTTP library's and the system's, a dozen kinds)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UserError(
+            f"{source} is no folder here, and it cannot be had from the Hugging Face Hub ({reason}): check the name "
+            "and the network, and log in with `hf auth login` if it is private"
+        ) from None
+    print(f"{source}: commit {folder.name} of the Hugging Face Hub", file=sys.stderr)  # noqa: T201
+    return folder

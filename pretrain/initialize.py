@@ -1,0 +1,203 @@
+"""The weights a run begins with: those of another run's hand-off, fitted to other classes and another image size."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.dataset import Dataset
+from models import LaViT, LaViTConfig, load_weights
+from pretrain.checkpoint import list_checkpoints
+from pretrain.handoff import HandoffConfig, read_handoff
+from pretrain.outcome import UserError
+from pretrain.recipe import InitializeSection, Recipe
+from pretrain.run_folder import RunFolder
+
+MAY_DIFFER = ("name", "num_classes", "image_size", "drop_path", "norm")
+"""Fields of the architecture that change no weight but the head's and those of a token grid."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a start of a run begins with."""
+
+    origin: dict[str, Any] | None
+    """The hand-off that the run was initialized from, for its folder and its own hand-off; None: fresh weights."""
+    initialized: bool
+    """Whether the model was filled now, on this rank alone."""
+    notes: tuple[str, ...] = ()
+
+
+def begin(folder: RunFolder, model: LaViT, recipe: Recipe, train_set: Dataset) -> Beginning:
+    """Fill a fresh model from the recipe's hand-off, if the run has no checkpoint yet. For one rank, under the lock.
+
+    A run that has one reads no hand-off, which may be gone by then.
+
+    Raises:
+        UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
+    """
+    if recipe.initialize_from is None:
+        return Beginning(None, initialized=False)
+    has_checkpoint = bool(list_checkpoints(folder.checkpoints))
+    started = has_checkpoint or (folder.path / "environment.json").exists()
+    recorded = folder.read_origin() if started else None
+    if has_checkpoint:
+        check_moved(recipe.initialize_from, recorded, folder.path)
+        return Beginning(recorded, initialized=False)
+    origin, notes = initialize(model, recipe, train_set.class_ids, train_set.fingerprint, recorded=recorded)
+    return Beginning(origin, initialized=True, notes=tuple(notes))
+
+
+def initialize(
+    model: LaViT, recipe: Recipe, class_ids: Sequence[str], fingerprint: str, *, recorded: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Fill a fresh model from the recipe's hand-off; ``share_weights`` takes the weights to the other ranks.
+
+    Args:
+        model: on the CPU, as ``build_model`` gives it.
+        recipe: has ``initialize_from``.
+        class_ids: the training split's, in the order of its labels.
+        fingerprint: the training split's.
+        recorded: the origin that a former start of this run wrote down, if there was one.
+
+    Returns:
+        the run's origin, for its folder and its own hand-off; and lines about what was done.
+
+    Raises:
+        UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
+    """
+    section = recipe.initialize_from
+    assert section is not None
+    config, state = read_handoff(section.handoff)
+    origin = _origin(section, config)
+    if recorded is not None:
+        _check_same(section, origin, recorded)
+    check_architecture(section, config, model.config)
+    rows, head = match_classes(config, class_ids, fingerprint)
+    try:
+        resampled = load_weights(model, state, fresh=["head."])
+        for name in ("head.weight", "head.bias"):
+            fresh = model.state_dict()[name].mul_(section.head_init_scale)
+            for here, there in rows.items():
+                fresh[here] = state[name][there]
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"initialize_from: {section.handoff} lacks weights that its config tells of: {reason}"
+        ) from None
+    new = model.config.num_classes - len(rows)
+    if new and section.head_init_scale != 1:
+        head += f", their fresh weights times {section.head_init_scale:g}"
+    what = f"{config.weights} weights of {origin['run']}, {config.samples_seen:,} images of {config.dataset['name']}"
+    lines = [f"initialized from {section.handoff}: {what}; digest {config.weights_blake2}", f"initialized: {head}"]
+    if resampled:
+        sizes = [" x ".join(map(str, size)) for size in (config.architecture["image_size"], model.config.image_size)]
+        lines.append(f"initialized: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}")
+    return origin, [*lines, *_input_warnings(recipe, config)]
+
+
+def share_weights(model: torch.nn.Module, device: torch.device) -> None:
+    """Give every rank the weights of rank 0, before the engine partitions them. Collective.
+
+    One rank reads the hand-off, so that hundreds do not, and all have the same even if the folder changes meanwhile.
+    """
+    for tensor in model.state_dict().values():
+        there = tensor.to(device)
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
+
+
+def check_architecture(section: InitializeSection, config: HandoffConfig, wanted: LaViTConfig) -> None:
+    """Refuse a hand-off whose weights are those of another network.
+
+    Raises:
+        UserError: names the fields that differ.
+    """
+    try:
+        there, here = LaViTConfig.from_dict(config.architecture).to_dict(), wanted.to_dict()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"initialize_from: {section.handoff}: {' '.join(str(error).split())}") from None
+    differ = [
+        f"{name} is {there[name]} there and {here[name]} here"
+        for name in here
+        if name not in MAY_DIFFER and there[name] != here[name]
+    ]
+    if differ:
+        raise UserError(
+            f"initialize_from: {section.handoff} is of another network, a {there['name']} ({'; '.join(differ)}): "
+            "choose its model and overrides in the recipe, or another hand-off"
+        )
+
+
+def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, run: Path) -> None:
+    """Where a run that goes on names another place than it began with, compare what lies there; else read nothing.
+
+    Raises:
+        UserError: it is another hand-off, or cannot be read.
+    """
+    if recorded is None:
+        raise UserError(f"{run} was not started from a hand-off: leave initialize_from out, or choose another name")
+    if Path(section.handoff).absolute() != Path(recorded["handoff"]).absolute():
+        _check_same(section, _origin(section, read_handoff(section.handoff)[0]), recorded)
+
+
+def match_classes(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:
+    """Which rows of a hand-off's head are those of the classes here: the same ids.
+
+    Ids that are nothing but the labels (shards indexed in place have such) say nothing about what a class is; they
+    are compared only where the data is the same to the last picture.
+
+    Returns:
+        row here -> row there, and a line about it.
+    """
+    wanted, known = list(class_ids), config.class_ids
+    counts = f"{len(wanted)} classes here, {config.num_classes} there"
+    if known is None:
+        return {}, f"a new head ({counts}; the hand-off does not tell its class ids)"
+    numbers = all(ids == [str(label) for label in range(len(ids))] for ids in (wanted, list(known)))
+    if numbers and config.dataset["fingerprint"] != fingerprint:
+        return {}, f"a new head ({counts}, whose ids are only numbers, which may mean other things elsewhere)"
+    row_of = {class_id: row for row, class_id in enumerate(known)}
+    rows = {row: row_of[class_id] for row, class_id in enumerate(wanted) if class_id in row_of}
+    if not rows:
+        return {}, f"a new head ({counts}, none in common)"
+    if len(rows) == len(wanted):
+        return rows, f"the head's rows of all {len(wanted)} classes are reused, of {config.num_classes} there"
+    return rows, (
+        f"the head's rows of {len(rows)} classes are reused, of {config.num_classes} there; "
+        f"{len(wanted) - len(rows)} are new"
+    )
+
+
+def _origin(section: InitializeSection, config: HandoffConfig) -> dict[str, Any]:
+    """What is remembered of a hand-off, and of what it came from itself."""
+    return {
+        "handoff": section.handoff,
+        "weights_blake2": config.weights_blake2,
+        "weights": config.weights,
+        "run": config.recipe["name"],
+        "dataset": config.dataset,
+        "samples_seen": config.samples_seen,
+        "initialized_from": config.initialized_from,
+    }
+
+
+def _check_same(section: InitializeSection, found: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    if found["weights_blake2"] != recorded["weights_blake2"]:
+        raise UserError(
+            f"initialize_from: {section.handoff} holds other weights ({found['weights_blake2']}) than this run was "
+            f"started from ({recorded['weights_blake2']} of {recorded['handoff']}): put those back, or choose another "
+            "name with --set name=..."
+        )
+
+
+def _input_warnings(recipe: Recipe, config: HandoffConfig) -> list[str]:
+    """Pictures that are normalised otherwise than those that the weights know."""
+    return [
+        f"WARNING initialized: the hand-off was trained with {name} {there}, this recipe has {here}"
+        for name in ("mean", "std")
+        if (there := getattr(config.input, name)) != (here := getattr(recipe.data, name))
+    ]

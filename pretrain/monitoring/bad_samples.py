@@ -1,0 +1,31 @@
+"""How many pictures of a run could not be used so far."""
+
+import json
+from pathlib import Path
+
+
+class BadSampleCount:
+    """Counts the samples that ``bad_samples.jsonl`` names, each once; reads only what was added since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._ids: set[int] = set()
+
+    def __call__(self) -> int:
+        """The number so far.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._path.exists() and self._path.stat().st_size > self._offset:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+            whole = added[: added.rfind(b"\n") + 1]  # another rank may be writing the last line
+            self._offset += len(whole)
+            for line in whole.splitlines():
+                try:
+                    self._ids.add(json.loads(line)["id"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut by a crash, and the next line with it
+        return len(self._ids)

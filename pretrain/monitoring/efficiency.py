@@ -1,0 +1,33 @@
+"""Model FLOPs utilisation (MFU): the share of the device's peak that the network's own products use.
+
+    MFU = images/s * 6 * MACs / (devices * peak FLOP/s)
+
+A MAC is two FLOP, and a backward pass computes twice the products of a forward pass: 2 * (1 + 2). What activation
+checkpointing recomputes is not counted (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+import torch
+
+from models.config import LaViTConfig
+from models.cost import count_macs
+from pretrain.devices import peak_flops
+
+FLOPS_PER_MAC = 6
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device in what a run multiplies in; None on a CPU and on a GPU whose peak is not known here.
+
+    Args:
+        device: of this rank.
+        precision: as ``pretrain.precision`` names it.
+    """
+    if device.type != "cuda":
+        return None
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # of float16 it is the same
+    return peak_flops(torch.cuda.get_device_name(device), dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
+
+
+def model_flops_per_image(config: LaViTConfig) -> int:
+    """FLOP that a training step needs for one picture, without what is recomputed."""
+    return FLOPS_PER_MAC * count_macs(config)

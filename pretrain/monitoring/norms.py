@@ -1,0 +1,94 @@
+"""Norms of gradients and weights, for each part of the network, at any ZeRO stage."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pretrain.pieces import OptimizerPieces, Piece
+
+EMBED, HEAD = "embed", "head"
+
+
+def part_of(name: str) -> str:
+    """The part of a LaViT that a parameter belongs to: "embed", "stage1" to "stage4" or "head".
+
+    What stands at the entry of stages 2 to 4 belongs to its stage; the final norm and the pool belong to the head.
+    """
+    first, *rest = name.split(".")
+    if first != "stages":
+        return HEAD
+    return EMBED if rest[0] == "0" and rest[1] != "blocks" else f"stage{int(rest[0]) + 1}"
+
+
+class PartNorms:
+    """Sums of squares over the pieces that this rank owns, so that adding the ranks' sums gives those of the network.
+
+    Gradients are looked at just before the optimizer steps, when they are averaged, in fp32 and in its partitions at
+    every stage. They are clipped there: all by one factor, so the norm before clipping, which DeepSpeed tells, restores
+    them. No host waits for the device here.
+
+    Args:
+        pieces: all pieces of the engine.
+        due: asked before each step of the optimizer; only where it says so are gradients looked at.
+    """
+
+    def __init__(self, pieces: OptimizerPieces, due: Callable[[], bool]) -> None:
+        self._pieces, self._due = pieces, due
+        self.parts = [EMBED, *sorted({part_of(name) for name in pieces.names} - {EMBED, HEAD}), HEAD]
+        """Names of the parts, in the order of the network."""
+        self._by_owner: dict[int, list[Piece]] = {}
+        for piece in pieces.pieces:
+            self._by_owner.setdefault(id(piece.owner), []).append(piece)
+        self._gradients: torch.Tensor | None = None
+        pieces.optimizer.register_step_pre_hook(self._look)
+
+    @torch.no_grad()
+    def squares(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared norms of this rank's gradients, as the optimizer saw them, and weights: each (parts,) fp32.
+
+        Those of the gradients are NaN where the optimizer took no step when it was due. They are forgotten.
+        """
+        weights = [piece.view("parameter", self._pieces.optimizer) for piece in self._pieces.pieces]
+        by_part = self._sums(weights, self._pieces.pieces, device)
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
+            return torch.full_like(by_part, torch.nan), by_part
+        return gradients.to(device), by_part
+
+    @torch.no_grad()
+    def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer steps, at ZeRO once for each partition."""
+        if not self._due():
+            return
+        found = [
+            (owner.grad.view(-1).narrow(0, piece.owner_offset, piece.length), piece)
+            for group in optimizer.param_groups
+            for owner in group["params"]
+            if owner.grad is not None
+            for piece in self._by_owner.get(id(owner), ())
+        ]
+        squares = self._sums([view for view, _ in found], [piece for _, piece in found], None)
+        self._gradients = squares if self._gradients is None else self._gradients + squares.to(self._gradients.device)
+
+    def _sums(self, views: list[torch.Tensor], pieces: Sequence[Piece], device: torch.device | None) -> torch.Tensor:
+        where = views[0].device if views else None
+        by_part: dict[str, list[torch.Tensor]] = {}
+        for norm, piece in zip(torch._foreach_norm(views) if views else (), pieces, strict=True):  # noqa: SLF001
+            by_part.setdefault(part_of(piece.name), []).append(norm)
+        zero = torch.zeros((), device=where)
+        sums = [torch.stack(by_part[part]).square().sum() if part in by_part else zero for part in self.parts]
+        return torch.stack(sums).to(device or where or "cpu")
+
+
+def norms_of(parts: Sequence[str], squares: Sequence[float], total: float | None) -> dict[str, float]:
+    """Norms by part from squared ones, scaled so that all together have the norm ``total`` where it is given.
+
+    Empty where a square is not a finite number, as after a step that was skipped.
+    """
+    norms = [square**0.5 for square in squares]
+    whole = sum(squares) ** 0.5
+    if not all(norm < float("inf") for norm in norms):  # NaN is not below either
+        return {}
+    factor = total / whole if total is not None and whole else 1.0
+    return {part: factor * norm for part, norm in zip(parts, norms, strict=True)}

@@ -1,0 +1,89 @@
+"""Pictures for eyes: training pictures with their labels, and attention laid over pictures."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+"""(height, width, 3)."""
+COLUMNS = 8
+CELL = 112
+"""Side of a drawn picture in pixels, whatever its own."""
+LINE = 16
+"""Height of a line of text in pixels."""
+SHADES = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float32)
+"""From little to much attention: five colours of matplotlib's "plasma", whose brightness rises evenly."""
+
+
+def to_pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> list[Pixels]:
+    """What the network is fed, (m, 3, H, W) normalised, as pictures again."""
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    plain = (images.float().cpu() * scale + shift).nan_to_num().clamp(0, 1)
+    return list((255 * plain).round().byte().permute(0, 2, 3, 1).numpy())
+
+
+def draw_grid(pictures: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
+    """Pictures beside and below each other, each with a line of text below it; 8 in a row."""
+    columns = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(pictures) / columns) * (CELL + LINE)), "white")
+    for index, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = index % columns * CELL, index // columns * (CELL + LINE)
+        sheet.paste(_cell(pixels), (x, y))
+        _write(sheet, (x, y + CELL), caption)
+    return np.asarray(sheet)
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Where one block of the network looks, averaged over heads, for each of m pictures."""
+
+    title: str
+    everywhere: NDArray[np.float32]
+    """(m, h, w) over the key grid: attention that a place is paid by all queries together."""
+    middle: NDArray[np.float32]
+    """(m, h, w): attention that it is paid by the query in the picture's middle."""
+
+
+def draw_attention(pictures: Sequence[Pixels], maps: Sequence[BlockMap]) -> Pixels:
+    """A row a picture and kind of map, a column a block; each map has its own scale, from none to its highest value.
+
+    The first column has the pictures, the middle query's place marked where its attention is what the row shows.
+    """
+    sheet = Image.new("RGB", ((len(maps) + 1) * CELL, LINE + 2 * len(pictures) * CELL), "white")
+    for column, block in enumerate(maps):
+        _write(sheet, ((column + 1) * CELL, 0), block.title)
+    for number, pixels in enumerate(pictures):
+        for kind in range(2):
+            y = LINE + (2 * number + kind) * CELL
+            plain = _cell(pixels)
+            if kind:
+                ImageDraw.Draw(plain).circle((CELL // 2, CELL // 2), 4, outline="red")
+            sheet.paste(plain, (0, y))
+            for column, block in enumerate(maps):
+                heat = (block.middle if kind else block.everywhere)[number]
+                sheet.paste(Image.blend(_cell(pixels), _heat(heat), 0.65), ((column + 1) * CELL, y))
+    return np.asarray(sheet)
+
+
+def _cell(pixels: Pixels) -> Image.Image:
+    small = max(pixels.shape[:2]) < CELL
+    return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.BOX)
+
+
+def _heat(values: NDArray[np.float32]) -> Image.Image:
+    share = np.nan_to_num(values / max(float(values.max()), 1e-30)).clip(0, 1)
+    steps = np.arange(len(SHADES)) / (len(SHADES) - 1)
+    colours = np.stack([np.interp(share, steps, SHADES[:, channel]) for channel in range(3)], -1)
+    return Image.fromarray(colours.round().astype(np.uint8)).resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def _write(sheet: Image.Image, place: tuple[int, int], text: str) -> None:
+    font, shown = ImageFont.load_default(11), text
+    while shown and font.getlength(shown) > CELL - 4:
+        shown = shown[:-2].rstrip("…") + "…" if len(shown) > 2 else ""
+    ImageDraw.Draw(sheet).text((place[0] + 2, place[1] + 1), shown, fill="black", font=font)

@@ -1,0 +1,198 @@
+"""Where measurements go beside ``metrics.jsonl``: TensorBoard always, wandb and trackio if the recipe asks for it."""
+
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.files import write_json
+from pretrain.outcome import UserError
+
+Tracker = Literal["wandb", "trackio"]
+
+
+class Sink(Protocol):
+    """A place for measurements; the x axis of all is samples seen. Whatever one raises ends it, and not the run."""
+
+    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
+        """Take one measurement a name; ``kind`` is what they belong to, such as "train" or "eval"."""
+
+    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """Take a picture, (height, width, 3)."""
+
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """Take a text."""
+
+    def flush(self) -> None:
+        """Bring to disk what was taken."""
+
+    def close(self) -> None:
+        """Flush, and take nothing any more."""
+
+
+class TensorBoard:
+    """Event files for ``tensorboard --logdir``.
+
+    Args:
+        folder: where they lie; those of former incarnations stay.
+        purge_from: whatever they hold at so many samples seen or more is no longer shown.
+    """
+
+    def __init__(self, folder: Path, *, purge_from: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds that only rank 0 pays
+        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
+        compared = {name: ["Multiline", [f"eval/{name}", f"eval_average/{name}"]] for name in ("top1", "top5", "loss")}
+        self._writer.add_custom_scalars({"evaluation: weights and their average": compared})
+
+    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
+        """One point a value, under ``kind/name``."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, samples_seen)
+
+    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """A picture."""
+        self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
+
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """A text."""
+        self._writer.add_text(name, markdown, samples_seen)
+
+    def flush(self) -> None:
+        """Bring the event file up to date."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class TrackerSink:
+    """wandb, or trackio, whose interface is the same. Texts are left out: the recipe is given as the configuration.
+
+    Args:
+        library: the module.
+        name: of the run.
+        folder: where it keeps its own files.
+        configuration: shown beside the run.
+    """
+
+    def __init__(self, library: Any, *, name: str, folder: Path, configuration: dict[str, Any]) -> None:
+        own: dict[str, Any] = {"id": name, "dir": str(folder)} if library.__name__ == "wandb" else {}
+        self._library = library
+        library.init(project="lavit-pretrain", name=name, resume="allow", config=configuration, **own)
+
+    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        self._library.log({f"{kind}/{name}": value for name, value in values.items()}, step=samples_seen)
+
+    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """A picture."""
+        self._library.log({name: self._library.Image(pixels)}, step=samples_seen)
+
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing: they send by themselves."""
+
+    def close(self) -> None:
+        """Send the rest."""
+        self._library.finish()
+
+
+class ForwardOnly:
+    """Keeps a sink that cannot forget from being told twice what a run measures again after a crash.
+
+    Args:
+        sink: the sink.
+        marks: file that remembers, over incarnations, up to how many samples seen each kind was told.
+        told: the same as far as it is known otherwise.
+    """
+
+    def __init__(self, sink: Sink, marks: Path, told: Mapping[str, int]) -> None:
+        self._sink = sink
+        try:
+            known: dict[str, int] = json.loads(marks.read_text())
+        except (OSError, ValueError):
+            known = {}
+        self._told = {kind: max(known.get(kind, -1), told.get(kind, -1)) for kind in {*known, *told}}
+        write_json(marks, self._told)
+
+    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
+        """Pass on what is new."""
+        if samples_seen > self._told.get(kind, -1):
+            self._sink.scalars(kind, samples_seen, values)
+
+    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """Pass on what is newer than all measurements that were told."""
+        if samples_seen > max(self._told.values(), default=-1):
+            self._sink.picture(name, samples_seen, pixels)
+
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """Pass on."""
+        self._sink.text(name, samples_seen, markdown)
+
+    def flush(self) -> None:
+        """Pass on."""
+        self._sink.flush()
+
+    def close(self) -> None:
+        """Pass on."""
+        self._sink.close()
+
+
+class Guarded:
+    """Several sinks as one that never raises: one that fails is given up, which is said.
+
+    Args:
+        sinks: by the name that a person knows them by.
+        say: prints a line.
+    """
+
+    def __init__(self, sinks: dict[str, Sink], say: Callable[[str], None]) -> None:
+        self._sinks, self._say = sinks, say
+
+    def each(self, call: Callable[[Sink], None]) -> None:
+        """Let every sink do something."""
+        for name, sink in [*self._sinks.items()]:
+            try:
+                call(sink)
+            except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+                del self._sinks[name]
+                self._say(
+                    f"WARNING {name} takes no more measurements until the next start, metrics.jsonl does "
+                    f"({type(error).__name__}: {error})"
+                )
+
+
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Refuse what is not installed.
+
+    Raises:
+        UserError: says how to get it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"watch.sinks: {name} is not installed: pip install {name}, or leave it out")
+
+
+def open_trackers(
+    names: Sequence[Tracker], run: Path, configuration: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Sink]:
+    """The sinks that a recipe asks for; one that cannot be opened is told and left out."""
+    sinks: dict[str, Sink] = {}
+    for name in names:
+        try:
+            library = importlib.import_module(name)
+            sinks[name] = TrackerSink(library, name=run.name, folder=run, configuration=configuration)
+        except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+            say(f"WARNING {name} takes no measurements until the next start ({type(error).__name__}: {error})")
+    return sinks

@@ -1,0 +1,73 @@
+"""Where the time of a step goes."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+
+Phase = Literal["data", "forward", "backward", "optimizer", "other"]
+"""Waiting for data; network and loss; gradients with their averaging; the optimizer's step with clipping and, from ZeRO
+stage 1 on, the exchange of weights; and the rest: metrics, agreements between ranks, the loop itself."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
+MARKS = 1024
+"""So many changes of phase are kept before the oldest are summed up: it bounds the events of a long interval."""
+
+
+class StepTimer:
+    """Splits the time of an interval's steps into phases, on the device's own clock where it is a GPU.
+
+    There the host runs ahead of the device, so its clock says nothing about the device's work: an event is put into the
+    stream at every change of phase, and the events are read when they are over. The phase "data" is then the time that
+    the device had nothing to do because data were missing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._free: list[torch.cuda.Event] = []
+        self._marks: deque[tuple[Phase | None, torch.cuda.Event | float]] = deque()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self.listeners: list[Callable[[Phase | None], None]] = []
+        """Told of every change of phase."""
+
+    def enter(self, phase: Phase | None) -> None:
+        """From here on time is of this phase; None: of none, as during an evaluation."""
+        mark: torch.cuda.Event | float
+        if self._cuda:
+            mark = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.monotonic()
+        self._marks.append((phase, mark))
+        while len(self._marks) > MARKS and self._over(1):
+            self._sum_oldest()
+        for listener in self.listeners:
+            listener(phase)
+
+    def split(self) -> dict[Phase, float]:
+        """Seconds of each phase since the last call. The host waits for the device, up to here."""
+        self.enter("other")
+        last = self._marks[-1][1]
+        if isinstance(last, torch.cuda.Event):
+            last.synchronize()
+        while len(self._marks) > 1:
+            self._sum_oldest()
+        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return seconds
+
+    def _over(self, index: int) -> bool:
+        mark = self._marks[index][1]
+        return not isinstance(mark, torch.cuda.Event) or mark.query()
+
+    def _sum_oldest(self) -> None:
+        (phase, began), (_, ended) = self._marks.popleft(), self._marks[0]
+        if isinstance(began, torch.cuda.Event):
+            assert isinstance(ended, torch.cuda.Event)
+            took = began.elapsed_time(ended) / 1e3
+            self._free.append(began)
+        else:
+            assert isinstance(ended, float)
+            took = ended - began
+        if phase is not None:
+            self._seconds[phase] += took

@@ -1,0 +1,252 @@
+"""Probes: what the features are worth without the classifier they were trained with, on a small labelled set.
+
+A weighted k-NN (Wu et al. 2018, as DINO has it) and a linear classifier, both on the frozen features that the
+network's own classifier reads. Nothing here touches the weights, the optimizer or torch's random numbers.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import EvalLoader
+from data_pipeline.transforms import InputConfig
+from models import LaViT
+from pretrain.outcome import UserError
+from pretrain.recipe import ProbesSection
+from pretrain.stop import StopAgreement
+
+ITERATIONS_AT_A_TIME = 10
+"""Of L-BFGS, between two looks at the clock and at the stop flag."""
+ROWS_AT_A_TIME = 8192
+"""Of the linear classifier's logits, which bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probes found."""
+
+    knn_top1: float
+    """Share of pictures that their neighbours name rightly, in percent."""
+    linear_top1: float
+    """Share of pictures that the linear classifier names rightly, in percent."""
+    samples: int
+    """Pictures probed: the size of the set's validation split."""
+
+    def __str__(self) -> str:
+        return f"k-NN top-1 {self.knn_top1:.2f} %  linear top-1 {self.linear_top1:.2f} %  ({self.samples} pictures)"
+
+
+class ProbesEndedError(Exception):
+    """The probes were ended before they had a result; on all ranks alike."""
+
+    def __init__(self, why: Literal["stopped", "too late"]) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class Deadline:
+    """A flag that time sets."""
+
+    reason = "the time limit"
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def __bool__(self) -> bool:
+        return time.monotonic() > self._end
+
+
+class Probes:
+    """The probes of a run on this rank.
+
+    Args:
+        section: the recipe's.
+        data: the run's own input, whose size and normalisation the set is seen with.
+        batch_size: pictures per rank and forward pass.
+        control: CPU group for agreements.
+        where: ranks, device and what is done with bad samples, as ``EvalLoader`` takes them.
+
+    Raises:
+        DataError: there is no such dataset or split.
+    """
+
+    def __init__(
+        self,
+        section: ProbesSection,
+        data: InputConfig,
+        *,
+        batch_size: int,
+        control: dist.ProcessGroup,
+        where: dict[str, Any],
+    ) -> None:
+        self.section = section
+        self._train, self._val = open_probe_sets(section)
+        self._input = data.model_copy(update={"path": section.path, "cache": section.cache})
+        self._batch_size, self._control, self._where = batch_size, control, where
+
+    def run(self, engine: Any, dtype: torch.dtype, *, stop: Callable[[], bool]) -> Probed:
+        """Probe the weights as they are. Collective; every rank makes the same number of forward passes.
+
+        Args:
+            engine: ``deepspeed.DeepSpeedEngine`` of a LaViT; is left in training mode.
+            dtype: what it computes in.
+            stop: polled at every batch; must give the same answer on every rank.
+
+        Raises:
+            ProbesEndedError: stopped, or over the time limit.
+            UserError: no picture of the set can be read.
+        """
+        late = StopAgreement(Deadline(self.section.time_limit_minutes), self._control)
+
+        def poll() -> None:
+            if stop():
+                raise ProbesEndedError("stopped")
+            if late.at_step_boundary():
+                raise ProbesEndedError("too late")
+
+        engine.eval()
+        try:
+            known = [torch.cat(parts) for parts in zip(*self._features(engine, dtype, self._train, poll), strict=True)]
+            seen = list(self._features(engine, dtype, self._val, poll))
+        finally:
+            engine.train()
+        features, labels, valid = (_gathered(part) for part in known)
+        features, labels = features[valid.bool()], labels[valid.bool()]
+        if not len(features):
+            raise UserError(f"probes.path: no picture of {self._train.path} {self._train.split} can be read")
+        section, classes = self.section, self._train.num_classes
+        linear = fit_linear(features, labels, classes=classes, iterations=section.linear_iterations, poll=poll)
+        counts = torch.zeros(3, dtype=torch.float64, device=features.device)
+        for batch, wanted, counted in seen:
+            poll()
+            near = nearest(
+                features, labels, batch, classes=classes, k=section.knn_k, temperature=section.knn_temperature
+            )
+            right = [near == wanted, linear(batch).argmax(1) == wanted, torch.ones_like(wanted, dtype=torch.bool)]
+            counts += torch.stack([(answer & counted.bool()).sum() for answer in right])
+        dist.all_reduce(counts)
+        by_knn, by_linear, samples = counts.tolist()
+        if not samples:
+            raise UserError(f"probes.path: no picture of {self._val.path} {self._val.split} can be read")
+        return Probed(100 * by_knn / samples, 100 * by_linear / samples, int(samples))
+
+    def _features(
+        self, engine: Any, dtype: torch.dtype, dataset: Dataset, poll: Callable[[], None]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This rank's share in batches: features (m, C) fp32, labels (m,), and whether a row counts (m,) uint8."""
+        loader = EvalLoader(dataset, self._input, batch_size=self._batch_size, **self._where)
+        try:
+            for batch in loader:
+                poll()
+                with torch.no_grad(), _what_the_head_reads(engine.module) as read:
+                    engine(batch.images.to(dtype))
+                yield read.pop().float(), batch.labels, torch.from_numpy(batch.valid).to(batch.labels.device).byte()
+        finally:
+            loader.close()
+
+
+def open_probe_sets(section: ProbesSection) -> tuple[Dataset, Dataset]:
+    """What the probes learn from and what they are measured on.
+
+    Raises:
+        DataError: there is no such dataset or split.
+    """
+    splits = (section.train_split, section.val_split)
+    train, val = (Dataset.open(section.path, split, section.cache) for split in splits)
+    return train, val
+
+
+def nearest(features: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: int, temperature: float) -> Tensor:
+    """What the k nearest by cosine similarity s vote for, each with ``exp(s / temperature)`` (Wu et al. 2018).
+
+    Args:
+        features: (n, C) of what is known; all are taken when there are fewer than k.
+        labels: (n,) int64.
+        queries: (m, C).
+        classes: number of classes.
+        k: neighbours that vote.
+        temperature: of the votes.
+
+    Returns:
+        (m,) int64.
+    """
+    similarity, neighbours = (F.normalize(queries) @ F.normalize(features).T).topk(min(k, len(features)))
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    return votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp()).argmax(1)
+
+
+def fit_linear(
+    features: Tensor, labels: Tensor, *, classes: int, iterations: int, poll: Callable[[], None]
+) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression on standardised features, by L-BFGS from zero (as CLIP's linear probe).
+
+    It minimises the sum of the cross-entropy over all n samples plus half the squared weights: scikit-learn's ``C=1``.
+    Rank 0 does it, since sums in another order would give another classifier for another number of ranks. Collective.
+
+    Args:
+        features: (n, C) fp32.
+        labels: (n,) int64.
+        classes: number of classes.
+        iterations: of L-BFGS.
+        poll: called every few iterations on all ranks; ends it by raising.
+
+    Returns:
+        features (m, C) -> logits (m, classes).
+    """
+    mean, deviation = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    steps = min(iterations, ITERATIONS_AT_A_TIME)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def logits(rows: Tensor) -> Tensor:
+        return F.linear((rows - mean) / deviation, weight, bias)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = 0.5 * weight.square().sum() / len(features)
+        total.backward()
+        for rows, wanted in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
+            part = F.cross_entropy(logits(rows), wanted, reduction="sum") / len(features)
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
+
+    for _ in range(0, iterations, ITERATIONS_AT_A_TIME):
+        poll()
+        if dist.get_rank() == 0:
+            optimizer.step(loss)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    dist.broadcast(weight, src=0)
+    dist.broadcast(bias, src=0)
+    return logits
+
+
+@contextmanager
+def _what_the_head_reads(model: LaViT) -> Iterator[list[Tensor]]:
+    """Collect the pooled features of every forward pass within the block."""
+    read: list[Tensor] = []
+    compiled = vars(model).pop("forward", None)  # a compiled graph would not call the hook
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        yield read
+    finally:
+        hook.remove()
+        if compiled is not None:
+            model.forward = compiled  # type: ignore[method-assign]
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, which have equally many, in the order of the ranks. Collective."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,91 @@
+"""Stage 0 averages gradients as DeepSpeed does, but while the backward pass runs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.data_parallel import GradientBuckets
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import go_on, recipe, training, zero
+
+
+def steps_equal_deepspeed(control: dist.ProcessGroup) -> None:
+    ours, theirs = (
+        training(recipe(), accumulation=2, zero_optimization=zero(0, reduce_bucket_size=5000), **more)
+        for more in ({}, {"prescale_gradients": True})
+    )
+    assert "allreduce_gradients" in vars(ours.engine)
+    assert "allreduce_gradients" not in vars(theirs.engine), "prescaled gradients are DeepSpeed's to average"
+    go_on(ours, 1)
+    go_on(theirs, 1)
+    # With two ranks a sum has one order, and dividing by two is exact; only the norm is added up in another order.
+    for (name, mine), other in zip(
+        ours.engine.module.named_parameters(), theirs.engine.module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_a_step_is_deepspeeds_own() -> None:
+    run_ranks(2, steps_equal_deepspeed)
+
+
+class Layers(nn.Module):
+    """Three layers of which the middle one, and a parameter of its own, can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor, *, middle: bool) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.middle(x) if middle else x)  # type: ignore[no-any-return]
+
+
+def averages_whatever_arrives(control: dist.ProcessGroup) -> None:
+    rank = dist.get_rank()
+    model = Layers()
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    boundary = [False]
+    engine: Any = SimpleNamespace(is_gradient_accumulation_boundary=lambda: boundary[0])
+    buckets = GradientBuckets(engine, list(model.parameters()), bucket_size=20)
+    sent: list[int] = []
+    send = buckets._send
+    buckets._send = lambda index: (sent.append(index), send(index))[1]  # type: ignore[method-assign, func-returns-value]
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        inputs = [torch.randn(2, 4, generator=generator) for _ in range(2)]
+        expected = []
+        for other in range(2):  # what each rank's gradients are, computed here without any averaging
+            twin = Layers()
+            twin.load_state_dict(model.state_dict())
+            generator = torch.Generator().manual_seed(10 * step + other)
+            for x in [torch.randn(2, 4, generator=generator) for _ in range(2)]:
+                twin(x, middle=other == 0).sum().backward()
+            expected.append([torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()])
+        sent.clear()
+        for last, x in zip((False, True), inputs, strict=True):
+            boundary[0] = last
+            model(x, middle=rank == 0).sum().backward()  # on rank 1 the middle layer has no gradient
+            if not last:
+                assert not sent, "nothing is averaged before the last micro-batch"
+            elif rank == 0:
+                assert sent == [0, 1, 2], "the buckets of all layers are sent before the backward pass is over"
+            buckets.finish()
+        assert sent == [0, 1, 2, 3], "the same order on every rank, whatever arrived"
+        for parameter, *both in zip(model.parameters(), *expected, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, (both[0] + both[1]) / 2)
+            assert any(parameter.grad.untyped_storage().data_ptr() == f.data_ptr() for f in buckets.flats)
+            parameter.grad = None
+
+
+@pytest.mark.slow
+def test_a_parameter_without_gradient_on_a_rank_counts_as_zero() -> None:
+    run_ranks(2, averages_whatever_arrives)

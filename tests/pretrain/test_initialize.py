@@ -1,0 +1,219 @@
+"""Beginning with a hand-off: which weights come over, which are new, and what is refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from models import LaViT, create_model, load_weights
+from pretrain.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine import build_engine, build_model
+from pretrain.handoff import CONFIG, WEIGHTS, read_handoff, write_handoff
+from pretrain.initialize import begin, share_weights
+from pretrain.outcome import UserError
+from pretrain.pieces import OptimizerPieces
+from pretrain.recipe import Recipe, recipe_differences, validate_recipe
+from pretrain.run_folder import RunFolder
+from tests.pretrain.damage import flip_byte
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import BATCH, whole_weights, zero
+
+NETWORK = {"depths": [1, 1, 2, 1], "widths": [16, 32, 32, 32], "heads": [1, 2, 2, 2]}
+INPUT = {"path": "data/x", "image_size": 32}
+KNOWN = ["n01", "n02", "n03", "n04", "n05"]
+
+
+@pytest.fixture(scope="module")
+def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained network, as far as can be seen: every weight is its own."""
+    return write(tmp_path_factory.mktemp("source") / "handoff")
+
+
+def write(folder: Path, class_ids: list[str] | None = KNOWN, seed: int = 7, lost: str = "", **content: Any) -> Path:
+    torch.manual_seed(seed)
+    model = create_model("lavit_micro", num_classes=5, image_size=32, **NETWORK)
+    weights = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    weights.pop(lost, None)
+    fields = {
+        "architecture": model.config.to_dict(), "num_classes": 5, "class_names": list("abcde"),
+        "class_ids": class_ids, "input": INPUT, "weights": "average",
+        "dataset": {"name": "x", "fingerprint": "there", "samples": 100}, "recipe": {"name": "source"},
+        "metrics": {"top1": 50.0}, "samples_seen": 1000,
+    }  # fmt: skip
+    write_handoff(folder, weights, fields | content, "")
+    return folder
+
+
+def recipe(handoff: Path | str, size: int = 32, **fields: Any) -> Recipe:
+    overrides = NETWORK | fields.pop("overrides", {})
+    return validate_recipe(
+        {
+            "name": "tuned", "data": INPUT | {"image_size": size},
+            "model": {"name": "lavit_micro", "overrides": {"drop_path": 0.3, **overrides}},
+            "initialize_from": {"handoff": str(handoff), **fields},
+            "optimizer": {"lr": 1e-3}, "schedule": {"epochs": 1},
+        },
+        "here",
+    )  # fmt: skip
+
+
+def started(folder: Path, recipe: Recipe, class_ids: list[str], fingerprint: str = "here") -> tuple[LaViT, Any]:
+    """The first start of a run in ``folder``, as far as its weights go."""
+    model = build_model(recipe, len(class_ids))
+    data: Any = SimpleNamespace(class_ids=class_ids, fingerprint=fingerprint)
+    return model, begin(RunFolder(folder), model, recipe, data)
+
+
+def describe(folder: Path, recipe: Recipe, origin: Any, *, checkpoint: bool) -> None:
+    """What a start leaves behind."""
+    RunFolder(folder).write_description(recipe, {}, {"dataset": {}, "initialized_from": origin})
+    if checkpoint:
+        (folder / "checkpoints/step-00000001").mkdir()
+
+
+def test_the_trunk_comes_over_and_rows_of_known_classes_stay_theirs(handoff: Path, tmp_path: Path) -> None:
+    chosen = recipe(handoff, head_init_scale=0.5)
+    model, beginning = started(tmp_path, chosen, ["n04", "n99", "n02"])
+    weights, fresh = read_handoff(handoff)[1], build_model(chosen, 3)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, weights[name]), name
+    assert torch.equal(model.head.weight[[0, 2]], weights["head.weight"][[3, 1]])
+    assert torch.equal(model.head.bias[[0, 2]], weights["head.bias"][[3, 1]])
+    assert torch.equal(model.head.weight[1], 0.5 * fresh.head.weight[1])
+    assert model.config.drop_path == 0.3
+    said = "\n".join(beginning.notes)
+    assert "rows of 2 classes are reused, of 5 there; 1 are new, their fresh weights times 0.5" in said
+    assert "average weights of source, 1,000 images of x" in said
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "fingerprint", "expected"),
+    [
+        (list(reversed(KNOWN)), KNOWN, "here", ([4, 3, 2, 1, 0], "rows of all 5 classes are reused")),
+        (["a", "b"], KNOWN, "here", ([], "a new head .2 classes here, 5 there, none in common")),
+        (["0", "1"], list("01234"), "here", ([], "a new head .*only numbers")),
+        (list("01234"), list("01234"), "here", ([], "a new head .*only numbers")),
+        (list("01234"), list("01234"), "there", ([0, 1, 2, 3, 4], "all 5")),
+        (KNOWN, None, "here", ([], "a new head .*does not tell its class ids")),
+    ],
+)
+def test_classes_are_matched_by_what_their_ids_mean(
+    here: list[str], there: list[str] | None, fingerprint: str, expected: tuple[list[int], str], tmp_path: Path
+) -> None:
+    rows, says = expected
+    source = write(tmp_path / "handoff", there)
+    chosen = recipe(source)
+    model, beginning = started(tmp_path / "run", chosen, here, fingerprint)
+    head = read_handoff(source)[1]["head.weight"][rows] if rows else build_model(chosen, len(here)).head.weight
+    assert torch.equal(model.head.weight, head)
+    assert any(re.search(says, note) for note in beginning.notes)
+
+
+def test_another_image_size_is_resampled_and_told(handoff: Path, tmp_path: Path) -> None:
+    model, beginning = started(tmp_path, recipe(handoff, size=64), KNOWN)
+    expected = build_model(recipe(handoff, size=64), 5)
+    load_weights(expected, read_handoff(handoff)[1])
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+    assert any("tensors of the token grids resampled, 32 x 32 -> 64 x 64" in note for note in beginning.notes)
+
+
+def test_other_means_and_deviations_than_the_weights_know_are_told(handoff: Path, tmp_path: Path) -> None:
+    chosen = recipe(handoff)
+    data = chosen.data.model_copy(update={"mean": (0.5, 0.5, 0.5)})
+    _, beginning = started(tmp_path, chosen.model_copy(update={"data": data}), KNOWN)
+    assert [note for note in beginning.notes if note.startswith("WARNING")] == [
+        "WARNING initialized: the hand-off was trained with mean (0.485, 0.456, 0.406), this recipe has (0.5, 0.5, 0.5)"
+    ]
+
+
+@pytest.mark.parametrize("overrides", [{"widths": [16, 32, 32, 64]}, {"pool": "mean"}, {"depths": [1, 1, 3, 1]}])
+def test_a_handoff_of_another_network_is_refused(handoff: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(overrides))} is .* there and .* here") as caught:
+        started(tmp_path, recipe(handoff, overrides=overrides), KNOWN)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_or_missing_handoff_is_refused(handoff: Path, tmp_path: Path) -> None:
+    shutil.copytree(handoff, tmp_path / "copy")
+    flip_byte(tmp_path / "copy" / WEIGHTS)
+    with pytest.raises(UserError, match="other content than when it was handed off"):
+        started(tmp_path / "run", recipe(tmp_path / "copy"), KNOWN)
+    with pytest.raises(UserError, match="is not a finished hand-off"):
+        started(tmp_path / "run", recipe(tmp_path / "none"), KNOWN)
+
+
+@pytest.mark.parametrize("lost", ["head.bias", "norm.weight"])
+def test_a_handoff_that_lacks_a_tensor_is_refused_in_one_line(tmp_path: Path, lost: str) -> None:
+    with pytest.raises(UserError, match=f"lacks weights that its config tells of: .*{lost}") as caught:
+        started(tmp_path / "run", recipe(write(tmp_path / "handoff", lost=lost)), KNOWN)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_has_a_checkpoint_reads_no_handoff_and_keeps_its_origin(handoff: Path, tmp_path: Path) -> None:
+    shutil.copytree(handoff, tmp_path / "gone")
+    chosen = recipe(tmp_path / "gone")
+    _, first = started(tmp_path / "run", chosen, KNOWN)
+    describe(tmp_path / "run", chosen, first.origin, checkpoint=True)
+    shutil.rmtree(tmp_path / "gone")
+    model, again = started(tmp_path / "run", chosen, KNOWN)
+    assert (again.initialized, again.origin) == (False, first.origin)
+    assert torch.equal(model.norm.weight, build_model(chosen, 5).norm.weight)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_run_is_not_continued_from_another_handoff(handoff: Path, tmp_path: Path, checkpoint: bool) -> None:
+    run, other = tmp_path / "run", write(tmp_path / "other", seed=8)
+    _, first = started(run, recipe(handoff), KNOWN)
+    describe(run, recipe(handoff), first.origin, checkpoint=checkpoint)
+    with pytest.raises(UserError, match=r"holds other weights .* than this run was started from"):
+        started(run, recipe(other), KNOWN)
+    moved = shutil.copytree(handoff, tmp_path / "moved")
+    assert started(run, recipe(moved), KNOWN)[1].initialized is not checkpoint
+    changed = recipe(handoff, head_init_scale=0.1).model_dump(mode="json")
+    assert recipe_differences(recipe(other).model_dump(mode="json"), changed) == [
+        "initialize_from.head_init_scale: 1.0 -> 0.1"
+    ]
+    without = {**changed, "initialize_from": None}
+    assert recipe_differences(without, changed)[0].startswith("initialize_from: None -> ")
+
+
+def test_the_origin_remembers_where_its_own_weights_came_from(tmp_path: Path) -> None:
+    first = write(tmp_path / "first")
+    _, beginning = started(tmp_path / "run", recipe(first), KNOWN)
+    second = write(tmp_path / "second", initialized_from=beginning.origin)
+    _, again = started(tmp_path / "other", recipe(second), KNOWN)
+    digest = json.loads((first / CONFIG).read_text())["weights_blake2"]
+    assert again.origin["initialized_from"]["weights_blake2"] == digest
+
+
+def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder: Path) -> None:
+    expected = read_handoff(handoff)[1]
+    for stage in range(4):
+        chosen = recipe(handoff)
+        model = build_model(chosen, 5)
+        if dist.get_rank() == 0:
+            model, _ = started(folder / str(stage), chosen, KNOWN)
+        share_weights(model, torch.device("cpu"))
+        config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": zero(stage)}
+        resolved = resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
+        engine, _ = build_engine(model, chosen, resolved, torch.device("cpu"))
+        pieces = OptimizerPieces(engine, average=True)
+        found = whole_weights(engine)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
+        for piece in pieces.pieces:
+            whole = expected[piece.name].flatten()[piece.offset : piece.offset + piece.length]
+            assert torch.equal(piece.view("parameter", pieces.optimizer), whole), (stage, piece.name)
+            assert torch.equal(piece.view("average", pieces.optimizer), whole), (stage, piece.name)
+
+
+def test_all_ranks_have_them_at_every_stage_though_one_reads_them(handoff: Path, tmp_path: Path) -> None:
+    run_ranks(2, every_rank_begins_with_them, str(handoff), tmp_path)

@@ -1,0 +1,155 @@
+"""What is measured and shown of a run: right, bounded, and without a trace in what is trained."""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from models import create_model
+from pretrain.devices import DEVICES
+from pretrain.metrics import MetricsWriter, read_metrics
+from pretrain.monitoring.attention import drawn_blocks
+from pretrain.monitoring.bad_samples import BadSampleCount
+from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
+from pretrain.monitoring.pictures import CELL, LINE, draw_grid, to_pixels
+from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import go_on, micro_batches, recipe, training, whole_weights, zero
+
+CPU = torch.device("cpu")
+
+
+def test_the_phases_of_a_step_add_up_to_its_time_without_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count().__next__
+    monkeypatch.setattr(time, "monotonic", lambda: float(clock()))
+    timer = StepTimer(CPU)
+    for phase in ("other", "data", "forward", "backward", "optimizer", "other", None, "other", "data", "forward"):
+        timer.enter(phase)
+    assert timer.split() == {"data": 2.0, "forward": 2.0, "backward": 1.0, "optimizer": 1.0, "other": 3.0}
+    assert timer.split() == {"data": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0, "other": 1.0}
+    for _ in range(10 * MARKS):
+        timer.enter("data")
+    assert timer.split()["data"] == 10 * MARKS
+    assert len(timer._marks) <= MARKS
+
+
+def test_mfu_counts_six_flop_a_mac_and_is_left_out_where_no_peak_is_known() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = create_model("lavit_micro", num_classes=10, image_size=32)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    # Autograd needs no gradient of the picture itself, so a little less than three times the forward pass.
+    assert counter.get_total_flops() == pytest.approx(model_flops_per_image(model.config), rel=0.03)
+    assert peak_of(CPU, "fp32") is None
+    assert DEVICES["h100"].peak(torch.bfloat16) == 989e12
+
+
+def test_bad_samples_are_counted_once_each_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
+    count = BadSampleCount(tmp_path / "bad_samples.jsonl")
+    assert count() == 0
+    with (tmp_path / "bad_samples.jsonl").open("a") as file:
+        for text, expected in (
+            ('{"id": 3}\n', 1),
+            ('{"id": 3}\n{"id": 4}\n', 2),
+            ('{"id": 5', 2),
+            ("}\n", 3),
+            ("x\n", 3),
+        ):
+            file.write(text)
+            file.flush()
+            assert count() == expected
+
+
+def test_pictures_are_shown_as_they_were_and_their_sheet_is_bounded() -> None:
+    plain = torch.rand(3, 3, 20, 30)
+    mean, std = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
+    normalised = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    shown = to_pixels(normalised, mean, std)
+    assert np.abs(np.stack(shown) - 255 * plain.permute(0, 2, 3, 1).numpy()).max() <= 0.51
+    assert draw_grid(shown, ["a", "a name that is far too long for its picture", ""]).shape == (
+        CELL + LINE,
+        3 * CELL,
+        3,
+    )
+    many = draw_grid([np.zeros((640, 480, 3), np.uint8)] * 32, [""] * 32)
+    assert many.shape == (4 * (CELL + LINE), 8 * CELL, 3)
+
+
+def test_of_every_stage_the_blocks_that_differ_in_kind_are_drawn() -> None:
+    config = create_model("lavit_micro", num_classes=10, image_size=32,
+                          depths=[1, 2, 4, 3], vanilla_blocks=[1, 1, 2, 1]).config  # fmt: skip
+    kinds = drawn_blocks(config)
+    assert {place for place, kind in kinds.items() if kind == "VA"} == {(0, 0), (1, 0), (2, 1), (3, 0)}
+    assert {place for place, kind in kinds.items() if kind == "LA"} == {(1, 1), (2, 2), (2, 3), (3, 1), (3, 2)}
+
+
+def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
+    for stage in (0, 1, 3):
+        results = []
+        for watched in (False, True):
+            run = training(recipe(), zero_optimization=zero(stage))
+            run.monitor._norms._due = lambda watched=watched: watched
+            losses = go_on(run, 2)
+            if watched:
+                show_everything(run, Path(folder) / str(stage))
+            losses += go_on(run, 2)
+            state = [piece.view(kind, run.pieces.optimizer) for piece in run.pieces.pieces for kind in run.pieces.kinds]
+            results.append((losses, [view.clone() for view in state], whole_weights(run.engine)))
+        (a, b, c), (d, e, f) = results
+        assert a == d, f"stage {stage}: losses differ"
+        assert all(torch.equal(x, y) for x, y in zip(b, e, strict=True)), f"stage {stage}: weights or moments differ"
+        assert all(torch.equal(c[name], f[name]) for name in c), f"stage {stage}: the network differs"
+
+
+def show_everything(run: Any, folder: Path) -> None:
+    """All that a run shows at a time, as its log and its evaluation ask for it."""
+    first = dist.get_rank() == 0
+    metrics = None
+    if first:
+        folder.mkdir()
+        metrics = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=0)
+        run.monitor._request = folder / "show"
+        run.monitor._request.touch()
+    before = torch.get_rng_state()
+    batch = next(micro_batches(run.batch.micro_batch))
+    run.monitor.look(metrics, 16, {"step": 2})  # nothing was evaluated yet: nothing is shown
+    run.engine.eval()
+    run.monitor.keep(batch, batch.labels)
+    run.engine(batch.images)
+    run.engine.train()
+    measured, asked = run.monitor.measure(run.meter.timer, steps=2, images_per_second=1.0, grad_norm=1.0)
+    assert asked, "a rank does not know that pictures were asked for"
+    assert measured.mfu is None
+    assert measured.memory_gib > 0.05
+    assert measured.seconds["total"] == pytest.approx(sum(measured.seconds[phase] for phase in PHASES), rel=1e-4)
+    run.monitor.look(metrics, 16, {"step": 2})
+    if metrics is not None:
+        run.monitor.requested()
+        assert not (folder / "show").exists()
+        run.monitor.see(batch)
+        run.monitor.show_batch(metrics, 16)
+        metrics.close()
+        (row,) = read_metrics(folder / "metrics.jsonl", "attention")
+        assert row["step"] == 2
+        assert 0 < row["diagonality/stage1_va1"] <= 1
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+        assert {tag: len(board.Images(tag)) for tag in board.Tags()["images"]} == {
+            "pictures/attention": 1, "pictures/training": 1,
+        }  # fmt: skip
+        assert sum(len(board.Images(tag)[0].encoded_image_string) for tag in board.Tags()["images"]) < 500_000
+    _, asked = run.monitor.measure(run.meter.timer, steps=1, images_per_second=1.0, grad_norm=1.0)
+    assert not asked
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_watched_trains_bit_for_bit_the_same_at_every_kind_of_stage(tmp_path: Path) -> None:
+    run_ranks(2, watched_trains_the_same, str(tmp_path))

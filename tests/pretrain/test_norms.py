@@ -1,0 +1,111 @@
+"""Norms by part are those of the whole gradient and the whole weights, at every ZeRO stage, and cost no host a wait."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data_pipeline.mixing import mix
+from models import LaViT
+from pretrain.engine import build_model
+from pretrain.monitoring.norms import norms_of, part_of
+from pretrain.optimization import drop_path_uniforms
+from pretrain.recipe import Recipe
+from pretrain.train import train_step
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_bad_steps import CountsReads
+from tests.pretrain.test_equality import (
+    BATCH,
+    CLASSES,
+    global_batch,
+    micro_batches,
+    recipe,
+    training,
+    whole_weights,
+    zero,
+)
+
+
+def plain_gradients(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Of the first global batch, by torch alone in one process; not clipped."""
+    model, rows = build_model(recipe, CLASSES), np.arange(BATCH, dtype=np.int64)
+    images, targets = mix(*global_batch(0), rows, config=recipe.mixing, num_classes=CLASSES, seed=3, step=0)
+    uniforms = drop_path_uniforms(3, 0, rows, branches=model.num_drop_paths, global_batch=BATCH)
+    logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
+    (F.cross_entropy(logits, targets) + 0.01 * diagonality).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def by_part(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        squares[part_of(name)] = squares.get(part_of(name), 0.0) + float(tensor.double().square().sum())
+    return {part: square**0.5 for part, square in squares.items()}
+
+
+def measured(run: Any) -> Any:
+    norm = run.engine.get_global_grad_norm()
+    return run.monitor.measure(
+        run.meter.timer, steps=1, images_per_second=1.0, grad_norm=None if norm is None else float(norm)
+    )[0]
+
+
+def equal_the_whole(control: dist.ProcessGroup) -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], float]] = [
+        *(({}, {"zero_optimization": zero(stage)}, 1e-4) for stage in range(4)),
+        ({}, {"zero_optimization": zero(0), "gradient_clipping": 0.0}, 1e-4),
+        ({}, {"zero_optimization": zero(2, offload_optimizer={"device": "cpu"})}, 1e-4),
+        ({}, {"zero_optimization": zero(1), **bf16, "data_types": {"grad_accum_dtype": "fp32"}}, 0.1),
+    ]
+    for optimizer, config, tolerance in cases:
+        run = training(recipe(**optimizer), accumulation=2, **config)
+        weights, gradients = whole_weights(run.engine), plain_gradients(recipe(**optimizer))
+        batches = micro_batches(run.batch.micro_batch)
+        train_step(run, batches)
+        found = measured(run).norms
+        expected = {f"gradient/{part}": norm for part, norm in by_part(gradients).items()}
+        assert {name: value for name, value in found.items() if name in expected} == pytest.approx(
+            expected, rel=tolerance
+        ), (optimizer, config)
+        changed = by_part(whole_weights(run.engine))
+        assert changed != by_part(weights)
+        for part, norm in changed.items():
+            assert found[f"weight/{part}"] == pytest.approx(norm, rel=max(tolerance / 10, 1e-5)), (optimizer, config)
+        reads = []
+        for due in (False, True):
+            run.monitor._norms._due = lambda due=due: due
+            with CountsReads() as counter:
+                train_step(run, batches)
+            reads.append(counter.reads)
+        assert reads[1] == reads[0], f"a host waits for the norms: {config}"
+        second = measured(run).norms
+        assert second.keys() == found.keys()
+        assert second != found
+
+
+@pytest.mark.slow
+def test_norms_by_part_are_those_of_plain_torch_at_every_stage_before_clipping() -> None:
+    run_ranks(2, equal_the_whole)
+
+
+def test_parts_are_named_in_the_order_of_the_network() -> None:
+    from models import create_model
+
+    model: LaViT = create_model("lavit_micro", num_classes=10, image_size=32)
+    parts = list(dict.fromkeys(part_of(name) for name, _ in model.named_parameters()))
+    assert sorted(parts) == ["embed", "head", "stage1", "stage2", "stage3", "stage4"]
+    assert part_of("stages.0.position.table") == "embed"
+    assert part_of("stages.1.embed.conv.weight") == "stage2"
+    assert part_of("norm.weight") == "head"
+
+
+def test_norms_are_scaled_to_the_norm_before_clipping_and_left_out_where_they_are_not_finite() -> None:
+    assert norms_of(["a", "b"], [9.0, 16.0], 10.0) == {"a": 6.0, "b": 8.0}
+    assert norms_of(["a", "b"], [9.0, 16.0], None) == {"a": 3.0, "b": 4.0}
+    assert norms_of(["a", "b"], [0.0, 0.0], 0.0) == {"a": 0.0, "b": 0.0}
+    assert norms_of(["a", "b"], [9.0, float("nan")], 10.0) == {}
+    assert norms_of(["a", "b"], [9.0, float("inf")], float("inf")) == {}

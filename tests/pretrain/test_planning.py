@@ -1,0 +1,145 @@
+"""Failures, speed, scaling and devices of a plan."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.devices import DEVICES, find_device, peak_flops
+from pretrain.outcome import UserError
+from pretrain.planning.data import read_speed
+from pretrain.planning.failures import Conditions, best_interval, expected_finish, job_mtbf, simulate
+from pretrain.planning.memory import Engine
+from pretrain.planning.scaling import Network, Reading, simulate_step
+from pretrain.planning.speed import flops_per_image, read_benchmark, speed_of
+
+DAY = 86400.0
+HARD = Conditions(work=5 * DAY, save=20.0, restart=600.0, mtbf=4 * 3600.0)
+
+
+@pytest.mark.parametrize("interval", [300.0, 1800.0, 7200.0, 36000.0])
+@pytest.mark.parametrize("mtbf", [6 * 3600.0, 2 * DAY])
+def test_simulated_failures_agree_with_the_closed_form(interval: float, mtbf: float) -> None:
+    conditions = Conditions(5 * DAY, 20.0, 600.0, mtbf)
+    found = simulate(conditions, interval, runs=4000)
+    assert found.mean == pytest.approx(expected_finish(conditions, interval), rel=0.03)
+    assert found.low <= found.mean <= found.high
+
+
+def test_the_best_interval_is_the_best() -> None:
+    best = best_interval(HARD.save, HARD.mtbf)
+    assert best == pytest.approx(math.sqrt(2 * HARD.save * HARD.mtbf), rel=0.05)  # Young's
+    at_best = expected_finish(HARD, best)
+    assert all(at_best < expected_finish(HARD, factor * best) for factor in (0.3, 0.6, 1.7, 4))
+
+
+def test_without_failures_only_checkpoints_cost() -> None:
+    calm = Conditions(1000.0, 10.0, 600.0, math.inf)
+    assert expected_finish(calm, 100.0) == 1000 + 10 * 10
+    assert simulate(calm, 300.0).mean == expected_finish(calm, 300.0) == 1000 + 4 * 10
+    assert best_interval(10.0, math.inf) == math.inf
+    assert job_mtbf(1024, 50_000) == pytest.approx(48.8, abs=0.1)
+
+
+def test_the_simulation_is_repeatable_and_failures_are_as_many_as_the_time_holds() -> None:
+    one, two = simulate(HARD, 700.0, seed=3), simulate(HARD, 700.0, seed=3)
+    assert one == two != simulate(HARD, 700.0, seed=4)
+    assert one.failures == pytest.approx(one.mean / HARD.mtbf, rel=0.05)
+
+
+@pytest.mark.parametrize("interval", [0.0, -1.0, math.nan])
+def test_an_interval_that_makes_no_sense_is_refused(interval: float) -> None:
+    for finish in (expected_finish, simulate):
+        with pytest.raises(ValueError, match="positive"):
+            finish(HARD, interval)
+    with pytest.raises(ValueError, match="negative"):
+        Conditions(-1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("Tesla V100-SXM2-16GB", None),
+        ("AMD EPYC", None),
+    ],
+)
+def test_gpus_are_known_by_the_names_that_torch_gives_them(name: str, known: str | None) -> None:
+    assert find_device(name) is (DEVICES[known] if known else None)
+    assert (peak_flops(name, torch.bfloat16) is None) == (known is None)
+
+
+def test_peaks_are_those_of_dense_products() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float16) == 312e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32, tf32=True) == 156e12
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("model-2026-11-24-*.md"))
+
+
+def test_a_benchmark_of_another_device_is_not_taken_for_this_one() -> None:
+    found = read_benchmark(RESULTS[-1], "lavit_small", (224, 224), compiled=False)
+    assert (found.images_per_s, found.device.split(",")[0]) == (3.67, "AMD EPYC")
+    known = speed_of(DEVICES["h100"], 989e12, flops_per_image(3_260_000_000), found, None)
+    assert known.measured is None
+    assert known.believed is None
+    assert known.rests_on == "not measured"
+
+
+def test_a_measurement_of_this_kind_of_gpu_counts_and_goes_before_an_assumed_mfu(tmp_path: Path) -> None:
+    mine = tmp_path / "model.md"
+    mine.write_text(RESULTS[-1].read_text().replace("AMD EPYC, one core", "NVIDIA H100 80GB HBM3"))
+    found = read_benchmark(mine, "lavit_small", (224, 224), compiled=True)
+    known = speed_of(DEVICES["h100"], 989e12, flops_per_image(3_260_000_000), found, 0.3)
+    assert known.believed == found.images_per_s == 3.90
+    assert "measured" in known.rests_on
+
+
+def test_a_benchmark_without_this_model_or_size_is_refused(tmp_path: Path) -> None:
+    for model, size in (("lavit_huge", (224, 224)), ("lavit_small", (384, 384))):
+        with pytest.raises(UserError, match="holds no training images/s"):
+            read_benchmark(RESULTS[-1], model, size, compiled=False)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_benchmark(tmp_path / "nothing.md", "lavit_small", (224, 224), compiled=False)
+
+
+def engine(stage: int, *, overlap: bool = False) -> Engine:
+    return Engine(stage, 8, 1, 2, False, False, 3, False, 5_000_000, False, overlap, 0, 0, False, False)
+
+
+def test_a_step_scales_until_talking_takes_over() -> None:
+    network, free = Network(450e9, 50e9), Reading(None, 1e5)
+
+    def step(gpus: int, stage: int = 1, *, overlap: bool = False, reading: Reading = free) -> float:
+        of = engine(stage, overlap=overlap)
+        return simulate_step(gpus, of, network, reading, parameters=40_000_000, work=(4096, 1500.0)).seconds
+
+    assert step(1) == pytest.approx(4096 / 1500)
+    assert step(8) == pytest.approx(step(1) / 8, rel=0.01)
+    assert step(64) > step(1) / 64
+    assert step(64, overlap=True) <= step(64)
+    assert step(64, 3) > step(64, 0)
+    assert step(64, reading=Reading(1e8, 1e5)) == pytest.approx(4096 * 1e5 / 1e8)  # the storage limits
+
+
+def test_a_ring_moves_twice_the_gradients_less_one_share() -> None:
+    network = Network(100e9, 100e9, latency=0.0)
+    step = simulate_step(8, engine(0), network, Reading(None, 1.0), parameters=10**9, work=(8, 1.0))
+    assert step.talk == pytest.approx(2 * 7 / 8 * 2e9 / 100e9)
+
+
+def test_reading_speed_counts_what_was_read(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_bytes(bytes(5_000_000))
+    assert read_speed(files) > 0
+    assert read_speed(files, limit=1) > 0

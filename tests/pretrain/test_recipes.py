@@ -1,0 +1,85 @@
+"""Every recipe that is shipped can be started: it loads, its network is built, its batch cut, its schedule adds up."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import create_model
+from models.cost import count_macs, count_parameters
+from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.optimization import count_steps, learning_rate
+from pretrain.optimizers import parameter_groups, peak_learning_rate
+from pretrain.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
+CLASSES_AND_PICTURES = {
+    "data/imagenet-1k": (1_000, 1_281_167),
+    "data/imagenet-21k": (21_841, 14_197_122),
+    "data/imagenet-21k-p": (10_450, 11_060_223),
+}
+
+
+def test_there_is_one_for_each_size_and_purpose() -> None:
+    sizes = ("tiny", "small", "base", "large")
+    wanted = {f"in1k_lavit_{size}" for size in sizes[:3]} | {f"in21k_lavit_{size}" for size in sizes}
+    wanted |= {f"in1k_finetune_lavit_{size}{px}" for size in sizes for px in ("", "_384")} | {"in21kp_lavit_small"}
+    assert set(RECIPES) == wanted
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_can_be_started(name: str) -> None:
+    path = ROOT / f"recipes/{name}.yaml"
+    recipe = load_recipe(path)
+    assert recipe.name == name
+    classes, pictures = CLASSES_AND_PICTURES[str(recipe.data.path)]
+    with torch.device("meta"):
+        model = create_model(recipe.model.name, classes, recipe.data.size, **recipe.model.overrides)
+    model.set_activation_checkpointing(recipe.model.activation_checkpointing)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(model.config)
+    groups = parameter_groups(model, recipe.optimizer, no_decay=model.no_weight_decay(), layers=model.layer_groups())
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+    config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
+    for ranks in (8, 32, 64):
+        resolved = resolve_deepspeed_config(
+            config, world_size=ranks, has_bf16_gpu=True, pairs=recipe.mixing.in_pairs, optimizer=recipe.optimizer.kind
+        )
+        batch = resolved.batch
+        assert batch.global_batch == ranks * batch.micro_batch * batch.accumulation
+        assert (resolved.precision, resolved.stage) == ("bf16", 1)
+
+    schedule, total = recipe.schedule, resolved.batch.global_batch
+    steps = count_steps(schedule, epoch_size=pictures, global_batch=total)
+    assert steps * total <= schedule.epochs * pictures < (steps + 1) * total
+    peak = peak_learning_rate(recipe.optimizer, total)[0]
+    rates = [
+        learning_rate(samples, peak=peak, schedule=schedule, epoch_size=pictures)
+        for samples in (total, int(schedule.warmup_epochs * pictures), steps * total)
+    ]
+    assert rates[1] == pytest.approx(peak)
+    assert rates[2] == pytest.approx(schedule.min_lr, rel=1e-3)
+    assert schedule.min_lr < peak
+
+    head = re.sub(r"\n#\s+", " ", path.read_text().split("\nname:")[0])
+    assert f"{steps:,} steps" in head, "the head states other steps than there are"
+    assert f"{count_macs(model.config) / 1e9:.2f} GMACs" in head, "the head states other costs"
+    assert f"the batch of {total:,}" in head
+    assert "not measured on a GPU" in head
+    assert f"python -m slurm.launch --recipe recipes/{name}.yaml" in head
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if load_recipe(ROOT / f"recipes/{name}.yaml").initialize_from]
+)
+def test_a_recipe_begins_with_the_handoff_of_another_one_for_the_same_network(name: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    assert recipe.initialize_from is not None
+    run, handoff = recipe.initialize_from.handoff.removeprefix("runs/").split("/")
+    assert handoff == "handoff"
+    source = load_recipe(ROOT / f"recipes/{run}.yaml")
+    assert source.model.name == recipe.model.name
+    assert {**source.model.overrides, "drop_path": 0} == {**recipe.model.overrides, "drop_path": 0}
+    assert (source.data.mean, source.data.std) == (recipe.data.mean, recipe.data.std)

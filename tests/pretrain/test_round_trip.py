@@ -1,0 +1,110 @@
+"""run -> hand-off -> evaluate: the numbers of the training, whatever the number of ranks and the ZeRO stage."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pretrain.evaluate import main as evaluate_door
+from pretrain.metrics import read_metrics
+from pretrain.outcome import ExitCode
+from tests.pretrain.ranks import start_ranks
+from tests.system.launching import RECIPE, ROOT, changes
+
+pytestmark = pytest.mark.slow
+TOTALS = ("top1", "top5", "loss", "samples")
+Train = Callable[..., Path]
+
+
+def through_the_door(log: Path, arguments: list[str]) -> None:
+    from pretrain.main import main
+    from pretrain.signals import StopFlag
+
+    sys.stdout = log.open("w")
+    assert main(StopFlag(), arguments) == ExitCode.FINISHED, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def train(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Trains 13 steps of a small network, by the door that people use; the result is the run's folder."""
+
+    def trained(ranks: int, *, stage: int, **fields: object) -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        small = "{depths: [1, 1, 2, 1], widths: [16, 32, 32, 32], heads: [1, 2, 2, 2], drop_path: 0.05}"
+        assignments = changes(
+            data__path=digits, schedule__epochs=0.6, schedule__warmup_epochs=0.2, ema__decay=0.9,
+            optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small,
+            deepspeed__zero_optimization__stage=stage, **fields,
+        )  # fmt: skip
+        arguments = ["--recipe", str(RECIPE), "--runs", str(folder), *assignments]
+        arguments += ["--deepspeed_config", str(ROOT / "ds_config.json")]
+        start_ranks(ranks, through_the_door, folder / "log", arguments)
+        return folder / "demo"
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def alone(train: Train) -> Path:
+    return train(1, stage=0)
+
+
+@pytest.fixture(scope="module")
+def sharded(train: Train) -> Path:
+    return train(2, stage=3)
+
+
+def evaluated(run: Path, digits: Path, *more: str) -> dict[str, Any]:
+    assert evaluate_door([str(run), "--data", str(digits), *more]) == ExitCode.FINISHED
+    content: dict[str, Any] = json.loads((run / "evaluation/digits-val.json").read_text())
+    return content
+
+
+def in_training(run: Path) -> dict[str, Any]:
+    """The last evaluation of the average, which is what is handed off."""
+    return read_metrics(run / "metrics.jsonl", "eval_average")[-1]
+
+
+@pytest.mark.parametrize("run", ["alone", "sharded"])
+def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
+    run: str, digits: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(run)
+    found, expected = evaluated(folder, digits), in_training(folder)
+    assert [found[name] for name in TOTALS] == [expected[name] for name in TOTALS]
+    assert json.loads((folder / "summary.json").read_text())["handoff_top1"] == expected["top1"]
+    assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
+
+
+def test_the_handoff_of_two_ranks_at_zero_3_is_that_of_one_rank_but_for_rounding(alone: Path, sharded: Path) -> None:
+    one, two = (load_file(run / "handoff/model.safetensors") for run in (alone, sharded))
+    assert one.keys() == two.keys()
+    # Two ranks add the same gradients in another order. Each sum is rounded by 2^-24 of its size, weights are up to
+    # about one, and SGD, unlike Adam, does not divide by gradients near zero: a few roundings in 13 steps stay below
+    # 2^-19. One sample seen twice or by another rank's half would be thousands of times more.
+    worst = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert worst < 2**-19
+    first, second = (json.loads((run / "handoff/config.json").read_text()) for run in (alone, sharded))
+    same = ("architecture", "num_classes", "class_names", "class_ids", "input", "weights", "dataset", "samples_seen")
+    assert [first[name] for name in same] == [second[name] for name in same]
+    assert first["class_ids"] == [str(digit) for digit in range(10)]
+
+
+def test_a_handoff_trained_in_bf16_equals_its_training_exactly_in_bf16_and_says_fp32_otherwise(
+    train: Train, digits: Path
+) -> None:
+    """The masters are handed off, in fp32; rounded to bf16 they are the very weights that training evaluated."""
+    run = train(1, stage=1, deepspeed__bf16__enabled="true")
+    expected = in_training(run)
+    narrow = evaluated(run, digits, "--precision", "bf16")
+    assert [narrow[name] for name in TOTALS] == [expected[name] for name in TOTALS]
+    assert json.loads((run / "summary.json").read_text())["handoff_top1"] is None, "of fp32, as it is handed off"
+    wide = evaluated(run, digits)
+    assert (wide["precision"], narrow["precision"]) == ("fp32", "bf16")
+    assert wide["loss"] != narrow["loss"]
+    # bf16 keeps 8 bits: rounding weights and activations moves a score by some 2^-8 of its size, which is a few.
+    assert abs(wide["loss"] - narrow["loss"]) < 2**-8 * 10
