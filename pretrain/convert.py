@@ -62,12 +62,12 @@ class Converted:
 
 
 def convert(
-    handoff: Path, out: Path, *, image_size: tuple[int, int] | None = None, opset: int | None = None
+    handoff: Path | str, out: Path, *, image_size: tuple[int, int] | None = None, opset: int | None = None
 ) -> Converted:
     """Write a hand-off as one file, run the file on random and extreme pictures, and publish it if it is right.
 
     Args:
-        handoff: the hand-off's folder.
+        handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
         out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
         image_size: height and width in pixels; None takes the hand-off's. What depends on the size is resampled.
         opset: ONNX's version of operators; None takes the exporter's own.
@@ -234,7 +234,7 @@ def _quiet() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Write a hand-off as one ONNX or torch.export file; it is compared with torch before it is published."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.convert", description=main.__doc__)
-    parser.add_argument("handoff", type=Path, metavar="HANDOFF", help="runs/NAME/handoff")
+    parser.add_argument("handoff", metavar="HANDOFF", help="runs/NAME/handoff, or a name of the Hugging Face Hub")
     parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt2")
     parser.add_argument(
         "--image-size", type=int, nargs="+", metavar="N", help="side of the pictures in pixels, or height and width"

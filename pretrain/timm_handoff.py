@@ -9,13 +9,13 @@ from pretrain.handoff import load_handoff
 from pretrain.outcome import UserError
 
 
-def create_timm_model(handoff: Path, **arguments: Any) -> nn.Module:
+def create_timm_model(handoff: Path | str, **arguments: Any) -> nn.Module:
     """Build timm's model of a hand-off, with its weights.
 
     `timm.data.resolve_model_data_config` then knows the hand-off's size, mean, deviation, interpolation and crop.
 
     Args:
-        handoff: the hand-off's folder.
+        handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
         **arguments: what `timm.create_model` takes: another `num_classes` starts a fresh classifier, another `img_size`
             resamples, `features_only=True` gives the four maps, `drop_path_rate` and so on.
 

@@ -30,6 +30,7 @@ def hand_off(folder: Path, name: str, **options: Any) -> Path:
             parameter.add_(torch.randn_like(parameter), alpha=(0.3 if matters else 0.02) / parameter.shape[-1] ** 0.5)
     content = {
         "architecture": model.config.to_dict(), "num_classes": len(NAMES), "class_names": NAMES,
+        "class_ids": ["n1", "n2", "n3"],
         "input": {"path": "d", "image_size": model.config.image_size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]},
         "weights": "average", "dataset": {"name": "d", "fingerprint": "f", "samples": 9}, "recipe": {"name": "r"},
         "metrics": {"top1": 50.0}, "samples_seen": 1,
@@ -100,7 +101,7 @@ def test_the_door_writes_the_same_numbers_and_what_is_needed_around_them(
         program = torch.export.load(written, extra_files=extra)
         found = json.loads(extra[METADATA])
         assert largest_difference(model, program.module(), (32, 32)) == 0
-    assert found["class_names"] == NAMES
+    assert (found["class_names"], found["class_ids"]) == (NAMES, ["n1", "n2", "n3"])
     assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
     assert found["image_size"] == [32, 32]
     assert found["weights_blake2"] == config.weights_blake2
