@@ -92,16 +92,6 @@ def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None
     assert len({path.stat().st_mode for path in written.iterdir()}) == 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
-def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    shown = next(block for block in blocks if "load_handoff" in block)
-    assert "runs/demo/handoff" in shown
-    names: dict[str, Any] = {"images": torch.randn(2, 3, 32, 32)}
-    exec(shown.replace("runs/demo/handoff", str(written)), names)
-    assert torch.equal(names["model"](names["images"]), model(names["images"]))
-
-
 def test_a_handoff_from_before_class_ids_and_its_own_digest_still_loads(copied: Path) -> None:
     change(copied, lambda config: config.pop("class_ids"), digest=False)
     assert load_handoff(copied)[1].class_ids is None
