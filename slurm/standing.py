@@ -22,7 +22,7 @@ class Standing:
 
     name: str
     state: str
-    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed or lost."""
+    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed, lost or unknown."""
     why: str = ""
     """What it waits for, or why it ended or was started again last."""
     step: int = 0
