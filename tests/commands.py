@@ -14,6 +14,8 @@ PROGRAMS = (
     "sbatch", "grep", "git", "rm", "mv", "df", "kill", "nvidia-smi",
 )  # fmt: skip
 _PROGRAM = re.compile(rf"(?:{'|'.join(PROGRAMS)}|\S*\.venv\S*/bin/\S+|\.\./\S+/bin/\S+)(?= +\S)|\.ci/run$")
+_MESSAGE = re.compile(r"make (?:it|room) ")
+"""Begins like a command and is English: what docs/troubleshooting.md quotes."""
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)(`{1,2})([^`]+)\1(?!`)")
 PLACES = {
@@ -103,4 +105,4 @@ def _of_page(text: str) -> list[str]:
     prose = re.sub(r"^ {4}.*$", lambda match: " " * len(match[0]), text, flags=re.MULTILINE)
     found += [(match.start(), match[2]) for match in _INLINE.finditer(prose)]
     commands = (" ".join(re.sub(r"(\s#| {3,}).*", "", line).split()) for _, line in sorted(found))
-    return [line for line in commands if _PROGRAM.match(line)]
+    return [line for line in commands if _PROGRAM.match(line) and not _MESSAGE.match(line)]

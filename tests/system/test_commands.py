@@ -29,8 +29,8 @@ from pretrain.recipe import describe_fields, load_recipe
 from tests.commands import PAGES, ROOT, Command, blocks, commands
 
 HERE = {
-    "data_pipeline.verify", "docs/plot_curve.py", "pretrain.evaluate", "pretrain.export", "pretrain.plan",
-    "pretrain.report", "deepspeed --module pretrain.evaluate", "touch",
+    "data_pipeline.verify", "docs/plot_curve.py", "docs/plot_house.py", "pretrain.evaluate", "pretrain.export",
+    "pretrain.plan", "pretrain.report", "deepspeed --module pretrain.evaluate", "touch",
 }  # fmt: skip
 ELSEWHERE = {
     "data_pipeline.build": (
@@ -118,7 +118,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path
         (folder / name).symlink_to(ROOT / name)
     for name in ("docs/pictures", "runs", "data", "folder"):
         (folder / name).mkdir(parents=True)
-    (folder / "docs/plot_curve.py").symlink_to(ROOT / "docs/plot_curve.py")
+    for script in (ROOT / "docs").glob("*.py"):
+        (folder / "docs" / script.name).symlink_to(script)
     (folder / "data/digits").symlink_to(digits)
     for name in ("demo", "again"):
         shutil.copytree(straight, folder / "runs" / name)
