@@ -76,6 +76,10 @@ NOT_RUN = {
     "python3 -m venv ../venv-timm": "takes 6 GB; done by hand, CONTRIBUTING.md says with which versions",
     "../venv-timm/bin/pip install torch torchvision timm numpy safetensors pydantic fsspec pytest pytest-timeout": "too",  # noqa: E501
     "../venv-timm/bin/python -m pytest tests/models tests/pretrain/test_timm_handoff.py": "too",
+    "python3 -m venv ../venv-trackers": "done by hand, CONTRIBUTING.md says with which versions",
+    "../venv-trackers/bin/pip install torch tensorboard numpy wandb trackio pytest pytest-timeout": "too",
+    "../venv-trackers/bin/python -m pytest tests/pretrain/test_trackers.py": "too",
+    "pip install --constraint constraints.txt wandb": "would change the environment of the tests",
 }
 WITHOUT_ARGUMENTS = ("benchmarks.index",)
 MEASURES = "takes minutes by hand; a dated file in benchmarks/results says that it was run"
