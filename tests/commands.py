@@ -95,14 +95,23 @@ def _said_by(file: Path) -> str:
 
 
 def _of_page(text: str) -> list[str]:
+    """Every line of a block of shell; elsewhere what begins with the name of a program."""
     found: list[tuple[int, str]] = []
     for match in _FENCED.finditer(text):
         if match[1] in ("bash", "sh", "console"):
             lines = match[2].replace("\\\n", " ").splitlines()
-            found += [(match.start() + i, line.removeprefix("$ ")) for i, line in enumerate(lines)]
+            found += [(match.start() + i, _bare(line.removeprefix("$ "))) for i, line in enumerate(lines)]
     text = _FENCED.sub(lambda match: "\n" * len(match[0]), text)
-    found += [(match.start(), match[1]) for match in re.finditer(r"^ {4}(\S.*)$", text, re.MULTILINE)]
+    lone = [(match.start(), match[1]) for match in re.finditer(r"^ {4}(\S.*)$", text, re.MULTILINE)]
     prose = re.sub(r"^ {4}.*$", lambda match: " " * len(match[0]), text, flags=re.MULTILINE)
-    found += [(match.start(), match[2]) for match in _INLINE.finditer(prose)]
-    commands = (" ".join(re.sub(r"(\s#| {3,}).*", "", line).split()) for _, line in sorted(found))
-    return [line for line in commands if _PROGRAM.match(line) and not _MESSAGE.match(line)]
+    lone += [(match.start(), match[2]) for match in _INLINE.finditer(prose)]
+    found += [(at, line) for at, line in ((at, _bare(line)) for at, line in lone) if _is_command(line)]
+    return [line for _, line in sorted(found) if line]
+
+
+def _bare(line: str) -> str:
+    return " ".join(re.sub(r"(^|\s)#.*| {3,}.*", "", line).split())
+
+
+def _is_command(line: str) -> bool:
+    return _PROGRAM.match(line) is not None and _MESSAGE.match(line) is None

@@ -15,6 +15,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,10 +132,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path
 
 
 @pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder, and a process that is afterwards as it was, whatever doors and libraries set in it."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    return place
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with mock.patch.dict(os.environ):
+        yield place
 
 
 def test_the_pages_have_commands() -> None:
