@@ -171,17 +171,15 @@ def trainer_run(
     monitor = Monitor(
         engine,
         pieces,
-        due=lambda: run.log_due(ahead=1),
         device=device,
         precision=resolved.precision,
-        dtype=input_dtype(resolved.precision),
         attention_pictures=recipe.watch.attention_pictures,
         data=recipe.data,
         class_names=tuple(str(number) for number in range(CLASSES)),
         request=folder.show,
         fresh=False,
     )
-    run = Run(
+    return Run(
         recipe=recipe,
         batch=resolved.batch,
         epoch_size=10**4,
@@ -208,7 +206,6 @@ def trainer_run(
         watchdog=Watchdog(folder.hangs, dist.get_rank(), start_s=1e6, step_s=1e6),
         monitor=monitor,
     )
-    return run
 
 
 def become_rank(local_rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:

@@ -165,28 +165,25 @@ def assemble(
             where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
             write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
         folder.write_state(state)
-    dtype = input_dtype(resolved.precision)
     monitor = Monitor(
         engine,
         pieces,
-        due=lambda: run.log_due(ahead=1),
         device=device,
         precision=resolved.precision,
-        dtype=dtype,
         attention_pictures=recipe.watch.attention_pictures,
         data=recipe.data,
         class_names=train_set.class_names,
         request=folder.show,
         fresh=not progress.step,
     )
-    run = Run(
+    return Run(
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype=dtype,
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
@@ -212,7 +209,6 @@ def assemble(
         monitor=monitor,
         saved_at=progress.samples_seen if loaded else -1,
     )
-    return run
 
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports that take seconds: a launcher m
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
+from pretrain.arguments import add_run_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
 from pretrain.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
@@ -60,25 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        default=Path("ds_config.json"),
-        metavar="FILE",
-        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="assignments",
-        help="change a field of the recipe, for example optimizer.lr=1e-3; may be repeated",
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the run folders (default: runs)"
-    )
+    add_run_arguments(parser, runs="folder of the run folders")
     parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",

@@ -85,6 +85,7 @@ class Run:
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
         self.watchdog.on_hang = self.fail
+        self.monitor.norms.due = lambda: self.log_due(ahead=1)
         self.bad_samples = BadSampleCount(self.folder.bad_samples)
 
     @property

@@ -11,6 +11,7 @@ from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, checkpoint_bytes
 from pretrain.deepspeed_config import BatchPlan, ResolvedDeepSpeed, resolve_deepspeed_config
 from pretrain.devices import Device
+from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.optimization import count_steps
 from pretrain.outcome import UserError
 from pretrain.planning.data import Data, look_at_data, measure_storage
@@ -18,7 +19,7 @@ from pretrain.planning.failures import Conditions, Finish, best_interval, expect
 from pretrain.planning.memory import Engine, Memory, MemoryModel, memory_model
 from pretrain.planning.rehearsal import Policy
 from pretrain.planning.scaling import GPUS, Network, Reading, Step, simulate_step
-from pretrain.planning.speed import Speed, flops_per_image, read_benchmark, speed_of
+from pretrain.planning.speed import Speed, read_benchmark, speed_of
 from pretrain.precision import Precision, input_dtype
 from pretrain.recipe import Recipe
 
@@ -157,7 +158,7 @@ def make_estimate(request: Request) -> Estimate:
     how_fast = speed_of(
         request.device,
         request.device.peak(dtype),
-        flops_per_image(macs),
+        model_flops_per_image(macs),
         measured,
         request.mfu,
     )

@@ -77,7 +77,7 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
             assert found[f"weight/{part}"] == pytest.approx(norm, rel=max(tolerance / 10, 1e-5)), (optimizer, config)
         reads = []
         for due in (False, True):
-            run.monitor._norms._due = lambda due=due: due
+            run.monitor.norms.due = lambda due=due: due
             with CountsReads() as counter:
                 train_step(run, batches)
             reads.append(counter.reads)
