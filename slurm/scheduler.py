@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,9 +140,9 @@ def exclude_nodes(job: str, nodes: list[str]) -> None:
     run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
 
 
-def submit(script: Path, *, after: str, wait_s: float, exclude: list[str]) -> str:
+def submit(script: Path, *, after: str = "", wait_s: float = 0.0, exclude: Sequence[str] = ()) -> str:
     """Submit a batch script again as a job of its own, which starts when job ``after`` has ended; the new id."""
-    words = ["sbatch", "--parsable", f"--dependency=afterany:{after}"]
+    words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
         words.append(f"--begin={_when(time.time() + wait_s)}")
     if exclude:
