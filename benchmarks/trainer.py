@@ -35,26 +35,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.report import RESULTS, add_to_results, processor, today
 from data_pipeline.batch import Batch
-from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import Progress
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.checkpoint import Progress
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
-from pretrain.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
-from pretrain.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
-from pretrain.engine import build_engine, build_model
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
+from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
+from pretrain.engine.precision import input_dtype
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.pieces import OptimizerPieces
-from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
-from pretrain.signals import StopFlag
-from pretrain.stop import StopAgreement
+from pretrain.survival.bad_steps import BadSteps
+from pretrain.survival.signals import StopFlag
+from pretrain.survival.stop import StopAgreement
+from pretrain.survival.watchdog import Watchdog
 from pretrain.train import train
-from pretrain.watchdog import Watchdog
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 1000

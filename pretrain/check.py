@@ -7,12 +7,12 @@ from data_pipeline.errors import DataError
 from models import model_config
 from models.config import LaViTConfig
 from models.cost import count_parameters
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
-from pretrain.handoff import read_handoff
-from pretrain.initialize import check_architecture
+from pretrain.evaluation.probes import open_probe_sets
+from pretrain.handoff.folder import read_handoff
+from pretrain.handoff.initialize import check_architecture
 from pretrain.outcome import UserError
-from pretrain.probes import open_probe_sets
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 

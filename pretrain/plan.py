@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from pretrain.arguments import add_run_arguments
-from pretrain.deepspeed_config import read_deepspeed_config
 from pretrain.devices import DEVICES
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.outcome import ExitCode, UserError
 from pretrain.planning.advice import limits
 from pretrain.planning.estimate import Estimate, Outlook, Request, make_estimate, with_failures

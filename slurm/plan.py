@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from pretrain.check import check_recipe_here
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.schedule import count_steps
 from pretrain.files import write_json
-from pretrain.optimization import count_steps
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder

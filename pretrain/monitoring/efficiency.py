@@ -18,7 +18,7 @@ def peak_of(device: torch.device, precision: str) -> float | None:
 
     Args:
         device: of this rank.
-        precision: as ``pretrain.precision`` names it.
+        precision: as ``pretrain.engine.precision`` names it.
     """
     if device.type != "cuda":
         return None

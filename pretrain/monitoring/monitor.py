@@ -12,14 +12,14 @@ import torch.distributed as dist
 from data_pipeline.batch import Batch
 from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.engine.precision import Precision, input_dtype
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
 from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.pictures import draw_attention, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import PHASES, StepTimer
-from pretrain.pieces import OptimizerPieces
-from pretrain.precision import Precision, input_dtype
 
 GRID = 32
 """Training pictures that are drawn at a time."""

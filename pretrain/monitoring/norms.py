@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pretrain.pieces import OptimizerPieces, Piece
+from pretrain.checkpoints.pieces import OptimizerPieces, Piece
 
 EMBED, HEAD = "embed", "head"
 

@@ -44,7 +44,7 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], 
 
 
 def _joined(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    from pretrain.distributed import choose_device, init_distributed, read_rank
+    from pretrain.engine.distributed import choose_device, init_distributed, read_rank
 
     control = init_distributed(choose_device(read_rank()))
     function(control, *arguments)

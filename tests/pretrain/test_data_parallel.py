@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.data_parallel import GradientBuckets
-from pretrain.distributed import gather_partitions
+from pretrain.engine.data_parallel import GradientBuckets
+from pretrain.engine.distributed import gather_partitions
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, zero
 

@@ -19,16 +19,16 @@ from pytorch_optimizer import Lamb
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
-from pretrain.bad_steps import BadSteps
-from pretrain.deepspeed_config import resolve_deepspeed_config
-from pretrain.engine import build_engine, build_model
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.precision import input_dtype
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.optimization import drop_path_uniforms, learning_rate
-from pretrain.pieces import OptimizerPieces
-from pretrain.precision import input_dtype
 from pretrain.recipe import Recipe, validate_recipe
+from pretrain.survival.bad_steps import BadSteps
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from data_pipeline.mixing import mix
 from models import LaViT
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.monitoring.norms import norms_of, part_of
-from pretrain.optimization import drop_path_uniforms
 from pretrain.recipe import Recipe
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
-from pretrain.preflight import Measured, slow_ones
+from pretrain.survival.preflight import Measured, slow_ones
 from slurm import launch, scheduler
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.history import History

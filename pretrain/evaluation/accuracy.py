@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from data_pipeline.batch import Batch
 from data_pipeline.loader import EvalLoader
 from models import within_level
-from pretrain.distributed import gather_rows
+from pretrain.engine.distributed import gather_rows
 from pretrain.outcome import UserError
 
 

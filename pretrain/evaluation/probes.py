@@ -19,10 +19,10 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
 from models import LaViT
-from pretrain.distributed import gather_rows
+from pretrain.engine.distributed import gather_rows
 from pretrain.outcome import UserError
 from pretrain.recipe import ProbesSection
-from pretrain.stop import StopAgreement
+from pretrain.survival.stop import StopAgreement
 
 ITERATIONS_AT_A_TIME = 10
 """Of L-BFGS, between two looks at the clock and at the stop flag."""

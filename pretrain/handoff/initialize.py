@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from models import LaViT, LaViTConfig, load_weights
-from pretrain.checkpoint import list_checkpoints
-from pretrain.handoff import HandoffConfig, read_handoff
+from pretrain.checkpoints.checkpoint import list_checkpoints
+from pretrain.handoff.folder import HandoffConfig, read_handoff
 from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
 from pretrain.run_folder import RunFolder
