@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from pretrain.engine.precision import input_dtype
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
+from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
@@ -229,9 +229,7 @@ def fixed_batch(local_rank: int, options: argparse.Namespace, device: torch.devi
 def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> Any:
     """Run ``measure(local_rank, port, options, folder, queue)`` on all ranks; what rank 0 puts into the queue."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pretrain import ports
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder, stamp
@@ -21,8 +22,6 @@ from slurm.preflight import slow_nodes
 from slurm.restart import Decision, Ending, decide
 from slurm.scheduler import SlurmError
 
-FIRST_PORT, PORTS = 10_000, 20_000
-"""Rendezvous ports lie below those that systems hand out to clients."""
 STATUS = {"finished": ExitCode.FINISHED, "stopped": ExitCode.STOPPED, "cancelled": ExitCode.STOPPED,
           "will fail again": ExitCode.WILL_FAIL_AGAIN}  # fmt: skip
 
@@ -76,7 +75,7 @@ def begin(folder: SlurmFolder) -> str:
 
 def rendezvous_port(incarnation: Incarnation) -> int:
     """Another one for every incarnation: a former one may linger on a node."""
-    return FIRST_PORT + (int(incarnation.job) * 31 + incarnation.restart) % PORTS
+    return ports.FIRST + (int(incarnation.job) * 31 + incarnation.restart) % ports.COUNT
 
 
 def end(folder: SlurmFolder, status: int, script: Path) -> int:

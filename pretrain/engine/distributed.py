@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.outcome import UserError
+from pretrain.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ def read_rank() -> Rank:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     elif missing:
         raise UserError(
             f"{', '.join(missing)} not set though other rank variables are: start with `deepspeed`, or set "
