@@ -18,8 +18,6 @@ from slurm.restart import nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
 from slurm.standing import find_runs, standing_of
 
-NOT_BY_A_PERSON = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
-"""States in which a job ended that its owner did not end."""
 SUBMITTED_AGAIN = "submitted again"
 
 DESCRIPTION = """\
@@ -68,7 +66,7 @@ def _submit_again(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     history = History(folder.history)
     last = next(iter(reversed(history.chapters())), None)
     gone = ended_job(folder, last, queue)
-    if gone is None or gone.state not in NOT_BY_A_PERSON or standing_of(folder.run, queue).state != "lost":
+    if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
         return ""
     if standing_of(folder.run, scheduler.queue()).state != "lost":  # somebody has launched it meanwhile
         return ""

@@ -11,6 +11,7 @@ from slurm.restart import Fate
 
 _OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
          "DEADLINE", "REVOKED")  # fmt: skip
+_FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
 _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
@@ -33,6 +34,11 @@ class Job:
     def over(self) -> bool:
         """Whether it has ended for good."""
         return self.state in _OVER
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, neither well nor because a person ended it."""
+        return self.state in _FAILED
 
     @property
     def held(self) -> bool:

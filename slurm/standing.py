@@ -136,7 +136,7 @@ def _without_job(
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled"
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
-    again = f"`python -m slurm.release {folder.run}`" if gone else "launch it again"
+    again = f"`python -m slurm.release {folder.run}`" if gone and gone.failed else "launch it again"
     return "lost", f"{what}, and nothing goes on in its place: {again}" + (
         f"; before: {last.reason}" if last and last.reason else ""
     )
