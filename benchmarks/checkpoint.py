@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from benchmarks.report import RESULTS
 from benchmarks.trainer import CONFIG, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
-from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
 from pretrain.run_folder import RunFolder
 from pretrain.train import train_step
 

@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.report import RESULTS
 from benchmarks.trainer import CLASSES, CONFIG, become_rank, fixed_batch, start_ranks, tell, trainer_run
 from pretrain.check import architecture
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.planning.memory import Engine, Memory, memory_model
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run_folder import RunFolder

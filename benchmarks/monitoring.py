@@ -29,7 +29,7 @@ import torch.distributed as dist
 from benchmarks.report import RESULTS
 from benchmarks.trainer import Baton, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
 from data_pipeline.batch import Batch
-from pretrain.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.monitoring.norms import PartNorms
 from pretrain.run_folder import RunFolder
 from pretrain.train import train

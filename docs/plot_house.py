@@ -32,6 +32,15 @@ COLOURS = {
 }
 COLUMN, ROW, HEAD, GAP = 1.46, 0.205, 0.42, 0.16
 """Inches: a column of modules, a line of one, a box's heading, the space around a box."""
+COLUMNS = {"slurm": 5, "pretrain": 8, "models": 3, "data_pipeline": 4, "examples": 1}
+LINES = 6
+"""A package with more modules gets another column."""
+LEGEND: dict[str, dict[str, str]] = {
+    "arrows: imports between modules": {"color": "#444444"},
+    "bold: a door, started from outside": {"color": "black", "fontweight": "bold"},
+    "black: used by another room": {"color": "black"},
+    "gray: known in its own room only": {"color": "#777777"},
+}
 Corner = tuple[float, float]
 
 
@@ -74,72 +83,82 @@ def _imported(tree: ast.Module) -> list[str]:
 
 def draw(house: dict[str, Any], picture: Path) -> None:
     """Draw it: who imports stands above, what is imported below."""
-    figure, axes = plt.subplots(figsize=(15, 10.2))
+    heights = {room: _height(house["modules"][room], columns) for room, columns in COLUMNS.items()}
+    lower = max(heights["models"], heights["data_pipeline"]) + 0.8
+    middle, upper = lower + 0.75 + heights["pretrain"], lower + 1.4 + heights["pretrain"] + heights["slurm"]
+    figure, axes = plt.subplots(figsize=(15, upper + 0.2))
     figure.subplots_adjust(0, 0, 1, 1)
-    axes.set(xlim=(0, 15), ylim=(0, 10.2))
+    axes.set(xlim=(0, 15), ylim=(0, upper + 0.2))
     axes.axis("off")
-    boxes = {
-        "slurm": _room(axes, house, "slurm", (2.6, 10.0), columns=5),
-        "pretrain": _room(axes, house, "pretrain", (0.2, 8.1), columns=8),
-        "models": _room(axes, house, "models", (0.2, 3.75), columns=3),
-        "data_pipeline": _room(axes, house, "data_pipeline", (5.7, 3.75), columns=4),
-        "examples": _room(axes, house, "examples", (12.9, 6.6), columns=1),
-    }
-    middle = {name: ((x0 + x1) / 2, (y0 + y1) / 2) for name, (x0, y0, x1, y1) in boxes.items()}
+    corners = {"slurm": (2.6, upper), "pretrain": (0.2, middle), "models": (0.2, lower), "data_pipeline": (5.7, lower),
+               "examples": (12.9, lower + 1.2 + heights["examples"])}  # fmt: skip
+    boxes = {room: _room(axes, house, room, corner, heights[room]) for room, corner in corners.items()}
     for arrow, count in house["imports"].items():
         here, there = arrow.split(" -> ")
-        (x0, y0, x1, _), (_, _, right, top) = boxes[here], boxes[there]
+        (x0, y0, x1, y1), (left, low, right, top) = boxes[here], boxes[there]
         if here != "examples":
-            at = middle[here][0] if here == "slurm" else middle[there][0]
-            _arrow(axes, [(at, y0), (at, top)], count, COLOURS[here])
+            at = (x0 + x1) / 2 if here == "slurm" else (left + right) / 2
+            path = [(at, y0), (at, top)]
         elif there == "pretrain":
-            _arrow(axes, [(x0, middle[here][1]), (right, middle[here][1])], count, COLOURS[here])
+            path = [(x0, (y0 + y1) / 2), (right, (y0 + y1) / 2)]
         elif there == "data_pipeline":
-            _arrow(axes, [(x0 + 0.4, y0), (x0 + 0.4, 2.2), (right, 2.2)], count, COLOURS[here])
+            path = [(x0 + 0.4, y0), (x0 + 0.4, (low + top) / 2), (right, (low + top) / 2)]
         else:
-            at = middle[there][0]
-            _arrow(axes, [(x1 - 0.4, y0), (x1 - 0.4, 0.35), (at, 0.35), (at, boxes[there][1])], count, COLOURS[here])
-    axes.text(12.2, 9.75, "arrows: imports between modules", fontsize=8, color="#444444")
-    axes.text(12.2, 9.53, "bold: a door, started from outside", fontsize=8, fontweight="bold", color="#444444")
-    axes.text(12.2, 9.31, "black: used by another room", fontsize=8, color="black")
-    axes.text(12.2, 9.09, "gray: known in its own room only", fontsize=8, color="#777777")
+            path = [(x1 - 0.4, y0), (x1 - 0.4, 0.35), ((left + right) / 2, 0.35), ((left + right) / 2, low)]
+        _arrow(axes, path, count, COLOURS[here])
+    for number, (text, style) in enumerate(LEGEND.items()):
+        axes.text(12.2, upper - 0.25 - 0.22 * number, text, fontsize=8, **style)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=100, metadata={"house": json.dumps(house)})
 
 
-def _room(axes: Axes, house: dict[str, Any], room: str, corner: Corner, columns: int) -> tuple[float, ...]:
-    """A box with the modules of a room, its packages as boxes within; its left, lower, right and upper edge."""
-    names = house["modules"][room]
-    flat = [name for name in names if "." not in name]
+def _height(names: list[str], columns: int) -> float:
+    flat = sum("." not in name for name in names)
+    shelves = sum(HEAD + max(rows for _, _, rows in shelf) * ROW + GAP for shelf in _shelves(names, columns))
+    return HEAD + -(-flat // columns) * ROW + shelves + GAP
+
+
+def _shelves(names: list[str], columns: int) -> list[list[tuple[list[str], int, int]]]:
+    """Packages side by side in as many rows of boxes as it takes: the modules of each, its columns and its lines."""
     packages: dict[str, list[str]] = {}
     for name in names:
         if "." in name:
             packages.setdefault(name.split(".")[0], []).append(name)
-    left, top = corner
-    rows = -(-len(flat) // columns)
-    inner = max((_rows_of(package) for package in packages.values()), default=0)
-    height = HEAD + rows * ROW + (HEAD + inner * ROW + 2 * GAP if packages else GAP)
+    shelves: list[list[tuple[list[str], int, int]]] = []
+    room_left = 0.0
+    for package in packages.values():
+        wide = -(-len(package) // LINES)
+        if room_left < wide * COLUMN + 2 * GAP:
+            shelves.append([])
+            room_left = columns * COLUMN + 2 * GAP
+        shelves[-1].append((package, wide, -(-len(package) // wide)))
+        room_left -= wide * COLUMN + 2 * GAP
+    return shelves
+
+
+def _room(axes: Axes, house: dict[str, Any], room: str, corner: Corner, height: float) -> tuple[float, ...]:
+    """A box with the modules of a room, its packages as boxes within; its left, lower, right and upper edge."""
+    names, columns, (left, top) = house["modules"][room], COLUMNS[room], corner
     right = left + columns * COLUMN + 2 * GAP
     _box(axes, (left, top - height), (right, top), COLOURS[room], "#fafafa")
     axes.text(left + GAP, top - 0.26, room, fontsize=13, fontweight="bold", color=COLOURS[room])
     if columns > 1:
         start = left + GAP + 0.135 * len(room) + 0.2
         axes.text(start, top - 0.26, ROOMS[room], fontsize=8.5, style="italic", color="#444444")
-    _names(axes, house, [f"{room}.{name}" for name in flat], (left + GAP, top - HEAD), rows)
-    edge = left + GAP
-    for package, inside in packages.items():
-        rows_inside = _rows_of(inside)
-        wide = -(-len(inside) // rows_inside) * COLUMN + GAP
-        upper = top - HEAD - rows * ROW - GAP / 2
-        _box(axes, (edge, upper - HEAD - inner * ROW), (edge + wide, upper), COLOURS[room], "white")
-        _name(axes, house, f"{room}.{package}", (edge + GAP / 2, upper - 0.22), heading=True)
-        _names(axes, house, [f"{room}.{name}" for name in inside], (edge + GAP / 2, upper - 0.34), rows_inside)
-        edge += wide + GAP
+    flat = [f"{room}.{name}" for name in names if "." not in name]
+    rows = -(-len(flat) // columns)
+    _names(axes, house, flat, (left + GAP, top - HEAD), rows)
+    level = top - HEAD - rows * ROW - GAP / 2
+    for shelf in _shelves(names, columns):
+        edge, below = left + GAP, level - HEAD - max(rows for _, _, rows in shelf) * ROW
+        for package, wide, rows_inside in shelf:
+            _box(axes, (edge, below), (edge + wide * COLUMN + GAP, level), COLOURS[room], "white")
+            _name(axes, house, f"{room}.{package[0].split('.')[0]}", (edge + GAP / 2, level - 0.22), heading=True)
+            inside = [f"{room}.{name}" for name in package]
+            _names(axes, house, inside, (edge + GAP / 2, level - 0.34), rows_inside)
+            edge += wide * COLUMN + 2 * GAP
+        level = below - GAP
     return left, top - height, right, top
-
-
-def _rows_of(package: list[str]) -> int:
-    return 5 if len(package) > 8 else 2
 
 
 def _names(axes: Axes, house: dict[str, Any], modules: list[str], corner: Corner, rows: int) -> None:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "data_pipeline", "pretrain", "slurm", "examples")
 SPOKEN = (
     "models/config.py", "data_pipeline/normalise.py", "data_pipeline/reader.py", "data_pipeline/verify.py",
-    "pretrain/class_match.py", "pretrain/deepspeed_keys.py", "pretrain/watchdog.py", "slurm/restart.py",
-    "slurm/standing.py",
+    "pretrain/evaluation/class_match.py", "pretrain/engine/deepspeed_keys.py", "pretrain/survival/watchdog.py",
+    "slurm/restart.py", "slurm/standing.py",
 )  # fmt: skip
 """Here texts are handed on as values before they are said, so every one of some words counts."""
 NOT_FOR_PEOPLE = {"StopIteration", "AssertionError", "EOFError", "BlockingIOError", "ProbesEndedError", "struct.error"}

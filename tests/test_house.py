@@ -99,7 +99,7 @@ def test_there_is_no_room_for_odds_and_ends() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid_and_says_how_to_start_it(path: Path) -> None:
     from models import list_models
-    from pretrain.deepspeed_config import read_deepspeed_config
+    from pretrain.engine.deepspeed_config import read_deepspeed_config
     from pretrain.recipe import load_recipe
 
     recipe = load_recipe(path)

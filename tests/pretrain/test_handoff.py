@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
-from pretrain.model_card import model_card
+from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
+from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain.damage import cut
 from tests.pretrain.hub_server import serving

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, checkpoint_bytes
-from pretrain.checkpoint import Progress, list_checkpoints
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.plan import main, parse_arguments, plan
 from pretrain.planning.report import show
 from pretrain.recipe import load_recipe

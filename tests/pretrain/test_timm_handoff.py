@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from models import create_model
-from pretrain.handoff import load_handoff, write_handoff
+from pretrain.handoff.folder import load_handoff, write_handoff
+from pretrain.handoff.timm_model import create_timm_model
 from pretrain.outcome import UserError
-from pretrain.timm_handoff import create_timm_model
 from tests.commands import blocks
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.files import json_lines
 from pretrain.metrics import read_metrics
-from pretrain.optimization import drop_path_uniforms
 from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
 from tests.system.conftest import STEPS
