@@ -58,17 +58,13 @@ def read_house() -> dict[str, Any]:
             source, name = file.read_text(), ".".join(file.relative_to(ROOT).with_suffix("").parts)
             name = name.removesuffix(".__main__")
             modules[room] += [] if file.stem.startswith("__") else [name.removeprefix(f"{room}.")]
-            doors += [name] if "\nif __name__ ==" in source and "ArgumentParser" in source + _shared(room) else []
+            doors += [name] if "\nif __name__ ==" in source else []
             for target in _imported(ast.parse(source)):
                 if (there := target.split(".")[0]) in ROOMS and there != room:
                     arrows.add((room, there, name, target))
                     wanted.add(target)
     counts = Counter(f"{here} -> {there}" for here, there, *_ in arrows)
     return {"modules": modules, "doors": doors, "imports": dict(sorted(counts.items())), "wanted": sorted(wanted)}
-
-
-def _shared(room: str) -> str:
-    return "ArgumentParser" if room == "examples" else ""
 
 
 def _imported(tree: ast.Module) -> list[str]:
