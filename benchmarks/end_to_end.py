@@ -9,15 +9,16 @@ All three live in the same processes and take turns of some steps each:
 - *data only*: the real loader, reading and decoding shards of photographs; its batches are dropped;
 - *both*: `pretrain.train.train` on the real loader.
 
-Loaders fill their queues while others have their turn, so every turn begins with steps that are not counted and that are
-more than the queues hold. On a GPU nothing should be lost: both >= 95 % of the slower of the two. On a CPU decoding and
-training share the cores, so no more than the harmonic bound 1 / (1 / synthetic + 1 / data only) can be expected where
-either alone fills them. Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
+Loaders fill their queues while others have their turn, so every turn begins with steps that are not counted and that
+are more than the queues hold. On a GPU nothing should be lost: both >= 95 % of the slower of the two. On a CPU decoding
+and training share the cores, so no more than the harmonic bound 1 / (1 / synthetic + 1 / data only) can be expected
+where either alone fills them. Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     for mode, loader in loaders.items():
         turns = batons[mode].turns(loader)
         if mode == DATA:
-            batons[mode].start(lambda turns=turns: drain(turns))
+            batons[mode].start(partial(drain, turns))
             continue
         run = trainer_run(recipe, resolved, turns, RunFolder(Path(folder) / mode), device=device, control=control)
-        batons[mode].start(lambda run=run: train(run))
+        batons[mode].start(partial(train, run))
     # Read ahead, decoded ahead, and at hand; twice, since a queue fills up again while it is emptied.
     filled = 2 * (2 * recipe.data.prefetch + 1)
     rates: dict[str, list[float]] = {mode: [] for mode in batons}
@@ -138,9 +139,11 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
     add_common(parser)
     options = parser.parse_args(arguments)
     gpu = device == "cuda"
-    defaults: dict[str, Any] = {"rounds": 7, "compile": gpu}
-    defaults |= {"cases": [("lavit_small", 224, 128), ("lavit_tiny", 224, 128)], "ranks": count, "steps": 50} if gpu \
-        else {"cases": [("lavit_micro", 32, 32), ("lavit_tiny", 128, 16)], "ranks": min(2, count), "steps": 6}  # fmt: skip
+    defaults: dict[str, Any] = {"rounds": 7, "compile": gpu, "steps": 50 if gpu else 6}
+    defaults["ranks"] = count if gpu else min(2, count)
+    defaults["cases"] = [("lavit_micro", 32, 32), ("lavit_tiny", 128, 16)]
+    if gpu:
+        defaults["cases"] = [("lavit_small", 224, 128), ("lavit_tiny", 224, 128)]
     if options.quick:
         defaults |= {"rounds": 2, "cases": defaults["cases"][:1]}
     for name, value in defaults.items():
@@ -159,11 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         options.shards = build_shards(Path(scratch), 300 if options.quick else 3000)
-        for options.model, options.size, options.micro_batch in options.cases:
-            rates, precision = start_ranks(measure, options)
-            config = model_config(options.model, image_size=(options.size, options.size))
-            case = {name: getattr(options, name) for name in ("model", "size", "micro_batch")}
-            case |= {"precision": precision, "macs": count_macs(config)}
+        for model, size, micro_batch in options.cases:
+            case = {"model": model, "size": size, "micro_batch": micro_batch}
+            rates, precision = start_ranks(measure, argparse.Namespace(**(vars(options) | case)))
+            case |= {"precision": precision, "macs": count_macs(model_config(model, image_size=size))}
             rows += [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
     conditions = {name: getattr(options, name) for name in ("ranks", "rounds", "steps", "compile")}
     conditions |= {"photographs": "500 x 375 pixels"}

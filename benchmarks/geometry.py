@@ -138,8 +138,8 @@ def main() -> None:
     lines = [
         (
             f"`python -m benchmarks.geometry`: one training step without the optimizer's, batch {batch} of 224 x 224, "
-            f"{'bf16' if device == 'cuda' else 'fp32, one core'}, {arguments.rounds} interleaved rounds; speed is the median of "
-            "the rounds' ratios to the published geometry (above 1: faster)."
+            f"{'bf16' if device == 'cuda' else 'fp32, one core'}, {arguments.rounds} interleaved rounds; "
+            "speed is the median of the rounds' ratios to the published geometry (above 1: faster)."
         ),
         "",
         "| size | rule | widths | depths | parameters | MACs | ms a picture, median | best | speed |",

@@ -4,8 +4,8 @@
     python -m benchmarks.model --sizes tiny --batch 64 --no-compile
 
 All of a size take turns, one step each, so that whatever else the machine does hits all; the median of the rounds
-counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how). A GPU is
-timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch.
+counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how). A GPU
+is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch.
 Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 

@@ -1,8 +1,8 @@
 """Tables of what was measured: medians, quartiles in brackets, and ratios within the rounds.
 
-Contestants of a section took turns, so the n-th measurements of two of them were made under the same conditions: a ratio
-is the median over the rounds of the ratios of that round. Every function takes a section as ``benchmarks.report`` writes
-it and returns the lines of a table.
+Contestants of a section took turns, so the n-th measurements of two of them were made under the same conditions: a
+ratio is the median over the rounds of the ratios of that round. Every function takes a section as ``benchmarks.report``
+writes it and returns the lines of a table.
 """
 
 from collections.abc import Iterable
@@ -26,14 +26,16 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
     return quartiles([a / b for a, b in zip(over, under, strict=True)])
 
 
+def head(titles: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
 def model(section: Section) -> list[str]:
     """Images/s of every network and its speed relative to ``lavit_SIZE``; MFU where the device's peak is known."""
     batch, precision = section["conditions"]["batch"], section["conditions"]["precision"]
-    lines = [
-        "| model | mode | parameters | MACs | forward, images/s | training, images/s | LaViT trains faster by | MFU |"
-        " peak memory, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["model", "mode", "parameters", "MACs", "forward, images/s", "training, images/s"]
+    lines = head([*titles, "LaViT's training speed over its", "MFU", "peak memory, GiB"])
     for row in section["rows"]:
         forward, training = (batch / quartiles(row[label])[1] for label in ("forward_s", "training_s"))
         used = mfu(training, row["macs"], section, precision)
@@ -50,11 +52,14 @@ def training_ratio(section: Section, row: Row) -> tuple[float, float, float] | N
     """How many times as fast as a network ``lavit_SIZE`` trains, the one measured before it; None for that itself."""
     mine = section["rows"].index(row)
     ours = [
-        other
-        for other in section["rows"][: mine + 1]
-        if other["model"] in ("lavit_tiny", "lavit_small", "lavit_base") and other["mode"] == row["mode"]
+        other for other in section["rows"][: mine + 1] if is_lavit(other["model"]) and other["mode"] == row["mode"]
     ][-1]
     return None if ours is row else ratio(row["training_s"], ours["training_s"])
+
+
+def is_lavit(name: str) -> bool:
+    """Whether it is a network with Less Attention."""
+    return name.startswith("lavit_") and not name.endswith("_vanilla")
 
 
 def mfu(images_per_s: float, macs: int, section: Section, precision: str, devices: int = 1) -> float | None:
@@ -68,10 +73,7 @@ def mfu(images_per_s: float, macs: int, section: Section, precision: str, device
 
 def data(section: Section) -> list[str]:
     """Images per CPU-second and per second, and how many times as many ours are."""
-    lines = [
-        "| | images per CPU-second | images/s | ours does more per CPU-second by | ours is faster by |",
-        "|---|---|---|---|---|",
-    ]
+    lines = head(["", "images per CPU-second", "images/s", "ours over it, per CPU-second", "ours over it, images/s"])
     ours = section["rows"][0]
     for row in section["rows"]:
         measures = ("images_per_cpu_s", "images_per_s")
@@ -85,7 +87,7 @@ def data(section: Section) -> list[str]:
 
 def trainer(section: Section) -> list[str]:
     """Time of a step, images/s of all ranks, and the time over that of the bare loop of the same mode."""
-    lines = ["| variant | mode | step, ms | images/s | time over bare DDP |", "|---|---|---|---|---|"]
+    lines = head(["variant", "mode", "step, ms", "images/s", "time over bare DDP"])
     pictures = section["conditions"]["micro_batch"] * section["conditions"]["ranks"]
     for row in section["rows"]:
         slower = None if row["variant"] == BARE else ratio(row["step_s"], bare_of(section, row)["step_s"])
@@ -104,10 +106,8 @@ def bare_of(section: Section, row: Row) -> Row:
 def end_to_end(section: Section) -> list[str]:
     """The three modes of every case, and both together over what limits."""
     bound = "the slower of the two" if section["machine"]["device"] == "cuda" else "the slower / harmonic bound"
-    lines = [
-        f"| case | precision | synthetic, images/s | data only | both | both over {bound} | limited by | MFU |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["case", "precision", "synthetic, images/s", "data only", "both", f"both over {bound}"]
+    lines = head([*titles, "limited by", "MFU"])
     for case in cases(section):
         synthetic, alone, both = (case[mode] for mode in MODES)
         limit = "the data" if quartiles(alone)[1] < quartiles(synthetic)[1] else "the network"

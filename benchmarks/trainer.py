@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,8 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     for mode, compiled in modes.items():
         baton = batons[BARE, mode] = Baton()
         model = build_model(recipe_of(options, compiled=False), CLASSES).to(device)
-        baton.start(
-            lambda model=model, turns=baton.turns(loader), compiled=compiled: bare_loop(
-                model, turns, autocast=options.autocast, compiled=compiled
-            )
-        )
+        loop = partial(bare_loop, model, baton.turns(loader), autocast=options.autocast, compiled=compiled)
+        baton.start(loop)
         for stage in options.stages:
             if compiled and stage == 3:
                 continue  # which the trainer refuses
@@ -103,7 +101,7 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
                 recipe_of(options, compiled=compiled), resolve(options, stage, device), baton.turns(loader),
                 RunFolder(Path(folder) / f"{mode}-{stage}"), device=device, control=control,
             )  # fmt: skip
-            baton.start(lambda run=run: train(run))
+            baton.start(partial(train, run))
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in batons}
     for turn in range(options.rounds + options.warmup):
         for key, baton in batons.items():
