@@ -99,12 +99,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 class Section:
-    """One benchmark's part of a day's file. Make it before measuring: it notes the time and the load."""
+    """One benchmark's part of a day's file. Make it before measuring: it notes time, load, versions and source."""
 
     def __init__(self, kind: str, options: argparse.Namespace, arguments: list[str] | None) -> None:
         self._kind, self._options, self._began = kind, options, time.monotonic()
         self._typed = sys.argv[1:] if arguments is None else arguments
-        self._load = os.getloadavg()[0]
+        self._load, self._environment = os.getloadavg()[0], environment()
 
     def write(self, conditions: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Put the section into the file of the day, in place of an earlier one of the same kind.
@@ -122,7 +122,7 @@ class Section:
             "seconds": round(time.monotonic() - self._began),
             "load_before": round(self._load, 2),
             "quick": self._options.quick,
-            **environment(),
+            **self._environment,
             "conditions": conditions,
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
         }
