@@ -3,7 +3,7 @@
     python -m benchmarks.end_to_end                                  # on whatever device there is
     python -m benchmarks.end_to_end --cases lavit_base:224:64 --ranks 8
 
-All three live in the same processes and take turns of some steps each:
+All three live in the same processes and take turns of some seconds each:
 
 - *synthetic*: `pretrain.train.train` itself, on one batch that costs nothing;
 - *data only*: the real loader, reading and decoding shards of photographs; its batches are dropped;
@@ -16,6 +16,7 @@ where either alone fills them. Prints a table and writes a section of benchmarks
 """
 
 import argparse
+import math
 import os
 import tempfile
 from functools import partial
@@ -50,6 +51,8 @@ from pretrain.run_folder import RunFolder
 from pretrain.train import train
 
 SYNTHETIC, DATA, BOTH = tables.MODES
+LEAST_STEPS = 4
+"""Of a turn, however long they take."""
 AUGMENT = {"random_resized_crop": {}, "horizontal_flip": 0.5}
 
 
@@ -96,24 +99,46 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
             continue
         run = trainer_run(recipe, resolved, turns, RunFolder(Path(folder) / mode), device=device, control=control)
         batons[mode].start(partial(train, run))
-    # Read ahead, decoded ahead, and at hand; twice, since a queue fills up again while it is emptied.
-    filled = 2 * (2 * recipe.data.prefetch + 1)
-    rates: dict[str, list[float]] = {mode: [] for mode in batons}
-    for turn in range(options.rounds + 1):
-        for place in range(len(batons)):
-            mode = [*batons][(turn + place) % len(batons)]  # each is as often the first of a turn
-            steps = options.steps * (options.data_turns if mode == DATA else 1)
-            dist.barrier(control)
-            batons[mode].time(filled, device)
-            dist.barrier(control)
-            took = torch.tensor(batons[mode].time(steps, device))
-            dist.all_reduce(took, op=dist.ReduceOp.MAX, group=control)
-            if turn:  # the first builds, compiles and warms up
-                rates[mode].append(steps * options.ranks * options.micro_batch / took.item())
+    rates = take_turns(batons, 2 * recipe.data.prefetch + 1, options, device=device, control=control)
     if local_rank == 0:
         queue.put((rates, resolved.precision))
     dist.barrier(control)
     os._exit(0)  # loops and watchdogs are still there
+
+
+def take_turns(
+    batons: dict[str, Baton], queued: int, options: argparse.Namespace, *, device: torch.device, control: Any
+) -> dict[str, list[float]]:
+    """Images per second of all ranks in every turn of each mode; collective.
+
+    Args:
+        batons: of the modes.
+        queued: batches that a loader has ready when a turn begins: being read, being decoded, at hand.
+        options: how long, how often, of how many pictures.
+        device: that the steps are for.
+        control: group of all ranks, on CPUs.
+    """
+
+    def slowest(mode: str, steps: int) -> float:
+        dist.barrier(control)
+        took = torch.tensor(batons[mode].time(steps, device))
+        dist.all_reduce(took, op=dist.ReduceOp.MAX, group=control)
+        return took.item()
+
+    # A queue fills up again while it is emptied, so twice what it holds.
+    uncounted = {mode: 2 if mode == SYNTHETIC else 2 * queued for mode in batons}
+    steps: dict[str, int] = {}
+    for mode, before in uncounted.items():
+        slowest(mode, before)  # builds, and compiles
+        steps[mode] = max(LEAST_STEPS, math.ceil(options.seconds / (slowest(mode, before) / before)))
+    rates: dict[str, list[float]] = {mode: [] for mode in batons}
+    for turn in range(options.rounds):
+        for place in range(len(batons)):
+            mode = [*batons][(turn + place) % len(batons)]  # each is as often the first of a turn
+            slowest(mode, uncounted[mode])
+            took = slowest(mode, steps[mode])
+            rates[mode].append(steps[mode] * options.ranks * options.micro_batch / took)
+    return rates
 
 
 def case_of(text: str) -> tuple[str, int, int]:
@@ -130,27 +155,25 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", type=case_of, metavar="MODEL:SIZE:MICRO_BATCH",
                         help="default: lavit_small:224:128 and lavit_tiny:224:128; on a CPU lavit_micro:32:32, which "
-                        "is about as hungry as decoding is fast, and lavit_tiny:128:16")  # fmt: skip
+                        "is about as hungry as decoding is fast, and lavit_tiny:128:8")  # fmt: skip
     parser.add_argument("--ranks", type=int, help="processes (default: one a GPU; on a CPU one a core, two at most)")
     parser.add_argument("--rounds", type=int, help="turns to take the median of (default: 7)")
-    parser.add_argument("--steps", type=int, help="of a turn (default: 50 on a GPU, 6 on a CPU)")
+    parser.add_argument("--seconds", type=float, help="of a turn, about (default: 5 on a GPU, 2 on a CPU)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="with model.compile (default: on a GPU)")  # fmt: skip
     add_common(parser)
     options = parser.parse_args(arguments)
     gpu = device == "cuda"
-    defaults: dict[str, Any] = {"rounds": 7, "compile": gpu, "steps": 50 if gpu else 6}
+    defaults: dict[str, Any] = {"rounds": 7, "compile": gpu, "seconds": 5.0 if gpu else 2.0}
     defaults["ranks"] = count if gpu else min(2, count)
-    defaults["cases"] = [("lavit_micro", 32, 32), ("lavit_tiny", 128, 16)]
+    defaults["cases"] = [("lavit_micro", 32, 32), ("lavit_tiny", 128, 8)]
     if gpu:
         defaults["cases"] = [("lavit_small", 224, 128), ("lavit_tiny", 224, 128)]
     if options.quick:
-        defaults |= {"rounds": 2, "cases": defaults["cases"][:1]}
+        defaults |= {"rounds": 2, "seconds": 1.0, "cases": defaults["cases"][:1]}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    # On a CPU decoding is so much faster than training that a turn of the same steps would be over at once.
-    options.data_turns = 1 if gpu else 5
     return options
 
 
@@ -167,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
             rates, precision = start_ranks(measure, argparse.Namespace(**(vars(options) | case)))
             case |= {"precision": precision, "macs": count_macs(model_config(model, image_size=size))}
             rows += [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
-    conditions = {name: getattr(options, name) for name in ("ranks", "rounds", "steps", "compile")}
+    conditions = {name: getattr(options, name) for name in ("ranks", "rounds", "seconds", "compile")}
     conditions |= {"photographs": "500 x 375 pixels"}
     say(tables.end_to_end(section.write(conditions, rows)))
 

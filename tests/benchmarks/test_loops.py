@@ -77,10 +77,11 @@ def test_a_fixed_batch_answers_as_a_loader_where_the_loss_spikes() -> None:
 
 @pytest.mark.slow
 def test_all_three_modes_run_past_the_first_line_of_metrics(digits: Path) -> None:
-    options = end_to_end.parse(["--rounds", "2", "--steps", "8", "--ranks", "1"], "cpu", 2)
+    # Three turns of 14 steps and 20 before them: training on real batches passes step 50, where metrics are due.
+    options = end_to_end.parse(["--rounds", "3", "--seconds", "0.01", "--ranks", "1"], "cpu", 2)
     options.shards = digits
     options.model, options.size, options.micro_batch = "lavit_micro", 32, 8
-    rates, precision = start_ranks(end_to_end.measure, options)  # 54 steps of each; metrics are due at 50
+    rates, precision = start_ranks(end_to_end.measure, options)
     assert precision == "fp32"
     assert set(rates) == set(MODES)
-    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert all(len(values) == 3 and min(values) > 0 for values in rates.values())
