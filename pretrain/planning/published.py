@@ -1,7 +1,8 @@
 """How others' training scaled, and what ``pretrain.planning.scaling`` says of their machines.
 
 Every number names where it stands. The number of parameters is that of torchvision's network of the same name, but for
-ResNet-50, where the paper states it. All of these trained in fp32 and sent gradients while the backward pass ran.
+ResNet-50, where the paper states it. That gradients had 32 bits and were sent during the backward pass is stated for
+ResNet-50 (sections 4.1 to 4.3) and assumed for the others.
 """
 
 from dataclasses import dataclass
