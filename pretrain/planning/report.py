@@ -70,8 +70,8 @@ def assumptions(estimate: Estimate) -> list[str]:
             f"Scaling: all GPUs as fast as one, {request.gpus_per_node} in a node at "
             f"{request.device.link / 1e9:.0f} GB/s, {request.node_gbit:g} Gb/s between nodes (--node-gbit), 10 us a "
             f"hop, rings or trees; a micro-batch that shrinks is assumed to lose no speed. Simulated, {NOT_MEASURED}: "
-            f"where talk hides behind the backward pass, {len(PUBLISHED)} published runs were {least:.0f} to {most:.0f} "
-            "points below it (docs/performance.md)."
+            f"where talk hides behind the backward pass, {len(PUBLISHED)} published runs were {least:.0f} to "
+            f"{most:.0f} points below it (docs/performance.md)."
         )
     return lines
 
