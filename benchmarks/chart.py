@@ -27,7 +27,7 @@ def panels(newest: dict[str, list[Section]]) -> list[tuple[str, Bars]]:
         if newest[kind] and not (kind == "model" and newest["alternatives"]):
             section = newest[kind][0]
             title, bars = make(section)
-            found.append((f"{title}\n{section['machine']['name']}, {section['conditions'].get('precision', '')}", bars))
+            found.append((f"{title}\n{section['machine']['name']}, {section['when'][:10]}", bars))
     return found
 
 
@@ -52,7 +52,7 @@ def _data(section: Section) -> tuple[str, Bars]:
 def _trainer(section: Section) -> tuple[str, Bars]:
     mode = section["rows"][-1]["mode"]
     bars = [
-        (row["variant"], tables.ratio(tables.bare_of(section, row)["step_s"], row["step_s"]),
+        (row["variant"].replace("stage", "ZeRO stage"), tables.ratio(tables.bare_of(section, row)["step_s"], row["step_s"]),
          row["variant"] != tables.BARE)
         for row in section["rows"] if row["mode"] == mode
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def _bars(axes: Axes, title: str, bars: Bars) -> None:
     axes.barh(places, middles, xerr=spread, color=[OURS if one else OTHERS for one in ours],
               error_kw={"ecolor": "dimgray", "capsize": 3})  # fmt: skip
     for place, (_, middle, high) in zip(places, values, strict=True):
-        axes.annotate(f"{middle:.3g}", (max(middle, high), place), xytext=(4, 0), textcoords="offset points",
+        axes.annotate(tables.number(middle, 3), (max(middle, high), place), xytext=(4, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()

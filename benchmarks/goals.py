@@ -77,7 +77,8 @@ def _over_synthetic(case: dict[str, Any]) -> Found:
 
 
 def _plain(found: Found) -> str:
-    return f"{found[1]:.4g} ({found[0]:.4g} to {found[2]:.4g})"
+    low, middle, high = map(tables.number, found)
+    return f"{middle} ({low} to {high})"
 
 
 GOALS = (

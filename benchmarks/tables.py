@@ -42,7 +42,7 @@ def model(section: Section) -> list[str]:
         peak = row["peak_gib"]
         lines.append(
             f"| {row['model']} | {row['mode']} | {row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e9:.2f} G "
-            f"| {forward:.4g} | {training:.4g} | {times(training_ratio(section, row))} "
+            f"| {number(forward)} | {number(training)} | {times(training_ratio(section, row))} "
             f"| {NOT_MEASURED if used is None else f'{used:.1%}'} | {NOT_MEASURED if peak is None else f'{peak:.2f}'} |"
         )
     return lines
@@ -93,7 +93,7 @@ def trainer(section: Section) -> list[str]:
         slower = None if row["variant"] == BARE else ratio(row["step_s"], bare_of(section, row)["step_s"])
         lines.append(
             f"| {row['variant']} | {row['mode']} | {spread([1e3 * value for value in row['step_s']])} "
-            f"| {pictures / quartiles(row['step_s'])[1]:.4g} | {times(slower)} |"
+            f"| {number(pictures / quartiles(row['step_s'])[1])} | {times(slower)} |"
         )
     return lines
 
@@ -162,7 +162,12 @@ def find(rows: Iterable[Row], **facts: object) -> Row:
 def spread(values: list[float]) -> str:
     """Median, and quartiles in brackets."""
     low, middle, high = quartiles(values)
-    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+    return f"{number(middle)} ({number(low)} to {number(high)})"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """With so many digits, and all those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def times(found: tuple[float, float, float] | None) -> str:
