@@ -51,11 +51,11 @@ def _data(section: Section) -> tuple[str, Bars]:
 
 def _trainer(section: Section) -> tuple[str, Bars]:
     mode = section["rows"][-1]["mode"]
-    bars = [
-        (row["variant"].replace("stage", "ZeRO stage"), tables.ratio(tables.bare_of(section, row)["step_s"], row["step_s"]),
-         row["variant"] != tables.BARE)
-        for row in section["rows"] if row["mode"] == mode
-    ]  # fmt: skip
+    bars = []
+    for row in section["rows"]:
+        if row["mode"] == mode:
+            speed = tables.ratio(tables.bare_of(section, row)["step_s"], row["step_s"])
+            bars.append((row["variant"].replace("stage", "ZeRO stage"), speed, row["variant"] != tables.BARE))
     return f"trainer, {mode}: speed over a bare DDP loop", bars
 
 

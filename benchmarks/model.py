@@ -147,6 +147,7 @@ def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images
 
 def measure(names: list[str], device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the result for networks that take turns."""
+    torch.compiler.reset()  # all sizes share the code of their forward pass, and dynamo keeps only so many graphs of it
     models = {(name, "eager"): build(name, device) for name in names}
     if options.compile:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
