@@ -31,6 +31,8 @@ PACKAGES = (
     "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "pillow",
     "numpy",
 )  # fmt: skip
+NOT_SOURCE = (":(top,exclude)docs", ":(top,exclude)benchmarks/results")
+"""What may have changed since the last commit without another measurement coming of it; for git."""
 DIGITS = 5
 """Of every measured number; none is known better."""
 
@@ -79,7 +81,7 @@ def environment() -> dict[str, Any]:
         },
         "versions": versions,
         "revision": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!docs", ":!benchmarks/results")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *NOT_SOURCE)),
     }  # fmt: skip
 
 
