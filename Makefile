@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-cuda$(CUDA)
 
-.PHONY: setup demo test soak lint clean
+.PHONY: setup demo test soak bench lint clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ test: setup
 soak: setup
 	$(BIN)/python -m data_pipeline.build digits data/digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.system.soak --rounds $(N) --folder $$(mktemp -d)
+
+# The network, the input, the trainer and the whole beside their alternatives; docs/performance.md is made of it.
+bench: setup
+	$(BIN)/python -m benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ table and adds it to benchmarks/results/checkpoint-DATE-MACHINE.md.
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import sys
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import RESULTS
-from benchmarks.trainer import CONFIG, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
+from benchmarks.loops import CONFIG, FixedBatch, become_rank, fixed_batch, recipe_of, start_ranks, trainer_run
+from benchmarks.report import RESULTS, tell
 from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
 from pretrain.run_folder import RunFolder
 from pretrain.train import train_step
@@ -31,12 +30,13 @@ from pretrain.train import train_step
 def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
     """One rank; rank 0 sends (bytes on disk, rounds of (wait, slowdown, peaceful step, steps while writing))."""
     device, control = become_rank(local_rank, port, options.ranks)
-    batches = itertools.repeat(fixed_batch(local_rank, options, device))
+    loader = FixedBatch(fixed_batch(local_rank, options, device))
+    batches = iter(loader)
     config = read_deepspeed_config(CONFIG, {"train_batch_size": options.ranks * options.micro_batch})
     config["bf16"] = {"enabled": False}
     resolved = resolve_deepspeed_config(config, world_size=options.ranks, has_bf16_gpu=False)
     where = RunFolder(Path(folder))
-    run = trainer_run(recipe_of(options, compiled=False), resolved, batches, where, device=device, control=control)
+    run = trainer_run(recipe_of(options, compiled=False), resolved, loader, where, device=device, control=control)
 
     def step() -> float:
         dist.barrier(control)

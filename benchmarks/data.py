@@ -1,25 +1,22 @@
 """What the training input costs: our loader against webdataset + Pillow and against DALI's own reader.
 
-    python -m benchmarks.data                 # on the CPU; prints a table
-    python -m benchmarks.data --device cuda   # decode on the GPU
+    python -m benchmarks.data                 # decodes on the GPU where there is one
+    python -m benchmarks.data --device cpu
 
 Each contestant reads the same shards and does the same: random resized crop to 224, flip, normalise. They take turns,
 each turn in a fresh process, and the medians over the rounds are compared. The measure is images per CPU-second: all
-threads and worker processes are counted, so that it does not depend much on how busy the machine is otherwise.
+threads and worker processes are counted, so that it does not depend much on how busy the machine is otherwise; on a GPU
+the clock says more. Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
 import io
 import itertools
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,37 +24,20 @@ import psutil
 import torch
 import webdataset
 from nvidia.dali import Pipeline, fn, types
-from nvidia.dali import __version__ as dali_version
 from PIL import Image
-from rich.console import Console
-from sklearn.datasets import load_sample_images
 
-from data_pipeline.build import main as build
+from benchmarks import tables
+from benchmarks.photographs import build_shards
+from benchmarks.report import Section, add_common, cores, say
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
 
 SIDE = 224
-BATCH = 64
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def make_photos(folder: Path, count: int) -> None:
-    """Write photographs of 500 x 375 pixels, cut from scikit-learn's two and enlarged as they need."""
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(array) for array in load_sample_images().images]
-    for number in range(count):
-        image = images[number % 2]
-        width = int(rng.integers(320, 600))
-        height = width * 3 // 4
-        left, top = rng.integers(0, image.width - width), rng.integers(0, max(1, image.height - height))
-        label = folder / f"class{number % 10}"
-        label.mkdir(parents=True, exist_ok=True)
-        box = (int(left), int(top), int(left) + width, min(int(top) + height, image.height))
-        image.crop(box).resize((500, 375), Image.Resampling.LANCZOS).save(label / f"{number}.jpg", quality=92)
-
-
-def ours(folder: Path, device: torch.device, threads: int) -> Iterator[torch.Tensor]:
+def ours(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
     """Yield batches of our loader."""
     augment = AugmentConfig(random_resized_crop=RandomResizedCropConfig(), horizontal_flip=0.5)
     config = InputConfig(path=folder, interpolation="bilinear", augment=augment, threads=threads)
@@ -65,21 +45,21 @@ def ours(folder: Path, device: torch.device, threads: int) -> Iterator[torch.Ten
         Dataset.open(folder, "train"),
         config,
         seed=0,
-        global_batch=BATCH,
-        micro_batch=BATCH,
+        global_batch=batch,
+        micro_batch=batch,
         rank=0,
         world_size=1,
         device=device,
     )
-    for batch in loader:
-        yield batch.images
+    for ready in loader:
+        yield ready.images
 
 
-def native(folder: Path, device: torch.device, threads: int) -> Iterator[torch.Tensor]:
+def native(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
     """Yield batches of DALI's own webdataset reader and its own random operators."""
     shards = sorted(folder.glob("*.tar"))
     gpu = device.type == "cuda"
-    pipe = Pipeline(BATCH, threads, 0 if gpu else None)
+    pipe = Pipeline(batch, threads, 0 if gpu else None)
     with pipe:
         jpeg, _ = fn.readers.webdataset(
             paths=[str(path) for path in shards],
@@ -128,12 +108,12 @@ def _augmented(jpeg: bytes) -> torch.Tensor:
     return pixels.sub_(_MEAN).div_(_STD)
 
 
-def pillow(folder: Path, device: torch.device, threads: int) -> Iterator[torch.Tensor]:
+def pillow(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
     """Yield batches of webdataset with Pillow in the workers of a torch DataLoader."""
     shards = sorted(str(path) for path in folder.glob("*.tar"))
     read = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(512)
     loader = torch.utils.data.DataLoader(
-        read.to_tuple("jpg", "cls").map_tuple(_augmented, int), batch_size=BATCH, num_workers=threads
+        read.to_tuple("jpg", "cls").map_tuple(_augmented, int), batch_size=batch, num_workers=threads
     )
     for images, _ in loader:
         yield images.to(device)
@@ -146,68 +126,81 @@ def cpu_seconds() -> float:
     return sum(t.user + t.system for t in times)
 
 
-def measure(batches: Iterator[torch.Tensor], count: int) -> tuple[float, float]:
+def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[float, float]:
     """Return images per CPU-second and per second of the clock over `count` batches."""
     cpu, clock = cpu_seconds(), time.perf_counter()
     for images in itertools.islice(batches, count):
         last = images
     if last.is_cuda:
         torch.cuda.synchronize()
-    return count * BATCH / (cpu_seconds() - cpu), count * BATCH / (time.perf_counter() - clock)
+    return count * batch / (cpu_seconds() - cpu), count * batch / (time.perf_counter() - clock)
 
 
-CONTESTANTS: dict[str, Callable[[Path, torch.device, int], Iterator[torch.Tensor]]] = {
+CONTESTANTS: dict[str, Callable[[Path, torch.device, int, int], Iterator[torch.Tensor]]] = {
     "ours": ours,
     "DALI's own reader": native,
     "webdataset + Pillow": pillow,
 }
 
 
-def turn(name: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+def turn(name: str, folder: Path, options: argparse.Namespace) -> tuple[float, float]:
     """Measure a contestant in a process of its own, whose queues are full before and after."""
     command = [sys.executable, "-m", "benchmarks.data", "--turn", name, "--shards", str(folder)]
-    command += ["--device", args.device, "--batches", str(args.batches), "--threads", str(args.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    for option in ("device", "batch", "batches", "threads"):
+        command += [f"--{option}", str(getattr(options, option))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr}")
     per_cpu, per_second = done.stdout.split()[-2:]
     return float(per_cpu), float(per_second)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser("python -m benchmarks.data", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument("--batches", type=int, default=30, help=f"batches of {BATCH} in a turn")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads or workers of each")
-    parser.add_argument("--turn", help=argparse.SUPPRESS)
+def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
+    """The options, with defaults that suit the device."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where pictures are decoded "
+                        "(default: the GPU where there is one)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 7)")
+    parser.add_argument("--batch", type=int, help="pictures (default: 256 on a GPU, 64 on a CPU)")
+    parser.add_argument("--batches", type=int, help="in a turn (default: 100 on a GPU, 15 on a CPU)")
+    parser.add_argument("--threads", type=int, help="threads or workers of each (default: this machine's cores)")
+    parser.add_argument("--turn", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    console = Console(soft_wrap=True)
-    if args.turn:
-        batches = CONTESTANTS[args.turn](args.shards, torch.device(args.device), args.threads)
-        measure(batches, 10)  # buffers grow, workers start, queues fill
-        console.print(*measure(batches, args.batches))
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
+    defaults = {"rounds": 7, "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "threads": cores()}
+    if options.quick:
+        defaults |= {"rounds": 2, "batches": 4}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write the result."""
+    options = parse(arguments, "cuda" if torch.cuda.is_available() else "cpu")
+    if options.turn:
+        contestant = CONTESTANTS[options.turn]
+        batches = contestant(options.shards, torch.device(options.device), options.threads, options.batch)
+        measure(batches, 3 if options.quick else 10, options.batch)  # buffers grow, workers start, queues fill
+        say([" ".join(map(str, measure(batches, options.batches, options.batch)))])
         return
+    section = Section("data", options, arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        make_photos(Path(scratch, "photos"), 3000)
-        build([f"{scratch}/photos", f"{scratch}/shards"])
+        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
-        for _ in range(args.rounds):
+        for _ in range(options.rounds):
             for name, values in found.items():
-                values.append(turn(name, Path(scratch, "shards"), args))
-    console.print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, {args.threads} "
-        f"threads, DALI {dali_version}, torch {torch.__version__}, {args.device}; "
-        f"medians of {args.rounds} interleaved turns of {args.batches * BATCH} images"
-    )
-    console.print("| | images per CPU-second (lowest - highest) | images/s | ours does more per CPU-second by |")
-    console.print("|---|---|---|---|")
-    for name, values in found.items():
-        per_cpu = [value for value, _ in values]
-        ratio = statistics.median(a / b for (a, _), (b, _) in zip(found["ours"], values, strict=True))
-        clock = statistics.median(value for _, value in values)
-        spread = f"{min(per_cpu):.0f} - {max(per_cpu):.0f}"
-        console.print(f"| {name} | {statistics.median(per_cpu):.0f} ({spread}) | {clock:.0f} | {ratio:.2f}x |")
+                values.append(turn(name, shards, options))
+    rows = [
+        {"contestant": name, "images_per_cpu_s": [cpu for cpu, _ in values], "images_per_s": [s for _, s in values]}
+        for name, values in found.items()
+    ]
+    names = ("device", "rounds", "batch", "batches", "threads")
+    conditions = {name: getattr(options, name) for name in names} | {"size": SIDE}
+    say(tables.data(section.write(conditions, rows)))
 
 
 if __name__ == "__main__":

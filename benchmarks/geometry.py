@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.model import heading, machine, seconds, train
-from benchmarks.report import add_to_results
+from benchmarks.model import seconds, train
+from benchmarks.report import tell
 from models import LaViT, LaViTConfig, model_config
 from models.cost import count_macs, count_parameters
 
@@ -136,22 +136,18 @@ def main() -> None:
     torch.manual_seed(0)
     batch = arguments.batch or (64 if device == "cuda" else 2)
     lines = [
-        *heading(),
         (
             f"`python -m benchmarks.geometry`: one training step without the optimizer's, batch {batch} of 224 x 224, "
-            f"{'bf16' if device == 'cuda' else 'fp32'}, {arguments.rounds} interleaved rounds; speed is the median of "
-            "the rounds' ratios to the published geometry (above 1: faster)."
+            f"{'bf16' if device == 'cuda' else 'fp32, one core'}, {arguments.rounds} interleaved rounds; "
+            "speed is the median of the rounds' ratios to the published geometry (above 1: faster)."
         ),
         "",
         "| size | rule | widths | depths | parameters | MACs | ms a picture, median | best | speed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    print("\n".join(lines))  # noqa: T201  the table is what this command is for
     for size in arguments.sizes:
-        rows = measure(size, device, batch, arguments.rounds)
-        print("\n".join(rows), flush=True)  # noqa: T201
-        lines += rows
-    add_to_results("geometry", machine(), lines)
+        lines += measure(size, device, batch, arguments.rounds)
+    tell("geometry", lines)
 
 
 if __name__ == "__main__":

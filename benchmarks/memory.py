@@ -15,7 +15,6 @@ Prints a table and adds it to benchmarks/results/memory-DATE-MACHINE.md.
 import argparse
 import ctypes
 import gc
-import itertools
 import os
 import sys
 import tempfile
@@ -30,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.report import RESULTS
-from benchmarks.trainer import CLASSES, CONFIG, become_rank, fixed_batch, start_ranks, tell, trainer_run
+from benchmarks.loops import CLASSES, CONFIG, FixedBatch, become_rank, fixed_batch, start_ranks, trainer_run
+from benchmarks.report import RESULTS, tell
 from pretrain.check import architecture
 from pretrain.engine.build import build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
@@ -157,10 +156,11 @@ def measure(configuration: Configuration, device: torch.device, control: dist.Pr
 def _train(configuration: Configuration, device: torch.device, control: dist.ProcessGroup) -> None:
     resolved = configuration.resolved(dist.get_world_size(), gpu=device.type == "cuda")
     options = argparse.Namespace(size=configuration.size, micro_batch=configuration.micro_batch)
-    batches = itertools.repeat(fixed_batch(dist.get_rank(), options, device))
+    loader = FixedBatch(fixed_batch(dist.get_rank(), options, device))
+    batches = iter(loader)
     with tempfile.TemporaryDirectory() as folder:
         run = trainer_run(
-            configuration.recipe, resolved, batches, RunFolder(Path(folder)), device=device, control=control
+            configuration.recipe, resolved, loader, RunFolder(Path(folder)), device=device, control=control
         )
         for _ in range(STEPS):
             train_step(run, batches)

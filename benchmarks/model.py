@@ -1,28 +1,37 @@
-"""How big and how fast the network is: Less Attention against its vanilla twin, eager against compiled.
+"""How big and how fast the network is: Less Attention against its vanilla twin and timm's networks, compiled and not.
 
-    python -m benchmarks.model                                    # tiny, small and base, on whatever device there is
-    python -m benchmarks.model --sizes tiny --batch 64 --compile  # and torch.compile
+    python -m benchmarks.model                                    # on whatever device there is
+    python -m benchmarks.model --sizes tiny --batch 64 --no-compile
 
-The twins take turns, one step each, so that whatever else the machine does hits both; every number is the median of the
-rounds. A GPU is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does
-not stretch. Prints a table and adds it to benchmarks/results/model-DATE-MACHINE.md.
+All of a size take turns, one step each, so that whatever else the machine does hits all; the median of the rounds
+counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how). A GPU
+is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch.
+Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
+import importlib
 import multiprocessing
-import platform
 import re
-import statistics
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import add_to_results, processor, today
+from benchmarks import tables
+from benchmarks.report import Section, add_common, say
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
+
+SIZE = 224
+RIVALS = ("pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
+"""timm's networks that are about as big as ``lavit_small``."""
+STEPS_ON_GPU = 10
+"""Steps between two looks at the clock there: the host must not wait for the device after each."""
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
@@ -32,30 +41,68 @@ def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
 
 
 def train(model: torch.nn.Module, images: torch.Tensor) -> None:
-    """One step without the optimizer: both losses, forward and backward."""
-    logits, diagonality = model(images, with_diagonality=True)
+    """One step without the optimizer: forward and backward; of a LaViT both losses."""
+    logits, more = model(images, with_diagonality=True) if is_ours(model) else (model(images), 0.0)
     classes = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    (cross_entropy(logits.float(), classes) + diagonality).backward()
+    (cross_entropy(logits.float(), classes) + more).backward()
     model.zero_grad()
 
 
-def build(name: str, device: str) -> LaViT:
-    """The model as it trains: bf16 weights on a GPU, fp32 on a CPU."""
+def is_ours(model: torch.nn.Module) -> bool:
+    """Whether it is a LaViT, compiled or not."""
+    return isinstance(getattr(model, "_orig_mod", model), LaViT)
+
+
+def has_timm() -> bool:
+    """Whether timm's networks can be built here."""
+    try:
+        importlib.import_module("timm")  # which imports torchvision
+    except (ImportError, RuntimeError):  # a torchvision for another torch raises the latter
+        return False
+    return True
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """What is computed in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def build(name: str, device: str) -> torch.nn.Module:
+    """A network as it trains, with random weights."""
     torch.manual_seed(0)
-    return create_model(name).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    if name.startswith("lavit_"):
+        return create_model(name).to(device, dtype_of(device))
+    return importlib.import_module("timm").create_model(name).to(device, dtype_of(device))
+
+
+def cost(name: str) -> tuple[int, int]:
+    """Parameters, and MACs of a forward pass of one picture."""
+    if name.startswith("lavit_"):
+        return count_parameters(model_config(name)), count_macs(model_config(name))
+    model = build(name, "cpu").eval()
+    # Fused attention is not counted on a CPU; the kernel that is made of products is.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, SIZE, SIZE))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+def contestants(size: str) -> list[str]:
+    """Who is measured in one run with a size of ours."""
+    return [f"lavit_{size}", f"lavit_{size}_vanilla", *(RIVALS if size == "small" and has_timm() else ())]
 
 
 def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
-    """Wall time of one step on a GPU, core time on a CPU."""
+    """Of one step: wall time on a GPU, core time on a CPU."""
     if not images.is_cuda:
         start = time.process_time()
         step(model, images)
         return time.process_time() - start
     torch.cuda.synchronize()
     start = time.perf_counter()
-    step(model, images)
+    for _ in range(STEPS_ON_GPU):
+        step(model, images)
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / STEPS_ON_GPU
 
 
 def _resident(field: str) -> int:
@@ -66,7 +113,7 @@ def _resident(field: str) -> int:
 
 
 def _child(name: str, device: str, batch: int, queue) -> None:
-    images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    images = torch.randn(batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
     model = build(name, device)
     if device == "cuda":
         train(model, images)
@@ -98,84 +145,66 @@ def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images
         torch.testing.assert_close(values, logits[name, "eager"], rtol=tolerance, atol=tolerance, msg=f"{name}, {mode}")
 
 
-def measure(size: str, device: str, batch: int, rounds: int, compiled: bool) -> list[str]:
-    """Rows of the table for one size: the network, its twin, and their ratio."""
-    names = [f"lavit_{size}", f"lavit_{size}_vanilla"]
-    models: dict[tuple[str, str], torch.nn.Module] = {(name, "eager"): build(name, device) for name in names}
-    if compiled:
+def measure(names: list[str], device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the result for networks that take turns."""
+    torch.compiler.reset()  # all sizes share the code of their forward pass, and dynamo keeps only so many graphs of it
+    models = {(name, "eager"): build(name, device) for name in names}
+    if options.compile:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
-    images = torch.randn(batch, 3, 224, 224, device=device).to(torch.bfloat16 if device == "cuda" else torch.float32)
-    if compiled:
+    images = torch.randn(options.batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
+    if options.compile:
         require_equal_outputs(models, images)
-    speed, ratio = {}, {}
-    for label, step in (("forward", forward), ("train", train)):
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in models}
-        for turn in range(rounds + 1):
+    times: dict[tuple[str, str], dict[str, list[float]]] = {key: {"forward_s": [], "training_s": []} for key in models}
+    for label, step in (("forward_s", forward), ("training_s", train)):
+        for turn in range(options.rounds + 1):
             for key, model in models.items():
-                model.train(label == "train")
+                model.train(step is train)
                 took = seconds(model, step, images)
                 if turn:  # the first turn warms up
-                    times[key].append(took)
-        speed |= {(*key, label): batch / statistics.median(taken) for key, taken in times.items()}
-        for mode in {mode for _, mode in models}:
-            pairs = zip(times[names[1], mode], times[names[0], mode], strict=True)
-            ratio[mode, label] = statistics.median(vanilla / less for vanilla, less in pairs)
-    memory = {name: peak_memory(name, device, batch) for name in names}
+                    times[key][label].append(took)
+    memory = {} if options.quick else {name: peak_memory(name, device, options.batch) for name in names}
     rows = []
     for name, mode in models:
-        config = model_config(name)
-        rows.append(
-            f"| {name} | {mode} | {count_parameters(config) / 1e6:.2f} M | {count_macs(config) / 1e9:.2f} G "
-            f"| {speed[name, mode, 'forward']:.2f} | {speed[name, mode, 'train']:.2f} | {memory[name]:.2f} |"
-        )
-    for mode in dict.fromkeys(mode for _, mode in models):
-        memory_ratio = memory[names[0]] / memory[names[1]]
-        forward_ratio, train_ratio = ratio[mode, "forward"], ratio[mode, "train"]
-        rows.append(f"| *less / vanilla* | {mode} | | | {forward_ratio:.2f} | {train_ratio:.2f} | {memory_ratio:.2f} |")
+        parameters, macs = cost(name)
+        facts = {"model": name, "mode": mode, "parameters": parameters, "macs": macs, "peak_gib": memory.get(name)}
+        rows.append(facts | times[name, mode])
     return rows
 
 
-def machine() -> str:
-    """What was measured on."""
-    return processor() if torch.cuda.is_available() else f"{processor()}, one core"
+def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
+    """The options, with defaults that suit the device."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", help="default: T, S and B on a GPU, T and S on a CPU")
+    parser.add_argument("--batch", type=int, help="pictures a step (default: 128 on a GPU, 2 on a CPU)")
+    parser.add_argument("--rounds", type=int, help="to take the median of (default: 15 on a GPU, 9 on a CPU)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="also torch.compile(fullgraph=True) (default: yes, but for --quick on a CPU)")  # fmt: skip
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    gpu = device == "cuda"
+    defaults = {"sizes": ["tiny", "small", "base"], "batch": 128, "rounds": 15, "compile": True} if gpu else {
+        "sizes": ["tiny", "small"], "batch": 2, "rounds": 9, "compile": True}  # fmt: skip
+    if options.quick:
+        defaults |= {"sizes": ["small"] if gpu else ["tiny"], "rounds": 3, "compile": gpu}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
-def heading() -> list[str]:
-    """Of a table: machine, versions and day."""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return [f"## {machine()}, {versions}, {today()}", ""]
-
-
-def main() -> None:
-    """Measure, print, and add to the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"], help="default: T, S and B")
-    parser.add_argument("--batch", type=int, default=None, help="pictures a step (default: 64 on a GPU, 4 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=5, help="steps to take the median of (default: 5)")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile(fullgraph=True)")
-    arguments = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write the result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse(arguments, device)
     torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
-    batch = arguments.batch or (64 if device == "cuda" else 4)
-    lines = [
-        *heading(),
-        " ".join(
-            [
-                f"`python -m benchmarks.model {' '.join(sys.argv[1:])}`: batch {batch} of 224 x 224,",
-                f"{'bf16' if device == 'cuda' else 'fp32'}, median of {arguments.rounds} interleaved rounds;",
-                "training without the optimizer's step; peak memory of one eager training step.",
-            ]
-        ),
-        "",
-        "| model | mode | parameters | MACs | forward, images/s | training, images/s | peak memory, GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))  # noqa: T201  the table is what this command is for
-    for size in arguments.sizes:
-        rows = measure(size, device, batch, arguments.rounds, arguments.compile)
-        print("\n".join(rows), flush=True)  # noqa: T201
-        lines += rows
-    add_to_results("model", machine(), lines)
+    section = Section("model", options, arguments)
+    rows = [row for size in options.sizes for row in measure(contestants(size), device, options)]
+    conditions = {
+        "batch": options.batch, "size": SIZE, "rounds": options.rounds,
+        "precision": "bf16" if device == "cuda" else "fp32",
+        "clock": "wall" if device == "cuda" else "seconds of one core",
+    }  # fmt: skip
+    say(tables.model(section.write(conditions, rows)))
 
 
 if __name__ == "__main__":

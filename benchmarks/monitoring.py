@@ -18,17 +18,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.report import RESULTS
-from benchmarks.trainer import Baton, become_rank, fixed_batch, recipe_of, start_ranks, tell, trainer_run
-from data_pipeline.batch import Batch
+from benchmarks.loops import Baton, FixedBatch, become_rank, fixed_batch, recipe_of, start_ranks, trainer_run
+from benchmarks.report import RESULTS, tell
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.monitoring.norms import PartNorms
 from pretrain.run_folder import RunFolder
@@ -59,20 +56,6 @@ class Account:
         setattr(holder, name, counted)
 
 
-class Turns:
-    """The same batch again and again, in place of a loader."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches
-
-    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """As a loader gives them; asked for where the loss spikes."""
-        return np.zeros(stop - start, np.int64), np.zeros(stop - start, np.int64)
-
-
 def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
     """One rank: the variants take turns; rank 0 sends the CPU seconds of every step of each."""
     device, control = become_rank(local_rank, port, options.ranks)
@@ -87,11 +70,8 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     batons, watched = {BARE: Baton(), AGAIN: Baton(), WATCHED: Baton()}, None
     for name, baton in batons.items():
         own = recipe if name == WATCHED else recipe.model_copy(update={"log_every_steps": 10**9})
-        where = RunFolder(Path(folder) / name)
-        where.path.mkdir(parents=True, exist_ok=True)
-        (where.path / "environment.json").write_text("{}")
-        (where.path / "recipe.yaml").write_text("")
-        run = trainer_run(own, resolved, Turns(baton.turns(batch)), where, device=device, control=control)
+        turns, where = baton.turns(FixedBatch(batch)), RunFolder(Path(folder) / name)
+        run = trainer_run(own, resolved, turns, where, device=device, control=control)
         if name != WATCHED:
             run.meter.timer.enter = lambda _phase: None
         else:

@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--bytes-per-image", type=float, help="on disk")
     fast = parser.add_argument_group("how fast")
     fast.add_argument("--benchmark", type=Path, metavar="FILE",
-                      help="results of benchmarks.model on this kind of GPU")  # fmt: skip
+                      help="result of python -m benchmarks on this kind of GPU")  # fmt: skip
     fast.add_argument("--mfu", type=float, help="assume this share of the peak where nothing was measured")
     fast.add_argument("--storage", type=float, metavar="GB/S", help="what storage gives all GPUs together")
     fast.add_argument("--measure-storage", action="store_true", help="read shards for some seconds to see")

@@ -1,7 +1,9 @@
 """How long it takes: from a measurement of this kind of GPU, or what its peak allows at best."""
 
+import json
 import math
 import re
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,42 +66,34 @@ def speed_of(device: Device, peak: float, flops: float, measured: Measurement | 
 
 
 def read_benchmark(path: Path, model: str, size: tuple[int, int], *, compiled: bool) -> Measurement:
-    """Find a model's training images per second in a results file of ``benchmarks.model``.
-
-    The newest matching row counts: sections are appended.
+    """Find a model's training images per second in a result of ``python -m benchmarks``.
 
     Raises:
-        UserError: the file cannot be read, or holds no measurement of this model at this picture size and mode.
+        UserError: the file cannot be read, is none of these, or holds no measurement of this model at this picture size
+            and mode.
     """
     try:
-        text = path.read_text()
+        content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--benchmark {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    mode, found = "compiled" if compiled else "eager", None
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        device, _, rest = section.partition("\n")
-        lines = rest.splitlines()
-        column = None
-        conditions = next((line for line in lines if line.startswith("`python -m benchmarks.")), "")
-        if f"{size[0]} x {size[1]}" not in conditions:
-            continue
-        for line in lines:
-            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-            if "training, images/s" in cells:
-                column = cells.index("training, images/s")
-            elif column is not None and cells[:2] == [model, mode]:
-                try:
-                    rate = float(cells[column])
-                except (ValueError, IndexError):
-                    continue
-                if rate > 0:
-                    found = Measurement(rate, device.strip(), conditions.partition(": ")[2], str(path))
-    if found is None:
+    except ValueError as error:
+        raise UserError(f"--benchmark {path}: is no result of python -m benchmarks: {error}") from None
+    mode = "compiled" if compiled else "eager"
+    wanted = f"{model}, {mode}, at {size[0]} x {size[1]} pixels"
+    try:
+        section = content["sections"]["model"]
+        conditions, device = section["conditions"], section["machine"]["name"]
+        rows = [row for row in section["rows"] if (row["model"], row["mode"]) == (model, mode)]
+        if rows and size == (conditions["size"], conditions["size"]):
+            rate = conditions["batch"] / statistics.median(rows[0]["training_s"])
+            said = ", ".join(f"{name} {value}" for name, value in conditions.items())
+            return Measurement(rate, device, said, str(path))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"--benchmark {path}: holds no training images/s of {model}, {mode}, at {size[0]} x {size[1]} pixels; "
-            "measure: python -m benchmarks.model"
-        )
-    return found
+            f"--benchmark {path}: has no whole section of benchmarks.model ({type(error).__name__}: {error}); measure: "
+            "python -m benchmarks.model"
+        ) from None
+    raise UserError(f"--benchmark {path}: holds no training images/s of {wanted}; measure: python -m benchmarks.model")
 
 
 def hours(images_seen: float, per_gpu: float, gpus: int) -> float:

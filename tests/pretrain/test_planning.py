@@ -1,5 +1,6 @@
 """Failures, speed, scaling and devices of a plan."""
 
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pretrain.planning.failures import Conditions, best_interval, expected_finis
 from pretrain.planning.memory import Engine
 from pretrain.planning.scaling import Network, Reading, simulate_step
 from pretrain.planning.speed import read_benchmark, speed_of
+from tests.benchmarks.sections import model_rows, written
 
 DAY = 86400.0
 HARD = Conditions(work=5 * DAY, save=20.0, restart=600.0, mtbf=4 * 3600.0)
@@ -84,12 +86,18 @@ def test_peaks_are_those_of_dense_products() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32, tf32=True) == 156e12
 
 
-RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("model-2026-11-24-*.md"))
+SECONDS = {"lavit_small": 0.5, "lavit_base": 1.0}
 
 
-def test_a_benchmark_of_another_device_is_not_taken_for_this_one() -> None:
-    found = read_benchmark(RESULTS[-1], "lavit_small", (224, 224), compiled=False)
-    assert (found.images_per_s, found.device.split(",")[0]) == (3.67, "AMD EPYC")
+def benchmark(folder: Path, size: int = 224) -> Path:
+    """A result of this machine: lavit_small trains 4 images a second."""
+    return written(folder, "model", {"batch": 2, "size": size, "precision": "fp32"}, model_rows(**SECONDS))
+
+
+def test_a_benchmark_of_another_device_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    found = read_benchmark(benchmark(tmp_path), "lavit_small", (224, 224), compiled=False)
+    assert found.images_per_s == 4.0
+    assert "precision fp32" in found.conditions
     known = speed_of(DEVICES["h100"], 989e12, model_flops_per_image(3_260_000_000), found, None)
     assert known.measured is None
     assert known.believed is None
@@ -97,20 +105,39 @@ def test_a_benchmark_of_another_device_is_not_taken_for_this_one() -> None:
 
 
 def test_a_measurement_of_this_kind_of_gpu_counts_and_goes_before_an_assumed_mfu(tmp_path: Path) -> None:
-    mine = tmp_path / "model.md"
-    mine.write_text(RESULTS[-1].read_text().replace("AMD EPYC, one core", "NVIDIA H100 80GB HBM3"))
-    found = read_benchmark(mine, "lavit_small", (224, 224), compiled=True)
+    mine = benchmark(tmp_path)
+    content = json.loads(mine.read_text())
+    content["sections"]["model"]["machine"]["name"] = "NVIDIA H100 80GB HBM3"
+    mine.write_text(json.dumps(content))
+    found = read_benchmark(mine, "lavit_base", (224, 224), compiled=True)
     known = speed_of(DEVICES["h100"], 989e12, model_flops_per_image(3_260_000_000), found, 0.3)
-    assert known.believed == found.images_per_s == 3.90
+    assert known.believed == found.images_per_s == 2.0
     assert "measured" in known.rests_on
 
 
 def test_a_benchmark_without_this_model_or_size_is_refused(tmp_path: Path) -> None:
+    file = benchmark(tmp_path)
     for model, size in (("lavit_huge", (224, 224)), ("lavit_small", (384, 384))):
-        with pytest.raises(UserError, match="holds no training images/s"):
-            read_benchmark(RESULTS[-1], model, size, compiled=False)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_benchmark(tmp_path / "nothing.md", "lavit_small", (224, 224), compiled=False)
+        with pytest.raises(UserError, match=f"holds no training images/s of {model}, eager, at {size[0]} x {size[0]}"):
+            read_benchmark(file, model, size, compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "cannot be read: No such file"),
+        ("| a table |", "is no result of python -m benchmarks"),
+        ("[]", "has no whole section of benchmarks.model"),
+        ('{"sections": {"data": {}}}', "has no whole section of benchmarks.model"),
+    ],
+)
+def test_a_benchmark_that_is_none_is_refused_in_one_line(content: str | None, wrong: str, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=wrong) as raised:
+        read_benchmark(file, "lavit_small", (224, 224), compiled=False)
+    assert "\n" not in str(raised.value)
 
 
 def engine(stage: int, *, overlap: bool = False) -> Engine:

@@ -1,0 +1,199 @@
+"""What limits the whole: training on synthetic batches, the input alone, and both together.
+
+    python -m benchmarks.end_to_end                                  # on whatever device there is
+    python -m benchmarks.end_to_end --cases lavit_base:224:64 --ranks 8
+
+All three live in the same processes and take turns of some seconds each:
+
+- *synthetic*: `pretrain.train.train` itself, on one batch that costs nothing;
+- *data only*: the real loader, reading and decoding shards of photographs; its batches are dropped;
+- *both*: `pretrain.train.train` on the real loader.
+
+Loaders fill their queues while others have their turn, so every turn begins with steps that are not counted and that
+are more than the queues hold. On a GPU nothing should be lost: both >= 95 % of the slower of the two. On a CPU decoding
+and training share the cores, so no more than the harmonic bound 1 / (1 / synthetic + 1 / data only) can be expected
+where either alone fills them. Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import tables
+from benchmarks.loops import (
+    CONFIG,
+    Baton,
+    FixedBatch,
+    Loader,
+    become_rank,
+    fixed_batch,
+    recipe_of,
+    start_ranks,
+    trainer_run,
+)
+from benchmarks.photographs import build_shards
+from benchmarks.report import Section, add_common, cores, say
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import TrainLoader
+from models import model_config
+from models.cost import count_macs
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.distributed import has_bf16
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
+from pretrain.train import train
+
+SYNTHETIC, DATA, BOTH = tables.MODES
+LEAST_STEPS = 4
+"""Of a turn, however long they take."""
+AUGMENT = {"random_resized_crop": {}, "horizontal_flip": 0.5}
+
+
+def drain(loader: Loader) -> None:
+    """Take the batches and drop them."""
+    for _ in loader:
+        pass
+
+
+def resolve(options: argparse.Namespace, device: torch.device) -> ResolvedDeepSpeed:
+    """ds_config.json as it stands, but for the size of the batch."""
+    batch = {"train_batch_size": options.ranks * options.micro_batch}
+    return resolve_deepspeed_config(
+        read_deepspeed_config(CONFIG, batch),
+        world_size=options.ranks, has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
+    )  # fmt: skip
+
+
+def real_loader(recipe: Recipe, local_rank: int, options: argparse.Namespace, device: torch.device) -> TrainLoader:
+    """The loader that the trainer would have."""
+    return TrainLoader(
+        Dataset.open(recipe.data.path, "train"), recipe.data, seed=0, rank=local_rank, world_size=options.ranks,
+        local_ranks=options.ranks, global_batch=options.ranks * options.micro_batch, micro_batch=options.micro_batch,
+        device=device,
+    )  # fmt: skip
+
+
+def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
+    """One rank: the modes take turns; rank 0 sends the images per second of all ranks, and the precision."""
+    device, control = become_rank(local_rank, port, options.ranks)
+    data = {"path": str(options.shards), "augment": AUGMENT}
+    recipe = recipe_of(options, compiled=options.compile, data=data)
+    resolved = resolve(options, device)
+    loaders: dict[str, Loader] = {
+        SYNTHETIC: FixedBatch(fixed_batch(local_rank, options, device)),
+        DATA: real_loader(recipe, local_rank, options, device),
+        BOTH: real_loader(recipe, local_rank, options, device),
+    }
+    batons = {mode: Baton() for mode in loaders}
+    for mode, loader in loaders.items():
+        turns = batons[mode].turns(loader)
+        if mode == DATA:
+            batons[mode].start(partial(drain, turns))
+            continue
+        run = trainer_run(recipe, resolved, turns, RunFolder(Path(folder) / mode), device=device, control=control)
+        batons[mode].start(partial(train, run))
+    rates = take_turns(batons, 2 * recipe.data.prefetch + 1, options, device=device, control=control)
+    if local_rank == 0:
+        queue.put((rates, resolved.precision))
+    dist.barrier(control)
+    os._exit(0)  # loops and watchdogs are still there
+
+
+def take_turns(
+    batons: dict[str, Baton], queued: int, options: argparse.Namespace, *, device: torch.device, control: Any
+) -> dict[str, list[float]]:
+    """Images per second of all ranks in every turn of each mode; collective.
+
+    Args:
+        batons: of the modes.
+        queued: batches that a loader has ready when a turn begins: being read, being decoded, at hand.
+        options: how long, how often, of how many pictures.
+        device: that the steps are for.
+        control: group of all ranks, on CPUs.
+    """
+
+    def slowest(mode: str, steps: int) -> float:
+        dist.barrier(control)
+        took = torch.tensor(batons[mode].time(steps, device))
+        dist.all_reduce(took, op=dist.ReduceOp.MAX, group=control)
+        return took.item()
+
+    # A queue fills up again while it is emptied, so twice what it holds.
+    uncounted = {mode: 2 if mode == SYNTHETIC else 2 * queued for mode in batons}
+    steps: dict[str, int] = {}
+    for mode, before in uncounted.items():
+        slowest(mode, before)  # builds, and compiles
+        steps[mode] = max(LEAST_STEPS, math.ceil(options.seconds / (slowest(mode, before) / before)))
+    rates: dict[str, list[float]] = {mode: [] for mode in batons}
+    for turn in range(options.rounds):
+        for place in range(len(batons)):
+            mode = [*batons][(turn + place) % len(batons)]  # each is as often the first of a turn
+            slowest(mode, uncounted[mode])
+            took = slowest(mode, steps[mode])
+            rates[mode].append(steps[mode] * options.ranks * options.micro_batch / took)
+    return rates
+
+
+def case_of(text: str) -> tuple[str, int, int]:
+    """Read MODEL:SIZE:MICRO_BATCH."""
+    try:
+        model, size, micro_batch = text.split(":")
+        return model, int(size), int(micro_batch)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not MODEL:SIZE:MICRO_BATCH, as in lavit_small:224:128") from None
+
+
+def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Namespace:
+    """The options, with defaults that suit the device and the number of GPUs, or of cores."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", type=case_of, metavar="MODEL:SIZE:MICRO_BATCH",
+                        help="default: lavit_small:224:128 and lavit_tiny:224:128; on a CPU lavit_micro:32:32, which "
+                        "is about as hungry as decoding is fast, and lavit_tiny:128:8")  # fmt: skip
+    parser.add_argument("--ranks", type=int, help="processes (default: one a GPU; on a CPU one a core, two at most)")
+    parser.add_argument("--rounds", type=int, help="turns to take the median of (default: 7)")
+    parser.add_argument("--seconds", type=float, help="of a turn, about (default: 5 on a GPU, 2 on a CPU)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="with model.compile (default: on a GPU)")  # fmt: skip
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    gpu = device == "cuda"
+    defaults: dict[str, Any] = {"rounds": 7, "compile": gpu, "seconds": 5.0 if gpu else 2.0}
+    defaults["ranks"] = count if gpu else min(2, count)
+    defaults["cases"] = [("lavit_micro", 32, 32), ("lavit_tiny", 128, 8)]
+    if gpu:
+        defaults["cases"] = [("lavit_small", 224, 128), ("lavit_tiny", 224, 128)]
+    if options.quick:
+        defaults |= {"rounds": 2, "seconds": 1.0, "cases": defaults["cases"][:1]}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write the result."""
+    gpus = torch.cuda.device_count()
+    options = parse(arguments, "cuda" if gpus else "cpu", gpus or cores())
+    section = Section("end_to_end", options, arguments)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        options.shards = build_shards(Path(scratch), 300 if options.quick else 3000)
+        for model, size, micro_batch in options.cases:
+            case = {"model": model, "size": size, "micro_batch": micro_batch}
+            rates, precision = start_ranks(measure, argparse.Namespace(**(vars(options) | case)))
+            case |= {"precision": precision, "macs": count_macs(model_config(model, image_size=size))}
+            rows += [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
+    conditions = {name: getattr(options, name) for name in ("ranks", "rounds", "seconds", "compile")}
+    conditions |= {"photographs": "500 x 375 pixels"}
+    say(tables.end_to_end(section.write(conditions, rows)))
+
+
+if __name__ == "__main__":
+    main()

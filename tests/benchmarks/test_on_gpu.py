@@ -1,0 +1,32 @@
+"""On a GPU the same command takes the GPU's way everywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.tables import MODES, mfu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+
+@pytest.mark.timeout(1800)
+def test_all_benchmarks_measure_the_gpu(tmp_path: Path) -> None:
+    assert main(["--quick", "--results", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("bench-*-quick.json")
+    found = json.loads(file.read_text())["sections"]
+    assert set(found) == {"model", "data", "trainer", "end_to_end"}
+    assert all(section["machine"]["device"] == "cuda" and section["machine"]["driver"] for section in found.values())
+    assert found["model"]["conditions"]["precision"] == "bf16"
+    assert {row["mode"] for row in found["model"]["rows"]} == {"eager", "compiled"}
+    assert found["data"]["conditions"]["device"] == "cuda"
+    assert found["trainer"]["conditions"]["precision"] == "bf16 autocast"
+    compiled = {row["variant"] for row in found["trainer"]["rows"] if row["mode"] == "compiled"}
+    assert compiled == {"bare DDP", "stage 0", "stage 1", "stage 2"}
+    whole = found["end_to_end"]
+    assert {row["precision"] for row in whole["rows"]} == {"bf16"}
+    assert {row["mode"] for row in whole["rows"]} == set(MODES)
+    for row in whole["rows"]:
+        used = mfu(max(row["images_per_s"]), row["macs"], whole, "bf16", whole["conditions"]["ranks"])
+        assert row["mode"] == "data only" or used is None or 0 < used < 1

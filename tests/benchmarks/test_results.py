@@ -1,0 +1,140 @@
+"""What was measured reaches files, tables and goals as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as door
+from benchmarks import data, end_to_end, goals, model, page, report, tables, trainer
+from tests.benchmarks.sections import CPU, H100, model_rows, section, written
+
+MODEL = {"batch": 2, "size": 224, "rounds": 3, "precision": "fp32"}
+NONE: dict[str, list[dict[str, Any]]] = {kind: [] for kind in page.VERSIONS}
+BF16 = MODEL | {"batch": 128, "precision": "bf16"}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_day_and_machine_have_one_file_in_which_a_section_replaces_its_former_self(tmp_path: Path) -> None:
+    written(tmp_path, "model", MODEL, model_rows(lavit_small=1.0))
+    written(tmp_path, "data", {}, [{"contestant": "ours", "images_per_s": [123.456789]}])
+    file = written(tmp_path, "model", MODEL, model_rows(lavit_small=2.0))
+    sections = json.loads(file.read_text())["sections"]
+    assert set(sections) == {"model", "data"}
+    assert sections["model"]["rows"][0]["training_s"] == [2.0] * 3
+    assert sections["data"]["rows"][0]["images_per_s"] == [123.46]
+    assert sections["model"]["versions"]["torch"]
+    assert sections["model"]["revision"]
+
+
+def test_a_command_does_not_tell_where_its_result_went(tmp_path: Path) -> None:
+    assert str(tmp_path) not in written(tmp_path, "model", MODEL, []).read_text()
+
+
+def test_a_result_that_breaks_off_leaves_the_former_one(tmp_path: Path) -> None:
+    file = written(tmp_path, "model", MODEL, [])
+    before = file.read_text()
+    with pytest.raises(TypeError):
+        written(tmp_path, "data", {}, [{"contestant": object()}])
+    assert file.read_text() == before
+
+
+def test_quick_results_lie_apart(tmp_path: Path) -> None:
+    options = model.parse(["--quick", "--results", str(tmp_path)], "cpu")
+    assert report.file_of_today(CPU, options).name.endswith("-2-cores-quick.json")
+    many = H100 | {"gpus": H100["gpus"] * 8}
+    assert "8-x-nvidia-h100" in report.file_of_today(many, options).name
+
+
+def test_ratios_are_within_rounds_so_that_a_slow_round_spoils_none() -> None:
+    assert tables.ratio([2.0, 2.0, 200.0], [1.0, 1.0, 100.0]) == (2.0, 2.0, 2.0)
+
+
+def test_the_network_is_compared_with_the_one_of_its_size_and_mode() -> None:
+    rows = model_rows(lavit_tiny=0.5, lavit_tiny_vanilla=0.25, lavit_small=1.0, convnext_tiny=1.5)
+    lines = tables.model(section(CPU, MODEL, rows))[2:]
+    found = {(cells(line)[0], cells(line)[1]): cells(line) for line in lines}
+    assert found["lavit_small", "eager"][5:8] == ["2", "", "not measured"]
+    assert found["lavit_tiny_vanilla", "compiled"][6].startswith("0.500")
+    assert found["convnext_tiny", "compiled"][6].startswith("1.500")
+
+
+def test_mfu_is_of_the_peak_in_the_precision_that_was_used() -> None:
+    rate = 989e12 / (6 * 3.26e9) / 4
+    assert tables.mfu(rate, 3_260_000_000, section(H100, BF16, []), "bf16") == pytest.approx(0.25)
+    assert tables.mfu(rate, 3_260_000_000, section(H100, BF16, []), "bf16", devices=2) == pytest.approx(0.125)
+    assert tables.mfu(rate, 3_260_000_000, section(H100, BF16, []), "fp32") > 3
+    assert tables.mfu(rate, 3_260_000_000, section(CPU, MODEL, []), "fp32") is None
+    unknown = section(H100 | {"name": "NVIDIA B1"}, BF16, [])
+    assert tables.mfu(rate, 3_260_000_000, unknown, "bf16") is None
+
+
+def test_what_limits_is_a_number() -> None:
+    case = {"model": "lavit_tiny", "size": 128, "micro_batch": 16, "macs": 10**9, "precision": "fp32"}
+    rows = [case | {"mode": mode, "images_per_s": [rate] * 3} for mode, rate in
+            zip(tables.MODES, (100.0, 300.0, 60.0), strict=True)]  # fmt: skip
+    (line,) = tables.end_to_end(section(CPU, {"ranks": 2}, rows))[2:]
+    assert cells(line)[5].startswith("60.0% (60.0% to 60.0%) / 80.0%")
+    assert cells(line)[6] == "the network"
+
+
+def test_goals_that_nothing_was_measured_for_are_not_measured() -> None:
+    lines = goals.table(NONE)[2:]
+    assert len(lines) == len(goals.GOALS)
+    assert all(cells(line)[3:] == ["not measured", ""] for line in lines)
+
+
+def test_a_goal_is_reached_by_the_median_on_its_own_kind_of_device() -> None:
+    rows = model_rows(lavit_small=1.0, lavit_small_vanilla=0.9, pvt_v2_b2=1.3, swin_tiny_patch4_window7_224=1.1)
+    on_cpu = goals.table(NONE | {"model": [section(CPU, MODEL, rows)], "alternatives": [section(CPU, MODEL, rows)]})[2:]
+    assert [cells(line)[4] for line in on_cpu[:2]] == ["no", "no"]
+    assert all(cells(line)[3] == "not measured" for line in on_cpu[2:])
+    gpu = section(H100, BF16, rows)
+    on_gpu = {cells(line)[1]: cells(line) for line in goals.table(NONE | {"model": [gpu], "alternatives": [gpu]})}
+    assert on_gpu["LaViT-S in bf16, compiled, beside pvt_v2_b2"][4] == "yes"
+    assert on_gpu["the same beside swin_tiny"][4] == "no"
+    assert on_gpu["MFU of LaViT-S, compiled"][3] == "0.3% (0.3% to 0.3%)"
+
+
+def test_on_a_gpu_all_compute_in_bf16_compiled_and_decode_there_on_all_gpus() -> None:
+    assert model.parse([], "cuda").compile
+    assert str(model.dtype_of("cuda")) == "torch.bfloat16"
+    assert model.parse([], "cuda").batch > model.parse([], "cpu").batch
+    assert data.parse([], "cuda").device == "cuda"
+    for parse in (trainer.parse, end_to_end.parse):
+        options = parse([], "cuda", 8)
+        assert (options.ranks, options.compile) == (8, True)
+    assert trainer.parse([], "cuda", 8).steps > 1  # the host must run ahead of the device
+    assert trainer.parse([], "cuda", 8).autocast
+    assert not trainer.parse([], "cpu", 64).autocast
+    assert trainer.parse([], "cpu", 64).ranks == 2
+    assert {case[1] for case in end_to_end.parse([], "cuda", 1).cases} == {224}
+
+
+def test_what_is_asked_for_goes_before_what_suits_the_device() -> None:
+    assert not model.parse(["--no-compile"], "cuda").compile
+    options = end_to_end.parse(["--cases", "lavit_base:384:8", "--ranks", "1", "--no-compile"], "cuda", 8)
+    assert (options.cases, options.ranks, options.compile) == ([("lavit_base", 384, 8)], 1, False)
+    with pytest.raises(SystemExit):
+        end_to_end.parse(["--cases", "lavit_base"], "cpu", 2)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quick", "--note", "night"]])
+def test_the_door_starts_each_with_options_that_it_knows(arguments: list[str], tmp_path: Path) -> None:
+    options = door.parse([*arguments, "--results", str(tmp_path)])
+    assert tuple(options.only) == ("model", "data", "trainer", "end_to_end")
+    parsers = {"model": (model, ()), "data": (data, ()), "trainer": (trainer, (2,)), "end_to_end": (end_to_end, (2,))}
+    for name in options.only:
+        room, count = parsers[name]
+        known = room.parse(door.command(name, options)[3:], "cpu", *count)
+        assert (known.results, known.quick, known.note) == (tmp_path, options.quick, options.note)
+
+
+def test_timms_networks_run_beside_the_size_that_is_theirs() -> None:
+    extra = list(model.RIVALS) if model.has_timm() else []
+    assert model.contestants("small") == ["lavit_small", "lavit_small_vanilla", *extra]
+    assert model.contestants("tiny") == ["lavit_tiny", "lavit_tiny_vanilla"]
