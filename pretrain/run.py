@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
+from pretrain import garbage
 from pretrain.checkpoints.checkpoint import Progress, load_newest
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.checkpoints.writer import CheckpointWriter
@@ -184,6 +185,7 @@ class Run:
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
         self.first_step = False
+        garbage.keep_out_of_steps()
         limit = 60 * self.recipe.watchdog.step_minutes + SPEAKS_FIRST_S
         limit_collectives(limit, but=(self.control, self.writer.group))
 
@@ -314,6 +316,7 @@ class Run:
         if pictures:
             with self._beside_training():
                 self._show_attention(None)
+        garbage.collect()
         self.meter.reset()
 
     def _where(self) -> dict[str, float]:
@@ -367,6 +370,7 @@ class Run:
         self.console.close()
         if self.metrics:
             self.metrics.close()
+        garbage.let_it_run()
 
     def _note_event(self, name: EventName, text: str) -> None:
         progress = self.progress
@@ -387,6 +391,7 @@ class Run:
         began = time.monotonic()
         with self.meter.excluded():
             yield
+            garbage.collect()
         took = time.monotonic() - began
         self.progress.train_seconds += took
         self.console.step_done(self.progress.step, waited_s=took)
