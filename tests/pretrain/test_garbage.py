@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from benchmarks.trainer import trainer_run
+from benchmarks.loops import trainer_run
 from data_pipeline.batch import Batch
 from pretrain import train
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
