@@ -71,7 +71,7 @@ class Engine:
         threads: int,
         device: torch.device,
     ) -> None:
-        self._device, self._preparer, self._depth = device, preparer, config.prefetch
+        self._config, self._device, self._preparer, self._depth = config, device, preparer, config.prefetch
         self._device_id = None if device.type == "cpu" else device.index or 0
         self._plan: Iterator[Rows] = iter(())
         self._reading: deque[tuple[Rows, Future[Prepared]]] = deque()
@@ -156,7 +156,9 @@ class Engine:
             for prepared in self._decoding
             for row, (sample, jpeg) in enumerate(zip(prepared.rows.sample_ids, prepared.jpegs, strict=True))
         }
-        reasons = {sample: graph.why_not_decoded(*inputs, self._device_id) for sample, inputs in suspects.items()}
+        reasons = {
+            sample: graph.why_not_decoded(self._config, *inputs, self._device_id) for sample, inputs in suspects.items()
+        }
         guilty = {sample: reason for sample, reason in reasons.items() if reason}
         if not guilty or len(guilty) == len(suspects):
             raise error  # not the fault of a picture

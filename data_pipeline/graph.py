@@ -50,10 +50,10 @@ def _inputs(names: list[str], source: Source) -> dict[str, Any]:
     return dict(zip(names, nodes, strict=True))
 
 
-def _decode(inputs: dict[str, Any], device_id: int | None) -> Any:
-    device = "cpu" if device_id is None else "mixed"
+def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) -> Any:
+    where = {"device": "cpu"} if device_id is None else {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
     return fn.decoders.image_slice(
-        inputs["jpeg"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], device=device, output_type=types.RGB
+        inputs["jpeg"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], output_type=types.RGB, **where
     )
 
 
@@ -91,7 +91,7 @@ def _has_policy(config: InputConfig) -> bool:
 
 def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 training pictures."""
-    images = _resize(_decode(inputs, device_id), config.size, config, threads, device_id)
+    images = _resize(_decode(inputs, config, device_id), config.size, config, threads, device_id)
     if config.augment.affine is not None:
         images = fn.warp_affine(
             images, matrix=inputs["affine"], inverse_map=True, interp_type=types.INTERP_LINEAR, fill_value=0
@@ -116,7 +116,7 @@ def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_in
 
 def eval_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 evaluation pictures."""
-    images = _resize(_decode(inputs, device_id), inputs["resize"], config, threads, device_id)
+    images = _resize(_decode(inputs, config, device_id), inputs["resize"], config, threads, device_id)
     return _normalise(images, config, crop=config.size, crop_pos_x=inputs["crop_x"], crop_pos_y=inputs["crop_y"])
 
 
@@ -157,13 +157,17 @@ def pipeline(
 
 
 def why_not_decoded(
-    jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32], device_id: int | None
+    config: InputConfig,
+    jpeg: NDArray[np.uint8],
+    start: NDArray[np.int32],
+    shape: NDArray[np.int32],
+    device_id: int | None,
 ) -> str:
     """Decode one picture alone and return DALI's reason when it cannot, else ''."""
     pipe = Pipeline(1, 1, device_id, prefetch_queue_depth=1)
     with pipe:
         values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
-        pipe.set_outputs(_decode(_inputs(list(values), lambda: list(values.values())), device_id))
+        pipe.set_outputs(_decode(_inputs(list(values), lambda: list(values.values())), config, device_id))
     try:
         pipe.run()
     except RuntimeError as error:

@@ -151,6 +151,9 @@ class InputConfig(_Config):
     """DALI's CPU threads per rank; None shares the cores that this process may use among the ranks on the machine."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches that are prepared ahead."""
+    hw_decoder_load: float = Field(0.0, ge=0, le=1)
+    """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one a
+    picture gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
     max_bad_fraction: Fraction = 0.001
     """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""
 

@@ -8,7 +8,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline, fn
 
+from data_pipeline import graph
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import EvalLoader, TrainLoader
@@ -23,19 +25,19 @@ def config(dataset: Dataset, **changes) -> InputConfig:
     return InputConfig(path=dataset.path, **(settings | changes))
 
 
-def digests(dataset, *, world=1, micro=16, start=0, steps=4, batch=64, **changes):
+def digests(dataset, *, world=1, micro=16, start=0, steps=4, batch=64, device=CPU, **changes):
     """Per stream position: (sample id, epoch, label, digest of its pixels), as all ranks together see them."""
     seen = {}
     for rank in range(world):
         loader = TrainLoader(
             dataset, config(dataset, **changes), seed=3, global_batch=batch, micro_batch=micro, rank=rank,
-            world_size=world, device=CPU, start_sample=start,
+            world_size=world, device=device, start_sample=start,
         )  # fmt: skip
         per_step = batch // world // micro
         for i, out in enumerate(itertools.islice(loader, steps * per_step)):
             for k in range(micro):
                 position = start + i // per_step * batch + int(out.rows[k])
-                pixels = hashlib.md5(out.images[k].numpy().tobytes()).hexdigest()
+                pixels = hashlib.md5(out.images[k].cpu().numpy().tobytes()).hexdigest()
                 assert position not in seen
                 seen[position] = (int(out.sample_ids[k]), int(out.epochs[k]), int(out.labels[k]), pixels)
         loader.close()
@@ -59,6 +61,21 @@ def reference(digits):
 )  # fmt: skip
 def test_every_pixel_is_the_same_on_any_number_of_ranks_batches_and_threads(train, reference, changes):
     assert digests(train, steps=30, **changes) == reference
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_pixels_do_not_depend_on_the_place_in_the_batch_either(train):
+    gpu = torch.device("cuda", 0)
+    assert digests(train, micro=64, steps=30, device=gpu) == digests(train, world=2, micro=4, steps=30, device=gpu)
+
+
+def test_a_gpu_decodes_with_one_decoder_unless_it_is_asked_for_two(train):
+    for changes, load in (({}, "0.000000"), ({"hw_decoder_load": 0.5}, "0.500000")):
+        with Pipeline(batch_size=1, num_threads=1, device_id=0):  # not built: that would need the GPU
+            inputs = {name: fn.external_source(lambda: [], ndim=1) for name in ("jpeg", "start", "shape")}
+            decoded = graph._decode(inputs, config(train, **changes), device_id=0)
+        assert decoded.device == "gpu"
+        assert f"hw_decoder_load: {load}\n" in str(decoded.source.spec)
 
 
 @pytest.mark.parametrize(("world", "steps"), [(1, 7), (2, 21), (4, 23)])
