@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from benchmarks.loops import CONFIG, FixedBatch, become_rank, fixed_batch, recipe_of, start_ranks, trainer_run
 from benchmarks.report import RESULTS, tell
-from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
 from pretrain.run_folder import RunFolder
 from pretrain.train import train_step
 

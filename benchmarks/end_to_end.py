@@ -44,8 +44,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from models import model_config
 from models.cost import count_macs
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
-from pretrain.distributed import has_bf16
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.distributed import has_bf16
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.train import train

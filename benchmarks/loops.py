@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import io
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -24,25 +23,26 @@ import torch.multiprocessing as mp
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import Int64
-from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import Progress
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.checkpoint import Progress
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
-from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.distributed import choose_device, init_distributed, new_cpu_group, read_rank
-from pretrain.engine import build_engine, build_model
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.distributed import choose_device, init_distributed, new_cpu_group, read_rank
+from pretrain.engine.precision import input_dtype
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.pieces import OptimizerPieces
-from pretrain.precision import input_dtype
+from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
-from pretrain.signals import StopFlag
-from pretrain.stop import StopAgreement
-from pretrain.watchdog import Watchdog
+from pretrain.survival.bad_steps import BadSteps
+from pretrain.survival.signals import StopFlag
+from pretrain.survival.stop import StopAgreement
+from pretrain.survival.watchdog import Watchdog
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 1000
@@ -194,17 +194,15 @@ def trainer_run(
     monitor = Monitor(
         engine,
         pieces,
-        due=lambda: run.log_due(ahead=1),
         device=device,
         precision=resolved.precision,
-        dtype=input_dtype(resolved.precision),
         attention_pictures=recipe.watch.attention_pictures,
         data=recipe.data,
         class_names=tuple(str(number) for number in range(CLASSES)),
         request=folder.show,
         fresh=False,
     )
-    run = Run(
+    return Run(
         recipe=recipe,
         batch=resolved.batch,
         epoch_size=10**4,
@@ -231,7 +229,6 @@ def trainer_run(
         watchdog=Watchdog(folder.hangs, dist.get_rank(), start_s=1e6, step_s=1e6),
         monitor=monitor,
     )
-    return run
 
 
 def become_rank(local_rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:
@@ -255,9 +252,7 @@ def fixed_batch(local_rank: int, options: argparse.Namespace, device: torch.devi
 def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> Any:
     """Run ``measure(local_rank, port, options, folder, queue)`` on all ranks; what rank 0 puts into the queue."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.loops import CLASSES, CONFIG, FixedBatch, become_rank, fixed_batch, start_ranks, trainer_run
 from benchmarks.report import RESULTS, tell
 from pretrain.check import architecture
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.planning.memory import Engine, Memory, memory_model
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run_folder import RunFolder

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.report import quartiles
 from pretrain.devices import peak_flops
-from pretrain.planning.speed import flops_per_image
+from pretrain.monitoring.efficiency import model_flops_per_image
 
 BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
@@ -68,7 +68,7 @@ def mfu(images_per_s: float, macs: int, section: Section, precision: str, device
         return None
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     peak = peak_flops(section["machine"]["name"], dtype)
-    return None if peak is None else images_per_s * flops_per_image(macs) / (devices * peak)
+    return None if peak is None else images_per_s * model_flops_per_image(macs) / (devices * peak)
 
 
 def data(section: Section) -> list[str]:

@@ -37,9 +37,9 @@ from benchmarks.loops import (
 )
 from benchmarks.report import Section, add_common, cores, say
 from data_pipeline.batch import Batch
-from pretrain.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
-from pretrain.distributed import has_bf16
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
+from pretrain.engine.distributed import has_bf16
 from pretrain.run_folder import RunFolder
 from pretrain.train import train
 
@@ -56,7 +56,7 @@ def bare_loop(model: torch.nn.Module, batches: Iterable[Batch], *, autocast: boo
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     if compiled:
-        model.forward = torch.compile(model.forward, fullgraph=True)  # as pretrain.engine does it
+        model.forward = torch.compile(model.forward, fullgraph=True)  # as pretrain.engine.build does it
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

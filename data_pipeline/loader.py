@@ -72,6 +72,7 @@ class _Loader(ABC):
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
         planned = rows
         seen = rows.sample_ids.copy()
+        self._reader.announce(seen)
         jpegs, bad = [], []
         for row, sample in enumerate(rows.sample_ids.tolist()):
             data, reason = self._reader.read(sample)

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,23 @@ class Reader:
             reason = ""
         return np.frombuffer(data, np.uint8), reason
 
+    def announce(self, samples: NDArray[np.int64]) -> None:
+        """Let storage bring samples, (m,), all at once; `read` alone would wait for one after the other.
+
+        It is only a hint: what cannot be opened is told by `read`.
+        """
+        shards = self.dataset.shard[samples]
+        for shard in np.unique(shards).tolist():
+            wanted = samples[shards == shard]
+            spans = zip(self.dataset.offset[wanted].tolist(), self.dataset.length[wanted].tolist(), strict=True)
+            with suppress(OSError):
+                duplicate = self._duplicate(shard)
+                try:
+                    for offset, length in spans:
+                        os.posix_fadvise(duplicate, offset, length, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(duplicate)
+
     def _fits(self, sample: int, size: tuple[int, int] | None) -> bool:
         """Whether a header agrees with the table, which has the sides as they are after an EXIF rotation."""
         expected = (int(self.dataset.width[sample]), int(self.dataset.height[sample]))
@@ -52,9 +70,7 @@ class Reader:
         dataset = self.dataset
         shard = int(dataset.shard[sample])
         try:
-            with self._lock:  # a descriptor must not be closed while another thread reads from it
-                descriptor = self._descriptor(shard)
-                duplicate = os.dup(descriptor)
+            duplicate = self._duplicate(shard)
             try:
                 return os.pread(duplicate, int(dataset.length[sample]), int(dataset.offset[sample]))
             finally:
@@ -63,6 +79,10 @@ class Reader:
             raise DataError(
                 f"{dataset.where(shard)} cannot be read ({error.strerror}); mend the disk or copy it again"
             ) from None
+
+    def _duplicate(self, shard: int) -> int:
+        with self._lock:  # a descriptor must not be closed while another thread reads from it
+            return os.dup(self._descriptor(shard))
 
     def _descriptor(self, shard: int) -> int:
         while shard not in self._files:

@@ -3,16 +3,9 @@
 Boxes and classes of the shapes on made pictures (`examples/shapes.py`), at a size other than the pretraining's.
 """
 
-import dataclasses
-import itertools
-import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +17,7 @@ from examples.backbone import Backbone, load_backbone
 from examples.boxes import Detections, average_precision, giou_loss, iou, suppress
 from examples.pyramid import FeaturePyramid, conv_norm
 from examples.shapes import CLASSES, EVALUATED, Scene, draw_many
-from examples.training import Settings, fit, parse
-from pretrain.outcome import UserError
+from examples.training import Settings, evaluated_scenes, run_seeds, train, write_result
 
 SCALES = (3.0, 4.5)
 """Sides of a place's two square anchors, in strides of its level."""
@@ -141,28 +133,11 @@ def detect(model: RetinaNet, pictures: Tensor, least: float = 0.05, most: int = 
     return results
 
 
-def train(model: RetinaNet, settings: Settings) -> list[float]:
-    """Train on pictures that are never seen twice; returns the loss of each step."""
-
-    def loss_of(pictures: Tensor, scenes: list[Scene]) -> Tensor:
-        logits, shifts, anchors = model(pictures)
-        return detection_loss(logits, shifts, anchors, scenes)
-
-    def losses() -> Iterator[Callable[[], Tensor]]:
-        for step in itertools.count():
-            scenes = draw_many(range(step * settings.batch, (step + 1) * settings.batch), settings.size)
-            pictures = torch.stack([scene.picture for scene in scenes])
-            yield partial(loss_of, pictures, scenes)
-
-    return fit(model, losses(), settings.steps, settings.lr)
-
-
 def evaluate(model: RetinaNet, size: tuple[int, int], pictures: int) -> float:
     """AP50 in percent over pictures that no training sees."""
     found, truth = [], []
-    for start in range(0, pictures, 25):
-        scenes = draw_many(range(EVALUATED + start, EVALUATED + min(start + 25, pictures)), size)
-        found += detect(model, torch.stack([scene.picture for scene in scenes]))
+    for batch, scenes in evaluated_scenes(size, pictures):
+        found += detect(model, batch)
         truth += [Detections(scene.boxes, scene.labels, torch.ones(len(scene.labels))) for scene in scenes]
     return average_precision(found, truth, len(CLASSES))
 
@@ -184,41 +159,28 @@ def paint(model: RetinaNet, size: tuple[int, int], path: Path, pictures: int = 6
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
-def run(settings: Settings, seed: int) -> dict[str, Any]:
-    """Train and evaluate; returns what ``detection-SEED.json`` holds, beside which a picture is written."""
+def run(settings: Settings, seed: int) -> str:
+    """Train and evaluate, write ``detection-SEED.json`` and a picture beside it; returns a line about it."""
     torch.manual_seed(seed)
     backbone, said = load_backbone(settings.handoff, settings.size, frozen=False)
     model = RetinaNet(backbone, len(CLASSES)).eval()
     untrained = evaluate(model, settings.size, settings.evaluated)
-    start, cpu = time.monotonic(), time.process_time()
-    losses = train(model, settings)
-    spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
-    result = {
-        "seed": seed, **dataclasses.asdict(settings), "backbone": said, "ap50_untrained": untrained,
-        "loss": losses[-1], **spent,
-        "ap50": evaluate(model, settings.size, settings.evaluated),
-    }  # fmt: skip
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / f"detection-{seed}.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    paint(model, settings.size, settings.out / f"detection-{seed}.png")
-    return result
+
+    def loss_of(pictures: Tensor, scenes: list[Scene]) -> Tensor:
+        logits, shifts, anchors = model(pictures)
+        return detection_loss(logits, shifts, anchors, scenes)
+
+    spent = train(model, settings, loss_of)
+    ap50 = evaluate(model, settings.size, settings.evaluated)
+    result = {"seed": seed, "backbone": said, "ap50_untrained": untrained, **spent, "ap50": ap50}
+    picture = write_result(settings, f"detection-{seed}", result)
+    paint(model, settings.size, picture)
+    return f"AP50 {ap50:.1f} % after {spent['seconds']:.0f} s, {untrained:.1f} % untrained ({said})"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train RetinaNet on a LaViT and state its AP50 on made pictures."""
-    settings, seeds = parse("python -m examples.detection", main.__doc__, arguments)
-    for seed in seeds:
-        try:
-            result = run(settings, seed)
-        except (UserError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(
-            f"seed {seed}: AP50 {result['ap50']:.1f} % after {result['seconds']:.0f} s, "
-            f"{result['ap50_untrained']:.1f} % untrained ({result['backbone']})",
-            flush=True,
-        )
-    return 0
+    return run_seeds("python -m examples.detection", main.__doc__, arguments, run)
 
 
 if __name__ == "__main__":

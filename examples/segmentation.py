@@ -5,12 +5,8 @@ trained twice for the same number of steps on the same pictures: on a backbone t
 same backbone frozen, the baseline.
 """
 
-import dataclasses
-import itertools
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +18,8 @@ from torch import Tensor, nn
 
 from examples.backbone import Backbone, load_backbone
 from examples.pyramid import FeaturePyramid, conv_norm
-from examples.shapes import CLASSES, EVALUATED, draw_many
-from examples.training import Settings, fit, parse
-from pretrain.outcome import UserError
+from examples.shapes import CLASSES, EVALUATED, Scene, draw_many
+from examples.training import Settings, evaluated_scenes, run_seeds, train, write_result
 
 COLOURS = np.array([(0, 0, 0), (230, 60, 60), (60, 200, 60), (70, 110, 255), (240, 200, 40)], np.uint8)
 
@@ -71,16 +66,13 @@ def mean_iou(counts: Tensor) -> float:
     return 100 * (hits[union > 0] / union[union > 0]).mean().item()
 
 
-def train(model: SemanticFPN, settings: Settings) -> list[float]:
-    """Train on pictures that are never seen twice; returns the loss of each step."""
+def segmentation_loss(model: SemanticFPN, pictures: Tensor, scenes: list[Scene]) -> Tensor:
+    """Cross-entropy of the pixels."""
+    return F.cross_entropy(model(pictures), _masks(scenes))
 
-    def losses() -> Iterator[Callable[[], Tensor]]:
-        for step in itertools.count():
-            scenes = draw_many(range(step * settings.batch, (step + 1) * settings.batch), settings.size)
-            pictures, masks = (torch.stack([getattr(s, part) for s in scenes]) for part in ("picture", "mask"))
-            yield lambda: F.cross_entropy(model(pictures), masks)  # noqa: B023 - called before the next turn
 
-    return fit(model, losses(), settings.steps, settings.lr)
+def _masks(scenes: list[Scene]) -> Tensor:
+    return torch.stack([scene.mask for scene in scenes])
 
 
 @torch.no_grad()
@@ -88,10 +80,8 @@ def evaluate(model: SemanticFPN, size: tuple[int, int], pictures: int) -> float:
     """Mean IoU in percent over pictures that no training sees, the ground counted as a class."""
     classes = len(CLASSES) + 1
     counts = torch.zeros(classes, classes, dtype=torch.int64)
-    for start in range(0, pictures, 25):
-        scenes = draw_many(range(EVALUATED + start, EVALUATED + min(start + 25, pictures)), size)
-        predicted = model(torch.stack([s.picture for s in scenes])).argmax(1)
-        counts += confusion(predicted, torch.stack([s.mask for s in scenes]), classes)
+    for batch, scenes in evaluated_scenes(size, pictures):
+        counts += confusion(model(batch).argmax(1), _masks(scenes), classes)
     return mean_iou(counts)
 
 
@@ -109,41 +99,27 @@ def paint(model: SemanticFPN, size: tuple[int, int], path: Path, pictures: int =
     Image.fromarray(sheet).save(path)
 
 
-def compare(settings: Settings, seed: int) -> dict[str, Any]:
-    """Train and evaluate both; returns what ``segmentation-SEED.json`` holds, beside which a picture is written."""
-    result: dict[str, Any] = {"seed": seed, **dataclasses.asdict(settings)}
+def compare(settings: Settings, seed: int) -> str:
+    """Train and evaluate both, write ``segmentation-SEED.json`` and a picture beside it; returns a line about it."""
+    result: dict[str, Any] = {"seed": seed}
     for kind in ("frozen", "fine_tuned"):
         torch.manual_seed(seed)
         backbone, said = load_backbone(settings.handoff, settings.size, frozen=kind == "frozen")
         model = SemanticFPN(backbone, len(CLASSES) + 1)
-        start, cpu = time.monotonic(), time.process_time()
-        losses = train(model, settings)
-        spent = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
-        iou = evaluate(model, settings.size, settings.evaluated)
-        result[kind] = {"mean_iou": iou, "loss": losses[-1], **spent}
-    result["backbone"] = said
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / f"segmentation-{seed}.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    paint(model, settings.size, settings.out / f"segmentation-{seed}.png")
-    return result
+        spent = train(model, settings, partial(segmentation_loss, model))
+        result[kind] = spent | {"mean_iou": evaluate(model, settings.size, settings.evaluated)}
+    picture = write_result(settings, f"segmentation-{seed}", result | {"backbone": said})
+    paint(model, settings.size, picture)
+    frozen, tuned = result["frozen"], result["fine_tuned"]
+    return (
+        f"mean IoU {tuned['mean_iou']:.1f} % fine-tuned in {tuned['seconds']:.0f} s, "
+        f"{frozen['mean_iou']:.1f} % on frozen features in {frozen['seconds']:.0f} s ({said})"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train Semantic FPN on a LaViT, fine-tuned and frozen, and compare their mean IoU on made pictures."""
-    settings, seeds = parse("python -m examples.segmentation", main.__doc__, arguments)
-    for seed in seeds:
-        try:
-            result = compare(settings, seed)
-        except (UserError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        frozen, tuned = result["frozen"], result["fine_tuned"]
-        print(
-            f"seed {seed}: mean IoU {tuned['mean_iou']:.1f} % fine-tuned in {tuned['seconds']:.0f} s, "
-            f"{frozen['mean_iou']:.1f} % on frozen features in {frozen['seconds']:.0f} s ({result['backbone']})",
-            flush=True,
-        )
-    return 0
+    return run_seeds("python -m examples.segmentation", main.__doc__, arguments, compare)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
-"""What the examples share: their settings, and a training loop."""
+"""What the examples share: their command line, their pictures in batches, and a training loop."""
 
 import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from examples.shapes import EVALUATED, Scene, draw_many
+from pretrain.outcome import UserError
 
 BACKBONE_RATE = 0.25
 """Share of the heads' learning rate that a fine-tuned backbone gets: at all of it, some seeds did not learn."""
@@ -32,8 +42,25 @@ class Settings:
     """Where JSON and pictures are written."""
 
 
-def parse(program: str, description: str | None, arguments: list[str] | None) -> tuple[Settings, list[int]]:
-    """The settings and the seeds on a command line."""
+def run_seeds(
+    program: str, description: str | None, arguments: list[str] | None, run: Callable[[Settings, int], str]
+) -> int:
+    """Run an example for each seed of a command line and print the line that it returns.
+
+    Returns:
+        The exit status: 0, or 2 where hand-off or picture size cannot be used, which is told in one line.
+    """
+    settings, seeds = _parse(program, description, arguments)
+    for seed in seeds:
+        try:
+            print(f"seed {seed}: {run(settings, seed)}", flush=True)
+        except (UserError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _parse(program: str, description: str | None, arguments: list[str] | None) -> tuple[Settings, list[int]]:
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -48,6 +75,41 @@ def parse(program: str, description: str | None, arguments: list[str] | None) ->
     given = parser.parse_args(arguments)
     size = (given.image_size[0], given.image_size[1])
     return Settings(given.handoff, size, given.steps, given.batch, given.lr, given.evaluated, given.out), given.seeds
+
+
+def write_result(settings: Settings, name: str, result: dict[str, Any]) -> Path:
+    """Write ``NAME.json`` with the settings; returns where a picture goes that belongs to it."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    content = dataclasses.asdict(settings) | result
+    (settings.out / f"{name}.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+    return settings.out / f"{name}.png"
+
+
+def evaluated_scenes(size: tuple[int, int], pictures: int) -> Iterator[tuple[Tensor, list[Scene]]]:
+    """Pictures that no training sees, in batches of up to 25: (batch, 3, height, width), and what is on them."""
+    for start in range(0, pictures, 25):
+        yield _batch(EVALUATED + start, EVALUATED + min(start + 25, pictures), size)
+
+
+def train(model: nn.Module, settings: Settings, loss_of: Callable[[Tensor, list[Scene]], Tensor]) -> dict[str, float]:
+    """Train on pictures that are never seen twice.
+
+    Returns:
+        The loss of the last step, the seconds it took, and those of the processor.
+    """
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for step in itertools.count():
+            yield partial(loss_of, *_batch(step * settings.batch, (step + 1) * settings.batch, settings.size))
+
+    start, cpu = time.monotonic(), time.process_time()
+    last = fit(model, losses(), settings.steps, settings.lr)[-1]
+    return {"loss": last, "seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu}
+
+
+def _batch(first: int, end: int, size: tuple[int, int]) -> tuple[Tensor, list[Scene]]:
+    scenes = draw_many(range(first, end), size)
+    return torch.stack([scene.picture for scene in scenes]), scenes
 
 
 def fit(model: nn.Module, batch_losses: Iterator[Callable[[], Tensor]], steps: int, lr: float) -> list[float]:

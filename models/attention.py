@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.config import Grid
 from models.diagonality import diagonality_loss, pool_queries
+from models.product import attended, scores_of
 from models.resample import resample_map, resample_table
 
 Observer = Callable[[Tensor, Grid, Grid], None]
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         attention = scores.softmax(dim=-2)
         if self.observer is not None:
             self.observer(attention, grid, self.key_grid(grid))
-        return attention, self.merge(attention.transpose(-2, -1) @ values)
+        return attention, self.merge(attended(attention, values))
 
 
 class VanillaAttention(Attention):
@@ -164,17 +165,16 @@ class VanillaAttention(Attention):
         """
         query = self.split(self.q(tokens))
         key, value = (self.split(half) for half in self.kv(self.reduced(tokens, grid)).chunk(2, dim=-1))
-        if not self.keeps_scores and self.observer is None:
-            # The fused kernel wants its mask query-major; only the first block of a stage has one.
-            mask = None if initial is None else initial.to(query.dtype).transpose(-2, -1).contiguous()
-            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if initial is None and not self.keeps_scores and self.observer is None:
+            # With the residual as its mask the fused kernel would be none: a mask that learns takes torch's plain way.
+            output = F.scaled_dot_product_attention(query, key, value)
             if torch.compiler.is_exporting():
                 # Its strides belong to the kernel; an exporter that takes the kernel apart gets others.
                 output = output.contiguous()
             return self.merge(output), None, None
-        scores = (key * query.shape[-1] ** -0.5) @ query.transpose(-2, -1)
+        scores = scores_of(key * query.shape[-1] ** -0.5, query)
         if initial is not None:
-            scores = scores + initial.to(scores.dtype)
+            scores = scores.add_(initial)
         return self.attend(scores, value, grid)[1], scores if self.keeps_scores else None, None
 
 

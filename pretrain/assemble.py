@@ -13,31 +13,31 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
-from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import Progress, load_newest
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.checkpoint import Progress, load_newest
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
-from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.distributed import Rank, new_cpu_group
-from pretrain.engine import build_engine, build_model
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.distributed import Rank, new_cpu_group
+from pretrain.engine.precision import input_dtype
+from pretrain.engine.schedule import count_steps
+from pretrain.evaluation.probes import Probes
 from pretrain.events import write_event, write_start
-from pretrain.initialize import Beginning, begin, share_weights
+from pretrain.handoff.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.sinks import check_trackers, open_trackers
-from pretrain.optimization import count_steps
 from pretrain.outcome import BusyError, UserError
-from pretrain.pieces import OptimizerPieces
-from pretrain.precision import input_dtype
-from pretrain.probes import Probes
 from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
-from pretrain.signals import StopFlag
-from pretrain.stop import StopAgreement
-from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog
+from pretrain.survival.bad_steps import BadSteps
+from pretrain.survival.signals import StopFlag
+from pretrain.survival.stop import StopAgreement
+from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog
 
 T = TypeVar("T")
 LOCK_WAIT_S = 90.0
@@ -165,28 +165,25 @@ def assemble(
             where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
             write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
         folder.write_state(state)
-    dtype = input_dtype(resolved.precision)
     monitor = Monitor(
         engine,
         pieces,
-        due=lambda: run.log_due(ahead=1),
         device=device,
         precision=resolved.precision,
-        dtype=dtype,
         attention_pictures=recipe.watch.attention_pictures,
         data=recipe.data,
         class_names=train_set.class_names,
         request=folder.show,
         fresh=not progress.step,
     )
-    run = Run(
+    return Run(
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,
         total_steps=total_steps,
         device=device,
         engine=engine,
-        dtype=dtype,
+        dtype=input_dtype(resolved.precision),
         pieces=pieces,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
@@ -212,7 +209,6 @@ def assemble(
         monitor=monitor,
         saved_at=progress.samples_seen if loaded else -1,
     )
-    return run
 
 
 def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:

@@ -7,12 +7,12 @@ from data_pipeline.errors import DataError
 from models import model_config
 from models.config import LaViTConfig
 from models.cost import count_parameters
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
-from pretrain.handoff import read_handoff
-from pretrain.initialize import check_architecture
+from pretrain.evaluation.probes import open_probe_sets
+from pretrain.handoff.folder import read_handoff
+from pretrain.handoff.initialize import check_architecture
 from pretrain.outcome import UserError
-from pretrain.probes import open_probe_sets
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
@@ -21,8 +21,8 @@ COPIES = {"adamw": 3, "lamb": 3, "sgd": 2}
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What a run will be."""
+class RunSize:
+    """How large a run will be."""
 
     parameters: int
     classes: int
@@ -31,7 +31,7 @@ class Outlook:
     checkpoint_bytes: int
 
 
-def check_recipe_here(recipe: Recipe, run: RunFolder) -> Outlook:
+def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     """Open the data and the hand-off to begin with, and count the model's parameters, without building it.
 
     The hand-off is left alone where ``run`` has a checkpoint: it is not read any more then.
@@ -53,7 +53,7 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> Outlook:
         check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], network)
     parameters = count_parameters(network)
     size = checkpoint_bytes(recipe, parameters)
-    return Outlook(parameters, train_set.num_classes, len(train_set), len(val_set), size)
+    return RunSize(parameters, train_set.num_classes, len(train_set), len(val_set), size)
 
 
 def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:

@@ -16,7 +16,9 @@ ETA_SKIPS_STEPS = 5
 WIDEST = 79
 """Columns at most: a terminal that stays as wide never has to wrap the view."""
 BAR = 30
-"""Columns of the bar."""
+"""Columns of the bar at most."""
+SHORTEST_BAR = 6
+"""A shorter one says nothing."""
 EVENTS = 3
 """Newest events that the live view repeats: on a terminal where much is printed they would be gone."""
 
@@ -74,12 +76,12 @@ class RunConsole:
             view, self._view = self._view, None
             view.stop()
             if view.metrics:
-                self.say(f"{view.progress.split('  ')[0].split(' ', 1)[-1]}  {view.metrics}")
+                self.say(f"{view.progress.split('  ')[0]}  {view.metrics}")
 
     def _show(self, step: int) -> None:
         assert self._view is not None
-        done = step * BAR // max(self._total, 1)
-        self._view.progress = f"{'━' * done}{'╌' * (BAR - done)} step {step}/{self._total}  {self._status(step)}"
+        self._view.share = step / max(self._total, 1)
+        self._view.progress = f"step {step}/{self._total}  {self._status(step)}".rstrip()
 
     def _status(self, step: int) -> str:
         if self._clock is None or step <= self._clock[0]:
@@ -98,18 +100,27 @@ class LiveView(Live):
 
     def __init__(self, console: Console) -> None:
         self.progress = self.metrics = ""
+        self.share = 0.0
         self.events: list[str] = []
         self._drawn: list[int] = []
         super().__init__(_Lines(self), console=console, transient=True, refresh_per_second=1)
 
     def lines(self, width: int) -> list[Text]:
         """What is shown on so many columns."""
-        texts = [self.progress, *([self.metrics] if self.metrics else []), *(f"· {event}" for event in self.events)]
+        width = max(1, min(width - 1, WIDEST))
+        bar = self._bar(width - len(self.progress) - 1)
+        texts = [bar + self.progress, *([self.metrics] if self.metrics else []), *(f"· {one}" for one in self.events)]
         lines = [Text(text, no_wrap=True, overflow="ellipsis", end="") for text in texts]
         for line in lines:
-            line.truncate(max(1, min(width - 1, WIDEST)), overflow="ellipsis")
+            line.truncate(width, overflow="ellipsis")
         self._drawn = [cell_len(line.plain) for line in lines]
         return lines
+
+    def _bar(self, columns: int) -> str:
+        """What numbers leave of a line; on a narrow terminal nothing rather than a stump."""
+        columns = min(columns, BAR)
+        done = int(self.share * columns)
+        return f"{'━' * done}{'╌' * (columns - done)} " if columns >= SHORTEST_BAR else ""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         """Put the view below what is printed; called by rich for everything that it prints."""

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from data_pipeline.files import replacing
 from models import LaViT, load_weights
-from pretrain.handoff import HandoffConfig, load_handoff
+from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import ExitCode, UserError
 
 TOLERANCE = 1e-4

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from pretrain.confusion_picture import MISSING, can_draw, draw_confusion
-from pretrain.distributed import Rank, choose_device, init_distributed, read_rank
-from pretrain.evaluation import Evaluation
-from pretrain.evaluation_report import report_lines
+from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
+from pretrain.evaluation.accuracy import Evaluation
+from pretrain.evaluation.confusion_picture import MISSING, can_draw, draw_confusion
+from pretrain.evaluation.of_handoff import DTYPES, Subject, examine, open_subject
+from pretrain.evaluation.report import report_lines
 from pretrain.files import write_atomically, write_json
-from pretrain.handoff import is_handoff
-from pretrain.handoff_evaluation import DTYPES, Subject, examine, open_subject
+from pretrain.handoff.folder import is_handoff
 from pretrain.outcome import ExitCode, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines

@@ -5,9 +5,15 @@ import sys
 from pathlib import Path
 
 from models import create_model
-from pretrain.checkpoint import CheckpointDamagedError, list_checkpoints, read_manifest, read_weights, verify
-from pretrain.handoff import write_handoff
-from pretrain.model_card import model_card
+from pretrain.checkpoints.checkpoint import (
+    CheckpointDamagedError,
+    list_checkpoints,
+    read_manifest,
+    read_weights,
+    verify,
+)
+from pretrain.handoff.folder import write_handoff
+from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder

@@ -10,7 +10,7 @@ from typing import NoReturn, get_args
 # The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.signals import StopFlag, watch_launcher  # noqa: E402
+from pretrain.survival.signals import StopFlag, watch_launcher  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
@@ -19,19 +19,20 @@ if __name__ == "__main__":  # before the imports that take seconds: a launcher m
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
+from pretrain.arguments import add_run_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
-from pretrain.checkpoint import CheckpointDamagedError  # noqa: E402
-from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
-from pretrain.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
+from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
+from pretrain.engine.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
 from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
-from pretrain.preflight import measure, meet  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
+from pretrain.survival.preflight import measure, meet  # noqa: E402
+from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
 from pretrain.train import train  # noqa: E402
-from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
 
 DESCRIPTION = """\
 Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
@@ -60,25 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        default=Path("ds_config.json"),
-        metavar="FILE",
-        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="assignments",
-        help="change a field of the recipe, for example optimizer.lr=1e-3; may be repeated",
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="folder of the run folders (default: runs)"
-    )
+    add_run_arguments(parser, runs="folder of the run folders")
     parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",

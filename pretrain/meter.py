@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.monitoring.step_timer import StepTimer
-from pretrain.spikes import LossLevel
+from pretrain.survival.spikes import LossLevel
 
 
 class Meter:

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from pretrain.deepspeed_config import read_deepspeed_config
+from pretrain.arguments import add_run_arguments
 from pretrain.devices import DEVICES
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.outcome import ExitCode, UserError
 from pretrain.planning.advice import limits
 from pretrain.planning.estimate import Estimate, Outlook, Request, make_estimate, with_failures
@@ -44,11 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m pretrain.plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
-    run.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
-    run.add_argument("--deepspeed_config", type=Path, default=Path("ds_config.json"), metavar="FILE",
-                     help="DeepSpeed's configuration (default: ds_config.json)")  # fmt: skip
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
-                     help="change a field of the recipe; may be repeated")  # fmt: skip
+    add_run_arguments(run)
     where = parser.add_argument_group("where it runs")
     where.add_argument("--gpus", type=int, required=True, help="how many")
     where.add_argument("--gpu", default="h100", help=f"which: {', '.join(DEVICES)} (default: h100)")

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
-from pretrain.bad_steps import BadSteps
-from pretrain.checkpoint import Progress, load_newest
-from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain import garbage
+from pretrain.checkpoints.checkpoint import Progress, load_newest
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.console import RunConsole
-from pretrain.deepspeed_config import BatchPlan
-from pretrain.distributed import limit_collectives
-from pretrain.evaluation import Evaluation, evaluate
+from pretrain.engine.deepspeed_config import BatchPlan
+from pretrain.engine.distributed import limit_collectives
+from pretrain.evaluation.accuracy import Evaluation, evaluate
+from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError
 from pretrain.events import EventName, write_event
 from pretrain.export import export_run
 from pretrain.losses import Classification
@@ -26,14 +28,13 @@ from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.monitoring.monitor import Monitor, describe
 from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import UserError
-from pretrain.pieces import OptimizerPieces
-from pretrain.probes import Probed, Probes, ProbesEndedError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
-from pretrain.stop import StopAgreement
 from pretrain.summary import write_summary
-from pretrain.watchdog import SPEAKS_FIRST_S, Watchdog
+from pretrain.survival.bad_steps import BadSteps
+from pretrain.survival.stop import StopAgreement
+from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog
 
 FAILED_SAVES_ALLOWED = 1
 """A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
@@ -85,6 +86,7 @@ class Run:
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
         self.watchdog.on_hang = self.fail
+        self.monitor.norms.due = lambda: self.log_due(ahead=1)
         self.bad_samples = BadSampleCount(self.folder.bad_samples)
 
     @property
@@ -183,6 +185,7 @@ class Run:
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
         self.first_step = False
+        garbage.keep_out_of_steps()
         limit = 60 * self.recipe.watchdog.step_minutes + SPEAKS_FIRST_S
         limit_collectives(limit, but=(self.control, self.writer.group))
 
@@ -313,6 +316,7 @@ class Run:
         if pictures:
             with self._beside_training():
                 self._show_attention(None)
+        garbage.collect()
         self.meter.reset()
 
     def _where(self) -> dict[str, float]:
@@ -366,6 +370,7 @@ class Run:
         self.console.close()
         if self.metrics:
             self.metrics.close()
+        garbage.let_it_run()
 
     def _note_event(self, name: EventName, text: str) -> None:
         progress = self.progress
@@ -386,6 +391,7 @@ class Run:
         began = time.monotonic()
         with self.meter.excluded():
             yield
+            garbage.collect()
         took = time.monotonic() - began
         self.progress.train_seconds += took
         self.console.step_done(self.progress.step, waited_s=took)

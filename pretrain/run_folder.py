@@ -60,7 +60,7 @@ class RunFolder:
         return content
 
     def read_origin(self) -> dict[str, Any] | None:
-        """The hand-off that this run began with, as ``pretrain.initialize`` gave it; None: it began with fresh weights.
+        """The hand-off that this run began with, as ``handoff.initialize`` gave it; None: it began with fresh weights.
 
         Raises:
             UserError: ``environment.json`` is not there or damaged.

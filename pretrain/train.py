@@ -7,12 +7,12 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
+from pretrain.engine.optimizers import peak_learning_rate
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.losses import diagonality_weight
-from pretrain.optimization import drop_path_uniforms, learning_rate
-from pretrain.optimizers import peak_learning_rate
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
-from pretrain.spikes import write_spikes
+from pretrain.survival.spikes import write_spikes
 
 
 def train(run: Run) -> ExitCode:

@@ -54,6 +54,16 @@ def current_job(folder: SlurmFolder, chapters: list[Chapter], queue: dict[str, J
     return max(alive, key=lambda job: int(job.id), default=None)
 
 
+def ended_job(folder: SlurmFolder, last: Chapter | None, queue: dict[str, Job]) -> Job | None:
+    """The newest job of a run that has ended and that Slurm has not forgotten yet. ``last`` is the newest chapter."""
+    ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
+    return next((queue[job] for job in sorted(ids, key=_number, reverse=True) if job in queue), None)
+
+
+def _number(job: str) -> int:
+    return int(job) if job.isdigit() else 0
+
+
 class History:
     """Reads and extends the file. The running batch script writes to it; while none runs, ``slurm.release``."""
 
@@ -79,8 +89,8 @@ class History:
                 found[incarnation].next_job = line["next_job"] or found[incarnation].next_job
         return list(found.values())
 
-    def past(self, before: Incarnation) -> list[Past]:
-        """Incarnations before this one, as ``slurm.restart`` takes them."""
+    def past(self, before: Incarnation | None) -> list[Past]:
+        """Incarnations but this one, as ``slurm.restart`` takes them."""
         return [
             Past(chapter.step, chapter.cause or "lost", chapter.node, tuple(chapter.slow))
             for chapter in self.chapters()

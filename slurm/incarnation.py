@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pretrain import ports
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder, stamp
@@ -21,8 +22,6 @@ from slurm.preflight import slow_nodes
 from slurm.restart import Decision, Ending, decide
 from slurm.scheduler import SlurmError
 
-FIRST_PORT, PORTS = 10_000, 20_000
-"""Rendezvous ports lie below those that systems hand out to clients."""
 STATUS = {"finished": ExitCode.FINISHED, "stopped": ExitCode.STOPPED, "cancelled": ExitCode.STOPPED,
           "will fail again": ExitCode.WILL_FAIL_AGAIN}  # fmt: skip
 
@@ -76,7 +75,7 @@ def begin(folder: SlurmFolder) -> str:
 
 def rendezvous_port(incarnation: Incarnation) -> int:
     """Another one for every incarnation: a former one may linger on a node."""
-    return FIRST_PORT + (int(incarnation.job) * 31 + incarnation.restart) % PORTS
+    return ports.FIRST + (int(incarnation.job) * 31 + incarnation.restart) % ports.COUNT
 
 
 def end(folder: SlurmFolder, status: int, script: Path) -> int:
@@ -131,7 +130,9 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
             scheduler.requeue(job)
         except SlurmError as error:
             _say(f"cannot be requeued ({error}): submitting a job in its place")
-            _submit_follower(folder, history, incarnation, script, wait_s=decision.wait_s, exclude=exclude)
+            follower = scheduler.submit(script, after=job, wait_s=decision.wait_s, exclude=exclude)
+            adopt(folder, history, incarnation, follower)
+            _say(f"job {follower} goes on in its place")
             return
     if exclude:
         _tolerating(lambda: scheduler.exclude_nodes(job, exclude))
@@ -140,15 +141,16 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
         _tolerating(lambda: scheduler.wait_before_start(job, decision.wait_s))
 
 
-def _submit_follower(
-    folder: SlurmFolder, history: History, incarnation: Incarnation, script: Path, *, wait_s: float, exclude: list[str]
-) -> None:
-    """Submit the same script as a job of its own. submitit looks for the pickle under the new job's id."""
-    follower = scheduler.submit(script, after=incarnation.job, wait_s=wait_s, exclude=exclude)
+def adopt(folder: SlurmFolder, history: History, incarnation: Incarnation, follower: str) -> None:
+    """Let a job that was submitted with the same script go on in an incarnation's place."""
     history.note(incarnation, f"goes on as job {follower}", next_job=follower)
-    for path in folder.submitit.glob(f"{incarnation.job}_subm*"):
-        shutil.copy2(path, path.with_name(path.name.replace(incarnation.job, follower, 1)))
-    _say(f"job {follower} goes on in its place")
+    copy_submission(folder, incarnation.job, follower)
+
+
+def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:
+    """Give submitit its files under the new job's id, where it looks for them."""
+    for path in folder.submitit.glob(f"{job}_subm*"):
+        shutil.copy2(path, path.with_name(path.name.replace(job, follower, 1)))
 
 
 def _can_do_without(node: str, decision: Decision, folder: SlurmFolder) -> bool:

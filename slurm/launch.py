@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from pretrain.arguments import add_run_arguments
 from pretrain.outcome import ExitCode, UserError
 from slurm.folder import Launch
 from slurm.job import Job
@@ -26,13 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m slurm.launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
-    run.add_argument("--recipe", type=Path, required=True, help="YAML file that defines the run")
-    run.add_argument("--deepspeed_config", type=Path, default=Path("ds_config.json"), metavar="FILE",
-                     help="DeepSpeed's configuration (default: ds_config.json)")  # fmt: skip
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
-                     help="change a field of the recipe; may be repeated")  # fmt: skip
-    run.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER",
-                     help="folder of the run folders, which all nodes must see (default: runs)")  # fmt: skip
+    add_run_arguments(run, runs="folder of the run folders, which all nodes must see")
     size = parser.add_argument_group("its size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
     size.add_argument("--min-nodes", type=int, help="go on with so few when some are gone; the global batch stays")

@@ -10,6 +10,7 @@ import time
 from types import FrameType
 
 from pretrain.outcome import ExitCode
+from pretrain.ports import free_port
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.history import History
 from slurm.restart import Ending, decide
@@ -63,10 +64,7 @@ def run_here(folder: SlurmFolder, ranks: int) -> int:
 
 def _run_ranks(folder: SlurmFolder, incarnation: Incarnation, ranks: int, told: list[str]) -> int:
     """Start all ranks and wait for them; when one fails the others are ended. The highest exit status."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_NAMES": socket.gethostname()}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_NAMES": socket.gethostname()}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "slurm.job", str(folder.run), "--local", str(incarnation.job),

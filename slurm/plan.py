@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from pretrain.check import check_recipe_here
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.schedule import count_steps
 from pretrain.files import write_json
-from pretrain.optimization import count_steps
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
@@ -58,20 +58,20 @@ def make_plan(
     resolved = _resolve(recipe, config, nodes * gpus_per_node, on_gpus=on_cluster)
     usable = tuple(n for n in range(min_nodes, nodes + 1) if _fits(recipe, config, n * gpus_per_node, on_cluster))
     run.check_recipe(recipe, resolved.config)
-    outlook = check_recipe_here(recipe, run)
+    run_size = check_recipe_here(recipe, run)
     state = run.read_state()
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
     folder = SlurmFolder(run.path)
     if on_cluster:
         _refuse_a_second_job(folder)
-    needed, free = _disk(outlook.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
+    needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
-    steps = count_steps(recipe.schedule, epoch_size=outlook.train_samples, global_batch=batch.global_batch)
+    steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
-        f"model         {recipe.model.name}, {outlook.parameters:,} parameters, {outlook.classes} classes",
-        f"data          {recipe.data.path}: {outlook.train_samples:,} train, {outlook.val_samples:,} val",
+        f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
+        f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
         f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
         + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",

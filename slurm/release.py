@@ -1,7 +1,8 @@
-"""Let runs go on that Slurm holds because it could not launch them: ``python -m slurm.release [RUN]``; for cron.
+"""Let runs go on that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
 
 When a launch fails (a prolog fails, a node that is being repaired refuses, slurmctld was killed as it started the job),
-Slurm requeues the job and holds it until someone releases it. Nothing of the job is alive then that could do it.
+Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or its host dies where
+jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
 """
 
 import argparse
@@ -11,21 +12,29 @@ from pathlib import Path
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import Chapter, History, current_job
+from slurm.history import Chapter, History, current_job, ended_job
+from slurm.incarnation import copy_submission
+from slurm.restart import nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
-from slurm.standing import find_runs
+from slurm.standing import find_runs, standing_of
+
+SUBMITTED_AGAIN = "submitted again"
 
 DESCRIPTION = """\
-Release the jobs of runs that Slurm holds since it could not launch them. What a person or an administrator holds stays
-held, and so does a run whose launches have failed more often in a row than --max-restarts of slurm.launch allows.
-Anybody may do it for jobs of his own, so let cron or scrontab do it every few minutes:
+Release the jobs of runs that Slurm holds since it could not launch them, and submit again those that ended without a
+word of their batch script, while Slurm still tells how (for MinJobAge, mostly 5 minutes). What a person or an
+administrator holds stays held, what was cancelled stays cancelled, and what failed more often in a row than
+--max-restarts of slurm.launch allows is left alone. Anybody may do it for jobs of his own: let cron or scrontab do it.
 
-  */5 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
+  */2 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
 """
 
 
 def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
-    """Release the job of a run if Slurm holds it because a launch failed; what was done in one line, "" for nothing.
+    """Release the job of a run if Slurm holds it because a launch failed, or submit one in place of a dead one.
+
+    Returns:
+        what was done, in one line; "" for nothing.
 
     Raises:
         SlurmError: Slurm did not take the order.
@@ -33,7 +42,9 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     history = History(folder.history)
     chapters = history.chapters()
     job = current_job(folder, chapters, queue)
-    if job is None or not job.launch_failed:
+    if job is None:
+        return _submit_again(folder, queue)
+    if not job.launch_failed:
         return ""
     last = chapters[-1] if chapters else None
     if folder.stop_request():
@@ -50,6 +61,30 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     return f"{folder.run}: job {job.id} was held since a launch failed, and is released"
 
 
+def _submit_again(folder: SlurmFolder, queue: dict[str, Job]) -> str:
+    """Submit the script of a run again whose job ended otherwise than by it or by a person; a line, or ""."""
+    history = History(folder.history)
+    last = next(iter(reversed(history.chapters())), None)
+    gone = ended_job(folder, last, queue)
+    if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
+        return ""
+    if standing_of(folder.run, scheduler.queue()).state != "lost":  # somebody has launched it meanwhile
+        return ""
+    tries = sum(SUBMITTED_AGAIN in note for note in last.notes) if last else len(folder.submitted()) - 1
+    how = f"{folder.run}: job {gone.id} ended as {gone.state} without a word"
+    if tries >= folder.read_launch().policy.max_restarts:
+        return f"{how} and stays lost: submitted again {tries} times in a row without a start; launch it again"
+    script = folder.submitit / f"{gone.id}_submission.sh"
+    follower = scheduler.submit(
+        script if script.exists() else folder.plain_script, exclude=nodes_to_exclude(history.past(None))
+    )
+    copy_submission(folder, gone.id, follower)
+    if last is not None:
+        text = f"job {gone.id} ended as {gone.state} without a word; {SUBMITTED_AGAIN} as job {follower} {stamp()}"
+        history.note(last.incarnation, text, next_job=follower)
+    return f"{how} and is submitted again as job {follower}"
+
+
 def failed_launches(job: Job, last: Chapter | None) -> int:
     """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
     restarts = int(scheduler.show_job(job.id).get("Restarts", "0"))
@@ -58,7 +93,7 @@ def failed_launches(job: Job, last: Chapter | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Let runs go on that Slurm holds because it could not launch them."""
+    """Let runs go on that Slurm holds or has ended by itself."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.release", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from slurm.restart import Fate
 
 _OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
          "DEADLINE", "REVOKED")  # fmt: skip
+_FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
 _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
@@ -32,6 +34,11 @@ class Job:
     def over(self) -> bool:
         """Whether it has ended for good."""
         return self.state in _OVER
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, neither well nor because a person ended it."""
+        return self.state in _FAILED
 
     @property
     def held(self) -> bool:
@@ -139,9 +146,9 @@ def exclude_nodes(job: str, nodes: list[str]) -> None:
     run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
 
 
-def submit(script: Path, *, after: str, wait_s: float, exclude: list[str]) -> str:
+def submit(script: Path, *, after: str = "", wait_s: float = 0.0, exclude: Sequence[str] = ()) -> str:
     """Submit a batch script again as a job of its own, which starts when job ``after`` has ended; the new id."""
-    words = ["sbatch", "--parsable", f"--dependency=afterany:{after}"]
+    words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
         words.append(f"--begin={_when(time.time() + wait_s)}")
     if exclude:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.run_state import RunState
 from slurm.folder import SlurmFolder
-from slurm.history import Chapter, History, current_job
+from slurm.history import Chapter, History, current_job, ended_job
 from slurm.scheduler import Job
 
 TAIL_BYTES = 65_536
@@ -22,7 +22,7 @@ class Standing:
 
     name: str
     state: str
-    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed or lost."""
+    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed, lost or unknown."""
     why: str = ""
     """What it waits for, or why it ended or was started again last."""
     step: int = 0
@@ -132,12 +132,12 @@ def _without_job(
         return str(last.cause), last.reason
     if queue is None:
         return (state.state if state else "unknown"), "as its folder says; Slurm could not be asked"
-    ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
-    gone = next((queue[job] for job in reversed(ids) if job in queue), None)
+    gone = ended_job(folder, last, queue)
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled"
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
-    return "lost", f"{what}, and nothing goes on in its place: launch it again" + (
+    again = f"`python -m slurm.release {folder.run}`" if gone and gone.failed else "launch it again"
+    return "lost", f"{what}, and nothing goes on in its place: {again}" + (
         f"; before: {last.reason}" if last and last.reason else ""
     )
 

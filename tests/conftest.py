@@ -15,8 +15,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fail-on-skip",
         action="store_true",
-        help="a skipped test fails the session, unless it is marked gpu, or timm and timm cannot be imported",
+        help="a skipped test fails the session, unless it is marked gpu, timm or trackers and lacks what that needs",
     )
+
+
+NEEDS = {
+    "timm": (("timm",), "timm and a torchvision that fits torch"),  # it imports torchvision
+    "trackers": (("wandb", "trackio"), "wandb and trackio"),
+}
 
 
 @functools.cache
@@ -26,16 +32,18 @@ def _missing(marker: str) -> str | None:
         import torch
 
         return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
+    modules, what = NEEDS[marker]
     try:
-        importlib.import_module("timm")  # which imports torchvision
+        for module in modules:
+            importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises the latter
-        return f"needs timm and a torchvision that fits torch: {error}"
+        return f"needs {what}: {error}"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for marker in ("gpu", "timm"):
+        for marker in ("gpu", *NEEDS):
             if item.get_closest_marker(marker) and (reason := _missing(marker)):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -45,7 +53,7 @@ _SKIPPED: list[str] = []
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # Also called where the reports of several worker processes come together.
-    allowed = "gpu" in report.keywords or ("timm" in report.keywords and _missing("timm"))
+    allowed = "gpu" in report.keywords or any(name in report.keywords and _missing(name) for name in NEEDS)
     if report.skipped and not allowed:
         _SKIPPED.append(report.nodeid)
 

@@ -3,12 +3,14 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.commands import PAGES, ROOT
+
 ROOMS = ("models", "data_pipeline", "pretrain", "slurm")
 MAY_IMPORT = {
     "models": set(),
@@ -35,6 +37,16 @@ def test_rooms_import_one_way_only(room: str) -> None:
         assert outside <= MAY_IMPORT[room], f"{file.relative_to(ROOT)} imports {outside - MAY_IMPORT[room]}"
 
 
+def test_the_picture_of_the_house_shows_the_imports_of_today() -> None:
+    from PIL import Image
+
+    drawn = json.loads(Image.open(ROOT / "docs/pictures/house.png").text["house"])
+    today = json.loads(json.dumps(runpy.run_path(str(ROOT / "docs/plot_house.py"))["read_house"]()))
+    assert drawn == today, "draw it again: python docs/plot_house.py docs/pictures/house.png"
+    assert {*today["modules"]} == {*ROOMS, "examples"}
+    assert {*today["imports"]} >= {"slurm -> pretrain", "pretrain -> models", "pretrain -> data_pipeline"}
+
+
 def test_the_check_of_imports_sees_every_form() -> None:
     source = "import models.lavit\ndef f():\n    from slurm import launch\n    from pretrain.recipe import Recipe"
     assert imported_rooms(source) == {"models", "slurm", "pretrain"}
@@ -46,6 +58,26 @@ def python_files() -> list[Path]:
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     return [ROOT / name for name in listed if (ROOT / name).exists()]
+
+
+def test_source_files_that_the_pages_name_exist() -> None:
+    known = {path for file in python_files() for path in (str(file.relative_to(ROOT)), file.name)}
+    for page in PAGES:
+        named = set(re.findall(r"`([\w./]+\.py)`", page.read_text()))
+        assert named <= known, f"{page.name} names {named - known}"
+
+
+def test_links_between_pages_lead_somewhere_and_the_readme_has_all_pages() -> None:
+    linked = {page: re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()) for page in PAGES}
+    for page, links in linked.items():
+        for path, anchor in links:
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name} links to {path}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in slugs, f"{page.name} links to {path}#{anchor}"
+    assert {path for path, _ in linked[ROOT / "README.md"]} >= {f"docs/{page.name}" for page in PAGES[2:]}
 
 
 def test_no_file_outgrows_its_room() -> None:
@@ -67,7 +99,7 @@ def test_there_is_no_room_for_odds_and_ends() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_valid_and_says_how_to_start_it(path: Path) -> None:
     from models import list_models
-    from pretrain.deepspeed_config import read_deepspeed_config
+    from pretrain.engine.deepspeed_config import read_deepspeed_config
     from pretrain.recipe import load_recipe
 
     recipe = load_recipe(path)

@@ -8,8 +8,6 @@ checkpointing recomputes is not counted (PaLM, arXiv 2204.02311, appendix B).
 
 import torch
 
-from models.config import LaViTConfig
-from models.cost import count_macs
 from pretrain.devices import peak_flops
 
 FLOPS_PER_MAC = 6
@@ -20,7 +18,7 @@ def peak_of(device: torch.device, precision: str) -> float | None:
 
     Args:
         device: of this rank.
-        precision: as ``pretrain.precision`` names it.
+        precision: as ``pretrain.engine.precision`` names it.
     """
     if device.type != "cuda":
         return None
@@ -28,6 +26,6 @@ def peak_of(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
 
 
-def model_flops_per_image(config: LaViTConfig) -> int:
-    """FLOP that a training step needs for one picture, without what is recomputed."""
-    return FLOPS_PER_MAC * count_macs(config)
+def model_flops_per_image(macs: int) -> int:
+    """FLOP that a training step needs for one picture whose forward pass has ``macs``, without what is recomputed."""
+    return FLOPS_PER_MAC * macs

@@ -1,7 +1,6 @@
 """Puts together what is measured and shown of a run beside its loss; nothing of it changes what is trained."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from data_pipeline.transforms import InputConfig
+from models.cost import count_macs
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.engine.precision import Precision, input_dtype
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
 from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.pictures import draw_attention, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import PHASES, StepTimer
-from pretrain.pieces import OptimizerPieces
 
 GRID = 32
 """Training pictures that are drawn at a time."""
@@ -47,10 +48,8 @@ class Monitor:
     Args:
         engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
         pieces: of the engine.
-        due: whether the step that is under way is the last of an interval.
         device: of this rank.
-        precision: as ``pretrain.precision`` names it.
-        dtype: what the engine computes in.
+        precision: what the engine computes in.
         attention_pictures: pictures whose attention is looked at; 0 for none.
         data: how the pictures were made, to show them as they were.
         class_names: captions of the training pictures, by label.
@@ -63,20 +62,18 @@ class Monitor:
         engine: Any,
         pieces: OptimizerPieces,
         *,
-        due: Callable[[], bool],
         device: torch.device,
-        precision: str,
-        dtype: torch.dtype,
+        precision: Precision,
         attention_pictures: int,
         data: InputConfig,
         class_names: tuple[str, ...],
         request: Path,
         fresh: bool,
     ) -> None:
-        self._engine, self._device, self._dtype, self._data = engine, device, dtype, data
+        self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
         self._first = dist.get_rank() == 0
-        self._norms = PartNorms(pieces, due)
-        self._flops, self._peak = model_flops_per_image(engine.module.config), peak_of(device, precision)
+        self.norms = PartNorms(pieces)
+        self._flops, self._peak = model_flops_per_image(count_macs(engine.module.config)), peak_of(device, precision)
         self._attention = AttentionWatch(attention_pictures)
         self._names, self._request = class_names, request
         self._wants_batch = fresh and self._first
@@ -106,8 +103,8 @@ class Monitor:
         Returns:
             what was measured, and whether pictures are asked for, on all ranks alike.
         """
-        ranks, rank, parts = dist.get_world_size(), dist.get_rank(), self._norms.parts
-        gradients, weights = self._norms.squares(self._device)
+        ranks, rank, parts = dist.get_world_size(), dist.get_rank(), self.norms.parts
+        gradients, weights = self.norms.squares(self._device)
         split = timer.split()
         mine = torch.zeros(ranks, len(PHASES) + 1)
         mine[rank] = torch.tensor([*(split[phase] / steps for phase in PHASES), self._memory() / GIB])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pretrain.pieces import OptimizerPieces, Piece
+from pretrain.checkpoints.pieces import OptimizerPieces, Piece
 
 EMBED, HEAD = "embed", "head"
 
@@ -30,11 +30,12 @@ class PartNorms:
 
     Args:
         pieces: all pieces of the engine.
-        due: asked before each step of the optimizer; only where it says so are gradients looked at.
     """
 
-    def __init__(self, pieces: OptimizerPieces, due: Callable[[], bool]) -> None:
-        self._pieces, self._due = pieces, due
+    def __init__(self, pieces: OptimizerPieces) -> None:
+        self._pieces = pieces
+        self.due: Callable[[], bool] = lambda: False
+        """Asked before each step of the optimizer; only where it says so are gradients looked at."""
         self.parts = [EMBED, *sorted({part_of(name) for name in pieces.names} - {EMBED, HEAD}), HEAD]
         """Names of the parts, in the order of the network."""
         self._by_owner: dict[int, list[Piece]] = {}
@@ -59,7 +60,7 @@ class PartNorms:
     @torch.no_grad()
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the optimizer steps, at ZeRO once for each partition."""
-        if not self._due():
+        if not self.due():
             return
         found = [
             (owner.grad.view(-1).narrow(0, piece.owner_offset, piece.length), piece)

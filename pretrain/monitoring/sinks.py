@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import os
+import secrets
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,10 +15,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import write_json
+from pretrain.files import write_atomically, write_json
 from pretrain.outcome import UserError
 
 Tracker = Literal["wandb", "trackio"]
+AXIS = "samples_seen"
+TOKEN = "tracker_id.txt"  # noqa: S105 - no secret
 
 
 class Sink(Protocol):
@@ -75,27 +81,37 @@ class TensorBoard:
 
 
 class TrackerSink:
-    """wandb, or trackio, whose interface is the same. Texts are left out: the recipe is given as the configuration.
+    """wandb, or trackio, whose interface is nearly the same. Texts are left out: the recipe is the configuration.
+
+    wandb holds a row back until one with a higher step comes, and refuses a lower step after a restart. So it is given
+    samples seen as a metric of its own, which is the x axis of all others, and each row is whole at once.
 
     Args:
         library: the module.
         name: of the run.
-        folder: where it keeps its own files.
+        folder: where it keeps its own files, and where the run's identity with it is kept.
         configuration: shown beside the run.
     """
 
     def __init__(self, library: Any, *, name: str, folder: Path, configuration: dict[str, Any]) -> None:
-        own: dict[str, Any] = {"id": name, "dir": str(folder)} if library.__name__ == "wandb" else {}
-        self._library = library
-        library.init(project="lavit-pretrain", name=name, resume="allow", config=configuration, **own)
+        self._library, self._is_wandb = library, library.__name__ == "wandb"
+        identity = f"{name}-{_token(folder / TOKEN)}"
+        own: dict[str, Any] = {"name": identity}
+        if self._is_wandb:
+            own = {"id": identity, "name": name, "dir": str(folder), "settings": _wandb_settings(library)}
+        with _nobody_to_ask():
+            library.init(project="lavit-pretrain", resume="allow", config=configuration, **own)
+        if self._is_wandb:
+            library.define_metric(AXIS)
+            library.define_metric("*", step_metric=AXIS)
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """One row."""
-        self._library.log({f"{kind}/{name}": value for name, value in values.items()}, step=samples_seen)
+        self._log(samples_seen, {f"{kind}/{name}": value for name, value in values.items()})
 
     def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """A picture."""
-        self._library.log({name: self._library.Image(pixels)}, step=samples_seen)
+        self._log(samples_seen, {name: self._library.Image(pixels)})
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """Nothing."""
@@ -106,6 +122,37 @@ class TrackerSink:
     def close(self) -> None:
         """Send the rest."""
         self._library.finish()
+
+    def _log(self, samples_seen: int, row: dict[str, Any]) -> None:
+        if self._is_wandb:
+            self._library.log({AXIS: samples_seen, **row})
+        else:
+            self._library.log(row, step=samples_seen)
+
+
+def _token(file: Path) -> str:
+    """What tells this run from another one of its name, which may have been removed."""
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(4).encode())
+    return file.read_text()
+
+
+def _wandb_settings(library: Any) -> Any:
+    """The console stays ours, and what a killed process has told is on disk after a second, not after fifteen."""
+    wanted = {"console": "off", "x_transaction_log_flush_interval": 1.0}
+    return library.Settings(**{name: value for name, value in wanted.items() if name in library.Settings.model_fields})
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """On a terminal wandb would ask for an account, and all ranks would wait for the answer: it shall fail instead."""
+    keyboard = sys.stdin
+    with open(os.devnull) as nothing:  # noqa: PTH123 - a device
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = keyboard
 
 
 class ForwardOnly:

@@ -61,6 +61,13 @@ def _larger(estimate: Estimate, chosen: Row) -> list[str]:
     cheaper = [row for row in estimate.rows if row.fits and row.stage == chosen.stage and row.policy == "none"]
     if cheaper and chosen.policy != "none":
         lines.append("model.activation_checkpointing: none fits too, and nothing need be recomputed")
+    # The engine as it is, but with nothing sharded: weights in bfloat16 cannot be had there, and have no such row.
+    whole = (0, chosen.precision, chosen.policy, True)
+    if chosen.stage > 0 and any((row.stage, row.precision, row.policy, row.fits) == whole for row in estimate.rows):
+        lines.append(
+            f"zero_optimization.stage: {chosen.stage} -> 0 fits too, with less talk between GPUs: faster on CPUs "
+            "(docs/training.md), not measured on GPUs"
+        )
     return lines
 
 

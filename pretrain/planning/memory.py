@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from models import LaViT
 from models.config import LaViTConfig
 from pretrain.check import COPIES
-from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.deepspeed_keys import FLOATS
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.deepspeed_keys import FLOATS
+from pretrain.engine.precision import Precision, input_dtype
 from pretrain.planning.rehearsal import Passes, Policy, Rehearsal
-from pretrain.precision import Precision, input_dtype
 from pretrain.recipe import Recipe
 
 ALL_REDUCE = 500_000_000
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def buckets_stay(self) -> bool:
-        """Whether gradients are averaged by ``pretrain.data_parallel``."""
+        """Whether gradients are averaged by ``pretrain.engine.data_parallel``."""
         return self.stage == 0 and self.ranks > 1
 
     @classmethod

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import LaViT
 from models.config import STAGES, LaViTConfig
-from pretrain.precision import Precision, input_dtype
+from pretrain.engine.precision import Precision, input_dtype
 
 Policy = Literal["none", "all"] | Sequence[bool]
 SIZES = (2, 4)

@@ -48,8 +48,7 @@ def assumptions(estimate: Estimate) -> list[str]:
     memory = (
         f"Memory: tensors are counted, {NOT_MEASURED} on a GPU; {request.headroom:.0%} of "
         f"{request.device.memory / 1e9:.0f} GB (--headroom) is left for what is no tensor: CUDA context, NCCL, DALI, "
-        "fragmentation. Kernels are a CPU's: fused attention with a mask keeps less on a GPU, and so does a compiled "
-        "network."
+        "fragmentation. Kernels are a CPU's; a compiled network keeps less."
     )
     failures = (
         f"Failures: one in {request.mtbf_hours_per_gpu:,.0f} GPU-hours (--mtbf-hours-per-gpu; Llama 3 on 16,384 H100 "

@@ -10,8 +10,6 @@ from pathlib import Path
 from pretrain.devices import Device
 from pretrain.outcome import UserError
 
-PASSES = 3
-"""A backward pass takes twice the products of a forward pass."""
 NOT_MEASURED = "not measured"
 
 
@@ -51,21 +49,13 @@ class Speed:
         return f"ASSUMED: an MFU of {self.mfu:.0%}" if self.assumed else NOT_MEASURED
 
 
-def flops_per_image(macs: int) -> float:
-    """FLOP of a training step for one picture: 2 for each MAC forward, twice that backward.
-
-    What activation checkpointing recomputes is not counted, as is the custom for MFU.
-    """
-    return 2.0 * PASSES * macs
-
-
 def speed_of(device: Device, peak: float, flops: float, measured: Measurement | None, mfu: float | None) -> Speed:
     """Put together what is known of a GPU's speed.
 
     Args:
         device: the kind of GPU.
         peak: its FLOP/s in the precision that is trained in.
-        flops: of one picture, ``flops_per_image``.
+        flops: of one picture, ``efficiency.model_flops_per_image``.
         measured: a benchmark's number; left out where it is of another kind of device.
         mfu: share of the peak to assume where nothing was measured.
     """

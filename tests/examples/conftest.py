@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from examples.training import fit
 from models import create_model
-from pretrain.handoff import write_handoff
+from pretrain.handoff.folder import write_handoff
 
 SIDE, BATCH, STEPS = 32, 32, 150
 

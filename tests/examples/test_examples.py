@@ -1,6 +1,7 @@
 """The four maps of a hand-off feed real heads, at another picture size than the pretraining's."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from examples import detection, segmentation
 from examples.backbone import load_backbone
+from examples.training import Settings, train
 
 EVALUATED = 60
 
@@ -53,8 +55,8 @@ def test_frozen_features_stay_as_they_are_and_fine_tuned_ones_move(handoff: Path
         backbone, _ = load_backbone(handoff, (64, 96), frozen=frozen)
         model = segmentation.SemanticFPN(backbone, 5)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        settings = segmentation.Settings(handoff, (64, 96), steps=2, batch=2, lr=1e-3, evaluated=1, out=Path())
-        segmentation.train(model, settings)
+        settings = Settings(handoff, (64, 96), steps=2, batch=2, lr=1e-3, evaluated=1, out=Path())
+        train(model, settings, partial(segmentation.segmentation_loss, model))
         moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
         assert any(name.startswith("pyramid") for name in moved)
         assert any(name.startswith("backbone.net.stages") for name in moved) is not frozen

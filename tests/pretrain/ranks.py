@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pretrain.ports import free_port
+
 
 def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(control_group, *arguments)`` on every rank; an exception on any of them is raised here."""
@@ -20,9 +21,7 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 
 def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(*arguments)`` on every rank as a launcher would: the ranks are named, but have not met yet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Ranks are forked from a server that has imported DeepSpeed once, which takes seconds.
     multiprocessing.set_forkserver_preload(["deepspeed", "safetensors.torch", "torch.distributed"])
     mp.start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
@@ -44,7 +43,7 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], 
 
 
 def _joined(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    from pretrain.distributed import choose_device, init_distributed, read_rank
+    from pretrain.engine.distributed import choose_device, init_distributed, read_rank
 
     control = init_distributed(choose_device(read_rank()))
     function(control, *arguments)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.bad_steps import BadSteps
+from pretrain.survival.bad_steps import BadSteps
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero

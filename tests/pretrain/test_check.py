@@ -18,11 +18,11 @@ def demo(digits: Path, *assignments: str) -> Recipe:
 
 
 def test_it_counts_what_the_run_will_have(digits: Path) -> None:
-    outlook = check_recipe_here(demo(digits), NEW)
-    assert (outlook.train_samples, outlook.val_samples, outlook.classes) == (1437, 360, 10)
-    assert outlook.parameters == 910_552
-    assert outlook.checkpoint_bytes == 3 * 4 * outlook.parameters
-    assert check_recipe_here(demo(digits, "ema.decay=0.9"), NEW).checkpoint_bytes == 4 * 4 * outlook.parameters
+    run_size = check_recipe_here(demo(digits), NEW)
+    assert (run_size.train_samples, run_size.val_samples, run_size.classes) == (1437, 360, 10)
+    assert run_size.parameters == 910_552
+    assert run_size.checkpoint_bytes == 3 * 4 * run_size.parameters
+    assert check_recipe_here(demo(digits, "ema.decay=0.9"), NEW).checkpoint_bytes == 4 * 4 * run_size.parameters
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.checkpoint import (
+from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
     Progress,
     list_checkpoints,
@@ -21,9 +21,9 @@ from pretrain.checkpoint import (
     read_weights,
     verify,
 )
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.outcome import UserError
-from pretrain.pieces import OptimizerPieces
 from tests.pretrain.damage import cut, flip_byte
 from tests.pretrain.ranks import run_ranks
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import checkpoint_writer
-from pretrain.checkpoint import Progress, list_checkpoints, load_newest, read_weights, verify
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
-from pretrain.distributed import new_cpu_group
-from pretrain.pieces import OptimizerPieces
+from pretrain.checkpoints import writer as writing
+from pretrain.checkpoints.checkpoint import Progress, list_checkpoints, load_newest, read_weights, verify
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
+from pretrain.engine.distributed import new_cpu_group
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_checkpoint import BATCH, build_engine, steps
 
@@ -47,7 +47,7 @@ def test_what_is_written_is_the_state_of_its_step_whatever_training_does_meanwhi
 
 
 def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
-    checkpoint_writer.PAUSES_S = (0.5, 60.0)
+    writing.PAUSES_S = (0.5, 60.0)
     engine, said = build_engine(1), []
     steps(engine, 0, 1)
     writer = writer_of(folder, engine, said)

@@ -34,7 +34,7 @@ def test_on_a_terminal_intervals_replace_each_other_and_events_stay(monkeypatch:
     screen.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("COLUMNS", "90")
     console = RunConsole(speaks=True, total_steps=40, first_step=0, global_batch=8)
     for step in range(1, 31):
         console.step_done(step)
@@ -49,6 +49,14 @@ def test_on_a_terminal_intervals_replace_each_other_and_events_stay(monkeypatch:
     text = screen.getvalue()
     assert len(re.findall("(?<!· )eval  top-1 50 %\n", text)) == 1
     assert text.endswith("step 30/40  epoch 3.00  loss 1.25  lr 0.001  grad_norm 0.03333\n")
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(200, 30), (80, 30), (60, 19), (47, 6), (46, 0), (40, 0)])
+def test_a_narrow_terminal_takes_from_the_bar_and_not_from_the_numbers(columns: int, bar: int) -> None:
+    view = LiveView(Console(file=io.StringIO(), force_terminal=True))
+    view.progress, view.share = "step 59/336  1274 images/s  ETA 0:00:14", 0.5
+    (line,) = view.lines(columns)
+    assert line.plain == "━" * (bar // 2) + "╌" * (bar - bar // 2) + " " * (bar > 0) + view.progress
 
 
 def test_a_terminal_that_became_narrower_is_cleared_of_all_rows_that_the_view_takes_by_then() -> None:

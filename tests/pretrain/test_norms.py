@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from data_pipeline.mixing import mix
 from models import LaViT
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.monitoring.norms import norms_of, part_of
-from pretrain.optimization import drop_path_uniforms
 from pretrain.recipe import Recipe
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
@@ -77,7 +77,7 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
             assert found[f"weight/{part}"] == pytest.approx(norm, rel=max(tolerance / 10, 1e-5)), (optimizer, config)
         reads = []
         for due in (False, True):
-            run.monitor._norms._due = lambda due=due: due
+            run.monitor.norms.due = lambda due=due: due
             with CountsReads() as counter:
                 train_step(run, batches)
             reads.append(counter.reads)

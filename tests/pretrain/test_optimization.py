@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.optimization import drop_path_uniforms, learning_rate
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.recipe import ScheduleSection
 
 SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)

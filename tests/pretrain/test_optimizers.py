@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models import create_model
-from pretrain.optimizers import build_optimizer, parameter_groups, peak_learning_rate
+from pretrain.engine.optimizers import build_optimizer, parameter_groups, peak_learning_rate
 from pretrain.recipe import OptimizerSection
 
 SPARED = {"0.bias", "1.weight", "1.bias"}

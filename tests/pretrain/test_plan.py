@@ -13,8 +13,8 @@ from rich.console import Console
 
 from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, checkpoint_bytes
-from pretrain.checkpoint import Progress, list_checkpoints
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
+from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.plan import main, parse_arguments, plan
 from pretrain.planning.report import show
 from pretrain.recipe import load_recipe
@@ -75,6 +75,24 @@ def test_memory_that_does_not_fit_is_what_limits_and_the_way_out_is_named() -> N
     assert "Limited by: memory" in out.getvalue()
     assert f"train_micro_batch_size_per_gpu: 512 -> {estimate.chosen.largest}" in out.getvalue()
     assert 0 < estimate.chosen.largest < 512
+
+
+def test_stage_0_is_recommended_where_the_same_run_fits_without_sharding_and_only_there() -> None:
+    autocast = ["--set", "deepspeed.bf16.enabled=false", "--set", "deepspeed.torch_autocast.enabled=true"]
+
+    def advised(*more: str) -> bool:
+        return "zero_optimization.stage: 1 -> 0 fits too" in printed(100, *more)
+
+    assert advised(*autocast)
+    assert not advised()  # bf16: stage 0 cannot be had
+    assert not advised(*autocast, "--set", "deepspeed.zero_optimization.stage=0")
+    estimate, _ = made(*autocast)
+    sharded = estimate.chosen
+    whole = next(row for row in estimate.rows if row.stage == 0 and row.policy == sharded.policy)
+    between = (sharded.memory.total + whole.memory.total) / 2
+    tight = ["--headroom", str(1 - between / estimate.request.device.memory)]
+    assert made(*autocast, *tight)[0].chosen.fits
+    assert not advised(*autocast, *tight)
 
 
 def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

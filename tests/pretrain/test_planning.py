@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from pretrain.devices import DEVICES, find_device, peak_flops
+from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import UserError
 from pretrain.planning.data import read_speed
 from pretrain.planning.failures import Conditions, best_interval, expected_finish, job_mtbf, simulate
 from pretrain.planning.memory import Engine
 from pretrain.planning.scaling import Network, Reading, simulate_step
-from pretrain.planning.speed import flops_per_image, read_benchmark, speed_of
+from pretrain.planning.speed import read_benchmark, speed_of
 from tests.benchmarks.sections import model_rows, written
 
 DAY = 86400.0
@@ -97,7 +98,7 @@ def test_a_benchmark_of_another_device_is_not_taken_for_this_one(tmp_path: Path)
     found = read_benchmark(benchmark(tmp_path), "lavit_small", (224, 224), compiled=False)
     assert found.images_per_s == 4.0
     assert "precision fp32" in found.conditions
-    known = speed_of(DEVICES["h100"], 989e12, flops_per_image(3_260_000_000), found, None)
+    known = speed_of(DEVICES["h100"], 989e12, model_flops_per_image(3_260_000_000), found, None)
     assert known.measured is None
     assert known.believed is None
     assert known.rests_on == "not measured"
@@ -109,7 +110,7 @@ def test_a_measurement_of_this_kind_of_gpu_counts_and_goes_before_an_assumed_mfu
     content["sections"]["model"]["machine"]["name"] = "NVIDIA H100 80GB HBM3"
     mine.write_text(json.dumps(content))
     found = read_benchmark(mine, "lavit_base", (224, 224), compiled=True)
-    known = speed_of(DEVICES["h100"], 989e12, flops_per_image(3_260_000_000), found, 0.3)
+    known = speed_of(DEVICES["h100"], 989e12, model_flops_per_image(3_260_000_000), found, 0.3)
     assert known.believed == found.images_per_s == 2.0
     assert "measured" in known.rests_on
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed import Rank
-from pretrain.preflight import Measured, PeersMissingError, measure, meet, slow_ones
+from pretrain.engine.distributed import Rank
+from pretrain.ports import free_port
+from pretrain.survival.preflight import Measured, PeersMissingError, measure, meet, slow_ones
 from tests.pretrain.ranks import run_ranks
-from tests.system.launching import free_port
 
 
 def two_nodes(rank: int) -> Rank:

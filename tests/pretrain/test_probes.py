@@ -16,8 +16,8 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain.checkpoint import Progress
-from pretrain.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest
+from pretrain.checkpoints.checkpoint import Progress
+from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest
 from pretrain.recipe import ProbesSection
 from pretrain.run import Run
 from tests.pretrain.ranks import run_ranks

@@ -8,9 +8,9 @@ import torch
 
 from models import create_model
 from models.cost import count_macs, count_parameters
-from pretrain.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
-from pretrain.optimization import count_steps, learning_rate
-from pretrain.optimizers import parameter_groups, peak_learning_rate
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.optimizers import parameter_groups, peak_learning_rate
+from pretrain.engine.schedule import count_steps, learning_rate
 from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]

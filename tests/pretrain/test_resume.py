@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import Progress, load_newest
-from pretrain.checkpoint_writer import CheckpointWriter, Retention
-from pretrain.distributed import new_cpu_group
+from pretrain.checkpoints.checkpoint import Progress, load_newest
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
+from pretrain.engine.distributed import new_cpu_group
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 

@@ -22,7 +22,7 @@ Train = Callable[..., Path]
 
 def through_the_door(log: Path, arguments: list[str]) -> None:
     from pretrain.main import main
-    from pretrain.signals import StopFlag
+    from pretrain.survival.signals import StopFlag
 
     sys.stdout = log.open("w")
     assert main(StopFlag(), arguments) == ExitCode.FINISHED, log.read_text()

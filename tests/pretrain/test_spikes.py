@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.meter import Meter
-from pretrain.spikes import NEEDED, LossLevel, write_spikes
+from pretrain.survival.spikes import NEEDED, LossLevel, write_spikes
 from tests.pretrain.ranks import run_ranks
 
 BATCH = 8

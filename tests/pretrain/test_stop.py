@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from pretrain.outcome import ExitCode
-from pretrain.signals import StopFlag
-from pretrain.stop import StopAgreement
+from pretrain.survival.signals import StopFlag
+from pretrain.survival.stop import StopAgreement
 from tests.pretrain.ranks import run_ranks
 
 
@@ -48,7 +48,7 @@ def test_a_signal_only_sets_the_flag(signum: signal.Signals) -> None:
 
 def test_a_second_interrupt_ends_at_once() -> None:
     program = (
-        "import os, signal, time\nfrom pretrain.signals import StopFlag\nflag = StopFlag()\n"
+        "import os, signal, time\nfrom pretrain.survival.signals import StopFlag\nflag = StopFlag()\n"
         "flag.install_signal_handlers()\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGINT)\n"
         "time.sleep(60)"
     )

@@ -7,23 +7,29 @@ import pytest
 import torch
 
 from models import create_model
-from pretrain.handoff import load_handoff, write_handoff
+from pretrain.handoff.folder import load_handoff, write_handoff
+from pretrain.handoff.timm_model import create_timm_model
 from pretrain.outcome import UserError
-from pretrain.timm_handoff import create_timm_model
+from tests.commands import blocks
 
 
 @pytest.fixture
 def handoff(tmp_path: Path) -> Path:
+    return written(tmp_path / "h", "lavit_micro", classes=2, size=64, depths=(1, 2, 1, 1), drop_path=0.1)
+
+
+def written(folder: Path, name: str, *, classes: int, size: int, **overrides: Any) -> Path:
     torch.manual_seed(0)
-    model = create_model("lavit_micro", num_classes=2, image_size=64, depths=(1, 2, 1, 1), drop_path=0.1)
+    model = create_model(name, num_classes=classes, image_size=size, **overrides)
     content: dict[str, Any] = {
-        "architecture": model.config.to_dict(), "num_classes": 2, "class_names": ["a", "b"],
-        "input": {"path": "d", "image_size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1],
+        "architecture": model.config.to_dict(), "num_classes": classes,
+        "class_names": [chr(ord("a") + number) for number in range(classes)],
+        "input": {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1],
                   "interpolation": "bilinear", "eval_crop_ratio": 1.0},
         "weights": "raw", "dataset": {"name": "d"}, "recipe": {"name": "r"}, "metrics": {}, "samples_seen": 1,
     }  # fmt: skip
-    write_handoff(tmp_path / "h", model.state_dict(), content, "card")
-    return tmp_path / "h"
+    write_handoff(folder, model.state_dict(), content, "card")
+    return folder
 
 
 @pytest.mark.timm
@@ -46,6 +52,17 @@ def test_features_at_another_size_and_a_head_for_other_classes(handoff: Path) ->
     for ours, theirs in zip(net.forward_features(images), maps, strict=True):
         torch.testing.assert_close(theirs, ours)
     assert create_timm_model(handoff, num_classes=5, drop_path_rate=0.2)(images).shape == (1, 5)
+
+
+@pytest.mark.timm
+def test_what_docs_elsewhere_md_shows_of_timm_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [content for page, content in blocks("python") if page == "elsewhere.md" and "timm" in content]
+    assert len(shown) == 2
+    written(tmp_path / "runs/demo/handoff", "lavit_micro", classes=10, size=32)
+    written(tmp_path / "runs/NAME/handoff", "lavit_small", classes=1000, size=224)
+    monkeypatch.chdir(tmp_path)
+    for content in shown:
+        exec(content, {})
 
 
 def test_without_timm_the_error_says_what_is_missing(handoff: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from pretrain.ports import COUNT, FIRST
 from slurm.folder import Incarnation
-from slurm.incarnation import FIRST_PORT, PORTS, rendezvous_port
+from slurm.incarnation import rendezvous_port
 
 PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
@@ -199,7 +200,7 @@ class Cluster:
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different; above those of rendezvous and below those handed out to clients."""
     ports: list[int] = []
-    for port in random.SystemRandom().sample(range(FIRST_PORT + PORTS, 32_768), 1000):
+    for port in random.SystemRandom().sample(range(FIRST + COUNT, 32_768), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             ports.append(port)
@@ -211,8 +212,8 @@ def free_ports(count: int) -> list[int]:
 def first_job() -> int:
     """A random id. Clusters of tests that run side by side get rendezvous ports of their own, which come of the ids."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    share = PORTS // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    begins = range(FIRST_PORT + worker * share, FIRST_PORT + worker * share + share // 2)  # each cluster has some jobs
+    share = COUNT // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    begins = range(FIRST + worker * share, FIRST + worker * share + share // 2)  # each cluster has some jobs
     return random.SystemRandom().choice(
         [job for job in range(1000, 60_000) if rendezvous_port(Incarnation(str(job), 0)) in begins]
     )

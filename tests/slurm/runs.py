@@ -117,6 +117,15 @@ class ClusterRun:
         )  # fmt: skip
         return self.chapters()[chapter]
 
+    def batch_script(self) -> psutil.Process:
+        """The process of the batch script that runs now."""
+        for name in self.cluster.names:
+            for process in self.cluster.processes_on(name):
+                with contextlib.suppress(psutil.Error):
+                    if any("slurm_script" in word for word in process.cmdline()):
+                        return process
+        raise AssertionError(f"no batch script runs\n{self.output()}")
+
     def rank(self, rank: int) -> psutil.Process:
         """The process of ``main.py`` of a rank that runs now."""
         for process in self.ranks():

@@ -237,6 +237,7 @@ def test_stopped_or_cancelled_it_stays_so_until_it_is_launched_again(
     ended = run.wait_for_end(1)
     assert (ended.cause, ended.action) == ("cancelled", "none")
     assert run.wait_for_state("cancelled")["saved_step"] == ended.end_step >= begun.step + 6
+    assert run.release() == ""
     name = run.cluster.names[0]
     run.cluster.ask("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
     run.launch(digits)
@@ -289,6 +290,31 @@ def test_held_by_slurm_after_a_launch_that_failed_it_is_told_and_goes_on_when_re
     assert "released" in run.told(str(run.folder))
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     assert run.release() == ""
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_a_job_whose_batch_script_is_killed_is_lost_and_submitted_again_by_release(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    run.wait_for_step(SAVED_EVERY + 1)
+    run.batch_script().kill()
+    told = run.wait_for_state("lost")
+    assert f"job {run.job} ended as FAILED" in told["why"]
+    assert f"`python -m slurm.release {run.folder}`" in told["why"]
+    folder = SlurmFolder(run.folder)
+    launched = folder.read_launch()
+    folder.write_launch(replace(launched, policy=replace(launched.policy, max_restarts=0)))
+    assert "stays lost: submitted again 0 times in a row without a start" in run.release()
+    folder.write_launch(launched)
+    assert f"job {run.job} ended as FAILED without a word and is submitted again as job" in run.release()
+    assert run.release() == ""
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.job == run.chapters()[0].next_job != run.job
+    assert run.chapters()[0].cause == "lost"
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.finish()
     assert_equals(run.folder, reference)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
-from pretrain.preflight import Measured, slow_ones
+from pretrain.survival.preflight import Measured, slow_ones
 from slurm import launch, scheduler
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.history import History
@@ -61,8 +61,9 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
     launch._prepare(plan, options)
     door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     door.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main, signals\n"
-        "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(signals.StopFlag()))"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main\n"
+        "from pretrain.survival.signals import StopFlag\n"
+        "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     program = (
         f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"

@@ -119,7 +119,7 @@ def test_being_preempted_is_never_too_often() -> None:
 
 
 def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
-    text = f"pretrain.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
+    text = f"pretrain.survival.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
     return rank(ExitCode.RETRY, text, rank=rank_number, node=node)
 
 

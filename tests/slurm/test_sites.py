@@ -26,13 +26,15 @@ def test_a_plain_batch_script_runs_the_same_and_submits_itself_where_requeueing_
     run = on_cluster(2)
     text = run.launch(digits, "--plain")
     run.job = run.cluster.ask(*text.split("submit")[1].split()).split()[-1]
-    run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
-    run.wait_for_step(SAVED_EVERY + 1)
-    run.rank(0).kill()
-    begun = run.wait_for_chapters(2)[1]
-    assert begun.job != run.job
-    assert "killed by SIGKILL" in run.chapters()[0].reason
-    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    for follow_ups in (1, 2):  # the second one is submitted by the first
+        run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
+        run.wait_for_step(follow_ups * (SAVED_EVERY + 1))
+        run.rank(0).kill()
+        begun = run.wait_for_chapters(follow_ups + 1)[follow_ups]
+        assert begun.job != run.job
+        assert "killed by SIGKILL" in run.chapters()[follow_ups - 1].reason
+        assert_resumed(run, begun, at_least=follow_ups * SAVED_EVERY)
+        run.job = begun.job
     run.finish()
     assert_equals(run.folder, reference)
 

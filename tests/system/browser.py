@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from tests.system.launching import free_port
+from pretrain.ports import free_port
 
 PATIENCE_S = 120.0
 SHOWN = (

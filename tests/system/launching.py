@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from pretrain.metrics import read_metrics
+from pretrain.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo.yaml"
@@ -117,13 +117,6 @@ def launched(
         yield started
     finally:
         started.kill_all()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def changes(**fields: object) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import list_checkpoints, verify
+from pretrain.checkpoints.checkpoint import list_checkpoints, verify
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
 from tests.system.launching import PATIENCE_S, Launched, changes, launched

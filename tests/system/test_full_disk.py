@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.files import json_lines
 from pretrain.outcome import ExitCode
 from tests.system.launching import changes, launched

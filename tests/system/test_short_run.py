@@ -15,23 +15,16 @@ import torch.nn.functional as F
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
-from pretrain.engine import build_model
+from pretrain.engine.build import build_model
+from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.files import json_lines
 from pretrain.metrics import read_metrics
-from pretrain.optimization import drop_path_uniforms
 from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
+from tests.system.conftest import STEPS
 from tests.system.launching import RECIPE, changes, launched
 
-STEPS = 20
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def short(digits: Path) -> list[str]:
-    """Arguments of a run of 20 steps with everything on that must survive a resume; each step is logged."""
-    return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
-                   checkpoint__every_steps=6, ema__decay=0.9, mixing__mixup=0.8, mixing__cutmix=1.0)  # fmt: skip
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
@@ -41,16 +34,6 @@ def train_rows(run: Path) -> list[dict[str, Any]]:
 def state(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "run.json").read_text())
     return content
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, short: list[str]) -> Path:
-    """The run without any trouble."""
-    folder = tmp_path_factory.mktemp("straight")
-    with launched(folder, *short) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
-        run.assert_no_rank_stays()
-    return folder / "demo"
 
 
 def test_two_ranks_of_zero_1_equal_a_plain_torch_loop(straight: Path, digits: Path) -> None:

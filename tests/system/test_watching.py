@@ -14,6 +14,9 @@ from tests.system.launching import changes, launched
 POINTS = """fetch('data/plugin/scalars/scalars?run=demo%2Ftensorboard&tag={tag}').then(answer => answer.json())
     .then(points => {{ window.points = JSON.stringify(points) }}), 1"""
 
+TEXTS = """fetch('data/plugin/text/text?run=demo%2Ftensorboard&tag=run%2F{name}%2Ftext_summary')
+    .then(answer => answer.json()).then(texts => {{ window.texts = JSON.stringify(texts) }}), 1"""
+
 
 @pytest.mark.slow
 def test_a_browser_shows_scalars_and_pictures_of_a_killed_and_resumed_run_each_point_once(
@@ -45,6 +48,12 @@ def test_a_browser_shows_scalars_and_pictures_of_a_killed_and_resumed_run_each_p
             assert [point[1] for point in points] == [row["samples_seen"] for row in rows]
             assert [point[2] for point in points] == pytest.approx([row[name] for row in rows], rel=1e-5)
             assert len({row["samples_seen"] for row in rows}) == len(rows) > 1
+        for name, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
+            page.value("window.texts = ''")
+            page.value(TEXTS.format(name=name))
+            texts = [one["text"] for one in json.loads(page.wait_for("window.texts", f"the text of {name}"))]
+            assert len(texts) == 2, "not one a start"
+            assert all("<pre><code>" in text and content in text for text in texts)
         page.picture(tmp_path / "seen.png")
         assert (tmp_path / "seen.png").stat().st_size > 10_000
     restarts = [row["restarts"] for row in read_metrics(folder / "metrics.jsonl", "train")]

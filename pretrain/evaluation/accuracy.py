@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import EvalLoader
 from models import within_level
+from pretrain.engine.distributed import gather_rows
 from pretrain.outcome import UserError
 
 
@@ -75,7 +75,7 @@ def evaluate(
         tables.append(_scores(batch, logits))
     if not tables:
         raise UserError("the split to evaluate is empty")
-    return _total(_gathered(torch.cat(tables, 1)))
+    return _total(gather_rows(torch.cat(tables, 1), 1))
 
 
 def top5(logits: torch.Tensor) -> torch.Tensor:
@@ -90,15 +90,6 @@ def _scores(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     hits = (top5(logits) == batch.labels[:, None]) & finite[:, None]
     valid = torch.from_numpy(batch.valid).to(logits.device)
     return torch.stack([row.double() for row in (valid, finite, hits[:, 0], hits.any(1), losses)])
-
-
-def _gathered(table: torch.Tensor) -> torch.Tensor:
-    """The tables of all ranks side by side, on every rank. Collective."""
-    if not dist.is_initialized():
-        return table
-    parts = [torch.empty_like(table) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, table)
-    return torch.cat(parts, 1)
 
 
 def _total(table: torch.Tensor) -> Evaluation:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch
 from data_pipeline.dataset import Dataset
-from pretrain.evaluation import Evaluation, top5
-from pretrain.real_labels import RealLabels
+from pretrain.evaluation.accuracy import Evaluation, top5
+from pretrain.evaluation.real_labels import RealLabels
 
 BINS = 15
 """Of equal width, for the expected calibration error, as in Guo et al. 2017."""

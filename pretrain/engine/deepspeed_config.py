@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.deepspeed_keys import check_keys
+from pretrain.engine.deepspeed_keys import check_keys
+from pretrain.engine.precision import Precision, choose_precision
 from pretrain.outcome import UserError
-from pretrain.precision import Precision, choose_precision
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.transforms import InputConfig
 from models import LaViT, LaViTConfig
 from pretrain.files import digest, digest_of_file, fsync, write_json
-from pretrain.hub import fetch, is_hub_name
+from pretrain.handoff.hub import fetch, is_hub_name
 from pretrain.outcome import UserError
 
 WEIGHTS = "model.safetensors"

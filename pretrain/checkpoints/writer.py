@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pretrain.checkpoint import (
+from pretrain.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointDamagedError,
@@ -29,8 +29,8 @@ from pretrain.checkpoint import (
     read_manifest,
     seal,
 )
+from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.files import digest_of_file, fsync, write_json
-from pretrain.pieces import OptimizerPieces
 
 PAUSES_S = (5.0, 30.0)
 """A checkpoint that cannot be written is tried again after these pauses, from the same copy."""

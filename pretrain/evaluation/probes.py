@@ -19,9 +19,10 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
 from models import LaViT
+from pretrain.engine.distributed import gather_rows
 from pretrain.outcome import UserError
 from pretrain.recipe import ProbesSection
-from pretrain.stop import StopAgreement
+from pretrain.survival.stop import StopAgreement
 
 ITERATIONS_AT_A_TIME = 10
 """Of L-BFGS, between two looks at the clock and at the stop flag."""
@@ -118,7 +119,7 @@ class Probes:
             seen = list(self._features(engine, dtype, self._val, poll))
         finally:
             engine.train()
-        features, labels, valid = (_gathered(part) for part in known)
+        features, labels, valid = (gather_rows(part) for part in known)
         features, labels = features[valid.bool()], labels[valid.bool()]
         if not len(features):
             raise UserError(f"probes.path: no picture of {self._train.path} {self._train.split} can be read")
@@ -243,10 +244,3 @@ def _what_the_head_reads(model: LaViT) -> Iterator[list[Tensor]]:
         hook.remove()
         if compiled is not None:
             model.forward = compiled  # type: ignore[method-assign]
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    """The rows of all ranks, which have equally many, in the order of the ranks. Collective."""
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from models import LaViT, LaViTConfig, load_weights
-from pretrain.checkpoint import list_checkpoints
-from pretrain.handoff import HandoffConfig, read_handoff
+from pretrain.checkpoints.checkpoint import list_checkpoints
+from pretrain.handoff.folder import HandoffConfig, read_handoff
 from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
 from pretrain.run_folder import RunFolder
@@ -76,7 +76,7 @@ def initialize(
     if recorded is not None:
         _check_same(section, origin, recorded)
     check_architecture(section, config, model.config)
-    rows, head = match_classes(config, class_ids, fingerprint)
+    rows, head = head_rows(config, class_ids, fingerprint)
     try:
         resampled = load_weights(model, state, fresh=["head."])
         for name in ("head.weight", "head.bias"):
@@ -144,7 +144,7 @@ def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, 
         _check_same(section, _origin(section, read_handoff(section.handoff)[0]), recorded)
 
 
-def match_classes(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:
+def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:
     """Which rows of a hand-off's head are those of the classes here: the same ids.
 
     Ids that are nothing but the labels (shards indexed in place have such) say nothing about what a class is; they

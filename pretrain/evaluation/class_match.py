@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data_pipeline.dataset import Dataset
-from pretrain.handoff import HandoffConfig
+from pretrain.handoff.folder import HandoffConfig
 from pretrain.outcome import UserError
 
 

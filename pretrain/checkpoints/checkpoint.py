@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from pretrain.checkpoints.pieces import AVERAGE, OptimizerPieces
 from pretrain.files import digest, digest_of_file
 from pretrain.outcome import UserError
-from pretrain.pieces import AVERAGE, OptimizerPieces
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import BadSample, EvalLoader
 from models import LaViT
-from pretrain.class_match import ClassMatch, match_classes
-from pretrain.distributed import Rank
-from pretrain.evaluation import Evaluation, evaluate
-from pretrain.evaluation_report import Recorder, report
-from pretrain.handoff import HandoffConfig, load_handoff
+from pretrain.engine.distributed import Rank
+from pretrain.evaluation.accuracy import Evaluation, evaluate
+from pretrain.evaluation.class_match import ClassMatch, match_classes
+from pretrain.evaluation.real_labels import RealLabels
+from pretrain.evaluation.report import Recorder, report
+from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import UserError
-from pretrain.real_labels import RealLabels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from models import LaViT, create_model
-from pretrain.data_parallel import install_data_parallel
-from pretrain.deepspeed_config import ResolvedDeepSpeed
-from pretrain.distributed import use_deterministic_algorithms
+from pretrain.engine.data_parallel import install_data_parallel
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.distributed import use_deterministic_algorithms
+from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
 from pretrain.noise import start_up_noise
-from pretrain.optimizers import build_optimizer, peak_learning_rate
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 

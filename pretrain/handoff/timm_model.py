@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.handoff import load_handoff
+from pretrain.handoff.folder import load_handoff
 from pretrain.outcome import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pretrain.distributed import Rank
+from pretrain.engine.distributed import Rank
 
 SLOW = 3.0
 """So many times slower than the median is worth a warning."""

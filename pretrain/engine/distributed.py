@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.outcome import UserError
+from pretrain.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ def read_rank() -> Rank:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     elif missing:
         raise UserError(
             f"{', '.join(missing)} not set though other rank variables are: start with `deepspeed`, or set "
@@ -138,10 +137,49 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> dist.Pr
     warnings.filterwarnings(
         "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
     )
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "gloo":
+        deepspeed.runtime.zero.stage_1_and_2.all_gather_dp_groups = gather_partitions
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return new_cpu_group(timeout_s)
+
+
+def gather_partitions(
+    groups_flat: Sequence[torch.Tensor],
+    partitioned_param_groups: Sequence[Sequence[torch.Tensor]],
+    dp_process_group: Sequence[dist.ProcessGroup],
+    **_: object,
+) -> None:
+    """Give every rank the updated weights of all, at ZeRO stages 1 and 2, by one broadcast from each rank. Collective.
+
+    gloo's all_gather, DeepSpeed's choice, takes over three times as long: 47 against 13 ms for 11 million fp32 numbers
+    on two ranks of one machine. Called and named as DeepSpeed's ``all_gather_dp_groups``.
+
+    Args:
+        groups_flat: (numbers,) of each group of parameters; what the partitions are views of.
+        partitioned_param_groups: of each group, (numbers / ranks,) per rank; its own is read, the others are written.
+        dp_process_group: the ranks of each group.
+    """
+    del groups_flat
+    works = [
+        dist.broadcast(part, dist.get_global_rank(group, owner), group=group, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for owner, part in enumerate(parts)
+    ]
+    for work in works:
+        work.wait()
+
+
+def gather_rows(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """What all ranks hold one after the other along ``dim``, on every rank; each holds as much. Collective.
+
+    Without a process group this process is alone, and its own is all.
+    """
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts, dim)
 
 
 def new_cpu_group(timeout_s: float) -> dist.ProcessGroup:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.evaluation_report import worst_classes
+from pretrain.evaluation.report import worst_classes
 
 ROWS = 20
 """Classes that are shown at most."""

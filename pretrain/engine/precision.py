@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from pretrain.deepspeed_keys import FLOATS
+from pretrain.engine.deepspeed_keys import FLOATS
 from pretrain.outcome import UserError
 
 Precision = Literal["fp32", "bf16", "fp16", "bf16 autocast"]

@@ -1,0 +1,97 @@
+"""No step is hit by Python's collector of cyclic garbage, and what lies in cycles is collected all the same."""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from benchmarks.loops import trainer_run
+from data_pipeline.batch import Batch
+from pretrain import train
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.run_folder import RunFolder
+from tests.pretrain.ranks import run_ranks
+from tests.pretrain.test_equality import BATCH, CPU, micro_batches, recipe
+
+EVERY, STEPS = 4, 11
+
+
+class Cycle:
+    """Garbage that only the collector can find."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+class Loader:
+    """Made batches, as many as there are steps."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return micro_batches(BATCH, last=STEPS)
+
+    def samples(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros(stop - start, np.int64), np.arange(start, stop)
+
+    def close(self) -> None:
+        pass
+
+
+def collections_of_a_run(control: dist.ProcessGroup, folder: Path) -> None:
+    chosen = recipe().model_copy(update={"log_every_steps": EVERY})
+    resolved = resolve_deepspeed_config(
+        {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": 0}},
+        world_size=1, has_bf16_gpu=False,
+    )  # fmt: skip
+    run = trainer_run(chosen, resolved, Loader(), RunFolder(folder), device=CPU, control=control)
+    within, between, cycles = [0] * STEPS, 0, []
+    original, in_step = train.train_step, False
+
+    def count(phase: str, _: dict[str, Any]) -> None:
+        nonlocal between
+        if phase == "start" and in_step:
+            within[run.progress.step] += 1
+        elif phase == "start":
+            between += 1
+
+    def watched(*arguments: Any) -> float:
+        nonlocal in_step
+        in_step = True
+        try:
+            lr = original(*arguments)
+            cycles.append(weakref.ref(Cycle()))
+            many = [Cycle() for _ in range(2000)]  # more than Python lets pass without looking for garbage
+            del many
+        finally:
+            in_step = False
+        return lr
+
+    train.train_step = watched
+    gc.callbacks.append(count)
+    with contextlib.suppress(StopIteration):  # when the batches end
+        train.train(run)
+    assert run.progress.step == STEPS
+    assert within[0] > 0, "the first step is left alone; what counts does count"
+    assert within[1:] == [0] * (STEPS - 1)
+    assert between >= STEPS // EVERY
+    last_line = STEPS // EVERY * EVERY
+    assert [cycle() is None for cycle in cycles] == [step < last_line for step in range(STEPS)]
+    assert gc.get_freeze_count() > 0
+    with run._beside_training():  # as around an evaluation or a checkpoint
+        assert cycles[-1]() is not None
+    assert cycles[-1]() is None
+    run.eval_loader = run.train_loader
+    run.close()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_after_the_first_step_nothing_is_collected_within_a_step_and_all_of_it_with_the_next_line_of_metrics(
+    tmp_path: Path,
+) -> None:
+    run_ranks(1, collections_of_a_run, tmp_path)

@@ -1,0 +1,27 @@
+"""What several files of whole runs look at."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.outcome import ExitCode
+from tests.system.launching import changes, launched
+
+STEPS = 20
+
+
+@pytest.fixture(scope="session")
+def short(digits: Path) -> list[str]:
+    """Arguments of a run of 20 steps with everything on that must survive a resume; each step is logged."""
+    return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
+                   checkpoint__every_steps=6, ema__decay=0.9, mixing__mixup=0.8, mixing__cutmix=1.0)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory, short: list[str]) -> Path:
+    """The run without any trouble, on two ranks; treat as read-only."""
+    folder = tmp_path_factory.mktemp("straight")
+    with launched(folder, *short) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        run.assert_no_rank_stays()
+    return folder / "demo"
