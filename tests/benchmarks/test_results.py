@@ -100,6 +100,12 @@ def test_a_goal_is_reached_by_the_median_on_its_own_kind_of_device() -> None:
     assert on_gpu["MFU of LaViT-S, compiled"][3] == "0.3% (0.3% to 0.3%)"
 
 
+def test_a_goal_that_lies_within_the_spread_is_said_to() -> None:
+    assert goals.verdict((0.8, 0.98, 1.0), 0.97) == "yes, within the spread"
+    assert goals.verdict((0.8, 0.93, 1.0), 0.97) == "no, within the spread"
+    assert [goals.verdict((value,) * 3, 0.97) for value in (0.98, 0.96)] == ["yes", "no"]
+
+
 def test_on_a_gpu_all_compute_in_bf16_compiled_and_decode_there_on_all_gpus() -> None:
     assert model.parse([], "cuda").compile
     assert str(model.dtype_of("cuda")) == "torch.bfloat16"
