@@ -72,7 +72,7 @@ def test_on_a_gpu_pixels_do_not_depend_on_the_place_in_the_batch_either(train):
 def test_a_gpu_decodes_with_one_decoder_unless_it_is_asked_for_two(train):
     for changes, load in (({}, "0.000000"), ({"hw_decoder_load": 0.5}, "0.500000")):
         with Pipeline(batch_size=1, num_threads=1, device_id=0):  # not built: that would need the GPU
-            inputs = {name: fn.external_source(lambda: [], ndim=1) for name in ("jpeg", "start", "shape")}
+            inputs = {name: fn.external_source(iter(()), ndim=1) for name in ("jpeg", "start", "shape")}
             decoded = graph._decode(inputs, config(train, **changes), device_id=0)
         assert decoded.device == "gpu"
         assert f"hw_decoder_load: {load}\n" in str(decoded.source.spec)
