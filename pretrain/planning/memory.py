@@ -49,6 +49,7 @@ class Engine:
     """Elements that are reduced at once."""
     contiguous: bool
     overlap: bool
+    """Whether gradients are sent while the backward pass runs; at stage 0 they always are."""
     persistent: int
     """Stage 3: parameters of so many elements or fewer are never cut."""
     prefetch: int
@@ -77,7 +78,7 @@ class Engine:
             average=recipe.ema is not None,
             bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             contiguous=bool(zero.get("contiguous_gradients", True)),
-            overlap=bool(zero.get("overlap_comm", resolved.stage == 3) or False),
+            overlap=resolved.stage == 0 or bool(zero.get("overlap_comm", resolved.stage == 3) or False),
             persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", PREFETCH)),
             states_on_host=(zero.get("offload_optimizer") or {}).get("device") == "cpu",

@@ -79,7 +79,7 @@ def simulate_step(
     gradients = parameters * (2 if engine.low_traffic else engine.element)
     weights = parameters * engine.element
     all_reduces, gathers = {0: (1, 0), 1: (1, 1), 2: (1, 1), 3: (0, 2)}[engine.stage]
-    buckets = 1 if engine.stage == 0 else max(1, math.ceil(parameters / engine.bucket))
+    buckets = max(1, math.ceil(parameters / engine.bucket))
     talk = all_reduces * _all_reduce(gradients, gpus, network, buckets) + gathers * _half(weights, gpus, network, 1)
     if engine.stage == 3:  # every micro-batch gathers anew and scatters its gradients
         talk = engine.accumulation * (talk + _half(gradients, gpus, network, buckets))
