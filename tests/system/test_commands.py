@@ -39,6 +39,7 @@ ELSEWHERE = {
         "tests/data_pipeline/test_sources.py",
         "tests/data_pipeline/test_build_interrupted.py",
     ),
+    "benchmarks.page": ("tests/benchmarks/test_page.py",),
     "pretrain.convert": ("tests/pretrain/test_convert.py",),
     "pretrain.evaluate --real": ("tests/pretrain/test_evaluation.py",),
     "examples.segmentation": ("tests/examples/test_examples.py",),
@@ -70,19 +71,21 @@ NOT_RUN = {
     "deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --data DEST": "a rank a GPU; with two ranks it is run",
     "hf upload ORGANIZATION/NAME runs/NAME/handoff": "publishes on the Hub, which the page says was not tried",
     "pip install --constraint constraints.txt huggingface_hub": "`make setup` installs it here",
+    "make bench": "takes ten minutes; a dated file in benchmarks/results says that it was run",
     "make soak N=100": "takes an hour; tests/system/test_soak.py runs ten rounds",
     "grep ^step": "on a log; that its lines begin so is what tests/pretrain/test_console.py checks",
     "scontrol requeue": "what slurm.incarnation calls, said by its name; tests/slurm lives by it",
     "scontrol show job": "Slurm's own",
     "python3 -m venv ../venv-timm": "takes 6 GB; done by hand, CONTRIBUTING.md says with which versions",
     "../venv-timm/bin/pip install torch torchvision timm numpy safetensors pydantic fsspec pytest pytest-timeout": "too",  # noqa: E501
+    "../venv-timm/bin/python -m benchmarks.model --sizes small --note timm": "too",
     "../venv-timm/bin/python -m pytest tests/models tests/pretrain/test_timm_handoff.py": "too",
     "python3 -m venv ../venv-trackers": "done by hand, CONTRIBUTING.md says with which versions",
     "../venv-trackers/bin/pip install torch tensorboard numpy wandb trackio pytest pytest-timeout": "too",
     "../venv-trackers/bin/python -m pytest tests/pretrain/test_trackers.py": "too",
     "pip install --constraint constraints.txt wandb": "would change the environment of the tests",
 }
-WITHOUT_ARGUMENTS = ("benchmarks.index",)
+WITHOUT_ARGUMENTS = ("benchmarks.index", "benchmarks.page")
 MEASURES = "takes minutes by hand; a dated file in benchmarks/results says that it was run"
 
 
@@ -159,12 +162,14 @@ def test_a_command_is_understood_and_something_runs_it(words: list[str], text: s
     understand(name, arguments, is_mention)
     flags = [word for word in arguments if word.startswith("--")]
     elsewhere = next((ELSEWHERE[key] for flag in flags if (key := f"{name} {flag}") in ELSEWHERE), ELSEWHERE.get(name))
-    if name.startswith("benchmarks."):
-        assert any(f"python -m {name}" in f.read_text() for f in (ROOT / "benchmarks/results").glob("*.md")), MEASURES
-    elif elsewhere:
+    if elsewhere:
         read = "".join((ROOT / file).read_text() for file in elsewhere)
         assert said_in(read, name), f"{name} does not occur in {elsewhere}"
         assert not [flag for flag in flags if flag not in read and flag != "--help"], f"not given in {elsewhere}"
+    elif name.split(".")[0] == "benchmarks":
+        assert any(f"python -m {name}" in file.read_text() for file in (ROOT / "benchmarks/results").iterdir()), (
+            MEASURES
+        )
     else:
         assert name in HERE, "nothing runs it: add its door to HERE, or the test that runs it to ELSEWHERE"
         if not is_mention:
