@@ -28,7 +28,7 @@ from PIL import Image
 
 from benchmarks import tables
 from benchmarks.photographs import build_shards
-from benchmarks.report import Section, add_common, cores, say
+from benchmarks.report import Section, add_common, cores, fill_in, say
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
@@ -172,10 +172,7 @@ def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
     defaults = {"rounds": 7, "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "threads": cores()}
     if options.quick:
         defaults |= {"rounds": 2, "batches": 4}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return fill_in(options, defaults)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,7 +39,7 @@ from benchmarks.loops import (
     trainer_run,
 )
 from benchmarks.photographs import build_shards
-from benchmarks.report import Section, add_common, cores, say
+from benchmarks.report import Section, add_common, cores, fill_in, say
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from models import model_config
@@ -171,10 +171,7 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
         defaults["cases"] = [("lavit_small", 224, 128), ("lavit_tiny", 224, 128)]
     if options.quick:
         defaults |= {"rounds": 2, "seconds": 1.0, "cases": defaults["cases"][:1]}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return fill_in(options, defaults)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import tables
-from benchmarks.report import Section, add_common, say
+from benchmarks.report import Section, add_common, fill_in, say
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
 
@@ -186,10 +186,7 @@ def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
         "sizes": ["tiny", "small"], "batch": 2, "rounds": 9, "compile": True}  # fmt: skip
     if options.quick:
         defaults |= {"sizes": ["small"] if gpu else ["tiny"], "rounds": 3, "compile": gpu}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return fill_in(options, defaults)
 
 
 def main(arguments: list[str] | None = None) -> None:

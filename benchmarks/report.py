@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it works, no more")
     parser.add_argument("--note", default="", help="added to the result's file name: another file on the same day")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
+
+
+def fill_in(options: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """Give options that were left out, and are None therefore, the values that suit the device; the same object."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 class Section:

@@ -35,7 +35,7 @@ from benchmarks.loops import (
     start_ranks,
     trainer_run,
 )
-from benchmarks.report import Section, add_common, cores, say
+from benchmarks.report import Section, add_common, cores, fill_in, say
 from data_pipeline.batch import Batch
 from pretrain.engine.build import build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
@@ -139,10 +139,7 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
         "model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": min(2, count), "steps": 1}  # fmt: skip
     if options.quick:
         defaults |= {"rounds": 3} if gpu else {"rounds": 3, "model": "lavit_micro", "size": 32}
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return fill_in(options, defaults)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

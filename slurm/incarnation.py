@@ -131,7 +131,8 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
         except SlurmError as error:
             _say(f"cannot be requeued ({error}): submitting a job in its place")
             follower = scheduler.submit(script, after=job, wait_s=decision.wait_s, exclude=exclude)
-            adopt(folder, history, incarnation, follower)
+            history.note(incarnation, f"goes on as job {follower}", next_job=follower)
+            copy_submission(folder, job, follower)
             _say(f"job {follower} goes on in its place")
             return
     if exclude:
@@ -139,12 +140,6 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
     if decision.wait_s:
         history.note(incarnation, f"waits {decision.wait_s:.0f} s before it starts again")
         _tolerating(lambda: scheduler.wait_before_start(job, decision.wait_s))
-
-
-def adopt(folder: SlurmFolder, history: History, incarnation: Incarnation, follower: str) -> None:
-    """Let a job that was submitted with the same script go on in an incarnation's place."""
-    history.note(incarnation, f"goes on as job {follower}", next_job=follower)
-    copy_submission(folder, incarnation.job, follower)
 
 
 def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:

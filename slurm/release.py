@@ -41,12 +41,11 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     """
     history = History(folder.history)
     chapters = history.chapters()
-    job = current_job(folder, chapters, queue)
+    last, job = chapters[-1] if chapters else None, current_job(folder, chapters, queue)
     if job is None:
-        return _submit_again(folder, queue)
+        return _submit_again(folder, history, last, queue)
     if not job.launch_failed:
         return ""
-    last = chapters[-1] if chapters else None
     if folder.stop_request():
         return f"{folder.run}: job {job.id} stays held: {folder.stop_request()}"
     failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
@@ -61,10 +60,8 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     return f"{folder.run}: job {job.id} was held since a launch failed, and is released"
 
 
-def _submit_again(folder: SlurmFolder, queue: dict[str, Job]) -> str:
+def _submit_again(folder: SlurmFolder, history: History, last: Chapter | None, queue: dict[str, Job]) -> str:
     """Submit the script of a run again whose job ended otherwise than by it or by a person; a line, or ""."""
-    history = History(folder.history)
-    last = next(iter(reversed(history.chapters())), None)
     gone = ended_job(folder, last, queue)
     if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
         return ""
