@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--intervals", type=int, default=12, help="of 50 steps each (default: 12)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     options = parser.parse_args(arguments)
+    load = os.getloadavg()[0]
     seconds, interval, spent, pictures = start_ranks(measure, options)
     usual, written = ({} for _ in range(2))
     for name, times in seconds.items():
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"`python -m benchmarks.monitoring {typed}`:",
         f"{options.model} at {options.size} x {options.size}, {options.micro_batch} pictures a rank, {options.ranks}",
         f"rank(s) of one thread each, fp32, ZeRO stage {options.stage}; {options.intervals} interleaved intervals of",
-        "50 steps; CPU time, on a machine that others used at the same time.",
+        f"50 steps; CPU time; load average {load:.1f} before it.",
         "",
         "| variant | step, ms | step with a line of metrics, ms | together, over not watched |",
         "|---|---|---|---|",
