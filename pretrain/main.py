@@ -158,7 +158,7 @@ def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:
     try:
         if run is not None:
             run.console.close()
-            run.fail(reason.splitlines()[0] if reason else "")
+            run.logbook.fail(reason.splitlines()[0] if reason else "")
     except OSError as error:
         print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
     finally:

@@ -1,7 +1,7 @@
 """One run on one rank: all its parts, and what is done with them between steps."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,20 +17,19 @@ from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.engine.deepspeed_config import BatchPlan
 from pretrain.engine.distributed import limit_collectives
-from pretrain.evaluation.accuracy import Evaluation, evaluate
-from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError
-from pretrain.events import EventName, write_event
+from pretrain.evaluation.accuracy import evaluate
+from pretrain.evaluation.probes import Probes, ProbesEndedError
 from pretrain.export import export_run
+from pretrain.logbook import Logbook
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.metrics import MetricsWriter
-from pretrain.monitoring.bad_samples import BadSampleCount
-from pretrain.monitoring.monitor import Monitor, describe
+from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
-from pretrain.run_state import RunState, State
+from pretrain.run_state import RunState
 from pretrain.summary import write_summary
 from pretrain.survival.bad_steps import BadSteps
 from pretrain.survival.stop import StopAgreement
@@ -79,25 +78,27 @@ class Run:
     save_tried_at: int = -1
     """``samples_seen`` of the newest attempt, which may have failed."""
     failed_saves: int = 0
-    described: bool = False
-    """Whether the sinks were given recipe and environment by this incarnation."""
     meter: Meter = field(init=False)
+    logbook: Logbook = field(init=False)
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
-        self.watchdog.on_hang = self.fail
+        self.logbook = Logbook(
+            self.folder,
+            self.state,
+            self.progress,
+            metrics=self.metrics,
+            console=self.console,
+            monitor=self.monitor,
+            epoch_size=self.epoch_size,
+        )
+        self.watchdog.on_hang = self.logbook.fail
         self.monitor.norms.due = lambda: self.log_due(ahead=1)
-        self.bad_samples = BadSampleCount(self.folder.bad_samples)
 
     @property
     def done(self) -> bool:
         """Whether all steps are taken."""
         return self.progress.step >= self.total_steps
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training split so far."""
-        return self.progress.samples_seen / self.epoch_size
 
     def evaluation_due(self) -> bool:
         """Whether an evaluation boundary was passed, or the end reached, and not yet evaluated."""
@@ -131,7 +132,7 @@ class Run:
                 with self.pieces.averaged_weights():
                     complete = self._evaluate("eval_average")
             if complete:
-                self._show_attention(self._where())
+                self._show_attention(self.logbook.where())
         if complete:
             self.progress.evaluated_at = self.progress.samples_seen
             if self.progress.evaluation["top1"] > self.progress.best_top1:
@@ -152,7 +153,7 @@ class Run:
         if result is None:
             return False
         self.progress.evaluation = asdict(result)
-        self._tell_result(kind, result, began)
+        self.logbook.result(kind, result, seconds=time.monotonic() - began)
         return True
 
     def probe(self) -> None:
@@ -170,17 +171,12 @@ class Run:
                 limit = self.probes.section.time_limit_minutes
                 self.console.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
             else:
-                self._tell_result("probe", result, began)
+                self.logbook.result("probe", result, seconds=time.monotonic() - began)
         self.progress.probed_at = self.progress.samples_seen
 
     def _stopped_while(self, doing: str) -> bool:
         self.watchdog.beat(doing, patient=self.first_step)
         return self.stop.at_step_boundary()
-
-    def _tell_result(self, kind: str, result: Evaluation | Probed, began: float) -> None:
-        self.console.say(f"{kind}  epoch {self.epoch:.2f}  {result}")
-        values = {**self._where(), **asdict(result), "seconds": round(time.monotonic() - began, 3)}
-        self._tell(lambda metrics: metrics.write(kind, self.progress.samples_seen, values))
 
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
@@ -201,7 +197,7 @@ class Run:
             self.watchdog.beat("copying a checkpoint", patient=True)
             self.save_tried_at = self.progress.samples_seen
             self.progress.loss_scale = self.bad_steps.loss_scale()
-            self._tell(lambda metrics: metrics.flush())  # before it: what a checkpoint has seen is never told again
+            self.logbook.flush()  # before it: what a checkpoint has seen is never told again
             self.writer.start(self.progress)
         if wait or self.done or self.failed_saves:  # after a failure the answer is wanted at once
             self.settle_save()
@@ -221,7 +217,7 @@ class Run:
             self.saved_at, self.failed_saves = self.save_tried_at, 0
             return
         self.failed_saves += 1
-        self._note_event("checkpoint failed", problem)
+        self.logbook.event("checkpoint failed", problem)
         last = self.done and self.save_tried_at == self.progress.samples_seen
         if self.failed_saves > FAILED_SAVES_ALLOWED or last:
             raise UserError(
@@ -271,7 +267,7 @@ class Run:
         progress.rollbacks += 1
         progress.skipped_in_a_row = 0
         what = f"{why}: back to the weights of step {loaded[0].step}, going on behind these images"
-        self._note_event("went back", what)
+        self.logbook.event("went back", what)
         self.console.say(f"WARNING {what} ({progress.rollbacks} of {limits.rollbacks} times)")
 
     def log_due(self, ahead: int = 0) -> bool:
@@ -285,42 +281,18 @@ class Run:
         values = self.meter.means()
         norm = self.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
-        values |= {"lr": lr, "skipped_steps": self.progress.skipped_steps} | (
-            {} if norm is None else {"grad_norm": norm}
-        )
+        values |= {"lr": lr, "skipped_steps": self.progress.skipped_steps}
+        values |= {} if norm is None else {"grad_norm": norm}
         rate = self.meter.steps * self.batch.global_batch / self.meter.seconds()
         measured, pictures = self.monitor.measure(
             self.meter.timer, steps=self.meter.steps, images_per_second=rate, grad_norm=norm
         )
-        self.console.log_metrics(self.progress.step, self.epoch, values)
-        where = self._where()
-        speed = {"images_per_second": round(rate, 2), "data_wait": round(measured.data_wait, 4)}
-        if measured.mfu is not None:
-            speed["mfu"] = round(measured.mfu, 4)
-
-        def write(metrics: MetricsWriter) -> None:
-            counts = {"bad_samples": self.bad_samples(), "restarts": self.state.restarts}
-            train = {**where, **values, **speed, "memory_gib": round(measured.memory_gib, 3), **counts}
-            metrics.write("train", self.progress.samples_seen, train)
-            metrics.write("norms", self.progress.samples_seen, where | measured.norms)
-            metrics.write("time", self.progress.samples_seen, where | measured.seconds)
-            self.monitor.show_batch(metrics, self.progress.samples_seen)
-            if not self.described:
-                describe(metrics, self.progress.samples_seen, self.folder.path)
-                self.described = True
-            if pictures:
-                self.monitor.requested()
-            self.write_state("running")
-
-        self._tell(write)
+        self.logbook.interval(values, measured, images_per_second=rate, pictures=pictures)
         if pictures:
             with self._beside_training():
                 self._show_attention(None)
         garbage.collect()
         self.meter.reset()
-
-    def _where(self) -> dict[str, float]:
-        return {"step": self.progress.step, "epoch": round(self.epoch, 4)}
 
     def _show_attention(self, where: dict[str, float] | None) -> None:
         try:
@@ -346,19 +318,8 @@ class Run:
                 train_images=self.progress.samples_seen,
                 seconds=self.progress.train_seconds,
             )
-            self.write_state("finished")
+            self.logbook.write_state("finished")
         dist.barrier(self.control)
-
-    def write_state(self, state: State, reason: str = "") -> None:
-        """Write ``run.json``; on rank 0."""
-        if self.metrics:
-            self.state.state, self.state.reason = state, reason
-            self.state.step, self.state.samples_seen = self.progress.step, self.progress.samples_seen
-            self.folder.write_state(self.state)
-
-    def fail(self, reason: str) -> None:
-        """Write down why the run fails: on any rank, and the first one's reason stands in ``run.json``."""
-        self.write_state("failed", self.folder.first_failure(reason))
 
     def close(self) -> None:
         """Free loaders, flush metrics, give the terminal back."""
@@ -371,19 +332,6 @@ class Run:
         if self.metrics:
             self.metrics.close()
         garbage.let_it_run()
-
-    def _note_event(self, name: EventName, text: str) -> None:
-        progress = self.progress
-        where = {"step": progress.step, "samples_seen": progress.samples_seen}
-        self._tell(lambda _: write_event(self.folder.events, name, text=text, **where))
-
-    def _tell(self, write: Callable[[MetricsWriter], None]) -> None:
-        """Write what only informs; when the disk refuses, say so and train on."""
-        if self.metrics:
-            try:
-                write(self.metrics)
-            except OSError as error:
-                self.console.say(f"WARNING metrics or state could not be written: {error}")
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:

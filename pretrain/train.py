@@ -54,7 +54,7 @@ def train(run: Run) -> ExitCode:
     saved = run.saved_at == progress.samples_seen
     kept = "saved; the same command goes on from here" if saved else "nothing new was saved"
     run.console.say(f"stopped at step {progress.step} of {run.total_steps} ({reason}), {kept}")
-    run.write_state("preempted", reason)
+    run.logbook.write_state("preempted", reason)
     return ExitCode.STOPPED
 
 
