@@ -20,7 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.loops import CONFIG, FixedBatch, become_rank, fixed_batch, recipe_of, start_ranks, trainer_run
+from benchmarks.loops import (
+    CONFIG,
+    FixedBatch,
+    become_rank,
+    fixed_batch,
+    recipe_of,
+    start_ranks,
+    state_of,
+    trainer_run,
+)
 from benchmarks.report import RESULTS, tell
 from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
 from pretrain.run_folder import RunFolder
@@ -32,11 +41,17 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     device, control = become_rank(local_rank, port, options.ranks)
     loader = FixedBatch(fixed_batch(local_rank, options, device))
     batches = iter(loader)
-    config = read_deepspeed_config(CONFIG, {"train_batch_size": options.ranks * options.micro_batch})
-    config["bf16"] = {"enabled": False}
-    resolved = resolve_deepspeed_config(config, world_size=options.ranks, has_bf16_gpu=False)
+    changes = {
+        "train_batch_size": options.ranks * options.micro_batch,
+        "zero_optimization": {"stage": options.stage},
+        "bf16": {"enabled": False},
+    }
+    config, recipe = read_deepspeed_config(CONFIG, changes), recipe_of(options, compiled=False)
+    resolved = resolve_deepspeed_config(
+        config, world_size=options.ranks, state_bytes=state_of(recipe), has_bf16_gpu=False
+    )
     where = RunFolder(Path(folder))
-    run = trainer_run(recipe_of(options, compiled=False), resolved, loader, where, device=device, control=control)
+    run = trainer_run(recipe, resolved, loader, where, device=device, control=control)
 
     def step() -> float:
         dist.barrier(control)
@@ -78,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default: 96)")
     parser.add_argument("--micro-batch", type=int, default=8, help="pictures per rank and step (default: 8)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, help="checkpoints to take the median of (default: 7)")
     parser.add_argument("--steps", type=int, default=5, help="peaceful steps before each (default: 5)")
     parser.add_argument("--every-steps", type=int, default=1000, help="distance of checkpoints (default: 1000)")
@@ -95,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     text = (
         f"`python -m benchmarks.checkpoint {' '.join(sys.argv[1:] if arguments is None else arguments)}`: "
-        f"{options.model}, {size / 2**20:.0f} MiB on disk, {options.ranks} ranks, ZeRO as in ds_config.json, "
+        f"{options.model}, {size / 2**20:.0f} MiB on disk, {options.ranks} ranks, ZeRO stage {options.stage}, "
         f"{options.rounds} checkpoints, each written during {statistics.median(during):.0f} steps of "
         f"{1e3 * statistics.median(peace):.0f} ms; the last column is for one in {options.every_steps} steps."
     )

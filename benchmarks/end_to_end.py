@@ -36,6 +36,7 @@ from benchmarks.loops import (
     fixed_batch,
     recipe_of,
     start_ranks,
+    state_of,
     trainer_run,
 )
 from benchmarks.photographs import build_shards
@@ -62,12 +63,13 @@ def drain(loader: Loader) -> None:
         pass
 
 
-def resolve(options: argparse.Namespace, device: torch.device) -> ResolvedDeepSpeed:
+def resolve(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> ResolvedDeepSpeed:
     """ds_config.json as it stands, but for the size of the batch."""
     batch = {"train_batch_size": options.ranks * options.micro_batch}
     return resolve_deepspeed_config(
         read_deepspeed_config(CONFIG, batch),
-        world_size=options.ranks, has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
+        world_size=options.ranks, state_bytes=state_of(recipe),
+        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
     )  # fmt: skip
 
 
@@ -81,11 +83,11 @@ def real_loader(recipe: Recipe, local_rank: int, options: argparse.Namespace, de
 
 
 def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
-    """One rank: the modes take turns; rank 0 sends the images per second of all ranks, and the precision."""
+    """One rank: the modes take turns; rank 0 sends the images per second of all ranks, precision and ZeRO stage."""
     device, control = become_rank(local_rank, port, options.ranks)
     data = {"path": str(options.shards), "augment": AUGMENT}
     recipe = recipe_of(options, compiled=options.compile, data=data)
-    resolved = resolve(options, device)
+    resolved = resolve(recipe, options, device)
     loaders: dict[str, Loader] = {
         SYNTHETIC: FixedBatch(fixed_batch(local_rank, options, device)),
         DATA: real_loader(recipe, local_rank, options, device),
@@ -101,7 +103,7 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
         batons[mode].start(partial(train, run))
     rates = take_turns(batons, 2 * recipe.data.prefetch + 1, options, device=device, control=control)
     if local_rank == 0:
-        queue.put((rates, resolved.precision))
+        queue.put((rates, resolved.precision, resolved.stage))
     dist.barrier(control)
     os._exit(0)  # loops and watchdogs are still there
 
@@ -184,8 +186,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.shards = build_shards(Path(scratch), 300 if options.quick else 3000)
         for model, size, micro_batch in options.cases:
             case = {"model": model, "size": size, "micro_batch": micro_batch}
-            rates, precision = start_ranks(measure, argparse.Namespace(**(vars(options) | case)))
-            case |= {"precision": precision, "macs": count_macs(model_config(model, image_size=size))}
+            rates, precision, stage = start_ranks(measure, argparse.Namespace(**(vars(options) | case)))
+            case |= {
+                "precision": precision,
+                "zero_stage": stage,
+                "macs": count_macs(model_config(model, image_size=size)),
+            }
             rows += [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
     conditions = {name: getattr(options, name) for name in ("ranks", "rounds", "seconds", "compile")}
     conditions |= {"photographs": "500 x 375 pixels"}

@@ -23,6 +23,8 @@ import torch.multiprocessing as mp
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import Int64
+from models.cost import count_parameters
+from pretrain.check import architecture, state_bytes
 from pretrain.checkpoints.checkpoint import Progress
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
@@ -170,6 +172,11 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, data: dict[str, An
         },
         "benchmark",
     )
+
+
+def state_of(recipe: Recipe) -> int:
+    """Bytes of its optimizer's state, for the choice of the ZeRO stage."""
+    return state_bytes(recipe, count_parameters(architecture(recipe, CLASSES)))
 
 
 def trainer_run(

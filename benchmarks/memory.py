@@ -29,7 +29,16 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.loops import CLASSES, CONFIG, FixedBatch, become_rank, fixed_batch, start_ranks, trainer_run
+from benchmarks.loops import (
+    CLASSES,
+    CONFIG,
+    FixedBatch,
+    become_rank,
+    fixed_batch,
+    start_ranks,
+    state_of,
+    trainer_run,
+)
 from benchmarks.report import RESULTS, tell
 from pretrain.check import architecture
 from pretrain.engine.build import build_model
@@ -91,7 +100,9 @@ class Configuration:
             "torch_autocast": {"enabled": self.precision == "bf16 autocast"},
         }
         config = read_deepspeed_config(CONFIG, changes)
-        return resolve_deepspeed_config(config, world_size=ranks, has_gpu=gpu, has_bf16_gpu=gpu, pairs=True)
+        return resolve_deepspeed_config(
+            config, world_size=ranks, state_bytes=state_of(self.recipe), has_gpu=gpu, has_bf16_gpu=gpu, pairs=True
+        )
 
     def words(self) -> str:
         """One row's beginning."""

@@ -33,6 +33,7 @@ from benchmarks.loops import (
     fixed_batch,
     recipe_of,
     start_ranks,
+    state_of,
     trainer_run,
 )
 from benchmarks.report import Section, add_common, cores, fill_in, say
@@ -78,8 +79,9 @@ def resolve(options: argparse.Namespace, stage: int, device: torch.device) -> Re
         "bf16": {"enabled": False},
     }
     return resolve_deepspeed_config(
-        config, world_size=options.ranks, has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device)
-    )
+        config, world_size=options.ranks, state_bytes=state_of(recipe_of(options, compiled=False)),
+        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
+    )  # fmt: skip
 
 
 def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:

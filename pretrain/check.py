@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.store import open_store
 from models import model_config
 from models.config import LaViTConfig
 from models.cost import count_parameters
@@ -56,6 +57,19 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     return RunSize(parameters, train_set.num_classes, len(train_set), len(val_set), size)
 
 
+def count_parameters_here(recipe: Recipe) -> int:
+    """Of the recipe's network for its dataset's classes; nothing but dataset.json is read.
+
+    Raises:
+        UserError: there is no such dataset, or no such network.
+    """
+    try:
+        classes = open_store(recipe.data.path, recipe.data.cache).manifest().class_ids
+    except DataError as error:
+        raise UserError(str(error)) from None
+    return count_parameters(architecture(recipe, len(classes)))
+
+
 def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
     """What the recipe's network is, without building it.
 
@@ -72,4 +86,9 @@ def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
     """Of all ranks' files, but for their index of names and shapes, which is some kilobytes."""
-    return 4 * parameters * (COPIES[recipe.optimizer.kind] + (recipe.ema is not None))
+    return 4 * parameters + state_bytes(recipe, parameters)
+
+
+def state_bytes(recipe: Recipe, parameters: int) -> int:
+    """Of the optimizer's moments and the moving average, in fp32: what ZeRO stages 1 to 3 divide among the ranks."""
+    return 4 * parameters * (COPIES[recipe.optimizer.kind] - 1 + (recipe.ema is not None))

@@ -21,6 +21,7 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from pretrain.arguments import add_run_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
+from pretrain.check import count_parameters_here, state_bytes  # noqa: E402
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
 from pretrain.engine.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
@@ -88,17 +89,18 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         recipe = load_recipe(options.recipe, options.assignments)
         folder = RunFolder(options.runs / recipe.name)
         config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
+        folder.check_recipe(recipe, config)
+        if _already_finished(folder, rank):
+            return ExitCode.FINISHED
         resolved = resolve_deepspeed_config(
             config,
             world_size=rank.world_size,
+            state_bytes=state_bytes(recipe, count_parameters_here(recipe)),
             has_gpu=device.type == "cuda",
             has_bf16_gpu=has_bf16(device),
             pairs=recipe.mixing.in_pairs,
             optimizer=recipe.optimizer.kind,
         )
-        folder.check_recipe(recipe, resolved.config)
-        if _already_finished(folder, rank):
-            return ExitCode.FINISHED
         limits = recipe.watchdog
         watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
         # A third of the time to start: a node that is not there by then is named, rather than waited for.

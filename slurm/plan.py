@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.check import check_recipe_here
+from pretrain.check import check_recipe_here, state_bytes
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
 from pretrain.engine.schedule import count_steps
 from pretrain.files import write_json
@@ -55,10 +56,22 @@ def make_plan(
     recipe = _with_absolute_paths(recipe)
     config = read_deepspeed_config(deepspeed_file, recipe.deepspeed)
     run = RunFolder(runs.resolve() / recipe.name)
-    resolved = _resolve(recipe, config, nodes * gpus_per_node, on_gpus=on_cluster)
-    usable = tuple(n for n in range(min_nodes, nodes + 1) if _fits(recipe, config, n * gpus_per_node, on_cluster))
-    run.check_recipe(recipe, resolved.config)
+    run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
+
+    def resolve(with_nodes: int) -> ResolvedDeepSpeed:
+        return resolve_deepspeed_config(
+            config,
+            world_size=with_nodes * gpus_per_node,
+            state_bytes=state_bytes(recipe, run_size.parameters),
+            has_gpu=on_cluster or torch.cuda.is_available(),
+            has_bf16_gpu=on_cluster or torch.cuda.is_available(),
+            pairs=recipe.mixing.in_pairs,
+            optimizer=recipe.optimizer.kind,
+        )
+
+    resolved = resolve(nodes)
+    usable = tuple(n for n in range(min_nodes, nodes + 1) if _goes(resolve, n))
     state = run.read_state()
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
@@ -101,20 +114,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def _resolve(recipe: Recipe, config: dict[str, Any], ranks: int, *, on_gpus: bool) -> ResolvedDeepSpeed:
-    return resolve_deepspeed_config(
-        config,
-        world_size=ranks,
-        has_gpu=on_gpus or torch.cuda.is_available(),
-        has_bf16_gpu=on_gpus or torch.cuda.is_available(),
-        pairs=recipe.mixing.in_pairs,
-        optimizer=recipe.optimizer.kind,
-    )
-
-
-def _fits(recipe: Recipe, config: dict[str, Any], ranks: int, on_gpus: bool) -> bool:
+def _goes(resolve: Callable[[int], ResolvedDeepSpeed], nodes: int) -> bool:
     try:
-        _resolve(recipe, config, ranks, on_gpus=on_gpus)
+        resolve(nodes)
     except UserError:
         return False
     return True

@@ -122,4 +122,4 @@ def test_versions_are_pinned_in_one_place() -> None:
 
 
 def test_deepspeed_config_is_plain_json() -> None:
-    assert json.loads((ROOT / "ds_config.json").read_text())["zero_optimization"]["stage"] in range(4)
+    assert json.loads((ROOT / "ds_config.json").read_text())["zero_optimization"]["stage"] == "auto"

@@ -1,6 +1,6 @@
 """DeepSpeed's configuration: read, merged, checked and made concrete.
 
-``"auto"`` is allowed for the micro-batch and for ``bf16.enabled``; what it became is printed once.
+``"auto"`` is allowed for the micro-batch, for ``bf16.enabled`` and for the ZeRO stage; what it became is printed once.
 """
 
 import copy
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
-from pretrain.engine.precision import Precision, choose_precision
+from pretrain.engine.precision import Precision, check_precision, choose_precision
+from pretrain.engine.stage import choose_stage, fixed_stage
 from pretrain.outcome import UserError
 
 
@@ -59,6 +60,7 @@ def resolve_deepspeed_config(
     config: dict[str, Any],
     *,
     world_size: int,
+    state_bytes: int,
     has_bf16_gpu: bool,
     has_gpu: bool | None = None,
     pairs: bool = False,
@@ -69,6 +71,7 @@ def resolve_deepspeed_config(
     Args:
         config: what ``read_deepspeed_config`` returned.
         world_size: number of ranks.
+        state_bytes: moments of the optimizer and moving average of the whole network, as ``pretrain.check`` counts.
         has_bf16_gpu: whether the device is a GPU that computes in bfloat16.
         has_gpu: whether the device is a GPU at all; as ``has_bf16_gpu`` where not given.
         pairs: whether micro-batches must be even, because images are mixed in pairs.
@@ -86,11 +89,15 @@ def resolve_deepspeed_config(
         "gradient_accumulation_steps": batch.accumulation,
     }
     resolved.setdefault("steps_per_print", 2**31)  # the metrics are ours
-    stage = resolved.get("zero_optimization", {}).get("stage", 0)
-    gpu = has_bf16_gpu if has_gpu is None else has_gpu
-    precision, why = choose_precision(resolved, stage=stage, has_gpu=gpu, has_bf16_gpu=has_bf16_gpu)
+    device = {"has_gpu": has_bf16_gpu if has_gpu is None else has_gpu, "has_bf16_gpu": has_bf16_gpu}
+    precision, why = choose_precision(resolved, fixed_stage=fixed_stage(resolved, optimizer), **device)
+    stage, why_stage = choose_stage(
+        resolved, precision=precision, optimizer=optimizer, state_bytes=state_bytes, world_size=world_size
+    )
+    check_precision(resolved, precision, stage=stage, **device)
     _check_optimizer(resolved, stage, optimizer)
-    return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes + why + _settle_offload(resolved, stage)))
+    notes += [*why, *why_stage, *_settle_offload(resolved, stage)]
+    return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes))
 
 
 def _check_optimizer(config: dict[str, Any], stage: int, optimizer: str) -> None:

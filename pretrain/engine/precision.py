@@ -11,18 +11,24 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16 autocast"]
 
 
 def choose_precision(
-    config: dict[str, Any], *, stage: int, has_gpu: bool, has_bf16_gpu: bool
+    config: dict[str, Any], *, fixed_stage: int | None, has_gpu: bool, has_bf16_gpu: bool
 ) -> tuple[Precision, list[str]]:
-    """Settle ``bf16``, ``fp16`` and ``torch_autocast`` of a checked configuration in place.
+    """Settle which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
 
     ``bf16`` and ``fp16`` store and compute the model in 16 bits beside fp32 masters; ``torch_autocast`` keeps its
     weights in fp32 and computes matrix products and convolutions in bfloat16.
+
+    Args:
+        config: its ``bf16.enabled`` may be ``"auto"``.
+        fixed_stage: the ZeRO stage; None where it is chosen afterwards, to suit.
+        has_gpu: whether the device is a GPU.
+        has_bf16_gpu: whether it computes in bfloat16.
 
     Returns:
         the precision, and lines about what was chosen automatically.
 
     Raises:
-        UserError: a combination that DeepSpeed gets wrong or the device cannot do; with the way out.
+        UserError: two of them are enabled.
     """
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
     on = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") is True]
@@ -30,23 +36,32 @@ def choose_precision(
         raise UserError(f"{' and '.join(on)} are both enabled, but each is a way to compute in 16 bits: enable one")
     notes: list[str] = []
     if bf16.get("enabled") == "auto":
-        bf16["enabled"] = has_bf16_gpu and stage > 0 and not on
+        bf16["enabled"] = has_bf16_gpu and fixed_stage != 0 and not on
         if bf16["enabled"]:
             notes.append("precision: bf16 (the GPU has it)")
         elif not on:
             notes.append("precision: fp32 (" + _why_not_bf16(has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu) + ")")
-    precision: Precision = "fp32"
-    if on == ["torch_autocast"]:
+    chosen: dict[str, Precision] = {"torch_autocast": "bf16 autocast", "fp16": "fp16", "bf16": "bf16"}
+    if on:
+        return chosen[on[0]], notes
+    return ("bf16" if bf16.get("enabled") else "fp32"), notes
+
+
+def check_precision(
+    config: dict[str, Any], precision: Precision, *, stage: int, has_gpu: bool, has_bf16_gpu: bool
+) -> None:
+    """Check that a precision goes with the ZeRO stage, the device and its own section, of which it settles the rest.
+
+    Raises:
+        UserError: a combination that DeepSpeed gets wrong or the device cannot do; with the way out.
+    """
+    if precision == "bf16 autocast":
         _check_autocast(config["torch_autocast"], stage=stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
-        precision = "bf16 autocast"
-    elif on == ["fp16"]:
+    elif precision == "fp16":
         _check_fp16(stage=stage, has_gpu=has_gpu)
-        precision = "fp16"
-    elif bf16.get("enabled"):
+    elif precision == "bf16":
         _check_bf16(stage=stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
-        precision = "bf16"
     _check_accumulation(config, precision)
-    return precision, notes
 
 
 def _why_not_bf16(*, has_gpu: bool, has_bf16_gpu: bool) -> str:

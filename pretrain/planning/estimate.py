@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from models.config import LaViTConfig
 from models.cost import count_macs, count_parameters
-from pretrain.check import architecture, checkpoint_bytes
+from pretrain.check import architecture, checkpoint_bytes, state_bytes
 from pretrain.devices import Device
 from pretrain.engine.deepspeed_config import BatchPlan, ResolvedDeepSpeed, resolve_deepspeed_config
 from pretrain.engine.precision import Precision, input_dtype
@@ -146,10 +147,10 @@ def make_estimate(request: Request) -> Estimate:
     data = look_at_data(recipe, request.images, request.classes, request.bytes_per_image)
     config = architecture(recipe, data.classes)
     parameters, macs = count_parameters(config), count_macs(config)
-    resolved = _resolve(request, request.deepspeed)
+    resolved = _resolve(request, request.deepspeed, parameters)
     batch = resolved.batch
     capacity = request.device.memory * (1 - request.headroom)
-    rows, refused = _memory_rows(request, data.classes, capacity)
+    rows, refused = _memory_rows(request, config, resolved.stage, capacity)
     measured = None
     if request.benchmark is not None:
         size = recipe.data.size
@@ -207,10 +208,11 @@ def with_failures(estimate: Estimate) -> tuple[Outlook, ...]:
     return tuple(outlooks)
 
 
-def _resolve(request: Request, config: dict[str, Any]) -> ResolvedDeepSpeed:
+def _resolve(request: Request, config: dict[str, Any], parameters: int) -> ResolvedDeepSpeed:
     return resolve_deepspeed_config(
         config,
         world_size=request.gpus,
+        state_bytes=state_bytes(request.recipe, parameters),
         has_gpu=True,
         has_bf16_gpu=True,
         pairs=request.recipe.mixing.in_pairs,
@@ -218,19 +220,20 @@ def _resolve(request: Request, config: dict[str, Any]) -> ResolvedDeepSpeed:
     )
 
 
-def _memory_rows(request: Request, classes: int, capacity: float) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+def _memory_rows(
+    request: Request, config: LaViTConfig, chosen_stage: int, capacity: float
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     recipe, rows, refused = request.recipe, [], []
     models: dict[Precision, MemoryModel] = {}
-    config, own = architecture(recipe, classes), recipe.model.activation_checkpointing
+    own = recipe.model.activation_checkpointing
     policies = dict(POLICIES)
     if _as_booleans(own) not in [_as_booleans(policy) for policy in policies.values()]:
         policies["the recipe's"] = own
-    chosen_stage = _resolve(request, request.deepspeed).stage
     for stage in range(4):
         changed = copy.deepcopy(request.deepspeed)
         changed.setdefault("zero_optimization", {})["stage"] = stage
         try:
-            resolved = _resolve(request, changed)
+            resolved = _resolve(request, changed, count_parameters(config))
         except UserError as error:
             refused.append(f"ZeRO {stage}: {error}")
             continue

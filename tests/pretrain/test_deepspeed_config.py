@@ -23,6 +23,11 @@ def refusal(tmp_path: Path, content: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def resolve(config: dict[str, Any], **facts: Any) -> ResolvedDeepSpeed:
+    """On two ranks without a GPU, with next to no optimizer state, but for these facts."""
+    return resolve_deepspeed_config(config, **({"world_size": 2, "has_bf16_gpu": False, "state_bytes": 1} | facts))
+
+
 def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) -> None:
     content = BASE | {"zero_optimization": {"stage": 1, "overlap_comm": False}}
     merged = read(tmp_path, content, {"zero_optimization": {"stage": 2}, "train_batch_size": 8})
@@ -37,7 +42,12 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"scheduler": {}}, "recipe"),
         ({"amp": {"enabled": True}}, "removed"),
         ({"gradient_cliping": 1.0}, "did you mean gradient_clipping"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization"),
+        ({"zero_optimization": {"stage": 4}}, 'zero_optimization.stage is 0, 1, 2, 3 or "auto", got 4'),
+        ({"zero_optimization": {"stage": "Auto"}}, "zero_optimization.stage is 0, 1, 2, 3 or \"auto\", got 'Auto'"),
+        ({"zero_optimization": {"stage": True}}, 'zero_optimization.stage is 0, 1, 2, 3 or "auto", got True'),
+        ({"zero_optimization": {"stage": 1.0}}, 'zero_optimization.stage is 0, 1, 2, 3 or "auto", got 1.0'),
+        ({"zero_optimization": {"stage": [1]}}, 'zero_optimization.stage is 0, 1, 2, 3 or "auto", got [1]'),
+        ({"zero_optimization": {"stage": "auto", "stag": 1}}, "stag"),
         ({"zero_optimization": {"stag": 1}}, "stag"),
         ({"bf16": {"enabeld": True}}, "bf16"),
         ({"bf16": True}, "bf16 is a section"),
@@ -56,6 +66,7 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "only cpu and none"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "only cpu and none"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "leave it out"),
+        ({"zero_optimization": {"stage": "auto", "offload_optimizer": {"ratio": 0.5}}}, "leave it out"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "offload_optimizer"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "nobody has tested"),
     ],
@@ -81,34 +92,32 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
 )
 def test_the_global_batch_stays_whatever_the_ranks(world: int, limit: Any, micro: int, accumulation: int) -> None:
     config = BASE | {"train_micro_batch_size_per_gpu": limit}
-    batch = resolve_deepspeed_config(config, world_size=world, has_bf16_gpu=False).batch
+    batch = resolve(config, world_size=world).batch
     assert (batch.micro_batch, batch.accumulation) == (micro, accumulation)
     assert batch.micro_batch * batch.accumulation * world == 64
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_a_way_out() -> None:
     with pytest.raises(UserError, match=r"64 .* 3 ranks: start 2 or 4 ranks"):
-        resolve_deepspeed_config(BASE, world_size=3, has_bf16_gpu=False)
+        resolve(BASE, world_size=3)
 
 
 def test_micro_batches_are_even_where_images_are_mixed_in_pairs() -> None:
     config = BASE | {"train_batch_size": 36, "train_micro_batch_size_per_gpu": 10}
-    assert resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False).batch.micro_batch == 9
-    assert resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False, pairs=True).batch.micro_batch == 6
+    assert resolve(config).batch.micro_batch == 9
+    assert resolve(config, pairs=True).batch.micro_batch == 6
     with pytest.raises(UserError, match="even micro-batches"):
-        resolve_deepspeed_config(BASE | {"train_batch_size": 6}, world_size=2, has_bf16_gpu=False, pairs=True)
+        resolve(BASE | {"train_batch_size": 6}, pairs=True)
 
 
 def test_accumulation_that_contradicts_the_batch_is_refused() -> None:
     config = BASE | {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}
     with pytest.raises(UserError, match="gradient_accumulation_steps"):
-        resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
+        resolve(config)
 
 
 def resolved(has_gpu: bool = False, optimizer: str = "adamw", **change: Any) -> ResolvedDeepSpeed:
-    return resolve_deepspeed_config(
-        BASE | change, world_size=2, has_gpu=has_gpu, has_bf16_gpu=has_gpu, optimizer=optimizer
-    )
+    return resolve(BASE | change, has_gpu=has_gpu, has_bf16_gpu=has_gpu, optimizer=optimizer)
 
 
 def test_precision_is_chosen_by_the_device_and_the_reason_is_told() -> None:
@@ -134,10 +143,11 @@ def test_a_precision_that_is_asked_for_takes_the_place_of_auto() -> None:
     assert not any("precision" in note for note in (*autocast.notes, *fp16.notes))
 
 
-def zero(stage: int, **section: Any) -> dict[str, Any]:
+def zero(stage: int | str, **section: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **section}}
 
 
+AUTO = {"zero_optimization": {"stage": "auto"}}
 BF16, FP16, CPU = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, {"device": "cpu"}
 AUTOCAST = {"torch_autocast": {"enabled": True}}
 HALF = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
@@ -158,6 +168,16 @@ HALF = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
         ({"optimizer": "lamb"}, "lamb at ZeRO stage 1 is not LAMB", "use zero_optimization.stage 0"),
         (zero(3) | {"optimizer": "lamb"}, "lamb at ZeRO stage 3 is not LAMB", "optimizer.kind adamw"),
         (zero(0, offload_optimizer=CPU), "offload_optimizer needs ZeRO stage 1", "or leave it out"),
+        (AUTO | BF16 | {"optimizer": "lamb"}, "which needs stage 0, and weights in bf16", "use torch_autocast"),
+        (AUTO | FP16 | {"has_gpu": True, "optimizer": "lamb"}, "and weights in fp16, which needs stage 1", "adamw"),
+        (
+            zero("auto", offload_optimizer=CPU) | {"optimizer": "lamb"},
+            "and offload_optimizer",
+            "leave offload_optimizer",
+        ),
+        (AUTO | FP16, "fp16 needs a GPU", "use bf16, torch_autocast or fp32"),
+        (AUTO | HALF, "skips steps without saying so", "use dtype bfloat16"),
+        (zero("auto", offload_param=CPU), "offload_param needs ZeRO stage 3", "or leave it out"),
         (zero(2, offload_param=CPU), "offload_param needs ZeRO stage 3", "or leave it out"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "'bf16' does not go with fp32", "use fp32"),
         (BF16 | {"data_types": {"grad_accum_dtype": "fp16"}}, "'fp16' does not go with bf16", "leave it out"),
@@ -176,8 +196,8 @@ def test_what_does_not_go_together_is_refused_with_the_reason_and_the_way_out(
 @pytest.mark.parametrize("section", [BF16, AUTOCAST])
 def test_a_gpu_without_bfloat16_is_not_asked_for_it(section: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="enable fp16 instead"):
-        resolve_deepspeed_config(BASE | section, world_size=1, has_gpu=True, has_bf16_gpu=False)
-    notes = resolve_deepspeed_config(BASE, world_size=1, has_gpu=True, has_bf16_gpu=False).notes
+        resolve(BASE | section, world_size=1, has_gpu=True)
+    notes = resolve(BASE, world_size=1, has_gpu=True).notes
     assert any("the fp16 section would be faster" in note for note in notes)
 
 
@@ -186,3 +206,53 @@ def test_the_optimizer_is_made_known_to_deepspeed() -> None:
     offloaded = resolved(**zero(2, offload_optimizer=CPU))
     assert offloaded.config["zero_force_ds_cpu_optimizer"] is False
     assert "offload_optimizer: in the CPU's memory" in offloaded.notes
+
+
+WHOLE_BYTES = 2**30
+
+
+@pytest.mark.parametrize(
+    ("stage", "facts", "why"),
+    [
+        (0, {}, "moments and moving average take 0.0 MiB; up to 1,024 every rank keeps all of it"),
+        (0, {"state_bytes": WHOLE_BYTES}, "take 1,024.0 MiB; up to 1,024 every rank keeps all of it"),
+        (1, {"state_bytes": WHOLE_BYTES + 1}, "take 1,024.0 MiB; more than 1,024 is divided among the ranks"),
+        (0, {"state_bytes": 10 * WHOLE_BYTES, "world_size": 1}, "one rank has nothing to divide"),
+        (0, {"state_bytes": 10 * WHOLE_BYTES, "optimizer": "lamb"}, "needed by LAMB, whose layers ZeRO would cut"),
+        (0, {"config": AUTOCAST, "has_bf16_gpu": True}, "every rank keeps all of it"),
+        (1, {"has_bf16_gpu": True}, "needed by weights in bf16"),
+        (1, {"has_bf16_gpu": True, "world_size": 1}, "needed by weights in bf16"),
+        (1, {"config": BF16}, "needed by weights in bf16"),
+        (1, {"config": FP16, "has_gpu": True}, "needed by weights in fp16"),
+        (1, {"config": zero("auto", offload_optimizer=CPU)}, "needed by offload_optimizer"),
+        (1, {"config": BF16 | zero("auto", offload_optimizer=CPU)}, "needed by weights in bf16 and offload_optimizer"),
+        (0, {"config": zero("auto", offload_optimizer={"device": "none"})}, "every rank keeps all of it"),
+    ],
+)
+def test_stage_auto_is_chosen_by_what_needs_it_and_by_size_and_the_reason_is_told(
+    stage: int, facts: dict[str, Any], why: str
+) -> None:
+    found = resolve(BASE | AUTO | facts.pop("config", {}), **facts)
+    assert (found.stage, found.config["zero_optimization"]["stage"]) == (stage, stage)
+    (note,) = [note for note in found.notes if note.startswith("ZeRO stage")]
+    assert note.startswith(f"ZeRO stage: {stage} (")
+    assert why in note
+
+
+def test_a_stage_that_is_asked_for_is_not_talked_about() -> None:
+    for stage in range(4):
+        found = resolve(BASE | zero(stage), state_bytes=10 * WHOLE_BYTES)
+        assert found.stage == stage
+        assert not any("ZeRO stage" in note for note in found.notes)
+
+
+def test_lamb_with_everything_on_auto_trains_in_fp32_at_stage_0_and_says_how_to_be_faster() -> None:
+    found = resolve(BASE | AUTO, has_bf16_gpu=True, optimizer="lamb")
+    assert (found.stage, found.precision) == (0, "fp32")
+    assert any("torch_autocast computes in bfloat16 at stage 0" in note for note in found.notes)
+
+
+def test_choosing_leaves_what_was_read_as_it_was() -> None:
+    config = BASE | zero("auto")
+    resolve(config)
+    assert config["zero_optimization"] == {"stage": "auto"}

@@ -16,7 +16,7 @@ from tests.pretrain.test_equality import BATCH, CLASSES, CPU, assert_equal, reci
 
 def engine_of(stage: int, **fields: Any) -> tuple[Any, list[str]]:
     config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
-    resolved = resolve_deepspeed_config(config, world_size=dist.get_world_size(), has_bf16_gpu=False)
+    resolved = resolve_deepspeed_config(config, world_size=dist.get_world_size(), state_bytes=0, has_bf16_gpu=False)
     chosen = recipe().model_copy(update=fields)
     return build_engine(build_model(chosen, CLASSES), chosen, resolved, CPU)
 

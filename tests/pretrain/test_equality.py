@@ -19,6 +19,8 @@ from pytorch_optimizer import Lamb
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
+from models.cost import count_parameters
+from pretrain.check import architecture, state_bytes
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
@@ -109,8 +111,9 @@ def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
     """A run of the trainer's own parts, as far as its step needs them. Collective."""
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0}
     resolved = resolve_deepspeed_config(
-        config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind
-    )
+        config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind,
+        state_bytes=state_bytes(recipe, count_parameters(architecture(recipe, CLASSES))),
+    )  # fmt: skip
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, CPU)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     bad_steps = BadSteps(engine)

@@ -46,7 +46,7 @@ def collections_of_a_run(control: dist.ProcessGroup, folder: Path) -> None:
     chosen = recipe().model_copy(update={"log_every_steps": EVERY})
     resolved = resolve_deepspeed_config(
         {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": 0}},
-        world_size=1, has_bf16_gpu=False,
+        world_size=1, state_bytes=0, has_bf16_gpu=False,
     )  # fmt: skip
     run = trainer_run(chosen, resolved, Loader(), RunFolder(folder), device=CPU, control=control)
     within, between, cycles = [0] * STEPS, 0, []
