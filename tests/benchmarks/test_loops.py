@@ -81,7 +81,7 @@ def test_all_three_modes_run_past_the_first_line_of_metrics(digits: Path) -> Non
     options = end_to_end.parse(["--rounds", "3", "--seconds", "0.01", "--ranks", "1"], "cpu", 2)
     options.shards = digits
     options.model, options.size, options.micro_batch = "lavit_micro", 32, 8
-    rates, precision = start_ranks(end_to_end.measure, options)
-    assert precision == "fp32"
+    rates, precision, stage = start_ranks(end_to_end.measure, options)
+    assert (precision, stage) == ("fp32", 0)
     assert set(rates) == set(MODES)
     assert all(len(values) == 3 and min(values) > 0 for values in rates.values())

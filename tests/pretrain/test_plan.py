@@ -83,16 +83,18 @@ def test_stage_0_is_recommended_where_the_same_run_fits_without_sharding_and_onl
     def advised(*more: str) -> bool:
         return "zero_optimization.stage: 1 -> 0 fits too" in printed(100, *more)
 
-    assert advised(*autocast)
+    at_1 = [*autocast, "--set", "deepspeed.zero_optimization.stage=1"]
+    assert advised(*at_1)
     assert not advised()  # bf16: stage 0 cannot be had
-    assert not advised(*autocast, "--set", "deepspeed.zero_optimization.stage=0")
-    estimate, _ = made(*autocast)
+    assert not advised(*autocast)  # "auto" has taken it
+    assert made(*autocast)[0].stage == 0
+    estimate, _ = made(*at_1)
     sharded = estimate.chosen
     whole = next(row for row in estimate.rows if row.stage == 0 and row.policy == sharded.policy)
     between = (sharded.memory.total + whole.memory.total) / 2
     tight = ["--headroom", str(1 - between / estimate.request.device.memory)]
-    assert made(*autocast, *tight)[0].chosen.fits
-    assert not advised(*autocast, *tight)
+    assert made(*at_1, *tight)[0].chosen.fits
+    assert not advised(*at_1, *tight)
 
 
 def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,10 +25,14 @@ SAVED_EVERY = 5
 
 
 def arguments(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
-    """Of a run of quick steps whose state matters: a moving average, drop path, every step logged."""
+    """Of a run of quick steps whose state matters: a moving average, drop path, every step logged.
+
+    At stage 1, so that what is saved and read again is cut among the ranks.
+    """
     return ["--recipe", str(RECIPE), "--runs", str(runs), *changes(
-        data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, schedule__epochs=(steps + 0.5) * GLOBAL_BATCH / 1437,
-        schedule__warmup_epochs=0.5, log_every_steps=1, checkpoint__every_steps=SAVED_EVERY, ema__decay=0.9,
+        data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, deepspeed__zero_optimization__stage=1,
+        schedule__epochs=(steps + 0.5) * GLOBAL_BATCH / 1437, schedule__warmup_epochs=0.5, log_every_steps=1,
+        checkpoint__every_steps=SAVED_EVERY, ema__decay=0.9,
         optimizer__lr=2e-4, evaluation__every_epochs=5,
     )]  # fmt: skip
 

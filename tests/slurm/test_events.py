@@ -1,6 +1,7 @@
 """Every event that can befall a job, on a real cluster: the run goes on where it was, and status tells the truth."""
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from slurm.folder import SlurmFolder
 from tests.slurm.runs import GLOBAL_BATCH, SAVED_EVERY, STEPS, ClusterRun, assert_equals, assert_resumed
+from tests.system.launching import changes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 Maker = Callable[[int], ClusterRun]
@@ -353,13 +355,16 @@ def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: P
 def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_cluster: Maker, digits: Path) -> None:
     run = on_cluster(4)
     run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[3]}", "State=DRAIN", "Reason=test")
-    plan = run.launch(digits, "--min-nodes", "1", "--set", "deepspeed.train_batch_size=16", nodes=4)
+    # The stage is frozen as it was written, and chosen on the nodes by the ranks that there are.
+    changed = changes(deepspeed__train_batch_size=16, deepspeed__zero_optimization__stage="auto")
+    plan = run.launch(digits, "--min-nodes", "1", *changed, nodes=4)
+    assert json.loads((run.folder / "slurm/ds_config.json").read_text())["zero_optimization"]["stage"] == "auto"
     assert "a restart also takes 1 or 2 nodes" in plan
     run.wait_for_step(1)
     (chapter,) = run.chapters()
     assert (chapter.nodes, chapter.ranks) == (run.cluster.names[:2], 2)
     said = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
     assert "using 2 of 3 nodes: the ranks must divide the global batch of 16" in said
-    assert "global batch 16 = 2 ranks x 8 x 1" in said
+    assert "global batch 16 = 2 ranks x 8 x 1; ZeRO stage 0" in said
     run.stop()
     run.wait_for_state("stopped")

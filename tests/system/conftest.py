@@ -12,9 +12,13 @@ STEPS = 20
 
 @pytest.fixture(scope="session")
 def short(digits: Path) -> list[str]:
-    """Arguments of a run of 20 steps with everything on that must survive a resume; each step is logged."""
+    """Arguments of a run of 20 steps with everything on that must survive a resume; each step is logged.
+
+    At stage 1, which a run of this size would not have by itself.
+    """
     return changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1,
-                   checkpoint__every_steps=6, ema__decay=0.9, mixing__mixup=0.8, mixing__cutmix=1.0)  # fmt: skip
+                   checkpoint__every_steps=6, ema__decay=0.9, mixing__mixup=0.8, mixing__cutmix=1.0,
+                   deepspeed__zero_optimization__stage=1)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -88,21 +88,30 @@ def test_a_finished_run_is_whole_and_a_second_start_does_nothing(straight: Path,
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+Start = tuple[int, int, list[str]]
+"""Ranks, the stage that they must have, and what is said of it."""
+AT_1: list[str] = []  # as `short` has it
+AUTO = changes(deepspeed__zero_optimization__stage="auto")
+OFFLOADED = changes(deepspeed__zero_optimization__offload_optimizer__device="cpu")
+
+
 @pytest.mark.parametrize(
-    ("how", "ranks"),
+    ("how", "before", "after"),
     [
-        ("SIGTERM to the launcher", 2),
-        ("SIGKILL of a rank", 2),
-        ("Ctrl-C on the terminal", 4),
-        ("SIGKILL of the launcher's half that starts the ranks", 1),
+        ("SIGTERM to the launcher", (2, 1, AT_1), (2, 1, AT_1)),
+        ("SIGKILL of a rank", (2, 1, AT_1), (2, 1, AT_1)),
+        ("Ctrl-C on the terminal", (2, 1, AT_1), (4, 0, AUTO)),
+        ("SIGKILL of the launcher's half that starts the ranks", (2, 0, AUTO), (1, 1, [*AUTO, *OFFLOADED])),
     ],
+    ids=["SIGTERM", "SIGKILL of a rank", "Ctrl-C, stage 1 to 0", "SIGKILL of the launcher, stage 0 to 1"],
 )
 def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
-    how: str, ranks: int, straight: Path, short: list[str], tmp_path: Path
+    how: str, before: Start, after: Start, *, straight: Path, short: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "demo"
     crashed = how == "SIGKILL of a rank"
-    with launched(tmp_path, *short) as run:
+    (begins_with, stage, begun_by), (ranks, next_stage, resumed_by) = before, after
+    with launched(tmp_path, *short, *begun_by, ranks=begins_with) as run:
         run.wait_for_steps(folder, 8)
         if how == "SIGTERM to the launcher":
             run.process.terminate()
@@ -120,10 +129,14 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
             assert state(folder)["state"] == "preempted"
             assert state(folder)["step"] >= 8
             assert not list((folder / "checkpoints").glob(".*"))
-    with launched(tmp_path, *short, ranks=ranks) as resumed:
+    assert f"ZeRO stage {stage}, fp32" in run.output()
+    with launched(tmp_path, *short, *resumed_by, ranks=ranks) as resumed:
         assert resumed.end() == ExitCode.FINISHED, resumed.output()
         text = resumed.output()
         resumed.assert_no_rank_stays()
+    assert f"ZeRO stage {next_stage}, fp32" in text
+    assert text.count("ZeRO stage: ") == (resumed_by != AT_1), "told once where it was chosen, else not at all"
+    assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == next_stage
     first = int(text.split("at step ")[1].split()[0])
     assert first >= (6 if crashed else 8), text
     assert f"resuming {folder} at step {first} of {STEPS}" in text
