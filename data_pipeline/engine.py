@@ -53,6 +53,39 @@ class Preparer(Protocol):
         """Treat a sample as bad from now on."""
 
 
+class Over(Protocol):
+    """What ``torch.cuda.Event`` tells of the work before it."""
+
+    def query(self) -> bool:
+        """Whether it is over."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+class Lent:
+    """DALI's batches that a GPU has still to copy from.
+
+    DALI orders the reuse of a batch's memory behind its own work only, even if the batch is bound to another stream
+    (its ``Executor2::Outputs`` pops outputs without setting their order). Let go before the copy is done, it would be
+    filled with another batch's pixels, as that copy may be queued behind a whole step of training.
+    """
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[Over, object]] = deque()
+
+    def until(self, event: Over, batch: object) -> None:
+        """Hold a batch until the event is over; let go of those whose event is."""
+        self._held.append((event, batch))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+
+    def settle(self) -> None:
+        """Wait for all events and let go of everything."""
+        while self._held:
+            self._held.popleft()[0].synchronize()
+
+
 class Engine:
     """Keeps `prefetch` micro-batches being read and as many being decoded.
 
@@ -76,6 +109,7 @@ class Engine:
         self._plan: Iterator[Rows] = iter(())
         self._reading: deque[tuple[Rows, Future[Prepared]]] = deque()
         self._decoding: deque[Prepared] = deque()
+        self._copied = Lent()
         self._runs = 0
         self._build = partial(
             graph.pipeline,
@@ -143,9 +177,11 @@ class Engine:
             # No copy: DALI's dynamic executor gives a batch its own memory, which lives as long as this view of it.
             images = torch.from_numpy(np.asarray(output.as_tensor()))
         else:
-            # Bound to torch's stream: the copy is queued behind the decoding, and a later use of the buffer behind it.
-            (output,) = self._pipe.share_outputs(torch.cuda.current_stream(self._device))
+            # Bound to torch's stream, where the copy waits for the decoding and the host for neither.
+            stream = torch.cuda.current_stream(self._device)
+            (output,) = self._pipe.share_outputs(stream)
             images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+            self._copied.until(stream.record_event(), output)
         self._pipe.release_outputs()
         return images
 
@@ -177,6 +213,7 @@ class Engine:
         while self._reading:
             self._reading.popleft()[1].cancel()
         self._decoding.clear()
+        self._copied.settle()
         if self._pipe is None:
             return
         try:

@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from nvidia.dali import Pipeline, fn
 
 from data_pipeline import graph
 from data_pipeline.dataset import Dataset
+from data_pipeline.engine import Lent
 from data_pipeline.errors import DataError
 from data_pipeline.loader import EvalLoader, TrainLoader
 from data_pipeline.transforms import AffineConfig, AugmentConfig, InputConfig
@@ -69,6 +72,50 @@ def test_on_a_gpu_pixels_do_not_depend_on_the_place_in_the_batch_either(train):
     assert digests(train, micro=64, steps=30, device=gpu) == digests(train, world=2, micro=4, steps=30, device=gpu)
 
 
+@pytest.mark.gpu
+def test_a_batch_has_its_own_pixels_however_busy_the_gpu_is(train):
+    gpu = torch.device("cuda", 0)
+    loaders = [
+        TrainLoader(train, config(train), seed=1, global_batch=32, micro_batch=32, rank=0, world_size=1, device=gpu)
+        for _ in range(2)
+    ]
+    quiet = [batch.images.cpu() for batch in itertools.islice(loaders[0], 20)]
+    batches, kept = iter(loaders[1]), []
+    for _ in quiet:
+        torch.cuda._sleep(10**8)  # what is copied now waits for this, and DALI has long gone on
+        kept.append(next(batches).images)
+    assert all(torch.equal(now.cpu(), then) for now, then in zip(kept, quiet, strict=True))
+    for loader in loaders:
+        loader.close()
+
+
+class Copying:
+    """Stands for the event behind a copy."""
+
+    def __init__(self) -> None:
+        self.over = self.waited = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_a_batch_that_is_still_copied_is_held_and_no_longer() -> None:
+    lent, events, batches = Lent(), [Copying() for _ in range(4)], [type("Batch", (), {})() for _ in range(4)]
+    held = [weakref.ref(batch) for batch in batches]
+    for event in events[:3]:
+        lent.until(event, batches.pop(0))
+    assert all(one() is not None for one in held)
+    events[0].over = events[2].over = True  # a stream does one thing after the other: the third's waits for the second
+    lent.until(events[3], batches.pop(0))
+    assert [one() is not None for one in held] == [False, True, True, True]
+    lent.settle()
+    assert [event.waited for event in events] == [False, True, True, True]
+    assert not any(one() is not None for one in held)
+
+
 def test_a_gpu_decodes_with_one_decoder_unless_it_is_asked_for_two(train):
     for changes, load in (({}, "0.000000"), ({"hw_decoder_load": 0.5}, "0.500000")):
         with Pipeline(batch_size=1, num_threads=1, device_id=0):  # not built: that would need the GPU
@@ -76,6 +123,19 @@ def test_a_gpu_decodes_with_one_decoder_unless_it_is_asked_for_two(train):
             decoded = graph._decode(inputs, config(train, **changes), device_id=0)
         assert decoded.device == "gpu"
         assert f"hw_decoder_load: {load}\n" in str(decoded.source.spec)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+def test_the_graph_for_a_gpu_is_well_formed_with_every_augmentation(train):
+    full = AugmentConfig(
+        random_resized_crop={}, horizontal_flip=0.5, affine={"degrees": 3}, rand_augment={},
+        color_jitter={"brightness": 0.1, "hue": 0.1}, random_erasing={},
+    )  # fmt: skip
+    settings = InputConfig(path="nowhere", augment=full, image_size=64)
+    # All that Python can check is checked before DALI asks for the device.
+    without = nullcontext() if torch.cuda.is_available() else pytest.raises(RuntimeError, match="CUDA is not available")
+    with without:
+        graph.pipeline(settings, lambda _: [], train=train, batch_size=2, threads=1, device_id=0)
 
 
 @pytest.mark.parametrize(("world", "steps"), [(1, 7), (2, 21), (4, 23)])
