@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from pretrain.checkpoints.checkpoint import Progress
 from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest
+from pretrain.logbook import Logbook
 from pretrain.recipe import ProbesSection
 from pretrain.run import Run
 from tests.pretrain.ranks import run_ranks
@@ -144,12 +145,16 @@ def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() 
     """``Run``'s own methods on as much of a run as they need."""
     said: list[str] = []
     rows: list[tuple[Any, ...]] = []
-    writer = SimpleNamespace(write=lambda *row: rows.append(row))
+    writer: Any = SimpleNamespace(write=lambda *row: rows.append(row))
+    console: Any = SimpleNamespace(say=said.append, step_done=lambda *_, **__: None)
+    progress, nothing = Progress(), cast("Any", SimpleNamespace(bad_samples=None))
     run: Any = object.__new__(Run)
     run.__dict__ |= {
         "recipe": SimpleNamespace(probes=ProbesSection(path="x", every_epochs=1), ema=None), "epoch_size": 100,
-        "total_steps": 99, "progress": Progress(), "engine": None, "dtype": None, "metrics": writer,
-        "console": SimpleNamespace(say=said.append, step_done=lambda *_, **__: None),
+        "total_steps": 99, "progress": progress, "engine": None, "dtype": None, "console": console,
+        "logbook": Logbook(
+            nothing, nothing, progress, metrics=writer, console=console, monitor=nothing, epoch_size=100
+        ),
         "meter": SimpleNamespace(excluded=nullcontext), "pieces": None,
         "probes": Scripted(ProbesEndedError("stopped"), ProbesEndedError("too late"), Probed(50.0, 60.0, 10)),
     }  # fmt: skip
