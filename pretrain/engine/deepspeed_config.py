@@ -89,6 +89,7 @@ def resolve_deepspeed_config(
         "gradient_accumulation_steps": batch.accumulation,
     }
     resolved.setdefault("steps_per_print", 2**31)  # the metrics are ours
+    resolved["timers"] = {"throughput": {"enabled": False}}  # it waits for the GPU twice in every micro-batch
     device = {"has_gpu": has_bf16_gpu if has_gpu is None else has_gpu, "has_bf16_gpu": has_bf16_gpu}
     precision, why = choose_precision(resolved, fixed_stage=fixed_stage(resolved, optimizer), **device)
     stage, why_stage = choose_stage(
