@@ -1,10 +1,21 @@
-"""What the loaders give."""
+"""What the loaders give, and how what belongs to it gets to the device."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+
+def to_device(values: NDArray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy what lies on the host to the device, without the host waiting for all that the device has still to do.
+
+    Only from page-locked memory a GPU copies by itself.
+    """
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

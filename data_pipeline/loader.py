@@ -9,7 +9,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from data_pipeline.batch import BadSample, Batch
+from data_pipeline.batch import BadSample, Batch, to_device
 from data_pipeline.dataset import Dataset
 from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
@@ -110,7 +110,7 @@ class _Loader(ABC):
         for prepared, images in self._engine.run(plan):
             for bad in prepared.bad:
                 self._report(bad)
-            labels = torch.from_numpy(prepared.labels).to(self._device, non_blocking=True)
+            labels = to_device(prepared.labels, self._device)
             rows = prepared.rows
             yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid)
 

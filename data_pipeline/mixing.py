@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import betaincinv  # type: ignore[import-untyped]
 
+from data_pipeline.batch import to_device
 from data_pipeline.errors import DataError
 from data_pipeline.philox import philox, uniform
 
@@ -81,17 +82,13 @@ def mix(
     height, width = images.shape[-2:]
     keep, boxes = _draw(config, seed, step, rows // 2, (height, width))
     partner = torch.arange(len(rows), device=images.device) ^ 1
-
-    def on_device(values: NDArray) -> torch.Tensor:
-        return torch.from_numpy(values).to(images.device, non_blocking=True)
-
-    top, bottom, left, right = (on_device(boxes[:, i]).view(-1, 1, 1, 1) for i in range(4))
+    top, bottom, left, right = to_device(boxes, images.device).T[:, :, None, None, None]
     y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
     x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    share = on_device(keep.astype(np.float32))
+    share = to_device(keep.astype(np.float32), images.device)
     # A pair either has a box or is blended; without a box, `blend` is the share that a picture keeps.
-    blend = torch.where(on_device(boxes[:, 1] > boxes[:, 0]), 1.0, share).to(images.dtype).view(-1, 1, 1, 1)
+    blend = torch.where(bottom > top, 1.0, share.view(-1, 1, 1, 1)).to(images.dtype)
     other = images[partner]
     mixed = torch.where(inside, other, blend * images + (1 - blend) * other)
     return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]

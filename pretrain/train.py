@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, to_device
 from data_pipeline.mixing import mix
 from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.engine.schedule import drop_path_uniforms, learning_rate
@@ -115,13 +115,14 @@ def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, to
     recipe, model = run.recipe, run.engine.module
     uniforms = None
     if model.config.drop_path > 0:
-        uniforms = drop_path_uniforms(
+        drawn = drop_path_uniforms(
             recipe.seed,
             run.progress.step,
             batch.rows,
             branches=model.num_drop_paths,
             global_batch=run.batch.global_batch,
-        ).to(run.device)
+        )
+        uniforms = to_device(drawn, run.device)
     images, targets = mix(
         batch.images,
         batch.labels,

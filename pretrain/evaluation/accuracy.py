@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, to_device
 from data_pipeline.loader import EvalLoader
 from models import within_level
 from pretrain.engine.distributed import gather_rows
@@ -88,7 +88,7 @@ def _scores(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     finite = losses.isfinite()  # the loss sums over all scores that compete
     hits = (top5(logits) == batch.labels[:, None]) & finite[:, None]
-    valid = torch.from_numpy(batch.valid).to(logits.device)
+    valid = to_device(batch.valid, logits.device)
     return torch.stack([row.double() for row in (valid, finite, hits[:, 0], hits.any(1), losses)])
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipeline.batch import to_device
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
@@ -149,7 +150,7 @@ class Probes:
                 poll()
                 with torch.no_grad(), _what_the_head_reads(engine.module) as read:
                     engine(batch.images.to(dtype))
-                yield read.pop().float(), batch.labels, torch.from_numpy(batch.valid).to(batch.labels.device).byte()
+                yield read.pop().float(), batch.labels, to_device(batch.valid, batch.labels.device).byte()
         finally:
             loader.close()
 
