@@ -15,6 +15,22 @@ SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in DeepSpeed's ``DynamicLossScaler`` from step to step."""
 
 
+def mask_nan_or_inf_with_val_inplace(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:  # noqa: ARG001
+    """What DeepSpeed's function of this name does, without the copy of ``val`` to the device that a host waits for."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+def clip_tensors_by_global_norm(
+    input_tensors: list[torch.Tensor],
+    max_norm: float,
+    global_norm: torch.Tensor,
+    mpu: object = None,  # noqa: ARG001
+    eps: float = 1e-6,
+) -> None:
+    """What DeepSpeed's function of this name does, without asking the device whether anything is to be clipped."""
+    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + eps)).clamp(max=1.0))
+
+
 class BadSteps:
     """Makes an engine skip steps whose gradients are not finite, and tells which ones were.
 
@@ -106,8 +122,12 @@ class BadSteps:
         return norm
 
     def _let_device_decide(self) -> None:
-        """Keep DeepSpeed's ZeRO optimizers from asking the device whether the norm is finite."""
+        """Keep DeepSpeed's ZeRO optimizers from asking the device whether the norm is finite, and how large it is."""
         zero, module = self._zero, sys.modules[type(self._zero).__module__]
+        for own in (mask_nan_or_inf_with_val_inplace, clip_tensors_by_global_norm):
+            for user in (module, sys.modules["deepspeed.runtime.utils"]):
+                if hasattr(user, own.__name__):
+                    setattr(user, own.__name__, own)
         original, question = zero.step, module.is_invalid_grad_norm
 
         def step(closure: Any = None) -> None:

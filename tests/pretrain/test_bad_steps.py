@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.survival.bad_steps import BadSteps
+from pretrain.survival.bad_steps import BadSteps, clip_tensors_by_global_norm, mask_nan_or_inf_with_val_inplace
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
@@ -45,6 +45,22 @@ def no_step_reads(control: dist.ProcessGroup) -> None:
         assert bool(counter.reads) is run.bad_steps.waits is bool(at_least), f"{section}: {counter.reads} reads"
         assert run.bad_steps.settled(but=1) == [False] * 3
         assert run.bad_steps.settled() == [False]
+
+
+def test_what_stands_in_for_deepspeeds_functions_computes_the_same() -> None:
+    from deepspeed.runtime import utils
+
+    for value in (0.3, 1.0, 7.0):
+        norm, gradients = torch.tensor(value), [torch.randn(5), torch.randn(2, 3)]
+        clipped = [[gradient.clone() for gradient in gradients] for _ in range(2)]
+        for clip, own in zip((utils.clip_tensors_by_global_norm, clip_tensors_by_global_norm), clipped, strict=True):
+            clip(own, max_norm=1.0, global_norm=norm, mpu=None)
+        assert all(torch.equal(a, b) for a, b in zip(*clipped, strict=True))
+    for value in (2.0, math.inf, -math.inf, math.nan):
+        norms = [torch.tensor(value) for _ in range(2)]
+        utils.mask_nan_or_inf_with_val_inplace(norms[0], device="cpu")
+        mask_nan_or_inf_with_val_inplace(norms[1], device="cpu")
+        assert torch.equal(*norms)
 
 
 @pytest.mark.slow
