@@ -107,25 +107,25 @@ def plain_loop(
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def training(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> Any:
+def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CPU, **deepspeed: Any) -> Any:
     """A run of the trainer's own parts, as far as its step needs them. Collective."""
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0}
     resolved = resolve_deepspeed_config(
         config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind,
         state_bytes=state_bytes(recipe, count_parameters(architecture(recipe, CLASSES))),
     )  # fmt: skip
-    engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, CPU)
+    engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, device)
     pieces = OptimizerPieces(engine, average=recipe.ema is not None)
     bad_steps = BadSteps(engine)
     monitor = Monitor(
-        engine, pieces, device=CPU, precision=resolved.precision, attention_pictures=2, data=recipe.data,
+        engine, pieces, device=device, precision=resolved.precision, attention_pictures=2, data=recipe.data,
         class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
     )  # fmt: skip
     monitor.norms.due = lambda: True
     return SimpleNamespace(
-        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=CPU, dtype=input_dtype(resolved.precision),
-        engine=engine, pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(CPU),
-        classification=Classification(recipe.loss, recipe.mixing, (), CPU),
+        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=device, dtype=input_dtype(resolved.precision),
+        engine=engine, pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(device),
+        classification=Classification(recipe.loss, recipe.mixing, (), device),
         first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
         watchdog=SimpleNamespace(beat=lambda *_, **__: None),
     )  # fmt: skip

@@ -1,0 +1,72 @@
+"""A step of training on another device than the host's: nothing meets that lies apart, and no host waits for it."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batch import Batch
+from pretrain.evaluation.accuracy import _scores
+from pretrain.train import train_step
+from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
+from tests.pretrain.test_equality import BATCH, CLASSES, micro_batches, recipe, training
+
+
+def no_step_waits(stage: int, sections: dict[str, Any]) -> None:
+    zero = {"stage": stage, "contiguous_gradients": False, "reduce_bucket_size": 5_000_000}  # as in ds_config.json
+    run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE, zero_optimization=zero, **sections)
+    assert not run.bad_steps.waits
+    batches = [
+        dataclasses.replace(batch, images=batch.images.to(DEVICE), labels=batch.labels.to(DEVICE))
+        for batch in micro_batches(BATCH // 4, last=4)
+    ]
+    run.monitor._wants_batch = True
+    steps = iter(batches)
+    for _ in range(3):  # DeepSpeed's own timers begin with the third
+        train_step(run, steps)
+    with HostWaits() as waits:
+        train_step(run, steps)
+    assert not waits.found, waits.found
+
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections"),
+    [(0, {}), (1, {}), (1, BF16), (1, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}), (2, BF16)],
+    ids=["stage 0", "stage 1", "stage 1 bf16", "stage 1 bf16, fp32 gradients", "stage 2 bf16"],
+)
+def test_no_step_lets_the_host_wait_for_its_device(stage: int, sections: dict[str, Any]) -> None:
+    on_stand_in(no_step_waits, stage, sections)
+
+
+def batch_on_device() -> Batch:
+    rows = np.arange(4, dtype=np.int64)
+    return Batch(
+        torch.empty(4, 3, 32, 32, device=DEVICE), torch.empty(4, dtype=torch.int64, device=DEVICE), rows, rows, rows,
+        rows < 3,
+    )  # fmt: skip
+
+
+def test_evaluation_reads_nothing_until_its_end() -> None:
+    batch = batch_on_device()
+    with HostWaits() as waits:
+        _scores(batch, torch.empty(len(batch.rows), CLASSES, device=DEVICE))
+    assert waits.found == []
+
+
+def test_what_makes_a_host_wait_is_noted() -> None:
+    values = torch.empty(3, device=DEVICE)
+    with HostWaits() as waits:
+        torch.ones(3).to(DEVICE, non_blocking=True)
+        assert not waits.found
+        torch.ones(3).to(DEVICE)
+        values.copy_(torch.ones(3))
+        torch.tensor(-1.0, device=DEVICE)
+        with pytest.raises(RuntimeError):
+            values.sum().item()
+    assert len(waits.found) == 4
+    assert "test_on_stand_in.py" in waits.found[0]
