@@ -26,12 +26,12 @@ from benchmarks.loops import (
     become_rank,
     fixed_batch,
     recipe_of,
+    resolve,
     start_ranks,
-    state_of,
     trainer_run,
 )
 from benchmarks.report import RESULTS, tell
-from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.run_folder import RunFolder
 from pretrain.train import train_step
 
@@ -46,10 +46,8 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
         "zero_optimization": {"stage": options.stage},
         "bf16": {"enabled": False},
     }
-    config, recipe = read_deepspeed_config(CONFIG, changes), recipe_of(options, compiled=False)
-    resolved = resolve_deepspeed_config(
-        config, world_size=options.ranks, state_bytes=state_of(recipe), has_bf16_gpu=False
-    )
+    recipe = recipe_of(options, compiled=False)
+    resolved = resolve(recipe, read_deepspeed_config(CONFIG, changes), options.ranks, device)
     where = RunFolder(Path(folder))
     run = trainer_run(recipe, resolved, loader, where, device=device, control=control)
 

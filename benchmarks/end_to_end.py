@@ -35,8 +35,8 @@ from benchmarks.loops import (
     become_rank,
     fixed_batch,
     recipe_of,
+    resolve,
     start_ranks,
-    state_of,
     trainer_run,
 )
 from benchmarks.photographs import build_shards
@@ -45,8 +45,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from models import model_config
 from models.cost import count_macs
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
-from pretrain.engine.distributed import has_bf16
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.train import train
@@ -63,16 +62,6 @@ def drain(loader: Loader) -> None:
         pass
 
 
-def resolve(recipe: Recipe, options: argparse.Namespace, device: torch.device) -> ResolvedDeepSpeed:
-    """ds_config.json as it stands, but for the size of the batch."""
-    batch = {"train_batch_size": options.ranks * options.micro_batch}
-    return resolve_deepspeed_config(
-        read_deepspeed_config(CONFIG, batch),
-        world_size=options.ranks, state_bytes=state_of(recipe),
-        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
-    )  # fmt: skip
-
-
 def real_loader(recipe: Recipe, local_rank: int, options: argparse.Namespace, device: torch.device) -> TrainLoader:
     """The loader that the trainer would have."""
     return TrainLoader(
@@ -87,7 +76,9 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     device, control = become_rank(local_rank, port, options.ranks)
     data = {"path": str(options.shards), "augment": AUGMENT}
     recipe = recipe_of(options, compiled=options.compile, data=data)
-    resolved = resolve(recipe, options, device)
+    # As it stands, but for the size of the batch.
+    config = read_deepspeed_config(CONFIG, {"train_batch_size": options.ranks * options.micro_batch})
+    resolved = resolve(recipe, config, options.ranks, device)
     loaders: dict[str, Loader] = {
         SYNTHETIC: FixedBatch(fixed_batch(local_rank, options, device)),
         DATA: real_loader(recipe, local_rank, options, device),

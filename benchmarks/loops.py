@@ -24,14 +24,14 @@ import torch.multiprocessing as mp
 from data_pipeline.batch import Batch
 from data_pipeline.order import Int64
 from models.cost import count_parameters
-from pretrain.check import architecture, state_bytes
+from pretrain.check import architecture, resolve_for
 from pretrain.checkpoints.checkpoint import Progress
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
 from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
-from pretrain.engine.distributed import choose_device, init_distributed, new_cpu_group, read_rank
+from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
 from pretrain.engine.precision import input_dtype
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
@@ -174,9 +174,13 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, data: dict[str, An
     )
 
 
-def state_of(recipe: Recipe) -> int:
-    """Bytes of its optimizer's state, for the choice of the ZeRO stage."""
-    return state_bytes(recipe, count_parameters(architecture(recipe, CLASSES)))
+def resolve(recipe: Recipe, config: dict[str, Any], ranks: int, device: torch.device) -> ResolvedDeepSpeed:
+    """DeepSpeed's configuration made concrete as `pretrain.main` does it."""
+    parameters = count_parameters(architecture(recipe, CLASSES))
+    return resolve_for(
+        recipe, config, parameters=parameters, world_size=ranks, has_gpu=device.type == "cuda",
+        has_bf16_gpu=has_bf16(device),
+    )  # fmt: skip
 
 
 def trainer_run(

@@ -36,13 +36,13 @@ from benchmarks.loops import (
     become_rank,
     fixed_batch,
     start_ranks,
-    state_of,
     trainer_run,
 )
 from benchmarks.report import RESULTS, tell
-from pretrain.check import architecture
+from models.cost import count_parameters
+from pretrain.check import architecture, resolve_for
 from pretrain.engine.build import build_model
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.planning.memory import Engine, Memory, memory_model
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run_folder import RunFolder
@@ -100,9 +100,9 @@ class Configuration:
             "torch_autocast": {"enabled": self.precision == "bf16 autocast"},
         }
         config = read_deepspeed_config(CONFIG, changes)
-        return resolve_deepspeed_config(
-            config, world_size=ranks, state_bytes=state_of(self.recipe), has_gpu=gpu, has_bf16_gpu=gpu, pairs=True
-        )
+        recipe = self.recipe
+        parameters = count_parameters(architecture(recipe, CLASSES))
+        return resolve_for(recipe, config, parameters=parameters, world_size=ranks, has_gpu=gpu, has_bf16_gpu=gpu)
 
     def words(self) -> str:
         """One row's beginning."""

@@ -30,12 +30,11 @@ from benchmarks.loops import (
     become_rank,
     fixed_batch,
     recipe_of,
+    resolve,
     start_ranks,
-    state_of,
     trainer_run,
 )
 from benchmarks.report import RESULTS, tell
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.monitoring.norms import PartNorms
 from pretrain.run_folder import RunFolder
 from pretrain.train import train
@@ -73,9 +72,7 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
     interval = recipe.log_every_steps
     config = {"train_batch_size": options.ranks * options.micro_batch, "gradient_clipping": 1.0,
               "zero_optimization": {"stage": options.stage}, "bf16": {"enabled": False}}  # fmt: skip
-    resolved = resolve_deepspeed_config(
-        config, world_size=options.ranks, state_bytes=state_of(recipe), has_gpu=False, has_bf16_gpu=False
-    )
+    resolved = resolve(recipe, config, options.ranks, device)
     account = Account()
     account.watch(PartNorms, "_look")
     batons, watched = {BARE: Baton(), AGAIN: Baton(), WATCHED: Baton()}, None

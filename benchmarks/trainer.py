@@ -32,15 +32,13 @@ from benchmarks.loops import (
     become_rank,
     fixed_batch,
     recipe_of,
+    resolve,
     start_ranks,
-    state_of,
     trainer_run,
 )
 from benchmarks.report import Section, add_common, cores, fill_in, say
 from data_pipeline.batch import Batch
 from pretrain.engine.build import build_model
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
-from pretrain.engine.distributed import has_bf16
 from pretrain.run_folder import RunFolder
 from pretrain.train import train
 
@@ -69,19 +67,15 @@ def bare_loop(model: torch.nn.Module, batches: Iterable[Batch], *, autocast: boo
         optimizer.step()
 
 
-def resolve(options: argparse.Namespace, stage: int, device: torch.device) -> ResolvedDeepSpeed:
+def config_of(options: argparse.Namespace, stage: int) -> dict[str, Any]:
     """ds_config.json but for the stage, and for fp32 weights, which the bare loop has."""
-    config = {
+    return {
         "train_batch_size": options.ranks * options.micro_batch,
         "gradient_clipping": 1.0,
         "zero_optimization": {**json.loads(CONFIG.read_text())["zero_optimization"], "stage": stage},
         "torch_autocast": {"enabled": options.autocast},
         "bf16": {"enabled": False},
     }
-    return resolve_deepspeed_config(
-        config, world_size=options.ranks, state_bytes=state_of(recipe_of(options, compiled=False)),
-        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
-    )  # fmt: skip
 
 
 def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
@@ -99,8 +93,9 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
             if compiled and stage == 3:
                 continue  # which the trainer refuses
             baton = batons[f"stage {stage}", mode] = Baton()
+            recipe = recipe_of(options, compiled=compiled)
             run = trainer_run(
-                recipe_of(options, compiled=compiled), resolve(options, stage, device), baton.turns(loader),
+                recipe, resolve(recipe, config_of(options, stage), options.ranks, device), baton.turns(loader),
                 RunFolder(Path(folder) / f"{mode}-{stage}"), device=device, control=control,
             )  # fmt: skip
             baton.start(partial(train, run))

@@ -1,6 +1,7 @@
 """What of a recipe can be checked and counted before anything is started, on a machine without GPUs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
@@ -10,6 +11,7 @@ from models.config import LaViTConfig
 from models.cost import count_parameters
 from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
 from pretrain.evaluation.probes import open_probe_sets
 from pretrain.handoff.folder import read_handoff
 from pretrain.handoff.initialize import check_architecture
@@ -68,6 +70,31 @@ def count_parameters_here(recipe: Recipe) -> int:
     except DataError as error:
         raise UserError(str(error)) from None
     return count_parameters(architecture(recipe, len(classes)))
+
+
+def resolve_for(
+    recipe: Recipe,
+    config: dict[str, Any],
+    *,
+    parameters: int,
+    world_size: int,
+    has_gpu: bool,
+    has_bf16_gpu: bool,
+) -> ResolvedDeepSpeed:
+    """``resolve_deepspeed_config`` with all that it needs to know of a recipe whose network has so many parameters.
+
+    Raises:
+        UserError: the recipe, the configuration and the ranks do not go together.
+    """
+    return resolve_deepspeed_config(
+        config,
+        world_size=world_size,
+        state_bytes=state_bytes(recipe, parameters),
+        has_gpu=has_gpu,
+        has_bf16_gpu=has_bf16_gpu,
+        pairs=recipe.mixing.in_pairs,
+        optimizer=recipe.optimizer.kind,
+    )
 
 
 def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:

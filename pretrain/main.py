@@ -21,9 +21,9 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from pretrain.arguments import add_run_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
-from pretrain.check import count_parameters_here, state_bytes  # noqa: E402
+from pretrain.check import count_parameters_here, resolve_for  # noqa: E402
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
-from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config  # noqa: E402
+from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
 from pretrain.engine.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
 from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
@@ -92,14 +92,13 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         folder.check_recipe(recipe, config)
         if _already_finished(folder, rank):
             return ExitCode.FINISHED
-        resolved = resolve_deepspeed_config(
+        resolved = resolve_for(
+            recipe,
             config,
+            parameters=count_parameters_here(recipe),
             world_size=rank.world_size,
-            state_bytes=state_bytes(recipe, count_parameters_here(recipe)),
             has_gpu=device.type == "cuda",
             has_bf16_gpu=has_bf16(device),
-            pairs=recipe.mixing.in_pairs,
-            optimizer=recipe.optimizer.kind,
         )
         limits = recipe.watchdog
         watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)

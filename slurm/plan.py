@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.check import check_recipe_here, state_bytes
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_deepspeed_config
+from pretrain.check import check_recipe_here, resolve_for
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import count_steps
 from pretrain.files import write_json
 from pretrain.outcome import UserError
@@ -59,15 +59,16 @@ def make_plan(
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
+    on_gpus = on_cluster or torch.cuda.is_available()
+
     def resolve(with_nodes: int) -> ResolvedDeepSpeed:
-        return resolve_deepspeed_config(
+        return resolve_for(
+            recipe,
             config,
+            parameters=run_size.parameters,
             world_size=with_nodes * gpus_per_node,
-            state_bytes=state_bytes(recipe, run_size.parameters),
-            has_gpu=on_cluster or torch.cuda.is_available(),
-            has_bf16_gpu=on_cluster or torch.cuda.is_available(),
-            pairs=recipe.mixing.in_pairs,
-            optimizer=recipe.optimizer.kind,
+            has_gpu=on_gpus,
+            has_bf16_gpu=on_gpus,
         )
 
     resolved = resolve(nodes)

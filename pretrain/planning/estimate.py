@@ -9,9 +9,9 @@ import torch
 
 from models.config import LaViTConfig
 from models.cost import count_macs, count_parameters
-from pretrain.check import architecture, checkpoint_bytes, state_bytes
+from pretrain.check import architecture, checkpoint_bytes, resolve_for
 from pretrain.devices import Device
-from pretrain.engine.deepspeed_config import BatchPlan, ResolvedDeepSpeed, resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import BatchPlan, ResolvedDeepSpeed
 from pretrain.engine.precision import Precision, input_dtype
 from pretrain.engine.schedule import count_steps
 from pretrain.monitoring.efficiency import model_flops_per_image
@@ -209,21 +209,15 @@ def with_failures(estimate: Estimate) -> tuple[Outlook, ...]:
 
 
 def _resolve(request: Request, config: dict[str, Any], parameters: int) -> ResolvedDeepSpeed:
-    return resolve_deepspeed_config(
-        config,
-        world_size=request.gpus,
-        state_bytes=state_bytes(request.recipe, parameters),
-        has_gpu=True,
-        has_bf16_gpu=True,
-        pairs=request.recipe.mixing.in_pairs,
-        optimizer=request.recipe.optimizer.kind,
+    return resolve_for(
+        request.recipe, config, parameters=parameters, world_size=request.gpus, has_gpu=True, has_bf16_gpu=True
     )
 
 
 def _memory_rows(
     request: Request, config: LaViTConfig, chosen_stage: int, capacity: float
 ) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    recipe, rows, refused = request.recipe, [], []
+    recipe, parameters, rows, refused = request.recipe, count_parameters(config), [], []
     models: dict[Precision, MemoryModel] = {}
     own = recipe.model.activation_checkpointing
     policies = dict(POLICIES)
@@ -233,7 +227,7 @@ def _memory_rows(
         changed = copy.deepcopy(request.deepspeed)
         changed.setdefault("zero_optimization", {})["stage"] = stage
         try:
-            resolved = _resolve(request, changed, count_parameters(config))
+            resolved = _resolve(request, changed, parameters)
         except UserError as error:
             refused.append(f"ZeRO {stage}: {error}")
             continue

@@ -9,25 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.survival.bad_steps import BadSteps, clip_tensors_by_global_norm, mask_nan_or_inf_with_val_inplace
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
+from tests.pretrain.stand_in import HostWaits
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
-
-
-class CountsReads(TorchDispatchMode):
-    """Counts what makes a host wait for a GPU: reading a tensor's value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.reads += 1
-        return function(*args, **kwargs or {})
 
 
 def no_step_reads(control: dist.ProcessGroup) -> None:
@@ -38,11 +25,11 @@ def no_step_reads(control: dist.ProcessGroup) -> None:
         run = training(chosen, accumulation=2, zero_optimization=section)
         batches = micro_batches(run.batch.micro_batch)
         train_step(run, batches)
-        with CountsReads() as counter:
+        with HostWaits() as waits:
             for _ in range(3):
                 train_step(run, batches)
-        assert counter.reads >= at_least, section
-        assert bool(counter.reads) is run.bad_steps.waits is bool(at_least), f"{section}: {counter.reads} reads"
+        assert len(waits.found) >= at_least, section
+        assert bool(waits.found) is run.bad_steps.waits is bool(at_least), f"{section}: {waits.found}"
         assert run.bad_steps.settled(but=1) == [False] * 3
         assert run.bad_steps.settled() == [False]
 

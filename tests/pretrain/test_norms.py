@@ -16,7 +16,7 @@ from pretrain.monitoring.norms import norms_of, part_of
 from pretrain.recipe import Recipe
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
-from tests.pretrain.test_bad_steps import CountsReads
+from tests.pretrain.stand_in import HostWaits
 from tests.pretrain.test_equality import (
     BATCH,
     CLASSES,
@@ -78,9 +78,9 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
         reads = []
         for due in (False, True):
             run.monitor.norms.due = lambda due=due: due
-            with CountsReads() as counter:
+            with HostWaits() as waits:
                 train_step(run, batches)
-            reads.append(counter.reads)
+            reads.append(len(waits.found))
         assert reads[1] == reads[0], f"a host waits for the norms: {config}"
         second = measured(run).norms
         assert second.keys() == found.keys()

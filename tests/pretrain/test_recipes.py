@@ -8,8 +8,8 @@ import torch
 
 from models import create_model
 from models.cost import count_macs, count_parameters
-from pretrain.check import state_bytes
-from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_deepspeed_config
+from pretrain.check import resolve_for
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.optimizers import parameter_groups, peak_learning_rate
 from pretrain.engine.schedule import count_steps, learning_rate
 from pretrain.recipe import load_recipe
@@ -45,10 +45,9 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
 
     config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
     for ranks in (8, 32, 64):
-        resolved = resolve_deepspeed_config(
-            config, world_size=ranks, has_bf16_gpu=True, pairs=recipe.mixing.in_pairs, optimizer=recipe.optimizer.kind,
-            state_bytes=state_bytes(recipe, count_parameters(model.config)),
-        )  # fmt: skip
+        resolved = resolve_for(
+            recipe, config, parameters=count_parameters(model.config), world_size=ranks, has_gpu=True, has_bf16_gpu=True
+        )
         batch = resolved.batch
         assert batch.global_batch == ranks * batch.micro_batch * batch.accumulation
         assert (resolved.precision, resolved.stage) == ("bf16", 1)
