@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds: a launcher m
     FLAG = StopFlag()
     watch_launcher(FLAG)
 
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
@@ -24,7 +25,14 @@ from pretrain.assemble import assemble  # noqa: E402
 from pretrain.check import count_parameters_here, resolve_for  # noqa: E402
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
-from pretrain.engine.distributed import Rank, choose_device, has_bf16, init_distributed, read_rank  # noqa: E402
+from pretrain.engine.distributed import (  # noqa: E402
+    Rank,
+    choose_device,
+    has_bf16,
+    init_distributed,
+    read_rank,
+    use_deterministic_algorithms,
+)
 from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
@@ -87,6 +95,8 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         device = choose_device(rank)
         steps = parse_steps(options.profile) if options.profile else None
         recipe = load_recipe(options.recipe, options.assignments)
+        if recipe.deterministic:
+            use_deterministic_algorithms()  # the preflight multiplies, and torch asks about cuBLAS only then
         folder = RunFolder(options.runs / recipe.name)
         config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
         folder.check_recipe(recipe, config)
@@ -134,6 +144,17 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         if run is not None or rank is None or rank.local_rank == 0:  # while starting, all ranks meet the same error
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
+    except torch.OutOfMemoryError as error:
+        where = f"rank {rank.rank if rank else '?'}"
+        told = (
+            f"{where}: the GPU's memory is full ({' '.join(str(error).split())[:200]}): lower "
+            "train_micro_batch_size_per_gpu, or recompute with model.activation_checkpointing; python -m pretrain.plan "
+            "says what fits"
+        )
+        print(f"error: {told}", file=sys.stderr)  # noqa: T201
+        # What was trained once did fit, so something else was in the way.
+        untried = run is not None and not run.progress.step
+        _give_up(run, told, ExitCode.WILL_FAIL_AGAIN if untried else ExitCode.RETRY)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         traceback.print_exc()
         _give_up(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}", ExitCode.RETRY)
