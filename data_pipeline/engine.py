@@ -192,9 +192,8 @@ class Engine:
             for prepared in self._decoding
             for row, (sample, jpeg) in enumerate(zip(prepared.rows.sample_ids, prepared.jpegs, strict=True))
         }
-        reasons = {
-            sample: graph.why_not_decoded(self._config, *inputs, self._device_id) for sample, inputs in suspects.items()
-        }
+        alone = graph.SingleDecoder(self._config, self._device_id)
+        reasons = {sample: alone.why_not(*inputs) for sample, inputs in suspects.items()}
         guilty = {sample: reason for sample, reason in reasons.items() if reason}
         if not guilty or len(guilty) == len(suspects):
             raise error  # not the fault of a picture

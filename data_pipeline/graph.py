@@ -156,22 +156,33 @@ def pipeline(
     return pipe
 
 
-def why_not_decoded(
-    config: InputConfig,
-    jpeg: NDArray[np.uint8],
-    start: NDArray[np.int32],
-    shape: NDArray[np.int32],
-    device_id: int | None,
-) -> str:
-    """Decode one picture alone and return DALI's reason when it cannot, else ''."""
-    pipe = Pipeline(1, 1, device_id, prefetch_queue_depth=1)
-    with pipe:
-        values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
-        pipe.set_outputs(_decode(_inputs(list(values), lambda: list(values.values())), config, device_id))
-    try:
-        pipe.run()
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # DALI's message is a page; the line after the source position says what is wrong.
-        return next((line for line in lines if "decode" in line.lower() or "codec" in line.lower()), lines[0])
-    return ""
+class SingleDecoder:
+    """Decodes pictures one by one, to find those that cannot be decoded.
+
+    It is made anew behind each of those only: on a GPU making a decoder takes far longer than decoding with it.
+    """
+
+    def __init__(self, config: InputConfig, device_id: int | None) -> None:
+        self._config, self._device_id = config, device_id
+        self._values: dict[str, Any] = {}
+        self._pipe: Pipeline | None = None
+
+    def why_not(self, jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32]) -> str:
+        """Decode a box of a picture and return DALI's reason when it cannot, else ''."""
+        self._values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
+        pipe = self._pipe = self._pipe or self._built()
+        try:
+            pipe.run()
+        except RuntimeError as error:
+            self._pipe = None
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            # DALI's message is a page; the line after the source position says what is wrong.
+            return next((line for line in lines if "decode" in line.lower() or "codec" in line.lower()), lines[0])
+        return ""
+
+    def _built(self) -> Pipeline:
+        pipe = Pipeline(1, 1, self._device_id, prefetch_queue_depth=1)
+        with pipe:
+            inputs = _inputs(list(self._values), lambda: list(self._values.values()))
+            pipe.set_outputs(_decode(inputs, self._config, self._device_id))
+        return pipe

@@ -15,6 +15,7 @@ from PIL import Image
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.graph import SingleDecoder
 from data_pipeline.loader import EvalLoader, TrainLoader
 from data_pipeline.manifest import Manifest, file_of
 from data_pipeline.shards import crc32
@@ -217,6 +218,19 @@ def test_a_picture_with_a_right_checksum_that_dali_cannot_decode_is_replaced(cop
     assert seen == set(range(1437)) - {70}
     assert {(report.id, report.replaced_by) for report in reports} == {(70, 71)}
     assert "decod" in reports[0].reason.lower() or "Invalid SOS" in reports[0].reason
+
+
+def test_pictures_are_judged_one_by_one_with_one_decoder_for_those_that_decode(digits):
+    config = InputConfig(path=digits)
+    decoder, start, shape = SingleDecoder(config, None), np.zeros(2, np.int32), np.array([40, 60], np.int32)
+    good, bad = (np.frombuffer(data, np.uint8) for data in (GOOD, GOOD[:SCAN] + b"no scan at all"))
+    verdicts, pipes = [], []
+    for data in (good, good, bad, good, bad, good, good):
+        verdicts.append(decoder.why_not(data, start, shape))
+        pipes.append(decoder._pipe)
+    assert [bool(verdict) for verdict in verdicts] == [False, False, True, False, True, False, False]
+    assert pipes[0] is pipes[1] is not pipes[3]
+    assert pipes[5] is pipes[6] is not pipes[3]
 
 
 def test_pixels_of_the_others_are_the_same_when_one_picture_cannot_be_decoded(copy, digits):
