@@ -10,6 +10,7 @@ Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.jso
 """
 
 import argparse
+import gc
 import importlib
 import multiprocessing
 import re
@@ -148,6 +149,10 @@ def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images
 def measure(names: list[str], device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the result for networks that take turns."""
     torch.compiler.reset()  # all sizes share the code of their forward pass, and dynamo keeps only so many graphs of it
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what the size before has left here, the processes below would lack
+    memory = {} if options.quick else {name: peak_memory(name, device, options.batch) for name in names}
     models = {(name, "eager"): build(name, device) for name in names}
     if options.compile:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
@@ -163,7 +168,6 @@ def measure(names: list[str], device: str, options: argparse.Namespace) -> list[
                 took = seconds(model, step, images)
                 if turn:  # the first turn warms up
                     times[key][label].append(took)
-    memory = {} if options.quick else {name: peak_memory(name, device, options.batch) for name in names}
     rows = []
     for name, mode in models:
         parameters, macs = cost(name)
