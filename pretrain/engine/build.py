@@ -1,5 +1,7 @@
 """Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -73,6 +75,25 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
             "model.compile does not go with ZeRO stage 3, which gathers parameters between layers: use "
             "zero_optimization.stage 2 or less, or leave model.compile out"
         )
+    _require_compilers(device)
+    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
+    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
+    return "compiled by torch.compile: the first steps take minutes"
+
+
+def _require_compilers(device: torch.device) -> None:
+    """See that what inductor compiles with is there; else every rank would say so at length, in the first step."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
+
+        # Triton builds what launches its kernels, by the compiler that CC names, or by gcc or clang.
+        compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
+        if not has_triton_package() or not compiler:
+            lacking = "C compiler" if has_triton_package() else "Triton"
+            raise UserError(
+                f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or "
+                "triton, which torch's builds for CUDA bring along), or leave model.compile out"
+            )
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
         from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
@@ -83,6 +104,3 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
             raise UserError(
                 "model.compile needs a C++ compiler on a CPU and finds none: install g++, or leave model.compile out"
             ) from None
-    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
-    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
-    return "compiled by torch.compile: the first steps take minutes"

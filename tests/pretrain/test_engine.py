@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.build import _require_compilers, build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.outcome import UserError
 from tests.pretrain.ranks import run_ranks
@@ -56,6 +56,22 @@ def no_compiler_is_told(control: dist.ProcessGroup) -> None:
 
 def test_a_missing_compiler_is_told_before_training() -> None:
     run_ranks(1, no_compiler_is_told)
+
+
+def test_a_gpu_without_triton_or_a_compiler_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import _triton
+
+    gpu = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(_triton, "has_triton_package", lambda: False)
+        with pytest.raises(UserError, match="finds no Triton"):
+            _require_compilers(gpu)
+        patch.setattr(_triton, "has_triton_package", lambda: True)
+        patch.setenv("CC", "true")
+        _require_compilers(gpu)
+        patch.setenv("PATH", "")
+        with pytest.raises(UserError, match="finds no C compiler"):
+            _require_compilers(gpu)
 
 
 def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
