@@ -1,7 +1,7 @@
 """torch's meta device in the place of a GPU: everything runs there, nothing is computed, and no GPU is needed.
 
-A host that reads a value of the device fails on it, as does an operation between host and device. What else makes a
-host wait for a GPU is noted by ``HostWaits``.
+A host that reads a value of the device fails on it. What else a GPU would fail on or let its host wait for is noted by
+``HostWaits``.
 """
 
 import os
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from tests.pretrain.ranks import start_ranks
 
@@ -25,11 +26,12 @@ MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 
 
 class HostWaits(TorchDispatchMode):
-    """Notes what makes a host wait until its GPU has done all that was asked of it before.
+    """Notes what makes a host wait until its GPU has done all that was asked of it before, or fails on a GPU.
 
     That is: reading a value of the device; a copy from host to device that is not ``non_blocking``; a tensor made on
     the device of numbers of the host, which is such a copy (``internal_new_from_data`` in torch/csrc/utils/
-    tensor_new.cpp); and ``synchronize``.
+    tensor_new.cpp); and ``synchronize``. An operation on tensors of host and device fails, but for numbers (0-dim) and
+    for indices, which are copied.
     """
 
     def __init__(self) -> None:
@@ -61,6 +63,10 @@ class HostWaits(TorchDispatchMode):
             self._copied(args[0], result, bool((kwargs or {}).get("non_blocking")))
         elif function is torch.ops.aten.copy_.default:
             self._copied(args[1], args[0], bool(args[2]) if len(args) > 2 else False)
+        elif {one.device.type for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor) and one.ndim} > {
+            DEVICE.type
+        }:
+            self.note(f"{function} of host and device")
         return result
 
     def _copied(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.mixing import soft_targets
+from models import SemanticSoftmax, create_model, within_level
 from pretrain.evaluation.accuracy import _scores
 from pretrain.train import train_step
 from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
@@ -58,6 +60,25 @@ def test_evaluation_reads_nothing_until_its_end() -> None:
     assert waits.found == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [32, 64], ids=["its own size", "another size"])
+def test_the_network_and_its_losses_need_nothing_of_the_host(side: int, dtype: torch.dtype) -> None:
+    small = {"depths": (1, 2, 2, 2), "vanilla_blocks": (1, 1, 1, 1), "widths": (16, 32, 32, 32), "heads": (1, 2, 2, 2)}
+    model = create_model("lavit_micro", image_size=32, num_classes=6, drop_path=0.2, **small).to(DEVICE, dtype)
+    semantic = SemanticSoftmax([[0, -1], [1, -1], [0, 2], [0, 3], [1, 4], [1, 5]], smoothing=0.1).to(DEVICE)
+    images = torch.empty(4, 3, side, side, device=DEVICE, dtype=dtype)
+    labels = torch.empty(4, dtype=torch.int64, device=DEVICE)
+    for policy in ("none", "all"):
+        model.set_activation_checkpointing(policy)
+        with HostWaits() as waits:
+            logits, diagonality = model(images, with_diagonality=True)
+            (semantic(logits, soft_targets(labels, 6, 0.1)) + diagonality).backward()
+            within_level(logits, labels, semantic.levels)
+        assert waits.found == []
+        assert {parameter.grad.device for parameter in model.parameters()} == {DEVICE}
+        assert diagonality.dtype == torch.float32
+
+
 def test_what_makes_a_host_wait_is_noted() -> None:
     values = torch.empty(3, device=DEVICE)
     with HostWaits() as waits:
@@ -68,5 +89,7 @@ def test_what_makes_a_host_wait_is_noted() -> None:
         torch.tensor(-1.0, device=DEVICE)
         with pytest.raises(RuntimeError):
             values.sum().item()
-    assert len(waits.found) == 4
+        values[torch.arange(2)]
+        values + torch.ones(()) + 1
+    assert len(waits.found) == 5
     assert "test_on_stand_in.py" in waits.found[0]
