@@ -130,10 +130,10 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> dist.Pr
         a gloo group of all ranks for flags and small objects, which never touches the device.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and only after choose_device
-    from deepspeed.ops import __compatible_ops__ as compatible_ops  # noqa: PLC0415
 
-    # On a CPU it would compile a shared-memory all-reduce for a minute, and needs a compiler for it.
-    compatible_ops["deepspeed_shm_comm"] = False
+    # Of DeepSpeed's own kernels none is used. On a CPU it would compile a shared-memory all-reduce for a minute; asked
+    # which kernels it could compile, it would try the compiler for each, on every rank.
+    deepspeed.ops.__compatible_ops__ = {}
     warnings.filterwarnings(
         "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
     )

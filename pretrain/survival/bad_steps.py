@@ -35,7 +35,8 @@ class BadSteps:
     """Makes an engine skip steps whose gradients are not finite, and tells which ones were.
 
     Three ways, the first wherever it can be:
-      - torch's fused AdamW and SGD at any ZeRO stage: decided on the device, no host waits;
+      - torch's fused AdamW and SGD at any ZeRO stage: decided on the device, no host waits for that (at stage 3
+        DeepSpeed waits for the device on other grounds);
       - fp16 (whose loss scale the host adapts) and CPU offloading (whose optimizer is the host): DeepSpeed decides;
       - LAMB, at stage 0: the host looks at the gradient's norm and drops the gradients.
 

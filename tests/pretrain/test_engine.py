@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pretrain.engine.build import _require_compilers, build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.outcome import UserError
-from tests.pretrain.ranks import run_ranks
+from tests.pretrain.ranks import run_ranks, start_ranks
 from tests.pretrain.test_equality import BATCH, CLASSES, CPU, assert_equal, recipe, trained, zero
 
 
@@ -85,3 +85,19 @@ def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
 
 def test_a_deterministic_run_trains_with_deterministic_operations_only() -> None:
     run_ranks(2, functools.partial(deterministic_twice, stage=1))
+
+
+def no_kernel_is_probed() -> None:
+    import deepspeed
+
+    from pretrain.engine.distributed import choose_device, init_distributed, read_rank
+
+    def probe() -> None:
+        raise AssertionError("DeepSpeed tries compilers")
+
+    deepspeed.ops._probe_compatible_ops = probe
+    init_distributed(choose_device(read_rank()))
+
+
+def test_starting_tries_no_compiler_for_kernels_that_nobody_uses() -> None:
+    start_ranks(1, no_kernel_is_probed)
