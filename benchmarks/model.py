@@ -72,14 +72,15 @@ def build(name: str, device: str) -> torch.nn.Module:
     """A network as it trains, with random weights."""
     torch.manual_seed(0)
     if name.startswith("lavit_"):
-        return create_model(name).to(device, dtype_of(device))
+        kernel = "triton" if name.endswith(tables.WITH_KERNEL) else "torch"
+        return create_model(plain(name), attention_kernel=kernel).to(device, dtype_of(device))
     return importlib.import_module("timm").create_model(name).to(device, dtype_of(device))
 
 
 def cost(name: str) -> tuple[int, int]:
     """Parameters, and MACs of a forward pass of one picture."""
     if name.startswith("lavit_"):
-        return count_parameters(model_config(name)), count_macs(model_config(name))
+        return count_parameters(model_config(plain(name))), count_macs(model_config(plain(name)))
     model = build(name, "cpu").eval()
     # Fused attention is not counted on a CPU; the kernel that is made of products is.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -87,9 +88,17 @@ def cost(name: str) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
-def contestants(size: str) -> list[str]:
-    """Who is measured in one run with a size of ours."""
-    return [f"lavit_{size}", f"lavit_{size}_vanilla", *(RIVALS if size == "small" and has_timm() else ())]
+def plain(name: str) -> str:
+    """What `create_model` calls a network of ours."""
+    return name.removesuffix(tables.WITH_KERNEL)
+
+
+def contestants(size: str, device: str) -> list[str]:
+    """Who is measured in one run with a size of ours: on a GPU also itself with attention's Triton kernels."""
+    ours = [f"lavit_{size}", f"lavit_{size}_vanilla"]
+    if device == "cuda":
+        ours.insert(1, f"lavit_{size}{tables.WITH_KERNEL}")
+    return [*ours, *(RIVALS if size == "small" and has_timm() else ())]
 
 
 def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
@@ -138,12 +147,14 @@ def peak_memory(name: str, device: str, batch: int) -> float:
 
 
 def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images: torch.Tensor) -> None:
-    """Compiled and eager networks, of equal weights, must classify alike: what is timed does the same work."""
+    """Networks of equal weights, compiled or with kernels, must classify alike: what is timed does the same work."""
     with torch.no_grad():
         logits = {key: model.eval()(images) for key, model in models.items()}
     for (name, mode), values in logits.items():
         tolerance = 2**-5 if images.dtype == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(values, logits[name, "eager"], rtol=tolerance, atol=tolerance, msg=f"{name}, {mode}")
+        torch.testing.assert_close(
+            values, logits[plain(name), "eager"], rtol=tolerance, atol=tolerance, msg=f"{name}, {mode}"
+        )
 
 
 def measure(names: list[str], device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,8 +168,7 @@ def measure(names: list[str], device: str, options: argparse.Namespace) -> list[
     if options.compile:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
     images = torch.randn(options.batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
-    if options.compile:
-        require_equal_outputs(models, images)
+    require_equal_outputs(models, images)
     times: dict[tuple[str, str], dict[str, list[float]]] = {key: {"forward_s": [], "training_s": []} for key in models}
     for label, step in (("forward_s", forward), ("training_s", train)):
         for turn in range(options.rounds + 1):
@@ -200,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments, device)
     torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
     section = Section("model", options, arguments)
-    rows = [row for size in options.sizes for row in measure(contestants(size), device, options)]
+    rows = [row for size in options.sizes for row in measure(contestants(size, device), device, options)]
     conditions = {
         "batch": options.batch, "size": SIZE, "rounds": options.rounds,
         "precision": "bf16" if device == "cuda" else "fp32",

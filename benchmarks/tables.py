@@ -17,6 +17,8 @@ from pretrain.monitoring.efficiency import model_flops_per_image
 BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
 NOT_MEASURED = "not measured"
+WITH_KERNEL = "_triton"
+"""Ends the name of a network of ours that was measured with attention's Triton kernels."""
 Section = dict[str, Any]
 Row = dict[str, Any]
 
@@ -58,8 +60,8 @@ def training_ratio(section: Section, row: Row) -> tuple[float, float, float] | N
 
 
 def is_lavit(name: str) -> bool:
-    """Whether it is a network with Less Attention."""
-    return name.startswith("lavit_") and not name.endswith("_vanilla")
+    """Whether it is a network with Less Attention, as it comes."""
+    return name.startswith("lavit_") and not name.endswith(("_vanilla", WITH_KERNEL))
 
 
 def mfu(images_per_s: float, macs: int, section: Section, precision: str, devices: int = 1) -> float | None:

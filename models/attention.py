@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import Grid
+from models import fused_attention
+from models.config import AttentionKernel, Grid
 from models.diagonality import diagonality_loss, pool_queries
 from models.product import attended, scores_of
 from models.resample import resample_map, resample_table
@@ -99,10 +100,13 @@ class Attention(nn.Module):
 
     observer: Observer | None = None
 
-    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, kernel: AttentionKernel = "torch"
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.ratio = ratio
+        self.kernel = kernel
         self.reduction = SpatialReduction(width, ratio, norm) if ratio > 1 else None
         self.proj = nn.Linear(width, width)
 
@@ -122,12 +126,33 @@ class Attention(nn.Module):
         """(batch, heads, T, d) to (batch, T, C), projected."""
         return self.proj(features.transpose(1, 2).flatten(2))
 
-    def attend(self, scores: Tensor, values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Softmax over the keys: the attention (batch, heads, M, N) and the output (batch, N, C)."""
+    def attend(
+        self, scores: Tensor, values: Tensor, grid: Grid, with_pooled: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax over the keys, with torch's operators or in one kernel.
+
+        Args:
+            scores: (batch, heads, M, N).
+            values: (batch, M, C).
+            grid: query grid, N = height x width.
+            with_pooled: whether to give `pool_queries` of the attention, too.
+
+        Returns:
+            The output (batch, N, C); the pooled attention (batch, heads, M, M) or None.
+
+        Raises:
+            RuntimeError: the kernel is wanted and Triton is not there.
+        """
+        key_grid = self.key_grid(grid)
+        fused = self.kernel == "triton" and self.observer is None  # an observer looks at the matrix that it spares
+        if fused and fused_attention.can_run(scores, values, grid, key_grid, pooled=with_pooled):
+            output, pooled = fused_attention.attend(scores, values, grid, key_grid, pooled=with_pooled)
+            return self.proj(output), pooled
         attention = scores.softmax(dim=-2)
         if self.observer is not None:
-            self.observer(attention, grid, self.key_grid(grid))
-        return attention, self.merge(attended(attention, values))
+            self.observer(attention, grid, key_grid)
+        output = self.merge(attended(attention, self.split(values)))
+        return output, pool_queries(attention, grid, key_grid) if with_pooled else None
 
 
 class VanillaAttention(Attention):
@@ -138,9 +163,10 @@ class VanillaAttention(Attention):
     """
 
     def __init__(
-        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool
-    ) -> None:
-        super().__init__(width, heads, ratio, norm)
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool,
+        kernel: AttentionKernel = "torch",
+    ) -> None:  # fmt: skip
+        super().__init__(width, heads, ratio, norm, kernel=kernel)
         self.keeps_scores = keeps_scores
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width, bias=False)
@@ -164,10 +190,11 @@ class VanillaAttention(Attention):
             Output (batch, N, C); the pre-softmax scores (batch, heads, M, N) if this block keeps them; None.
         """
         query = self.split(self.q(tokens))
-        key, value = (self.split(half) for half in self.kv(self.reduced(tokens, grid)).chunk(2, dim=-1))
+        keys, values = self.kv(self.reduced(tokens, grid)).chunk(2, dim=-1)
+        key = self.split(keys)
         if initial is None and not self.keeps_scores and self.observer is None:
             # With the residual as its mask the fused kernel would be none: a mask that learns takes torch's plain way.
-            output = F.scaled_dot_product_attention(query, key, value)
+            output = F.scaled_dot_product_attention(query, key, self.split(values))
             if torch.compiler.is_exporting():
                 # Its strides belong to the kernel; an exporter that takes the kernel apart gets others.
                 output = output.contiguous()
@@ -175,7 +202,7 @@ class VanillaAttention(Attention):
         scores = scores_of(key * query.shape[-1] ** -0.5, query)
         if initial is not None:
             scores = scores.add_(initial)
-        return self.attend(scores, value, grid)[1], scores if self.keeps_scores else None, None
+        return self.attend(scores, values, grid)[0], scores if self.keeps_scores else None, None
 
 
 class LessAttention(Attention):
@@ -184,8 +211,11 @@ class LessAttention(Attention):
     Theta acts on the key axis, Psi on the query axis; one pair a block, shared by the heads (this project's choice).
     """
 
-    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid) -> None:
-        super().__init__(width, heads, ratio, norm)
+    def __init__(
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid, *,
+        kernel: AttentionKernel = "torch",
+    ) -> None:  # fmt: skip
+        super().__init__(width, heads, ratio, norm, kernel=kernel)
         self.v = nn.Linear(width, width, bias=False)
         self.theta = Theta(self.key_grid(grid))
         self.psi = Psi(grid)
@@ -206,9 +236,8 @@ class LessAttention(Attention):
         """
         key_grid = self.key_grid(grid)
         scores = self.psi(self.theta(scores, key_grid), grid)
-        attention, output = self.attend(scores, self.split(self.v(self.reduced(tokens, grid))), grid)
-        loss = diagonality_loss(pool_queries(attention, grid, key_grid)) if with_diagonality else None
-        return output, scores, loss
+        output, pooled = self.attend(scores, self.v(self.reduced(tokens, grid)), grid, with_diagonality)
+        return output, scores, None if pooled is None else diagonality_loss(pooled)
 
 
 class ClassAttention(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 STAGES = 4
 Grid = tuple[int, int]
 """(height, width) of a grid of tokens, or of a picture in pixels."""
+AttentionKernel = Literal["torch", "triton"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LaViTConfig:
     """Stochastic depth: the rate of the last block; it grows linearly from 0 at the first."""
     norm: Literal["torch", "apex"] = "torch"
     """torch's LayerNorm, or the FusedLayerNorm of NVIDIA's apex."""
+    attention_kernel: AttentionKernel = "torch"
+    """Where scores are kept: torch's operators, or `models.fused_attention` on the GPUs that can run it."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the field."""
@@ -74,6 +77,10 @@ class LaViTConfig:
             _require(hidden > 0, f"mlp_ratios: {ratios[stage]} of stage {stage + 1}'s width of {width} is nothing")
         _require(self.pool in {"class_attention", "mean"}, f"pool: 'class_attention' or 'mean', got {self.pool!r}")
         _require(self.norm in {"torch", "apex"}, f"norm: 'torch' or 'apex', got {self.norm!r}")
+        _require(
+            self.attention_kernel in {"torch", "triton"},
+            f"attention_kernel: 'torch' or 'triton', got {self.attention_kernel!r}",
+        )
         _require(
             _is_number(self.drop_path) and 0 <= self.drop_path < 1,
             f"drop_path: at least 0 and below 1, got {self.drop_path!r}",

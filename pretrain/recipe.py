@@ -240,6 +240,7 @@ CHANGEABLE = (
     "data.prefetch",
     "model.activation_checkpointing",
     "model.compile",
+    "model.overrides.attention_kernel",
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from models import LaViT, create_model
+from models import LaViT, create_model, fused_attention
 from pretrain.engine.data_parallel import install_data_parallel
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
@@ -43,7 +43,7 @@ def build_engine(
 
     Raises:
         UserError: DeepSpeed refuses the configuration for a reason that was not foreseen, or the network cannot be
-            compiled here.
+            compiled here, or the attention kernel that was chosen cannot run.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
@@ -53,6 +53,8 @@ def build_engine(
     model.to(device)
     optimizer, more = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
     notes += more
+    if model.config.attention_kernel == "triton":
+        notes.append(_check_attention_kernel(model, resolved.precision, device))
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
@@ -66,6 +68,23 @@ def build_engine(
     if resolved.stage == 0:
         install_data_parallel(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
+
+
+def _check_attention_kernel(model: LaViT, precision: str, device: torch.device) -> str:
+    """A run that was told to take Triton's kernels says where it does, and does not start where it never would."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    try:
+        fused_attention.require(device)
+    except RuntimeError as error:
+        raise UserError(f"model: {error}") from None
+    stages = fused_attention.fitting_stages(model.config, dtype)
+    if not stages:
+        raise UserError(
+            f"model: attention_kernel: 'triton' fits no stage in {precision} at this image size (keys or "
+            "channels of a head are too many); use attention_kernel: 'torch'"
+        )
+    where = ", ".join(str(stage + 1) for stage in stages)
+    return f"attention_kernel: Triton's where scores are kept, in stages {where}; torch's operators elsewhere"
 
 
 def _compile(model: LaViT, stage: int, device: torch.device) -> str:

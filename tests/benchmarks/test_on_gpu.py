@@ -20,6 +20,7 @@ def test_all_benchmarks_measure_the_gpu(tmp_path: Path) -> None:
     assert all(section["machine"]["device"] == "cuda" and section["machine"]["driver"] for section in found.values())
     assert found["model"]["conditions"]["precision"] == "bf16"
     assert {row["mode"] for row in found["model"]["rows"]} == {"eager", "compiled"}
+    assert "lavit_small_triton" in {row["model"] for row in found["model"]["rows"]}
     assert found["data"]["conditions"]["device"] == "cuda"
     assert found["trainer"]["conditions"]["precision"] == "bf16 autocast"
     compiled = {row["variant"] for row in found["trainer"]["rows"] if row["mode"] == "compiled"}

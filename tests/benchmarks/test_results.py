@@ -142,5 +142,17 @@ def test_the_door_starts_each_with_options_that_it_knows(arguments: list[str], t
 
 def test_timms_networks_run_beside_the_size_that_is_theirs() -> None:
     extra = list(model.RIVALS) if model.has_timm() else []
-    assert model.contestants("small") == ["lavit_small", "lavit_small_vanilla", *extra]
-    assert model.contestants("tiny") == ["lavit_tiny", "lavit_tiny_vanilla"]
+    assert model.contestants("small", "cpu") == ["lavit_small", "lavit_small_vanilla", *extra]
+    assert model.contestants("tiny", "cpu") == ["lavit_tiny", "lavit_tiny_vanilla"]
+
+
+def test_on_a_gpu_the_kernels_run_beside_torchs_operators() -> None:
+    names = model.contestants("tiny", "cuda")
+    assert names == ["lavit_tiny", "lavit_tiny_triton", "lavit_tiny_vanilla"]
+    assert model.build(names[1], "cpu").config.attention_kernel == "triton"
+    assert model.cost(names[1]) == model.cost(names[0])
+    rows = model_rows(lavit_tiny=0.5, lavit_tiny_triton=0.25, lavit_tiny_vanilla=1.0)
+    ratios = {cells(line)[0]: cells(line)[6] for line in tables.model(section(H100, BF16, rows))[2:]}
+    assert ratios["lavit_tiny"] == ""
+    assert ratios["lavit_tiny_triton"].startswith("0.500")
+    assert ratios["lavit_tiny_vanilla"].startswith("2.000")

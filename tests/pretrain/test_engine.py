@@ -46,6 +46,16 @@ def test_compiling_at_stage_3_is_refused() -> None:
     run_ranks(1, stage_3_refuses_to_compile)
 
 
+def a_kernel_for_gpus_is_refused(control: dist.ProcessGroup) -> None:
+    chosen = recipe().model.model_copy(update={"overrides": {"attention_kernel": "triton"}})
+    with pytest.raises(UserError, match=r"model: attention_kernel: 'triton' runs on NVIDIA GPUs"):
+        engine_of(1, model=chosen)
+
+
+def test_an_attention_kernel_for_gpus_is_refused_on_a_cpu_before_training() -> None:
+    run_ranks(1, a_kernel_for_gpus_is_refused)
+
+
 def no_compiler_is_told(control: dist.ProcessGroup) -> None:
     from torch._inductor import config
 

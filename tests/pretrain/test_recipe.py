@@ -74,6 +74,8 @@ def test_a_resume_may_change_how_it_runs_but_not_what_it_computes() -> None:
     old = load_recipe(DEMO).model_dump(mode="json")
     allowed = load_recipe(DEMO, ["log_every_steps=1", "checkpoint.keep=5", "data.threads=4", "data.path=elsewhere"])
     assert recipe_differences(old, allowed.model_dump(mode="json")) == []
+    kernel = load_recipe(DEMO, ["model.overrides.attention_kernel=triton"])
+    assert recipe_differences(old, kernel.model_dump(mode="json")) == []
     changed = load_recipe(DEMO, ["optimizer.lr=1e-4", "data.augment.affine.degrees=3", "seed=1"])
     lines = recipe_differences(old, changed.model_dump(mode="json"))
     assert [line.split(":")[0] for line in lines] == ["data.augment.affine.degrees", "optimizer.lr", "seed"]
