@@ -145,7 +145,7 @@ TINY = (("widths", (8, 8, 16, 16)), ("heads", (1, 1, 2, 2)), ("depths", (1, 1, 2
 def estimate(configuration: Configuration, ranks: int, *, gpu: bool = False) -> Memory:
     """What the plan says."""
     recipe, resolved = configuration.recipe, configuration.resolved(ranks, gpu=gpu)
-    model = memory_model(architecture(recipe, CLASSES), resolved.precision, mixed=recipe.mixing.in_pairs)
+    model = memory_model(architecture(recipe, CLASSES), resolved.precision, mixed=recipe.mixing.in_pairs, gpu=gpu)
     return model.memory(Engine.of(recipe, resolved), configuration.policy, configuration.micro_batch)
 
 

@@ -232,7 +232,8 @@ def _memory_rows(
             refused.append(f"ZeRO {stage}: {error}")
             continue
         if resolved.precision not in models:
-            models[resolved.precision] = memory_model(config, resolved.precision, mixed=recipe.mixing.in_pairs)
+            mixed = recipe.mixing.in_pairs
+            models[resolved.precision] = memory_model(config, resolved.precision, mixed=mixed, gpu=True)
         model, engine, batch = models[resolved.precision], Engine.of(recipe, resolved), resolved.batch
         ahead = recipe.data.prefetch * 4 * config.in_channels * config.image_size[0] * config.image_size[1]
         for name, policy in policies.items():

@@ -141,18 +141,19 @@ class Memory:
 
 
 @functools.cache
-def memory_model(config: LaViTConfig, precision: Precision, *, mixed: bool) -> "MemoryModel":
+def memory_model(config: LaViTConfig, precision: Precision, *, mixed: bool, gpu: bool) -> "MemoryModel":
     """Rehearse a network (seconds) and count its parameters.
 
     Args:
         config: the network.
         precision: what the engine computes in.
         mixed: whether mixup or CutMix make a new picture of two.
+        gpu: whether autocast keeps the types that it keeps on a GPU, or those of a CPU.
     """
     with torch.device("meta"):
         model = LaViT(config)
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return MemoryModel(Rehearsal(config, precision, mixed=mixed), shapes, model.no_weight_decay())
+    return MemoryModel(Rehearsal(config, precision, mixed=mixed, gpu=gpu), shapes, model.no_weight_decay())
 
 
 class MemoryModel:

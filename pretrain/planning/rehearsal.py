@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,16 +72,17 @@ class Rehearsal:
         config: the network.
         precision: what the engine computes in.
         mixed: whether mixup or CutMix make a new picture of two.
+        gpu: whether autocast keeps the types that it keeps on a GPU, or those of a CPU.
     """
 
-    def __init__(self, config: LaViTConfig, precision: Precision, *, mixed: bool) -> None:
+    def __init__(self, config: LaViTConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
         self.names: tuple[str, ...] = ()
         """Parameters in the order in which their gradients arrive."""
         self._accounts: dict[bool, tuple[_Account, _Account]] = {}
         for recomputed in (False, True):
             two = []
             for size in SIZES:
-                self.names, account = _rehearse(config, [recomputed] * STAGES, size, precision, mixed=mixed)
+                self.names, account = _rehearse(config, [recomputed] * STAGES, size, precision, mixed=mixed, gpu=gpu)
                 two.append(account)
             self._accounts[recomputed] = (two[0], two[1])
         self._part = np.array([_part_of(name) for name in self.names])
@@ -120,7 +122,7 @@ def _part_of(name: str) -> int:
 
 
 def _rehearse(
-    config: LaViTConfig, policy: list[bool], micro_batch: int, precision: Precision, *, mixed: bool
+    config: LaViTConfig, policy: list[bool], micro_batch: int, precision: Precision, *, mixed: bool, gpu: bool
 ) -> tuple[tuple[str, ...], _Account]:
     """Run one micro-batch as ``pretrain.train`` does, without computing it."""
     with torch.device("meta"):
@@ -130,6 +132,9 @@ def _rehearse(
     dtype = input_dtype(precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _give_shapes(model, dtype)
+        if gpu and precision == "bf16 autocast":
+            for module in (model, *(block for stage in model.stages for block in stage.blocks)):
+                _autocast_as_on_gpu(module)  # the backward pass recomputes blocks, behind the model's back
         ledger = _Ledger()
         names, live = _note_arrivals(model, ledger)
         forward, standing = _note_stages(model, ledger)
@@ -156,6 +161,39 @@ def _loss(
     with autocast:
         logits, diagonality = model(images.to(dtype), drop_path_uniforms=uniforms, with_diagonality=True)
     return F.cross_entropy(logits.float(), targets) + diagonality.float(), batch
+
+
+class GpuAutocast(TorchFunctionMode):
+    """On top of autocast for CPUs: what autocast for GPUs computes in fp32, of the functions that LaViT calls.
+
+    Lists: aten/src/ATen/autocast_mode.h of torch, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
+    """
+
+    FP32 = frozenset({F.layer_norm})
+    FP32_RESULT = frozenset({torch.Tensor.softmax, torch.Tensor.sum})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.FP32:
+            args = [_wide(one) for one in args]
+            kwargs = {name: _wide(one) for name, one in kwargs.items()}
+        elif func in self.FP32_RESULT and args[0].dtype in {torch.bfloat16, torch.float16}:
+            kwargs.setdefault("dtype", torch.float32)
+        return func(*args, **kwargs)
+
+
+def _autocast_as_on_gpu(module: nn.Module) -> None:
+    forward = module.forward
+
+    def as_on_gpu(*args: Any, **kwargs: Any) -> Any:
+        with GpuAutocast():
+            return forward(*args, **kwargs)
+
+    module.forward = as_on_gpu
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _give_shapes(model: nn.Module, dtype: torch.dtype) -> None:
