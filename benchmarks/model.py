@@ -149,7 +149,8 @@ def peak_memory(name: str, device: str, batch: int) -> float:
 def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images: torch.Tensor) -> None:
     """Networks of equal weights, compiled or with kernels, must classify alike: what is timed does the same work."""
     with torch.no_grad():
-        logits = {key: model.eval()(images) for key, model in models.items()}
+        # A copy: what CUDA graphs give is overwritten when the next one runs.
+        logits = {key: model.eval()(images).clone() for key, model in models.items()}
     for (name, mode), values in logits.items():
         tolerance = 2**-5 if images.dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(
@@ -167,6 +168,11 @@ def measure(names: list[str], device: str, options: argparse.Namespace) -> list[
     models = {(name, "eager"): build(name, device) for name in names}
     if options.compile:
         models |= {(name, "compiled"): torch.compile(build(name, device), fullgraph=True) for name in names}
+    if options.cuda_graphs:
+        models |= {
+            (name, "CUDA graphs"): torch.compile(build(name, device), fullgraph=True, mode="reduce-overhead")
+            for name in names
+        }
     images = torch.randn(options.batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
     require_equal_outputs(models, images)
     times: dict[tuple[str, str], dict[str, list[float]]] = {key: {"forward_s": [], "training_s": []} for key in models}
@@ -194,9 +200,14 @@ def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="to take the median of (default: 15 on a GPU, 25 on a CPU)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="also torch.compile(fullgraph=True) (default: yes, but for --quick on a CPU)")  # fmt: skip
+    parser.add_argument("--cuda-graphs", action="store_true",
+                        help="also compiled with CUDA graphs (mode='reduce-overhead'), on a GPU; the memory of each "
+                        "stays taken, so few --sizes")  # fmt: skip
     add_common(parser)
     options = parser.parse_args(arguments)
     gpu = device == "cuda"
+    if options.cuda_graphs and not gpu:
+        parser.error("--cuda-graphs needs a GPU, and there is none here")
     defaults = {"sizes": ["tiny", "small", "base"], "batch": 128, "rounds": 15, "compile": True} if gpu else {
         "sizes": ["tiny", "small"], "batch": 2, "rounds": 25, "compile": True}  # fmt: skip
     if options.quick:

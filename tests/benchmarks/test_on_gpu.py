@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import model
 from benchmarks.__main__ import main
 from benchmarks.tables import MODES, mfu
 
@@ -31,3 +32,11 @@ def test_all_benchmarks_measure_the_gpu(tmp_path: Path) -> None:
     for row in whole["rows"]:
         used = mfu(max(row["images_per_s"]), row["macs"], whole, "bf16", whole["conditions"]["ranks"])
         assert row["mode"] == "data only" or used is None or 0 < used < 1
+
+
+@pytest.mark.timeout(1800)
+def test_cuda_graphs_run_beside_eager_and_compiled(tmp_path: Path) -> None:
+    model.main(["--quick", "--cuda-graphs", "--sizes", "tiny", "--results", str(tmp_path)])
+    (file,) = tmp_path.glob("bench-*-quick.json")
+    rows = json.loads(file.read_text())["sections"]["model"]["rows"]
+    assert {row["mode"] for row in rows} == {"eager", "compiled", "CUDA graphs"}

@@ -146,6 +146,13 @@ def test_timms_networks_run_beside_the_size_that_is_theirs() -> None:
     assert model.contestants("tiny", "cpu") == ["lavit_tiny", "lavit_tiny_vanilla"]
 
 
+def test_cuda_graphs_want_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.parse(["--cuda-graphs"], "cuda").cuda_graphs
+    with pytest.raises(SystemExit):
+        model.parse(["--cuda-graphs"], "cpu")
+    assert "--cuda-graphs needs a GPU" in capsys.readouterr().err
+
+
 def test_on_a_gpu_the_kernels_run_beside_torchs_operators() -> None:
     names = model.contestants("tiny", "cuda")
     assert names == ["lavit_tiny", "lavit_tiny_triton", "lavit_tiny_vanilla"]
