@@ -3,7 +3,7 @@
 import fcntl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,20 +115,7 @@ def assemble(
         console.say(
             f"resuming {folder.path} at step {progress.step} of {total_steps}, {progress.samples_seen:,} images seen"
         )
-
-    def tell_bad_sample(bad: BadSample) -> None:
-        try:
-            folder.append_bad_sample({**asdict(bad), "rank": rank.rank, "time": time.time()})
-        except OSError as error:
-            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
-
-    where: dict[str, Any] = {
-        "rank": rank.rank,
-        "world_size": rank.world_size,
-        "device": device,
-        "local_ranks": rank.local_world_size,
-        "on_bad_sample": tell_bad_sample,
-    }
+    where = _where(folder, rank, device)
     train_loader = TrainLoader(
         train_set,
         recipe.data,
@@ -144,27 +131,11 @@ def assemble(
         probes = Probes(
             recipe.probes, recipe.data, batch_size=recipe.evaluation.batch_size, control=control, where=where
         )
-    keep, metrics = recipe.checkpoint, None
+    metrics = None
     if rank.is_first:
-        metrics = MetricsWriter(
-            folder.metrics,
-            folder.tensorboard,
-            samples_seen=progress.samples_seen,
-            done={
-                "eval": progress.evaluated_at,
-                "eval_average": progress.evaluated_at,
-                "attention": progress.evaluated_at,
-                "probe": progress.probed_at,
-            },
-            trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
-            say=console.say,
-        )
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
-        write_start(folder.events, state, folder.read_state())
-        for warning in warnings:
-            where_to = {"step": progress.step, "samples_seen": progress.samples_seen}
-            write_event(folder.events, "checkpoint passed over", text=warning, **where_to)
-        folder.write_state(state)
+        metrics = _open_metrics(recipe, folder, progress, console)
+        _write_start(folder, state, warnings)
     monitor = Monitor(
         engine,
         pieces,
@@ -189,7 +160,9 @@ def assemble(
         writer=CheckpointWriter(
             folder.checkpoints,
             pieces,
-            retention=Retention(keep.keep, keep.keep_every_steps, keep.keep_best),
+            retention=Retention(
+                recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best
+            ),
             facts={"run": recipe.name},
             group=new_cpu_group(60 * recipe.watchdog.start_minutes + SPEAKS_FIRST_S),
             say=console.say,
@@ -262,6 +235,50 @@ def _open_folder(
         host=rank.host,
     )
     return state, beginning
+
+
+def _where(folder: RunFolder, rank: Rank, device: torch.device) -> dict[str, Any]:
+    """What every loader is told: its place among the ranks, and whom to tell of a damaged sample."""
+
+    def tell_bad_sample(bad: BadSample) -> None:
+        try:
+            folder.append_bad_sample({**asdict(bad), "rank": rank.rank, "time": time.time()})
+        except OSError as error:
+            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
+
+    return {
+        "rank": rank.rank,
+        "world_size": rank.world_size,
+        "device": device,
+        "local_ranks": rank.local_world_size,
+        "on_bad_sample": tell_bad_sample,
+    }
+
+
+def _open_metrics(recipe: Recipe, folder: RunFolder, progress: Progress, console: RunConsole) -> MetricsWriter:
+    """Go on writing metrics behind what the checkpoint knows of."""
+    return MetricsWriter(
+        folder.metrics,
+        folder.tensorboard,
+        samples_seen=progress.samples_seen,
+        done={
+            "eval": progress.evaluated_at,
+            "eval_average": progress.evaluated_at,
+            "attention": progress.evaluated_at,
+            "probe": progress.probed_at,
+        },
+        trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+        say=console.say,
+    )
+
+
+def _write_start(folder: RunFolder, state: RunState, warnings: Iterable[str]) -> None:
+    """Write what runs now, from where, and which checkpoints were passed over."""
+    write_start(folder.events, state, folder.read_state())
+    for warning in warnings:
+        at = {"step": state.step, "samples_seen": state.samples_seen}
+        write_event(folder.events, "checkpoint passed over", text=warning, **at)
+    folder.write_state(state)
 
 
 _locks: list[Any] = []  # held open for the life of the process
