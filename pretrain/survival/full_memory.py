@@ -6,7 +6,8 @@ from pretrain.outcome import ExitCode
 _CURES = {
     "evaluating": "lower evaluation.batch_size",
     "probing": "give probes a smaller set, or leave them out",
-    "copying a checkpoint": "the copy wants pinned memory of the host: give the job more of it (--mem)",
+    "copying a checkpoint": "the copy is pinned in the host's memory, which may be what is full: give the job "
+    "more of it (--mem)",
 }
 _TRAINING = (
     "lower train_micro_batch_size_per_gpu, or recompute with model.activation_checkpointing; python -m pretrain.plan "
