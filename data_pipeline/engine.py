@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline import graph
 from data_pipeline.batch import BadSample
 from data_pipeline.draws import Params
+from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.transforms import InputConfig
 
 
@@ -187,6 +188,8 @@ class Engine:
 
     def _recover(self, error: RuntimeError) -> None:
         """Condemn the samples that DALI cannot decode and begin again at the first batch that was not yielded."""
+        if gpu_memory_is_full(error):  # which says nothing about a picture
+            raise error
         suspects = {
             int(sample): (jpeg, prepared.params["start"][row], prepared.params["shape"][row])
             for prepared in self._decoding

@@ -14,6 +14,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
 from data_pipeline import auto_augment, resize
+from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.transforms import InputConfig
 
 Source = Callable[..., list[Any]]
@@ -175,6 +176,8 @@ class SingleDecoder:
             pipe.run()
         except RuntimeError as error:
             self._pipe = None
+            if gpu_memory_is_full(error):
+                raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             # DALI's message is a page; the line after the source position says what is wrong.
             return next((line for line in lines if "decode" in line.lower() or "codec" in line.lower()), lines[0])

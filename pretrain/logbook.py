@@ -114,9 +114,15 @@ class Logbook:
             self._state.step, self._state.samples_seen = self._progress.step, self._progress.samples_seen
             self._folder.write_state(self._state)
 
-    def fail(self, reason: str) -> None:
-        """Write down why the run fails: on any rank, and the first one's reason stands in ``run.json``."""
-        self.write_state("failed", self._folder.first_failure(reason))
+    def fail(self, reason: str) -> bool:
+        """Write down why the run fails: on any rank, and the first one's reason stands in ``run.json``.
+
+        Returns:
+            whether this is the first.
+        """
+        first = self._folder.first_failure(reason)
+        self.write_state("failed", first)
+        return first == reason
 
     def _tell(self, write: Callable[[MetricsWriter], None]) -> None:
         if self._metrics is not None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -16,10 +17,10 @@ if __name__ == "__main__":  # before the imports that take seconds: a launcher m
     FLAG = StopFlag()
     watch_launcher(FLAG)
 
-import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
+from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import add_run_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
 from pretrain.check import count_parameters_here, resolve_for  # noqa: E402
@@ -39,10 +40,14 @@ from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
+from pretrain.survival.full_memory import explain_full_memory  # noqa: E402
 from pretrain.survival.preflight import measure, meet  # noqa: E402
 from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
 from pretrain.train import train  # noqa: E402
 
+FIRST_GOES_FIRST_S = 3.0
+"""A rank that fails since another one did ends so much later: the launcher takes the exit status of whom it sees first,
+and looks once a second."""
 DESCRIPTION = """\
 Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
 
@@ -144,20 +149,16 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         if run is not None or rank is None or rank.local_rank == 0:  # while starting, all ranks meet the same error
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
-    except torch.OutOfMemoryError as error:
-        where = f"rank {rank.rank if rank else '?'}"
-        told = (
-            f"{where}: the GPU's memory is full ({' '.join(str(error).split())[:200]}): lower "
-            "train_micro_batch_size_per_gpu, or recompute with model.activation_checkpointing; python -m pretrain.plan "
-            "says what fits"
-        )
-        print(f"error: {told}", file=sys.stderr)  # noqa: T201
-        # What was trained once did fit, so something else was in the way.
-        untried = run is not None and not run.progress.step
-        _give_up(run, told, ExitCode.WILL_FAIL_AGAIN if untried else ExitCode.RETRY)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
-        traceback.print_exc()
-        _give_up(run, f"rank {rank.rank if rank else '?'}: {type(error).__name__}: {error}", ExitCode.RETRY)
+        told, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
+        where = f"rank {rank.rank if rank else '?'}"
+        if gpu_memory_is_full(error):
+            phase, progress = (run.watchdog.phase, run.progress) if run else ("starting", None)
+            told, why = explain_full_memory(error, phase, progress)
+            print(f"error: {where}: {told}", file=sys.stderr)  # noqa: T201
+        else:
+            traceback.print_exc()
+        _give_up(run, f"{where}: {told}", why)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
@@ -180,7 +181,8 @@ def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:
     try:
         if run is not None:
             run.console.close()
-            run.logbook.fail(reason.splitlines()[0] if reason else "")
+            if not run.logbook.fail(reason.splitlines()[0] if reason else ""):
+                time.sleep(FIRST_GOES_FIRST_S)
     except OSError as error:
         print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
     finally:

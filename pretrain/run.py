@@ -141,6 +141,7 @@ class Run:
 
     def _evaluate(self, kind: str) -> bool:
         began = time.monotonic()
+        self.watchdog.beat("evaluating", patient=self.first_step)
         self.engine.eval()
         result = evaluate(
             lambda images: self.engine(images.to(self.dtype)),
@@ -160,6 +161,7 @@ class Run:
         """Probe the features of the weights that are handed off, and write it down; a stop leaves it undone."""
         assert self.probes is not None
         began = time.monotonic()
+        self.watchdog.beat("probing", patient=self.first_step)
         average = self.pieces.averaged_weights() if self.recipe.ema is not None else nullcontext()
         with self._beside_training():
             try:

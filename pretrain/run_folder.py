@@ -89,7 +89,8 @@ class RunFolder:
         """Refuse to continue a run with a recipe that computes something else.
 
         Raises:
-            UserError: names every field that differs and may not.
+            UserError: names every field that differs and may not; or the global batch is not given, which never follows
+                from the ranks.
         """
         old = self.read_recipe()
         if old is None:
@@ -104,6 +105,12 @@ class RunFolder:
                 f"{self.path / 'ds_config.json'} cannot be read ({error}): put it back, or remove "
                 f"{self.path / 'recipe.yaml'} to go on without this check"
             ) from None
+        batch = deepspeed.get("train_batch_size")
+        if not isinstance(batch, int):
+            raise UserError(
+                f"train_batch_size must be given as a number, got {batch!r}: {self.path} goes on only with the global "
+                f"batch that it has, {before.get('train_batch_size')}"
+            )
         lines += [
             f"{key}: {before.get(key)} -> {deepspeed.get(key)}"
             for key in ("train_batch_size", "gradient_clipping")

@@ -204,4 +204,4 @@ def _why(ending: Ending) -> tuple[Cause, str, str]:
 
 
 def _told(ended: RankExit) -> str:
-    return f"rank {ended.rank} on {ended.node}: {ended.error}"
+    return f"rank {ended.rank} on {ended.node}: {ended.error.removeprefix(f'rank {ended.rank}: ')}"

@@ -42,21 +42,22 @@ def choose_stage(
         UserError: the optimizer needs another stage than the rest.
     """
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") != "auto":
-        return zero.get("stage", 0), []
+    fixed = fixed_stage(config, optimizer)
+    if fixed is not None and zero.get("stage") != "auto":
+        return fixed, []
     needs = [f"weights in {precision}"] if precision in ("bf16", "fp16") else []
     needs += ["offload_optimizer"] if (zero.get("offload_optimizer") or {}).get("device") == "cpu" else []
-    if needs and optimizer == "lamb":
+    if needs and fixed is not None:
         raise UserError(
-            f"no ZeRO stage goes with both optimizer.kind lamb, which needs stage 0, and {' and '.join(needs)}, which "
-            "needs stage 1: use torch_autocast instead of bf16 or fp16, leave offload_optimizer out, or use "
-            "optimizer.kind adamw"
+            f"no ZeRO stage goes with both optimizer.kind {optimizer}, which needs stage {fixed}, and "
+            f"{' and '.join(needs)}, which needs stage 1: use torch_autocast instead of bf16 or fp16, leave "
+            "offload_optimizer out, or use optimizer.kind adamw"
         )
     size = f"moments and moving average take {state_bytes / 2**20:,.1f} MiB"
     if needs:
         stage, why = 1, f"needed by {' and '.join(needs)}"
-    elif optimizer == "lamb":
-        stage, why = 0, "needed by LAMB, whose layers ZeRO would cut"
+    elif fixed is not None:
+        stage, why = fixed, f"needed by {optimizer.upper()}, whose layers ZeRO would cut"
     elif world_size == 1:
         stage, why = 0, "one rank has nothing to divide"
     elif state_bytes <= WHOLE_BYTES:

@@ -111,6 +111,8 @@ class Estimate:
     steps: int
     precision: Precision
     stage: int
+    notes: tuple[str, ...]
+    """What was chosen automatically, with the reason, as training prints it."""
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
     """Stages that cannot be had with this configuration, and why."""
@@ -168,8 +170,8 @@ def make_estimate(request: Request) -> Estimate:
         storage, storage_from = measure_storage(recipe), "measured: one reader of this machine"
     steps = count_steps(recipe.schedule, epoch_size=data.images, global_batch=batch.global_batch)
     return Estimate(
-        request, parameters, macs, data, batch, steps, resolved.precision, resolved.stage, rows, refused, capacity,
-        how_fast, storage, storage_from if storage else "not known",
+        request, parameters, macs, data, batch, steps, resolved.precision, resolved.stage, resolved.notes, rows,
+        refused, capacity, how_fast, storage, storage_from if storage else "not known",
         _checkpoints(request, parameters, batch, how_fast),
         _scaling(request, resolved, parameters, how_fast, Reading(storage, data.bytes_per_image)),
     )  # fmt: skip

@@ -91,6 +91,8 @@ def _facts(estimate: Estimate) -> Table:
         "batch", f"{batch.global_batch} = {gpus} GPUs x {batch.micro_batch} x {batch.accumulation} accumulated"
     )
     table.add_row("engine", f"ZeRO {estimate.stage}, {estimate.precision}")
+    for number, note in enumerate(estimate.notes):
+        table.add_row("" if number else "chosen", note)
     if how_fast.believed is None:
         table.add_row("time", f"{NOT_MEASURED}; at 100 % of the peak no less than {_time(estimate, how_fast.bound)}")
     else:

@@ -35,7 +35,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, rank: int, *, start_s: float, step_s: float) -> None:
-        self.on_hang: Callable[[str], None] | None = None
+        self.on_hang: Callable[[str], object] | None = None
         self._folder, self._rank = folder, rank
         self._start_s, self._step_s = start_s, step_s
         self._beat = (time.monotonic(), "starting", start_s)
@@ -46,6 +46,11 @@ class Watchdog:
     def beat(self, phase: str, *, patient: bool = False) -> None:
         """Say that this rank goes on, and what it does next; patient phases have the long limit."""
         self._beat = (time.monotonic(), phase, self._start_s if patient else self._step_s)
+
+    @property
+    def phase(self) -> str:
+        """What this rank does, as the last ``beat`` said."""
+        return self._beat[1]
 
     def close(self) -> None:
         """Stop watching."""

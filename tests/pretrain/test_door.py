@@ -2,13 +2,16 @@
 
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from pretrain.checkpoints.checkpoint import Progress
 from pretrain.outcome import ExitCode, UserError
+from pretrain.survival.full_memory import explain_full_memory
 from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, changes
 
@@ -39,27 +42,67 @@ def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits:
     assert (tmp_path / "seen").read_text() == ":4096:8"
 
 
-def full_in_step(step: int, folder: Path, *fields: str) -> None:
-    from pretrain import train
+COMPUTING = (
+    "computing, or waiting for the other ranks (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.19 GiB)"
+)
+DRIVER = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
 
-    original = train.micro_batch_loss
+
+def full_once(where: str, folder: Path, *fields: str) -> None:
+    """The last rank has no memory left at a place, as torch or as the driver says it; who waits to end is written."""
+    from pretrain import main, run, train
+
+    rank = int(os.environ["RANK"])
+    original, last = train.micro_batch_loss, rank == int(os.environ["WORLD_SIZE"]) - 1
 
     def micro_batch_loss(run, batch):
-        if run.progress.step + 1 == step:
+        if where == f"step {run.progress.step + 1}" and last:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
         return original(run, batch)
 
-    train.micro_batch_loss = micro_batch_loss
+    def evaluate(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError(DRIVER)
+
+    def sleep(_: float) -> None:
+        (folder / f"waits-{rank}").touch()
+
+    train.micro_batch_loss, run.evaluate, main.time = micro_batch_loss, evaluate, types.SimpleNamespace(sleep=sleep)
     through_the_door(folder, *fields)
 
 
-@pytest.mark.parametrize(("step", "code"), [(1, ExitCode.WILL_FAIL_AGAIN), (3, ExitCode.RETRY)])
-def test_a_full_gpu_is_told_in_one_line_and_is_hopeless_in_the_first_step(
-    step: int, code: ExitCode, tmp_path: Path, digits: Path
+FULL_AT = {
+    "step 1": (2, ExitCode.WILL_FAIL_AGAIN, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
+    "step 3": (1, ExitCode.RETRY, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
+    "evaluation": (
+        1,
+        ExitCode.WILL_FAIL_AGAIN,
+        f"evaluating ({' '.join(DRIVER.split())}): lower evaluation.batch_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FULL_AT)
+def test_a_full_gpu_is_told_in_one_line_and_is_hopeless_at_what_was_never_done_before(
+    where: str, tmp_path: Path, digits: Path
 ) -> None:
+    ranks, code, told = FULL_AT[where]
     with pytest.raises(ProcessExitedException) as ended:
-        start_ranks(1, full_in_step, step, tmp_path, *changes(data__path=digits))
-    assert ended.value.exit_code == code
+        start_ranks(ranks, full_once, where, tmp_path, *changes(data__path=digits, evaluation__every_epochs=0.2))
+    assert (ended.value.exit_code, ended.value.error_index) == (code, ranks - 1)
     reason = json.loads((tmp_path / "demo/run.json").read_text())["reason"]
-    assert reason.startswith("rank 0: the GPU's memory is full (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0")
-    assert "lower train_micro_batch_size_per_gpu" in reason
+    assert reason.startswith(f"rank {ranks - 1}: the GPU's memory is full, {told}")
+    assert [path.name for path in tmp_path.glob("waits-*")] == [f"waits-{rank}" for rank in range(ranks - 1)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "before", "code"),
+    [
+        ("evaluating", {"evaluated_at": 64}, ExitCode.RETRY),
+        ("probing", {"evaluated_at": 64}, ExitCode.WILL_FAIL_AGAIN),
+        ("copying a checkpoint", {}, ExitCode.RETRY),
+        ("waiting for data", {}, ExitCode.RETRY),
+    ],
+)
+def test_what_fitted_before_is_tried_again(phase: str, before: dict[str, int], code: ExitCode) -> None:
+    progress = Progress(samples_seen=128, step=2, **before)
+    assert explain_full_memory(RuntimeError(DRIVER), phase, progress)[1] is code

@@ -97,6 +97,17 @@ def test_stage_0_is_recommended_where_the_same_run_fits_without_sharding_and_onl
     assert not advised(*at_1, *tight)
 
 
+def test_a_stage_that_was_chosen_has_the_reason_that_training_prints_and_a_given_one_has_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reason = "ZeRO stage: 1 (needed by weights in bf16)"
+    (line,) = [line for line in printed(100).splitlines() if "ZeRO stage" in line]
+    assert line.strip() == reason
+    assert main([*HERE, "--json"]) == 0
+    assert reason in json.loads(capsys.readouterr().out)["notes"]
+    assert "ZeRO stage" not in printed(100, "--set", "deepspeed.zero_optimization.stage=2")
+
+
 def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*HERE, "--mfu", "0.3", "--simulate-failures", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -156,6 +156,7 @@ def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() 
             nothing, nothing, progress, metrics=writer, console=console, monitor=nothing, epoch_size=100
         ),
         "meter": SimpleNamespace(excluded=nullcontext), "pieces": None,
+        "watchdog": SimpleNamespace(beat=lambda *_, **__: None),
         "probes": Scripted(ProbesEndedError("stopped"), ProbesEndedError("too late"), Probed(50.0, 60.0, 10)),
     }  # fmt: skip
     assert not run.probes_due()

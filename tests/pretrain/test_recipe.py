@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.outcome import UserError
 from pretrain.recipe import describe_fields, load_recipe, recipe_differences
+from pretrain.run_folder import RunFolder
 
 DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
 
@@ -79,6 +81,18 @@ def test_a_resume_may_change_how_it_runs_but_not_what_it_computes() -> None:
     changed = load_recipe(DEMO, ["optimizer.lr=1e-4", "data.augment.affine.degrees=3", "seed=1"])
     lines = recipe_differences(old, changed.model_dump(mode="json"))
     assert [line.split(":")[0] for line in lines] == ["data.augment.affine.degrees", "optimizer.lr", "seed"]
+
+
+@pytest.mark.parametrize("batch", [{}, {"train_batch_size": "auto"}, {"train_batch_size": None}])
+def test_a_resume_without_its_global_batch_is_told_which_it_is(tmp_path: Path, batch: dict[str, Any]) -> None:
+    folder, recipe, clipping = RunFolder(tmp_path), load_recipe(DEMO), {"gradient_clipping": 1.0}
+    folder.write_description(recipe, {"train_batch_size": 64, **clipping}, {})
+    folder.check_recipe(recipe, {"train_batch_size": 64, **clipping})
+    told = rf"^train_batch_size must be given as a number, got {batch.get('train_batch_size')!r}: {tmp_path} .* 64$"
+    with pytest.raises(UserError, match=told):
+        folder.check_recipe(recipe, batch | clipping)
+    with pytest.raises(UserError, match=r"another recipe \(train_batch_size: 64 -> 32\)"):
+        folder.check_recipe(recipe, {"train_batch_size": 32, **clipping})
 
 
 def test_every_field_explains_itself() -> None:

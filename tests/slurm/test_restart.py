@@ -148,6 +148,11 @@ def test_a_node_that_failed_or_was_slow_twice_is_avoided_whatever_ended_the_run(
     assert decide(both, [], POLICY).exclude == ()
 
 
+def test_a_rank_that_names_itself_is_named_once() -> None:
+    full = rank(ExitCode.WILL_FAIL_AGAIN, "rank 3: the GPU's memory is full", rank=3, node="b")
+    assert decide(replace(ENDED, exits=(full,)), [], POLICY).reason == "rank 3 on b: the GPU's memory is full"
+
+
 def test_a_node_that_failed_twice_is_avoided_for_good() -> None:
     ending = replace(ENDED, exits=(CRASHED,), status=1)
     assert decide(ending, [Past(0, "crashed", "a")], POLICY).exclude == ()
