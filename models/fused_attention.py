@@ -50,12 +50,18 @@ def require(device: torch.device) -> None:
 def can_run(scores: Tensor, values: Tensor, grid: Grid, key_grid: Grid, *, pooled: bool) -> bool:
     """Whether the kernels take these; by design they leave the rest to torch's operators.
 
-    That is what lies on a CPU (outside Triton's interpreter), a model on its way through torch.export, and what does
-    not fit (`fits`).
+    That is what lies on a CPU (outside Triton's interpreter) or on a GPU that is too old (weights that were trained
+    with the kernels run anywhere), a model on its way through torch.export, and what does not fit (`fits`).
     """
-    if torch.compiler.is_exporting() or not (scores.is_cuda or INTERPRETED):
+    if torch.compiler.is_exporting() or not (_is_capable(scores.device) or INTERPRETED):
         return False
     return fits(scores, values, grid, key_grid, pooled=pooled)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _is_capable(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def fits(scores: Tensor, values: Tensor, grid: Grid, key_grid: Grid, *, pooled: bool) -> bool:
