@@ -127,14 +127,23 @@ def test_devices_on_which_it_would_never_run_are_refused(monkeypatch: pytest.Mon
         fused_attention.require(torch.device("cuda"))
 
 
+@pytest.mark.parametrize(("setting", "off", "on"), [("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)])
+def test_products_in_fp32_are_as_precise_as_torchs_whichever_setting_says_so(setting, off, on):
+    given = (torch.empty(1, 1, 4, 16), torch.empty(1, 4, 16), (4, 4), (2, 2), True)
+    try:
+        for value, precision in ((on, "tf32"), (off, "ieee")):
+            setattr(torch.backends.cuda.matmul, setting, value)
+            assert fused_attention.constants(*given)["PRECISION"] == precision
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, off)
+
+
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True)])
 def test_a_network_that_was_trained_with_them_runs_on_an_older_gpu_without(capability, taken, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    fused_attention._is_capable.cache_clear()
     with FakeTensorMode():
         scores, values = (torch.empty(1, *shape, device="cuda") for shape in ((1, 4, 16), (4, 16)))
     assert fused_attention.can_run(scores, values, (4, 4), (2, 2), pooled=True) is taken
-    fused_attention._is_capable.cache_clear()
 
 
 def gradients(model, images, dtype, *, autocast=False):
