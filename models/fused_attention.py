@@ -50,12 +50,17 @@ def require(device: torch.device) -> None:
 def can_run(scores: Tensor, values: Tensor, grid: Grid, key_grid: Grid, *, pooled: bool) -> bool:
     """Whether the kernels take these; by design they leave the rest to torch's operators.
 
-    That is what lies on a CPU (outside Triton's interpreter), a model on its way through torch.export, and what does
-    not fit (`fits`).
+    That is what lies on a CPU (outside Triton's interpreter) or on a GPU that is too old (weights that were trained
+    with the kernels run anywhere), a model on its way through torch.export, and what does not fit (`fits`).
     """
-    if torch.compiler.is_exporting() or not (scores.is_cuda or INTERPRETED):
+    if torch.compiler.is_exporting() or not (_is_capable(scores.device) or INTERPRETED):
         return False
     return fits(scores, values, grid, key_grid, pooled=pooled)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_capable(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def fits(scores: Tensor, values: Tensor, grid: Grid, key_grid: Grid, *, pooled: bool) -> bool:
@@ -202,9 +207,15 @@ def _constants(
         "HEADS": heads, "M": keys, "N": queries, "D": values.shape[2] // heads, "W": grid[1],
         "CELL_H": cell[0], "CELL_W": cell[1], "SLOTS": slots, "CELLS": cells, "PLACES": places,
         "TILES": -(-places // cells), "KEYS": rows, "WIDTH": max(16, _power(values.shape[2] // heads)),
-        "POOLED": pooled, "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",  # as torch's own
+        "POOLED": pooled, "PRECISION": _precision(),
         "num_warps": 8 if values.dtype == torch.float32 or rows > 64 else 4, "num_stages": 1,
     }  # fmt: skip
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _precision() -> str:
+    """Of products in fp32: that of torch's own. Its `allow_tf32` cannot be read once the newer setting was made."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _power(count: int) -> int:

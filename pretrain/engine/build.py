@@ -77,6 +77,7 @@ def _check_attention_kernel(model: LaViT, precision: str, device: torch.device) 
         fused_attention.require(device)
     except RuntimeError as error:
         raise UserError(f"model: {error}") from None
+    _require_triton("attention_kernel: 'triton'")
     stages = fused_attention.fitting_stages(model.config, dtype)
     if not stages:
         raise UserError(
@@ -103,16 +104,7 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
 def _require_compilers(device: torch.device) -> None:
     """See that what inductor compiles with is there; else every rank would say so at length, in the first step."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
-
-        # Triton builds what launches its kernels, by the compiler that CC names, or by gcc or clang.
-        compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
-        if not has_triton_package() or not compiler:
-            lacking = "C compiler" if has_triton_package() else "Triton"
-            raise UserError(
-                f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or "
-                "triton, which torch's builds for CUDA bring along), or leave model.compile out"
-            )
+        _require_triton("model.compile")
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
         from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
@@ -123,3 +115,16 @@ def _require_compilers(device: torch.device) -> None:
             raise UserError(
                 "model.compile needs a C++ compiler on a CPU and finds none: install g++, or leave model.compile out"
             ) from None
+
+
+def _require_triton(setting: str) -> None:
+    """Triton builds what launches its kernels on each node, by the compiler that CC names, or by gcc or clang."""
+    from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
+
+    compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
+    if not has_triton_package() or not compiler:
+        lacking = "C compiler" if has_triton_package() else "Triton"
+        raise UserError(
+            f"{setting} needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
+            "which torch's builds for CUDA bring along), or leave that setting out"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import __main__ as door
 from benchmarks import data, end_to_end, goals, model, page, report, tables, trainer
@@ -119,6 +120,12 @@ def test_on_a_gpu_all_compute_in_bf16_compiled_and_decode_there_on_all_gpus() ->
     assert not trainer.parse([], "cpu", 64).autocast
     assert trainer.parse([], "cpu", 64).ranks == 2
     assert {case[1] for case in end_to_end.parse([], "cuda", 1).cases} == {224}
+
+
+def test_compiled_networks_that_take_turns_have_dynamos_limit_of_graphs_each() -> None:
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for bias in (True, False):
+            model.compiled(torch.nn.Linear(2, 2, bias=bias), backend="eager")(torch.zeros(1, 2))
 
 
 def test_what_is_asked_for_goes_before_what_suits_the_device() -> None:

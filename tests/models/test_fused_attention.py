@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import create_model, fused_attention, model_config
 from tests.models.test_lavit import small
@@ -124,6 +125,25 @@ def test_devices_on_which_it_would_never_run_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or more, this has 7\.0"):
         fused_attention.require(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("setting", "off", "on"), [("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)])
+def test_products_in_fp32_are_as_precise_as_torchs_whichever_setting_says_so(setting, off, on):
+    given = (torch.empty(1, 1, 4, 16), torch.empty(1, 4, 16), (4, 4), (2, 2), True)
+    try:
+        for value, precision in ((on, "tf32"), (off, "ieee")):
+            setattr(torch.backends.cuda.matmul, setting, value)
+            assert fused_attention.constants(*given)["PRECISION"] == precision
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, off)
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True)])
+def test_a_network_that_was_trained_with_them_runs_on_an_older_gpu_without(capability, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        scores, values = (torch.empty(1, *shape, device="cuda") for shape in ((1, 4, 16), (4, 16)))
+    assert fused_attention.can_run(scores, values, (4, 4), (2, 2), pooled=True) is taken
 
 
 def gradients(model, images, dtype, *, autocast=False):

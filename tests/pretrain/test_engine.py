@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.build import _require_compilers, build_engine, build_model
+from models import fused_attention
+from pretrain.engine.build import _check_attention_kernel, _require_compilers, build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.outcome import UserError
 from tests.pretrain.ranks import run_ranks, start_ranks
@@ -68,20 +69,31 @@ def test_a_missing_compiler_is_told_before_training() -> None:
     run_ranks(1, no_compiler_is_told)
 
 
-def test_a_gpu_without_triton_or_a_compiler_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["model.compile", "attention_kernel: 'triton'"])
+def test_a_gpu_without_triton_or_a_compiler_is_told_before_training(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.utils import _triton
 
     gpu = torch.device("cuda", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(_triton, "has_triton_package", lambda: False)
-        with pytest.raises(UserError, match="finds no Triton"):
+    monkeypatch.setattr(fused_attention, "require", lambda _: None)  # as on a GPU that can run them
+    model = build_model(recipe(), CLASSES)
+
+    def start() -> None:
+        if setting == "model.compile":
             _require_compilers(gpu)
-        patch.setattr(_triton, "has_triton_package", lambda: True)
-        patch.setenv("CC", "true")
-        _require_compilers(gpu)
-        patch.setenv("PATH", "")
-        with pytest.raises(UserError, match="finds no C compiler"):
-            _require_compilers(gpu)
+        else:
+            _check_attention_kernel(model, "fp32", gpu)
+
+    monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
+    with pytest.raises(UserError, match=f"{setting} needs .* finds no Triton"):
+        start()
+    monkeypatch.setattr(_triton, "has_triton_package", lambda: True)
+    monkeypatch.setenv("CC", "true")
+    start()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=f"{setting} needs .* finds no C compiler"):
+        start()
 
 
 def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
