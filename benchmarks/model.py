@@ -5,11 +5,13 @@
 
 All of a size take turns, one step each, so that whatever else the machine does hits all; the median of the rounds
 counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how). A GPU
-is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch.
+is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch,
+and without the page faults that differ from heap to heap.
 Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
+import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -104,6 +106,17 @@ def contestants(size: str, device: str) -> list[str]:
     if device == "cuda":
         ours.insert(1, f"lavit_{size}{tables.WITH_KERNEL}")
     return [*ours, *(RIVALS if size == "small" and has_timm() else ())]
+
+
+def keep_memory() -> None:
+    """Let glibc keep what tensors give back, and take no part of it from the kernel anew, step for step.
+
+    That is 1 to 2 % of a step, or none: as the heap happens to lie, which says nothing about a network.
+    """
+    mmap_max, trim_threshold = -4, -1  # malloc.h
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
+        raise RuntimeError("glibc's mallopt refuses to keep memory")
 
 
 def seconds(model: torch.nn.Module, step, images: torch.Tensor) -> float:
@@ -222,6 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = parse(arguments, device)
     torch.set_num_threads(1)  # a thread that waits for another one spins, which core time would count as work
+    if device == "cpu":
+        keep_memory()
     section = Section("model", options, arguments)
     rows = [row for size in options.sizes for row in measure(contestants(size, device), device, options)]
     conditions = {
