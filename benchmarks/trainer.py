@@ -4,7 +4,8 @@
     python -m benchmarks.trainer --ranks 8 --stages 0 1 --micro-batch 64 --no-compile
 
 All variants live in the same processes and take turns on the same fixed batches, so that whatever else the machine does
-hits all; before a turn the ranks meet, and then its steps are timed. The trainer's side is `pretrain.train.train`
+hits all; before a turn the ranks meet, and then its steps are timed. On a CPU all of it begins anew in fresh processes,
+since from one process to the next a ratio differs by more than the turns in one of them tell. The trainer's side is `pretrain.train.train`
 itself, with everything that it does between two steps, but for the loader: that gives the same tensors again and again.
 Compiled stages are set against a bare loop that is compiled, too. Prints a table and writes a section of
 benchmarks/results/bench-DATE-MACHINE.json.
@@ -101,7 +102,8 @@ def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str
             baton.start(partial(train, run))
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in batons}
     for turn in range(options.rounds + options.warmup):
-        for key, baton in batons.items():
+        # Forwards and backwards: whoever always came after the same other one would inherit its caches and heap.
+        for key, baton in list(batons.items())[:: -1 if turn % 2 else 1]:
             dist.barrier(control)
             took = baton.time(options.steps, device) / options.steps
             if turn >= options.warmup:
@@ -120,7 +122,9 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
     parser.add_argument("--micro-batch", type=int, help="pictures per rank and step (default: 128, on a CPU 16)")
     parser.add_argument("--ranks", type=int, help="processes (default: one a GPU; on a CPU 2)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (default: all)")
-    parser.add_argument("--rounds", type=int, help="turns to take the median of (default: 20)")
+    parser.add_argument("--rounds", type=int, help="turns in each process (default: 20 on a GPU, 8 on a CPU)")
+    parser.add_argument("--processes", type=int, help="how often all begin anew, in fresh processes (default: 1 on a "
+                        "GPU, 3 on a CPU, where chance decides whose memory lies well)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="steps of a turn (default: 10 on a GPU, where the host must run "
                         "ahead of the device; 1 on a CPU)")  # fmt: skip
     parser.add_argument("--warmup", type=int, default=3, help="turns before them (default: 3)")
@@ -131,11 +135,13 @@ def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Name
     add_common(parser)
     options = parser.parse_args(arguments)
     gpu = device == "cuda"
-    defaults: dict[str, Any] = {"autocast": gpu, "compile": gpu, "rounds": 20}
-    defaults |= {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": count, "steps": 10} if gpu else {
-        "model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": min(2, count), "steps": 1}  # fmt: skip
+    defaults: dict[str, Any] = {"autocast": gpu, "compile": gpu}
+    defaults |= {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": count, "steps": 10,
+                 "rounds": 20, "processes": 1} if gpu else {
+        "model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": min(2, count), "steps": 1,
+        "rounds": 8, "processes": 3}  # fmt: skip
     if options.quick:
-        defaults |= {"rounds": 3} if gpu else {"rounds": 3, "model": "lavit_micro", "size": 32}
+        defaults |= {"rounds": 3, "processes": 1} | ({} if gpu else {"model": "lavit_micro", "size": 32})
     return fill_in(options, defaults)
 
 
@@ -145,7 +151,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments, "cuda" if gpus else "cpu", gpus or cores())
     section = Section("trainer", options, arguments)
     rows = start_ranks(measure, options)
-    names = ("model", "size", "micro_batch", "ranks", "rounds", "steps")
+    for _ in range(options.processes - 1):
+        for row, more in zip(rows, start_ranks(measure, options), strict=True):
+            row["step_s"] += more["step_s"]
+    names = ("model", "size", "micro_batch", "ranks", "processes", "rounds", "steps")
     conditions = {name: getattr(options, name) for name in names}
     conditions["precision"] = "bf16 autocast" if options.autocast else "fp32"
     say(tables.trainer(section.write(conditions, rows)))
