@@ -68,8 +68,8 @@ def _mfu(section: Section) -> Found | None:
     return None if low is None or middle is None or high is None else (low, middle, high)
 
 
-def _whole(over: Callable[[dict[str, Any]], Found]) -> Callable[[Section], Found]:
-    return lambda section: over(tables.cases(section)[0])
+def _whole(over: Callable[[dict[str, Any]], Found], case: int = 0) -> Callable[[Section], Found]:
+    return lambda section: over(tables.cases(section)[case])
 
 
 def _over_synthetic(case: dict[str, Any]) -> Found:
@@ -90,6 +90,10 @@ GOALS = (
     Goal("cpu", "the same, ZeRO 1", "trainer", _trainer("stage 1", "eager"), 0.97),
     Goal("cpu", "input beside webdataset + Pillow, per CPU-second", "data",
          _data("images_per_cpu_s", "webdataset + Pillow"), 2.0),
+    Goal("cpu", "end to end over the slower of synthetic and data only, an ordinary network", "end_to_end",
+         _whole(tables.over_slower, 1), 0.95, tables.percent),
+    Goal("cpu", "the same, a network as hungry as decoding is fast, on the same cores", "end_to_end",
+         _whole(tables.over_slower), 0.95, tables.percent),
     Goal("cuda", "LaViT-S in bf16, compiled, beside pvt_v2_b2", "alternatives", _faster("pvt_v2_b2", "compiled"), 1.2),
     Goal("cuda", "the same beside swin_tiny", "alternatives",
          _faster("swin_tiny_patch4_window7_224", "compiled"), 1.2),

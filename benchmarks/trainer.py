@@ -5,10 +5,10 @@
 
 All variants live in the same processes and take turns on the same fixed batches, so that whatever else the machine does
 hits all; before a turn the ranks meet, and then its steps are timed. On a CPU all of it begins anew in fresh processes,
-since from one process to the next a ratio differs by more than the turns in one of them tell. The trainer's side is `pretrain.train.train`
-itself, with everything that it does between two steps, but for the loader: that gives the same tensors again and again.
-Compiled stages are set against a bare loop that is compiled, too. Prints a table and writes a section of
-benchmarks/results/bench-DATE-MACHINE.json.
+since from one process to the next a ratio differs by more than the turns in one of them tell. The trainer's side is
+`pretrain.train.train` itself, with everything that it does between two steps, but for the loader: that gives the same
+tensors again and again. Compiled stages are set against a bare loop that is compiled, too. Prints a table and writes a
+section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
