@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.gpu_memory import gpu_memory_is_full
 from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.confusion_picture import MISSING, can_draw, draw_confusion
@@ -24,6 +25,7 @@ from pretrain.handoff.folder import is_handoff
 from pretrain.outcome import ExitCode, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
+from pretrain.survival.full_memory import tell_full_memory
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
             dist.barrier(control)  # the launcher ends the others as soon as one is gone
             dist.destroy_process_group()
     except (UserError, DataError) as error:
-        return _give_up(error, rank, started=subject is not None)
+        return _give_up(str(error), rank, started=subject is not None)
+    except (RuntimeError, MemoryError) as error:
+        if not gpu_memory_is_full(error):
+            raise
+        return _give_up(tell_full_memory(error, "evaluating", "lower --batch-size"), rank, started=True)
     return ExitCode.FINISHED
 
 
@@ -147,11 +153,11 @@ def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> N
     Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
 
 
-def _give_up(error: Exception, rank: Rank | None, *, started: bool) -> int:
+def _give_up(reason: str, rank: Rank | None, *, started: bool) -> int:
     """Say what is wrong; a rank among others ends at once, since they may wait for it."""
     alone = rank is None or rank.world_size == 1
     if started or rank is None or rank.local_rank == 0:  # while opening, all ranks meet the same error
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
     if not alone:
         os._exit(ExitCode.WILL_FAIL_AGAIN)
     return ExitCode.WILL_FAIL_AGAIN

@@ -100,6 +100,8 @@ class RunFolder:
         lines = recipe_differences(old, recipe.model_dump(mode="json"))
         try:
             before = json.loads((self.path / "ds_config.json").read_text())
+            if not isinstance(before, dict):
+                raise ValueError(f"no configuration, but {before!r:.60}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path / 'ds_config.json'} cannot be read ({error}): put it back, or remove "

@@ -15,6 +15,11 @@ _TRAINING = (
 )
 
 
+def tell_full_memory(error: BaseException, phase: str, cure: str) -> str:
+    """One line for a person: what was being done, the library's words, and what to do."""
+    return f"the GPU's memory is full, {phase} ({' '.join(str(error).split())[:200]}): {cure}"
+
+
 def explain_full_memory(error: BaseException, phase: str, progress: Progress | None) -> tuple[str, ExitCode]:
     """One line for a person, and the exit code.
 
@@ -26,7 +31,7 @@ def explain_full_memory(error: BaseException, phase: str, progress: Progress | N
         phase: what this rank was doing, in the words of ``Watchdog.beat``.
         progress: of the run; None while it is put together.
     """
-    told = f"the GPU's memory is full, {phase} ({' '.join(str(error).split())[:200]}): {_CURES.get(phase, _TRAINING)}"
+    told = tell_full_memory(error, phase, _CURES.get(phase, _TRAINING))
     if progress is None or phase == "copying a checkpoint":
         return told, ExitCode.RETRY
     done = {"evaluating": progress.evaluated_at, "probing": progress.probed_at}.get(phase, progress.step)

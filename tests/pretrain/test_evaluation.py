@@ -128,6 +128,18 @@ def test_one_two_and_three_ranks_give_the_same_report_to_the_last_bit(
         assert found == alone
 
 
+def test_a_full_gpu_is_told_in_one_line(
+    handoff: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def examine(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
+
+    monkeypatch.setattr("pretrain.evaluate.examine", examine)
+    told = refusal(capfd, handoff, "--data", digits)
+    assert "the GPU's memory is full, evaluating (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0" in told
+    assert told.strip().endswith("lower --batch-size")
+
+
 def totals_of(logits: torch.Tensor, labels: torch.Tensor, size: int) -> Evaluation:
     """What the loop makes of logits that are given batch by batch."""
     rows = range(0, len(labels), size)

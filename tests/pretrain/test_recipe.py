@@ -95,6 +95,15 @@ def test_a_resume_without_its_global_batch_is_told_which_it_is(tmp_path: Path, b
         folder.check_recipe(recipe, {"train_batch_size": 32, **clipping})
 
 
+@pytest.mark.parametrize("content", ["[1]", "null", "{"])
+def test_a_damaged_configuration_of_a_run_is_told_in_one_line(tmp_path: Path, content: str) -> None:
+    folder, recipe = RunFolder(tmp_path), load_recipe(DEMO)
+    folder.write_description(recipe, {"train_batch_size": 64}, {})
+    (tmp_path / "ds_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"ds_config.json cannot be read \(.*\): put it back"):
+        folder.check_recipe(recipe, {"train_batch_size": 64})
+
+
 def test_every_field_explains_itself() -> None:
     lines = list(describe_fields())
     assert any(line.lstrip().startswith("optimizer.lr (required)") for line in lines)
