@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 import types
 from pathlib import Path
 
@@ -40,6 +42,32 @@ def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits:
         start_ranks(1, preflight_is_witnessed, tmp_path, digits)
     assert ended.value.exit_code == ExitCode.WILL_FAIL_AGAIN
     assert (tmp_path / "seen").read_text() == ":4096:8"
+
+
+def meets_an_error(who: str, folder: Path, digits: Path) -> None:
+    from pretrain import main
+
+    main.FIRST_SPEAKS_S = 20.0 if who == "all" else 1.0
+    sys.stderr = (folder / f"told-{os.environ['RANK']}").open("w")
+    first = os.environ["RANK"] == "0"
+    if first:
+        time.sleep(3)  # it is slow to start
+    if who == "all" or not first:
+        through_the_door(folder, *changes(seed="no number", data__path=digits))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
+def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
+    who: str, rank: int, tmp_path: Path, digits: Path
+) -> None:
+    with pytest.raises(ProcessExitedException) as ended:
+        start_ranks(2, meets_an_error, who, tmp_path, digits)
+    assert (ended.value.exit_code, ended.value.error_index) == (ExitCode.WILL_FAIL_AGAIN, rank)
+    told = [(path.name, path.read_text()) for path in tmp_path.glob("told-*") if path.read_text()]
+    assert [name for name, _ in told] == [f"told-{rank}"]
+    assert told[0][1].startswith(f"error: {RECIPE}: seed: ")
+    assert told[0][1].count("\n") == 1
 
 
 COMPUTING = (
