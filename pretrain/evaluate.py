@@ -26,6 +26,7 @@ from pretrain.outcome import ExitCode, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from pretrain.survival.full_memory import tell_full_memory
+from pretrain.survival.signals import StopFlag, first_speaks
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -153,10 +154,16 @@ def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> N
     Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
 
 
+def _first_speaks() -> bool:
+    flag = StopFlag()
+    flag.install_signal_handlers()
+    return first_speaks(flag)
+
+
 def _give_up(reason: str, rank: Rank | None, *, started: bool) -> int:
-    """Say what is wrong; a rank among others ends at once, since they may wait for it."""
+    """Say what is wrong; a rank among others ends without waiting for them, since they may wait for it."""
     alone = rank is None or rank.world_size == 1
-    if started or rank is None or rank.local_rank == 0:  # while opening, all ranks meet the same error
+    if started or rank is None or rank.local_rank == 0 or not _first_speaks():
         print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
     if not alone:
         os._exit(ExitCode.WILL_FAIL_AGAIN)

@@ -11,7 +11,7 @@ from typing import NoReturn, get_args
 # The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.survival.signals import StopFlag, watch_launcher  # noqa: E402
+from pretrain.survival.signals import StopFlag, first_speaks, watch_launcher  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
@@ -48,9 +48,6 @@ from pretrain.train import train  # noqa: E402
 FIRST_GOES_FIRST_S = 3.0
 """A rank that fails since another one did ends so much later: the launcher takes the exit status of whom it sees first,
 and looks once a second."""
-FIRST_SPEAKS_S = 15.0
-"""While starting all ranks meet the same error, and the first of a node tells it: the others leave it so long for that,
-since the launcher ends it as soon as one of them is gone."""
 DESCRIPTION = """\
 Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
 
@@ -149,7 +146,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         code = train(run)
         run.close()
     except (UserError, DataError, CheckpointDamagedError) as error:
-        if run is not None or rank is None or rank.local_rank == 0 or not _first_speaks(flag):
+        if run is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
@@ -177,14 +174,6 @@ def _already_finished(folder: RunFolder, rank: Rank) -> bool:
         print(f"{folder.path} is finished; to train again choose --set name=..., or remove the folder")  # noqa: T201
         print("\n".join(summary_lines(folder)))  # noqa: T201
     return True
-
-
-def _first_speaks(flag: StopFlag) -> bool:
-    """Whether the first rank tells the error, too: it is gone then, and the launcher asks this one to stop."""
-    until = time.monotonic() + FIRST_SPEAKS_S
-    while not flag and time.monotonic() < until:
-        time.sleep(0.1)
-    return bool(flag)
 
 
 def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:

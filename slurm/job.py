@@ -120,7 +120,7 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         error = "".join((*told[:1], *overdue))
     elif code < 0:
         error = f"killed by {signal.Signals(-code).name}" + (f" after: {output.error}" if output.error else "")
-    if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or place.rank == 0:
+    if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or overdue or place.rank == 0:
         folder.write_exit(place.incarnation, RankExit(place.rank, place.node, code, time.time(), error))
     if code < 0:
         return 128 - code

@@ -188,14 +188,16 @@ def _why(ending: Ending) -> tuple[Cause, str, str]:
             f"{'preempted' if ending.fate == 'preempted' else 'preempted (Slurm requeued it)'}; {saved}",
             "",
         )
-    if failed:
+    late = next((e.error for e in stopped if "had not saved" in e.error), "")
+    # Whoever had not saved is ended on its node, and the others may see it gone before their own node ends them.
+    lost_others = all(not e.at_fault and " hangs: " not in e.error for e in failed)
+    if failed and not (late and lost_others and ending.fate == "time limit"):
         first = culprit or failed[0]
         if " hangs: " in first.error:
             return "hang", _told(first), ""
         return "crashed", _told(first), first.node if culprit else missing_node(e.error for e in failed)
     if ending.fate == "time limit":
-        late = f" ({stopped[0].error})" if stopped and "had not saved" in stopped[0].error else ""
-        return "time limit", f"time limit{late}; {saved}", ""
+        return "time limit", f"time limit{late and f' ({late})'}; {saved}", ""
     if stopped:
         return "preempted", f"told to stop by {stopped[0].error or 'a signal'}; {saved}", ""
     if ending.status - 128 in _STOP_SIGNALS:

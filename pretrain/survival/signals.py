@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+import time
 from types import FrameType
 
 import psutil
@@ -16,6 +17,9 @@ import psutil
 from pretrain.outcome import ExitCode
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+FIRST_SPEAKS_S = 15.0
+"""While starting all ranks meet the same error, and the first of a node tells it: the others leave it so long for that,
+since the launcher ends it as soon as one of them is gone."""
 
 
 class StopFlag:
@@ -43,6 +47,14 @@ class StopFlag:
 
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(signum, ask)
+
+
+def first_speaks(flag: StopFlag) -> bool:
+    """Whether the first rank tells the error, too: it is gone then, and the launcher asks this one to stop."""
+    until = time.monotonic() + FIRST_SPEAKS_S
+    while not flag and time.monotonic() < until:
+        time.sleep(0.1)
+    return bool(flag)
 
 
 def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:

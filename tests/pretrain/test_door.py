@@ -44,30 +44,34 @@ def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits:
     assert (tmp_path / "seen").read_text() == ":4096:8"
 
 
-def meets_an_error(who: str, folder: Path, digits: Path) -> None:
-    from pretrain import main
+def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
+    from pretrain import evaluate
+    from pretrain.survival import signals
 
-    main.FIRST_SPEAKS_S = 20.0 if who == "all" else 1.0
+    signals.FIRST_SPEAKS_S = 20.0 if who == "all" else 1.0
     sys.stderr = (folder / f"told-{os.environ['RANK']}").open("w")
     first = os.environ["RANK"] == "0"
     if first:
         time.sleep(3)  # it is slow to start
     if who == "all" or not first:
+        if door == "evaluate":
+            evaluate.main(["there/is/none", "--data", str(digits)])
         through_the_door(folder, *changes(seed="no number", data__path=digits))
     time.sleep(60)
 
 
+@pytest.mark.parametrize(("door", "told"), [("main", f"{RECIPE}: seed: "), ("evaluate", "there/is/none")])
 @pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
 def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
-    who: str, rank: int, tmp_path: Path, digits: Path
+    who: str, rank: int, door: str, told: str, *, tmp_path: Path, digits: Path
 ) -> None:
     with pytest.raises(ProcessExitedException) as ended:
-        start_ranks(2, meets_an_error, who, tmp_path, digits)
+        start_ranks(2, meets_an_error, door, who, tmp_path, digits)
     assert (ended.value.exit_code, ended.value.error_index) == (ExitCode.WILL_FAIL_AGAIN, rank)
-    told = [(path.name, path.read_text()) for path in tmp_path.glob("told-*") if path.read_text()]
-    assert [name for name, _ in told] == [f"told-{rank}"]
-    assert told[0][1].startswith(f"error: {RECIPE}: seed: ")
-    assert told[0][1].count("\n") == 1
+    ((teller, line),) = [(path.name, path.read_text()) for path in tmp_path.glob("told-*") if path.read_text()]
+    assert teller == f"told-{rank}"
+    assert line.startswith(f"error: {told}")
+    assert line.count("\n") == 1
 
 
 COMPUTING = (

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,31 +55,62 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> 
     assert output.last_error() == "the end"
 
 
+def start_rank(
+    folder: SlurmFolder, data: Path, door: Path, *options: str, rank: int, ranks: int
+) -> "subprocess.Popen[bytes]":
+    """``slurm.job`` for one of the ranks of incarnation 7-0, with ``door`` in place of main.py."""
+    words = ["--local", "--gpus-per-node", str(ranks), *options, *arguments(folder.run.parent, data)]
+    parsed = launch.parse_arguments(words)
+    plan = make_plan(parsed.recipe, ROOT / parsed.deepspeed_config, parsed.assignments, runs=folder.run.parent, nodes=1,
+                     min_nodes=1, gpus_per_node=ranks, on_cluster=False)  # fmt: skip
+    launch._prepare(plan, parsed)
+    program = (
+        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
+        f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '{rank}', '{ranks}']))"
+    )
+    here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | here, stdout=subprocess.PIPE)
+
+
 def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, digits: Path) -> None:
-    folder, first = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
-    options = launch.parse_arguments(["--local", "--gpus-per-node", "1", *arguments(tmp_path, digits)])
-    plan = make_plan(options.recipe, ROOT / options.deepspeed_config, options.assignments, runs=tmp_path, nodes=1,
-                     min_nodes=1, gpus_per_node=1, on_cluster=False)  # fmt: skip
-    launch._prepare(plan, options)
+    folder = SlurmFolder(tmp_path / "demo")
     door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     door.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main\n"
         "from pretrain.survival.signals import StopFlag\n"
         "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
-    program = (
-        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
-        f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '0', '1']))"
-    )
+    folder.run.mkdir()
     with (folder.run / ".lock").open("a") as former:
         fcntl.flock(former, fcntl.LOCK_EX)
-        here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
-        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | here,
-                               capture_output=True, check=False)  # fmt: skip
-    assert ended.returncode == ExitCode.RETRY, ended.stdout
-    (told,) = folder.read_exits(first)
+        rank = start_rank(folder, digits, door, rank=0, ranks=1)
+        printed, _ = rank.communicate()
+    assert rank.returncode == ExitCode.RETRY, printed
+    (told,) = folder.read_exits(Incarnation("7", 0))
     assert (told.code, told.at_fault) == (ExitCode.RETRY, False)
     assert told.error.startswith(f"another process is training {folder.run}: stop it first")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
+    number: int, tmp_path: Path, digits: Path
+) -> None:
+    folder, listening = SlurmFolder(tmp_path / "demo"), tmp_path / "listening"
+    door = tmp_path / "main.py"
+    door.write_text(
+        "import pathlib, signal, time\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(listening)!r}).touch()\ntime.sleep(600)"
+    )
+    rank = start_rank(folder, digits, door, "--save-within", "4", rank=number, ranks=2)
+    while not listening.exists():
+        assert rank.poll() is None
+        time.sleep(0.05)
+    rank.send_signal(signal.SIGUSR2)
+    rank.communicate()
+    assert rank.returncode == 0
+    (told,) = folder.read_exits(Incarnation("7", 0))
+    assert (told.rank, told.code) == (number, ExitCode.STOPPED)
+    assert told.error == "SIGUSR2, but had not saved within 3 s"
 
 
 def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:

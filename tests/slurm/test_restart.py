@@ -17,6 +17,7 @@ def rank(code: int, error: str = "", *, rank: int = 0, node: str = "a") -> RankE
 
 
 STOPPED = rank(ExitCode.STOPPED, "SIGUSR2")
+LATE = rank(ExitCode.STOPPED, "SIGUSR2, but had not saved within 110 s", rank=1)
 CRASHED = rank(ExitCode.RETRY, "RuntimeError: CUDA error: an illegal memory access", rank=3, node="b")
 LOST_PEER = rank(ExitCode.RETRY, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]")
 HANG = rank(ExitCode.RETRY, "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
@@ -46,6 +47,11 @@ HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
         ({"fate": "time limit", "exits": (STOPPED,)}, "time limit", "requeue"),
         ({"fate": "time limit", "status": 137}, "time limit", "requeue"),
         ({"fate": "time limit", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
+        ({"fate": "time limit", "exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
+        ({"fate": "time limit", "exits": (LATE, LOST_PEER), "status": 1}, "time limit", "requeue"),
+        ({"fate": "time limit", "exits": (LOST_PEER, LATE), "status": 1}, "time limit", "requeue"),
+        ({"fate": "time limit", "exits": (LATE, CRASHED), "status": 1}, "crashed", "requeue"),
+        ({"fate": "time limit", "exits": (HANG, LATE), "status": 1}, "hang", "requeue"),
         ({"fate": "node lost", "exits": (LOST_PEER,), "status": 1}, "node lost", "requeue"),
         ({"exits": (LOST_PEER,), "status": 1, "node_down": True}, "node lost", "requeue"),
         ({"exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
