@@ -23,7 +23,8 @@ def peak_of(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # of float16 it is the same
-    return peak_flops(torch.cuda.get_device_name(device), dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # `allow_tf32` cannot be read once this one was set
+    return peak_flops(torch.cuda.get_device_name(device), dtype, tf32=tf32)
 
 
 def model_flops_per_image(macs: int) -> int:

@@ -51,6 +51,21 @@ def test_mfu_counts_six_flop_a_mac_and_is_left_out_where_no_peak_is_known() -> N
     assert DEVICES["h100"].peak(torch.bfloat16) == 989e12
 
 
+@pytest.mark.parametrize(("setting", "off", "on"), [("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)])
+def test_the_peak_is_that_of_tf32_whichever_setting_says_so(
+    setting: str, off: object, on: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    device, h100 = torch.device("cuda"), DEVICES["h100"]
+    try:
+        assert peak_of(device, "fp32") == h100.fp32_flops
+        setattr(torch.backends.cuda.matmul, setting, on)
+        assert peak_of(device, "fp32") == h100.tf32_flops
+        assert peak_of(device, "bf16 autocast") == h100.tensor_flops
+    finally:
+        setattr(torch.backends.cuda.matmul, setting, off)
+
+
 def test_bad_samples_are_counted_once_each_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
     count = BadSampleCount(tmp_path / "bad_samples.jsonl")
     assert count() == 0
