@@ -12,6 +12,7 @@ from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.losses import diagonality_weight
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
+from pretrain.survival.bad_steps import RUN_AHEAD
 from pretrain.survival.spikes import write_spikes
 
 
@@ -40,7 +41,7 @@ def train(run: Run) -> ExitCode:
         progress.samples_seen += run.batch.global_batch
         progress.train_seconds += time.monotonic() - began
         run.console.step_done(progress.step)
-        run.note_steps(but=1)
+        run.note_steps(but=RUN_AHEAD)
         if run.log_due():
             run.log(lr)
             tell_spikes(run)

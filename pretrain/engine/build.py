@@ -96,8 +96,9 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
             "zero_optimization.stage 2 or less, or leave model.compile out"
         )
     _require_compilers(device)
-    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
-    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign, assignment]
+    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks. Shapes are static: left to itself
+    # torch compiles whatever batch comes second for any size, and a run that resumes may evaluate before it trains.
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign, assignment]
     return "compiled by torch.compile: the first steps take minutes"
 
 

@@ -2,7 +2,7 @@
 
 Every rank has the norm of the whole gradient. Where it is not finite the optimizer's kernel leaves weights and moments
 as they are (``found_inf``, which torch's fused optimizers know from gradient scaling), so nothing depends on what the
-host knows. It learns of it a step later, when the device has long gone on.
+host knows. It learns of it ``RUN_AHEAD`` steps later, when the device has long gone on.
 """
 
 import sys
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+RUN_AHEAD = 2
+"""Steps that the host is ahead of its device before it waits for it; the same on all ranks, which go back together."""
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in DeepSpeed's ``DynamicLossScaler`` from step to step."""
 
@@ -76,7 +78,7 @@ class BadSteps:
         event = None
         if self._bad.is_cuda:
             self._bad = self._bad.to("cpu", non_blocking=True)  # into pinned memory; readable once the event is over
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to the decoders
             event.record()
         self._flags.append((self._bad, event))
         self._bad = None
@@ -85,7 +87,7 @@ class BadSteps:
         """Whether the steps noted and not asked for yet were skipped, oldest first; the same on every rank.
 
         Args:
-            but: leave out the newest so many: with 1 the device has work left while the host waits for this answer.
+            but: leave out the newest so many, of which the device has work left while the host waits for this answer.
         """
         flags = []
         while len(self._flags) > but:

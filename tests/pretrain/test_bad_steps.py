@@ -1,5 +1,6 @@
 """A step with gradients that are not finite changes nothing at any stage; a good one lets no host wait."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -10,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.survival.bad_steps import BadSteps, clip_tensors_by_global_norm, mask_nan_or_inf_with_val_inplace
+from pretrain.survival.bad_steps import (
+    RUN_AHEAD,
+    BadSteps,
+    clip_tensors_by_global_norm,
+    mask_nan_or_inf_with_val_inplace,
+)
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.stand_in import HostWaits
@@ -53,6 +59,42 @@ def test_what_stands_in_for_deepspeeds_functions_computes_the_same() -> None:
 @pytest.mark.slow
 def test_no_rank_waits_for_its_device_in_a_good_step() -> None:
     run_ranks(2, no_step_reads)
+
+
+def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking, "a host that spins takes a core from the decoders"
+            Event.made += 1
+            self.step = Event.made
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None:
+            waited.append(self.step)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def to(self, device: str, *, non_blocking: bool) -> torch.Tensor:
+            assert (device, non_blocking) == ("cpu", True)
+            return self.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    steps = BadSteps.__new__(BadSteps)
+    steps.waits, steps._flags = False, collections.deque()
+    answers = []
+    for step in range(1, 7):
+        steps._bad = torch.tensor(float(step == 3)).as_subclass(OnGpu)
+        steps.note_step()
+        answers.append(steps.settled(but=RUN_AHEAD))
+        assert waited == list(range(1, step - RUN_AHEAD + 1))
+    assert answers == [[], [], [False], [False], [True], [False]]
+    assert steps.settled() == [False, False]
 
 
 def scale_goes_on(control: dist.ProcessGroup) -> None:

@@ -38,6 +38,35 @@ def test_compiled_training_equals_eager_training() -> None:
     run_ranks(1, compiled_equals_eager)
 
 
+def no_graph_has_open_shapes(control: dist.ProcessGroup) -> None:
+    """A run that was stopped while it evaluated evaluates before it trains."""
+    graphs: list[list[Any]] = []
+
+    def look(graph: Any, inputs: list[Any]) -> Any:
+        sizes = [size for one in inputs if isinstance(one, torch.Tensor) for size in one.shape]
+        graphs.append([size for size in [*inputs, *sizes] if isinstance(size, torch.SymInt)])
+        return graph.forward
+
+    torch.compile = functools.partial(torch.compile, backend=look)
+    model = recipe().model.model_copy(update={"compile": True, "overrides": {"drop_path": 0.0}})
+    for order in ("evaluate, train", "train, evaluate"):
+        torch._dynamo.reset()
+        engine, _ = engine_of(1, model=model)
+        for what in order.split(", "):
+            engine.train(what == "train")
+            if what == "train":
+                logits, diagonality = engine(torch.zeros(4, 3, 32, 32), with_diagonality=True)
+                engine.backward(logits.sum() + diagonality)
+            else:
+                with torch.no_grad():
+                    engine(torch.zeros(6, 3, 32, 32))
+    assert graphs == [[]] * 4
+
+
+def test_a_compiled_networks_shapes_are_static_whatever_came_first() -> None:
+    run_ranks(1, no_graph_has_open_shapes)
+
+
 def stage_3_refuses_to_compile(control: dist.ProcessGroup) -> None:
     with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
         engine_of(3, model=recipe().model.model_copy(update={"compile": True}))

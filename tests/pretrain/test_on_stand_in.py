@@ -1,6 +1,7 @@
 """A step of training on another device than the host's: nothing meets that lies apart, and no host waits for it."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from data_pipeline.batch import Batch
 from data_pipeline.mixing import soft_targets
 from models import SemanticSoftmax, create_model, within_level
 from pretrain.evaluation.accuracy import _scores
-from pretrain.train import train_step
+from pretrain.outcome import ExitCode
+from pretrain.survival.bad_steps import RUN_AHEAD
+from pretrain.train import train, train_step
 from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
 from tests.pretrain.test_equality import BATCH, CLASSES, micro_batches, recipe, training
 
@@ -43,6 +46,30 @@ BF16 = {"bf16": {"enabled": True}}
 )
 def test_no_step_lets_the_host_wait_for_its_device(stage: int, sections: dict[str, Any]) -> None:
     on_stand_in(no_step_waits, stage, sections)
+
+
+def the_loop_does_not_wait() -> None:
+    run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE)
+    for due in ("profile", "evaluation_due", "probes_due", "checkpoint_due", "log_due"):
+        setattr(run, due, lambda: False)
+    asked: list[int] = []
+    run.note_steps = lambda *, but: asked.append(but)
+    run.train_loader = [
+        dataclasses.replace(batch, images=batch.images.to(DEVICE), labels=batch.labels.to(DEVICE))
+        for batch in micro_batches(BATCH // 4, last=3)
+    ]
+    run.stop = SimpleNamespace(at_step_boundary=lambda: run.progress.step >= 3, reason=str)
+    run.progress.train_seconds, run.total_steps, run.saved_at, run.done = 0.0, 9, 3 * BATCH, False
+    run.console = SimpleNamespace(step_done=lambda _: None, say=lambda _: None)
+    run.logbook, run.settle_save = SimpleNamespace(write_state=lambda *_: None), lambda: None
+    with HostWaits() as waits:
+        assert train(run) is ExitCode.STOPPED
+    assert asked == [RUN_AHEAD] * 3
+    assert not waits.found, waits.found
+
+
+def test_between_two_steps_the_host_asks_only_for_steps_that_it_is_ahead_of() -> None:
+    on_stand_in(the_loop_does_not_wait)
 
 
 def batch_on_device() -> Batch:
