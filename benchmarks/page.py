@@ -38,18 +38,29 @@ def read_results(folder: Path = RESULTS) -> list[Section]:
         except (ValueError, KeyError) as error:
             raise ValueError(f"{file} is no result of python -m benchmarks: {error}; measure again") from None
         for kind, section in content.items():
-            rivals = kind == "model" and "timm" in section["versions"]
+            rivals = kind == "model" and not all(is_ours(row) for row in section["rows"])
             sections.append(section | {"kind": "alternatives" if rivals else kind, "file": file.name})
     return sorted((one for one in sections if not one["quick"]), key=lambda one: one["when"])
 
 
+def is_ours(row: dict[str, Any]) -> bool:
+    """Whether a row of ``benchmarks.model`` is of a network of ours."""
+    return row["model"].startswith("lavit_")
+
+
 def newest(sections: list[Section], kind: str) -> list[Section]:
-    """The newest section of a kind on each machine; those on GPUs first."""
+    """The newest section of a kind on each machine; those on GPUs first.
+
+    Where our networks were measured beside timm's alone, as in an environment that has timm, ``model`` is our part of
+    that.
+    """
     found: dict[tuple[str, str, int, int], Section] = {}
-    for section in sections:
-        if section["kind"] == kind:
+    for wanted in (["alternatives"] if kind == "model" else []) + [kind]:
+        for section in (section for section in sections if section["kind"] == wanted):
             machine = section["machine"]
-            found[machine["device"], machine["name"], len(machine["gpus"]), machine["cores"]] = section
+            at = machine["device"], machine["name"], len(machine["gpus"]), machine["cores"]
+            rows = [row for row in section["rows"] if kind != "model" or is_ours(row)]
+            found[at] = section | {"rows": rows}
     return sorted(found.values(), key=lambda section: section["machine"]["device"] == "cpu")
 
 
@@ -78,6 +89,8 @@ def block(sections: list[Section], kind: str) -> list[str]:
     chosen = newest(sections, kind)
     for section in chosen:
         lines += [described(section), "", *table(section), ""]
+        if kind == "alternatives":
+            lines += [tables.in_faster_modes(section), ""]
     if not any(section["machine"]["device"] == "cuda" for section in chosen):
         lines += [f"On a GPU: {tables.NOT_MEASURED}."]
     if not any(section["machine"]["device"] == "cpu" for section in chosen):

@@ -1,5 +1,6 @@
 """docs/performance.md is what the newest results say, and nothing in its tables was typed."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -59,6 +60,31 @@ def test_the_newest_of_each_machine_counts_and_a_quick_look_never() -> None:
     assert "not measured." not in text
     assert "On a GPU: not measured." in page.block([old, new], "model")
     assert page.block([], "data") == ["On a GPU: not measured.", "On a CPU: not measured."]
+
+
+def test_a_gpus_only_run_beside_timms_networks_fills_the_rows_of_both(tmp_path: Path) -> None:
+    rows = model_rows(lavit_small=0.1, pvt_v2_b2=0.15, swin_tiny_patch4_window7_224=0.2)
+    file = {"sections": {"model": made("model", "2026-01-01T00:00:00", H100) | {"rows": rows}}}
+    file["sections"]["model"]["conditions"]["precision"] = "bf16"
+    (tmp_path / "bench-a.json").write_text(json.dumps(file))
+    found = page.read_results(tmp_path)
+    goals = [line for line in page.blocks(found)["goals"] if "| GPU |" in line]
+    assert sum("not measured" not in line for line in goals) == 3, goals  # both rivals, and MFU
+    model, alternatives = (page.block(found, kind) for kind in ("model", "alternatives"))
+    assert any("pvt_v2_b2" in line for line in alternatives)
+    assert any("| lavit_small | compiled" in line for line in model)
+    assert not any("pvt_v2_b2" in line for line in model)
+    alone = made("model", "2025-01-01T00:00:00", H100, lavit_small=0.3)
+    assert page.newest([*found, alone], "model") == [alone], "a run of our own counts before that"
+
+
+def test_each_network_is_compared_in_the_mode_that_is_better_for_it() -> None:
+    rows = [row for row in model_rows(lavit_small=0.2, pvt_v2_b2=0.3) if row["mode"] == "eager"]
+    rows += [row for row in model_rows(lavit_small=0.1, pvt_v2_b2=0.4) if row["mode"] == "compiled"]
+    section = made("alternatives", "2026-01-01T00:00:00", CPU) | {"rows": rows}
+    assert "lavit_small (compiled) over: pvt_v2_b2 (eager) 3.000 (" in "\n".join(page.block([section], "alternatives"))
+    (panel,) = chart.panels({kind: [section] if kind == "alternatives" else [] for kind in page.VERSIONS})
+    assert [name for name, *_ in panel[1]] == ["lavit_small, compiled", "pvt_v2_b2, eager"]
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
