@@ -1,7 +1,9 @@
 """What was measured reaches files, tables and goals as it is."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from benchmarks import __main__ as door
 from benchmarks import data, end_to_end, goals, model, page, report, tables, trainer
+from models import model_config
 from tests.benchmarks.sections import CPU, H100, model_rows, section, written
 
 MODEL = {"batch": 2, "size": 224, "rounds": 3, "precision": "fp32"}
@@ -145,6 +148,53 @@ def test_the_door_starts_each_with_options_that_it_knows(arguments: list[str], t
         room, count = parsers[name]
         known = room.parse(door.command(name, options)[3:], "cpu", *count)
         assert (known.results, known.quick, known.note) == (tmp_path, options.quick, options.note)
+
+
+def test_timms_networks_drop_no_more_paths_than_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+
+    def create_model(name: str, *, drop_path_rate: float) -> torch.nn.Module:
+        asked[name] = drop_path_rate
+        return torch.nn.Identity()
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    for name in model.RIVALS:
+        model.build(name, "cpu")
+    assert asked == dict.fromkeys(model.RIVALS, model_config("lavit_small").drop_path)
+
+
+def test_every_mode_has_the_memory_that_was_measured_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, mode: str, device: str, batch: int) -> float:
+        return {"eager": 3.0, "compiled": 2.0, "CUDA graphs": 4.0}[mode]
+
+    monkeypatch.setattr(model, "peak_memory", measured)
+    on_gpu = model.peaks(["lavit_tiny"], list(model.MODES), "cuda", 128)
+    assert on_gpu == {("lavit_tiny", "eager"): 3.0, ("lavit_tiny", "compiled"): 2.0, ("lavit_tiny", "CUDA graphs"): 4.0}
+    monkeypatch.setattr(model, "compiled", lambda network: network)
+    monkeypatch.setattr(model, "SIZE", model_config("lavit_micro").image_size[0])
+    rows = model.measure(["lavit_micro"], "cpu", model.parse(["--batch", "1", "--rounds", "2"], "cpu"))
+    assert {row["mode"]: row["peak_gib"] for row in rows} == {"eager": 3.0, "compiled": None}
+    shown = {cells(line)[1]: cells(line)[-1] for line in tables.model(section(CPU, MODEL, rows))[2:]}
+    assert shown == {"eager": "3.00", "compiled": "not measured"}
+
+
+def test_a_network_is_compiled_as_its_mode_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "compiled", lambda network, **options: options)
+    assert model.in_mode("lavit_micro", "compiled", "cpu") == {}
+    assert model.in_mode("lavit_micro", "CUDA graphs", "cpu") == {"mode": "reduce-overhead"}
+    assert model.is_ours(model.in_mode("lavit_micro", "eager", "cpu"))
+
+
+def test_the_memory_of_a_mode_is_that_of_a_process_that_runs_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def in_mode(name: str, mode: str, device: str) -> torch.nn.Module:
+        modes.append(mode)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * model.SIZE**2, 2))
+
+    monkeypatch.setattr(model, "in_mode", in_mode)
+    model._child("lavit_tiny", "compiled", "cpu", 1, SimpleNamespace(put=lambda grown: None))
+    assert modes == ["compiled"]
 
 
 def test_timms_networks_run_beside_the_size_that_is_theirs() -> None:
