@@ -164,7 +164,7 @@ def turn(name: str, folder: Path, options: argparse.Namespace, settings: dict[st
     Args:
         name: one of `CONTESTANTS`.
         folder: the shards.
-        options: what ``device``, ``batch``, ``batches`` and ``quick`` are taken from.
+        options: what ``device``, ``batch`` and ``batches`` are taken from.
         settings: for the contestant.
 
     Returns:
@@ -175,7 +175,6 @@ def turn(name: str, folder: Path, options: argparse.Namespace, settings: dict[st
     """
     command = [sys.executable, "-m", "benchmarks.data", "--turn", name, "--shards", str(folder)]
     command += ["--settings", json.dumps(settings)]
-    command += ["--quick"] if options.quick else []
     for option in ("device", "batch", "batches"):
         command += [f"--{option}", str(getattr(options, option))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -218,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.turn:
         contestant = CONTESTANTS[options.turn]
         batches = contestant(options.shards, torch.device(options.device), options.batch, **options.settings)
-        measure(batches, 3 if options.quick else 10, options.batch)  # buffers grow, workers start, queues fill
+        measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
         say([" ".join(map(str, measure(batches, options.batches, options.batch)))])
         return
     section = Section("data", options, arguments)
