@@ -6,18 +6,23 @@
 Each contestant reads the same shards and does the same: random resized crop to 224, flip, normalise. They take turns,
 each turn in a fresh process, and the medians over the rounds are compared. The measure is images per CPU-second: all
 threads and worker processes are counted, so that it does not depend much on how busy the machine is otherwise; on a GPU
-the clock says more. Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
+the clock says more. There our loader runs twice: as it comes, for pixels that do not depend on the batch, and with the
+JPEG engine's share that DALI's own reader has by default. Prints a table and writes a section of
+benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
+import functools
 import io
 import itertools
+import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,13 +39,16 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
 
 SIDE = 224
+WITH_ENGINE = "ours, hardware decoder"
+ENGINE_SHARE = 0.65
+"""Of a batch, that a GPU's JPEG engine decodes by DALI's default."""
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def ours(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
-    """Yield batches of our loader."""
+def ours(folder: Path, device: torch.device, batch: int, **settings: Any) -> Iterator[torch.Tensor]:
+    """Yield batches of our loader with settings of its `InputConfig`."""
     augment = AugmentConfig(random_resized_crop=RandomResizedCropConfig(), horizontal_flip=0.5)
-    config = InputConfig(path=folder, interpolation="bilinear", augment=augment, threads=threads)
+    config = InputConfig(path=folder, interpolation="bilinear", augment=augment, **settings)
     loader = TrainLoader(
         Dataset.open(folder, "train"),
         config,
@@ -55,7 +63,7 @@ def ours(folder: Path, device: torch.device, threads: int, batch: int) -> Iterat
         yield ready.images
 
 
-def native(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
+def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
     """Yield batches of DALI's own webdataset reader and its own random operators."""
     shards = sorted(folder.glob("*.tar"))
     gpu = device.type == "cuda"
@@ -108,15 +116,15 @@ def _augmented(jpeg: bytes) -> torch.Tensor:
     return pixels.sub_(_MEAN).div_(_STD)
 
 
-def pillow(folder: Path, device: torch.device, threads: int, batch: int) -> Iterator[torch.Tensor]:
-    """Yield batches of webdataset with Pillow in the workers of a torch DataLoader."""
+def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
+    """Yield batches of webdataset with Pillow in the workers of a torch DataLoader; pinned for a GPU, as one would."""
+    gpu = device.type == "cuda"
     shards = sorted(str(path) for path in folder.glob("*.tar"))
     read = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(512)
-    loader = torch.utils.data.DataLoader(
-        read.to_tuple("jpg", "cls").map_tuple(_augmented, int), batch_size=batch, num_workers=threads
-    )
+    samples = read.to_tuple("jpg", "cls").map_tuple(_augmented, int)
+    loader = torch.utils.data.DataLoader(samples, batch_size=batch, num_workers=threads, pin_memory=gpu)
     for images, _ in loader:
-        yield images.to(device)
+        yield images.to(device, non_blocking=gpu)
 
 
 def cpu_seconds() -> float:
@@ -136,37 +144,65 @@ def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[fl
     return count * batch / (cpu_seconds() - cpu), count * batch / (time.perf_counter() - clock)
 
 
-CONTESTANTS: dict[str, Callable[[Path, torch.device, int, int], Iterator[torch.Tensor]]] = {
+CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
     "ours": ours,
+    WITH_ENGINE: functools.partial(ours, hw_decoder_load=ENGINE_SHARE),
     "DALI's own reader": native,
     "webdataset + Pillow": pillow,
 }
+"""Each called with folder, device, pictures in a batch, and settings, of which all know ``threads``."""
 
 
-def turn(name: str, folder: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Measure a contestant in a process of its own, whose queues are full before and after."""
+def contestants(device: str) -> list[str]:
+    """Who is measured on a device."""
+    return [name for name in CONTESTANTS if device == "cuda" or name != WITH_ENGINE]
+
+
+def turn(name: str, folder: Path, options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, float]:
+    """Measure a contestant in a process of its own, whose queues are full before and after.
+
+    Args:
+        name: one of `CONTESTANTS`.
+        folder: the shards.
+        options: what ``device``, ``batch`` and ``batches`` are taken from.
+        settings: for the contestant.
+
+    Returns:
+        images per CPU-second, and per second.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     command = [sys.executable, "-m", "benchmarks.data", "--turn", name, "--shards", str(folder)]
-    for option in ("device", "batch", "batches", "threads"):
+    command += ["--settings", json.dumps(settings)]
+    for option in ("device", "batch", "batches"):
         command += [f"--{option}", str(getattr(options, option))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr}")
+        raise RuntimeError(f"{name} with {settings} ended with {done.returncode}: {done.stderr}")
     per_cpu, per_second = done.stdout.split()[-2:]
     return float(per_cpu), float(per_second)
 
 
-def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
-    """The options, with defaults that suit the device."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+def parser_of(name: str, said: str, device: str) -> argparse.ArgumentParser:
+    """What benchmarks of the input are asked alike; ``said`` is a module's docstring."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=said.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where pictures are decoded "
                         "(default: the GPU where there is one)")  # fmt: skip
-    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 7)")
     parser.add_argument("--batch", type=int, help="pictures (default: 256 on a GPU, 64 on a CPU)")
+    add_common(parser)
+    return parser
+
+
+def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
+    """The options, with defaults that suit the device."""
+    parser = parser_of("data", __doc__, device)
+    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 7)")
     parser.add_argument("--batches", type=int, help="in a turn (default: 100 on a GPU, 15 on a CPU)")
     parser.add_argument("--threads", type=int, help="threads or workers of each (default: this machine's cores)")
     parser.add_argument("--turn", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
-    add_common(parser)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     defaults = {"rounds": 7, "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "threads": cores()}
@@ -180,17 +216,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments, "cuda" if torch.cuda.is_available() else "cpu")
     if options.turn:
         contestant = CONTESTANTS[options.turn]
-        batches = contestant(options.shards, torch.device(options.device), options.threads, options.batch)
-        measure(batches, 3 if options.quick else 10, options.batch)  # buffers grow, workers start, queues fill
+        batches = contestant(options.shards, torch.device(options.device), options.batch, **options.settings)
+        measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
         say([" ".join(map(str, measure(batches, options.batches, options.batch)))])
         return
     section = Section("data", options, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         shards = build_shards(Path(scratch), 200 if options.quick else 3000)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants(options.device)}
         for _ in range(options.rounds):
             for name, values in found.items():
-                values.append(turn(name, shards, options))
+                values.append(turn(name, shards, options, {"threads": options.threads}))
     rows = [
         {"contestant": name, "images_per_cpu_s": [cpu for cpu, _ in values], "images_per_s": [s for _, s in values]}
         for name, values in found.items()

@@ -4,9 +4,10 @@
     python -m benchmarks.model --sizes tiny --batch 64 --no-compile
 
 All of a size take turns, one step each, so that whatever else the machine does hits all; the median of the rounds
-counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how). A GPU
-is timed by the clock; a CPU by the seconds that one thread on one core worked, which a busy machine does not stretch,
-and without the page faults that differ from heap to heap.
+counts. ``small`` runs beside timm's networks of its size where timm can be imported (CONTRIBUTING.md says how), all
+without stochastic depth: timm's own default is 0.1 for Swin and 0 for the others. A GPU is timed by the clock; a CPU by
+the seconds that one thread on one core worked, which a busy machine does not stretch, and without the page faults that
+differ from heap to heap. Peak memory is each mode's own on a GPU, and on a CPU the eager one's alone.
 Prints a table and writes a section of benchmarks/results/bench-DATE-MACHINE.json.
 """
 
@@ -35,6 +36,8 @@ RIVALS = ("pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224",
 """timm's networks that are about as big as ``lavit_small``."""
 STEPS_ON_GPU = 10
 """Steps between two looks at the clock there: the host must not wait for the device after each."""
+MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "CUDA graphs": {"mode": "reduce-overhead"}}
+"""Ways to run a network, and what each asks of torch.compile."""
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> None:
@@ -71,17 +74,24 @@ def dtype_of(device: str) -> torch.dtype:
 
 
 def build(name: str, device: str) -> torch.nn.Module:
-    """A network as it trains, with random weights."""
+    """A network as it trains, without stochastic depth, with random weights."""
     torch.manual_seed(0)
     if name.startswith("lavit_"):
         kernel = "triton" if name.endswith(tables.WITH_KERNEL) else "torch"
         return create_model(plain(name), attention_kernel=kernel).to(device, dtype_of(device))
-    return importlib.import_module("timm").create_model(name).to(device, dtype_of(device))
+    rival = importlib.import_module("timm").create_model(name, drop_path_rate=0.0)
+    return rival.to(device, dtype_of(device))
 
 
 def compiled(model: torch.nn.Module, **options: Any) -> Any:
     """Compiled beside others of its class: by default dynamo keeps 8 graphs of a class's code, whoever they are of."""
     return torch.compile(model, fullgraph=True, isolate_recompiles=True, **options)
+
+
+def in_mode(name: str, mode: str, device: str) -> Any:
+    """A network that runs in one of `MODES`."""
+    options = MODES[mode]
+    return build(name, device) if options is None else compiled(build(name, device), **options)
 
 
 def cost(name: str) -> tuple[int, int]:
@@ -140,11 +150,12 @@ def _resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def _child(name: str, device: str, batch: int, queue) -> None:
+def _child(name: str, mode: str, device: str, batch: int, queue) -> None:
     images = torch.randn(batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
-    model = build(name, device)
+    model = in_mode(name, mode, device)
     if device == "cuda":
-        train(model, images)
+        for _ in range(3):  # CUDA graphs warm up, record, and replay
+            train(model, images)
         queue.put(torch.cuda.max_memory_allocated())
     else:
         before = _resident("VmRSS")
@@ -152,16 +163,26 @@ def _child(name: str, device: str, batch: int, queue) -> None:
         queue.put(_resident("VmHWM") - before)
 
 
-def peak_memory(name: str, device: str, batch: int) -> float:
-    """GiB of one training step, in a fresh process: allocated on a GPU; on a CPU (Linux) the growth of its memory."""
+def peak_memory(name: str, mode: str, device: str, batch: int) -> float:
+    """GiB that a training step takes in a fresh process: allocated on a GPU; on a CPU (Linux) its memory's growth.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    child = context.Process(target=_child, args=(name, device, batch, queue))
+    child = context.Process(target=_child, args=(name, mode, device, batch, queue))
     child.start()
     child.join()
     if child.exitcode:
-        raise RuntimeError(f"measuring the memory of {name} ended with exit code {child.exitcode}")
+        raise RuntimeError(f"measuring the memory of {name}, {mode}, ended with exit code {child.exitcode}")
     return queue.get() / 2**30
+
+
+def peaks(names: list[str], modes: list[str], device: str, batch: int) -> dict[tuple[str, str], float]:
+    """`peak_memory` of each network in each mode; on a CPU, where a process would compile for minutes, eager alone."""
+    measured = modes if device == "cuda" else ["eager"]
+    return {(name, mode): peak_memory(name, mode, device, batch) for mode in measured for name in names}
 
 
 def require_equal_outputs(models: dict[tuple[str, str], torch.nn.Module], images: torch.Tensor) -> None:
@@ -182,12 +203,9 @@ def measure(names: list[str], device: str, options: argparse.Namespace) -> list[
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # what the size before has left here, the processes below would lack
-    memory = {} if options.quick else {name: peak_memory(name, device, options.batch) for name in names}
-    models = {(name, "eager"): build(name, device) for name in names}
-    if options.compile:
-        models |= {(name, "compiled"): compiled(build(name, device)) for name in names}
-    if options.cuda_graphs:
-        models |= {(name, "CUDA graphs"): compiled(build(name, device), mode="reduce-overhead") for name in names}
+    modes = ["eager", *(["compiled"] if options.compile else []), *(["CUDA graphs"] if options.cuda_graphs else [])]
+    memory = {} if options.quick else peaks(names, modes, device, options.batch)
+    models = {(name, mode): in_mode(name, mode, device) for mode in modes for name in names}
     images = torch.randn(options.batch, 3, SIZE, SIZE, device=device).to(dtype_of(device))
     require_equal_outputs(models, images)
     times: dict[tuple[str, str], dict[str, list[float]]] = {key: {"forward_s": [], "training_s": []} for key in models}
@@ -202,7 +220,8 @@ def measure(names: list[str], device: str, options: argparse.Namespace) -> list[
     rows = []
     for name, mode in models:
         parameters, macs = cost(name)
-        facts = {"model": name, "mode": mode, "parameters": parameters, "macs": macs, "peak_gib": memory.get(name)}
+        facts = {"model": name, "mode": mode, "parameters": parameters, "macs": macs}
+        facts["peak_gib"] = memory.get((name, mode))
         rows.append(facts | times[name, mode])
     return rows
 

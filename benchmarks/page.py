@@ -19,6 +19,7 @@ PAGE = ROOT / "docs/performance.md"
 PICTURE = ROOT / "docs/pictures/performance.png"
 VERSIONS = {
     "model": (), "alternatives": ("timm", "torchvision"), "data": ("nvidia-dali", "webdataset", "pillow"),
+    "input_settings": ("nvidia-dali",),
     "trainer": ("deepspeed",), "end_to_end": ("deepspeed", "nvidia-dali"),
 }  # fmt: skip
 """Packages that a table names beside torch."""

@@ -10,9 +10,12 @@ from sklearn.datasets import load_sample_images
 
 from data_pipeline.build import main as build
 
+SHAPE = (375, 500)
+"""Height and width of each, in pixels."""
+
 
 def make_photos(folder: Path, count: int) -> None:
-    """Write photographs of 500 x 375 pixels, cut from scikit-learn's two and enlarged as they need."""
+    """Write photographs of `SHAPE`, cut from scikit-learn's two and enlarged as they need."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(array) for array in load_sample_images().images]
     for number in range(count):
@@ -23,7 +26,7 @@ def make_photos(folder: Path, count: int) -> None:
         label = folder / f"class{number % 10}"
         label.mkdir(parents=True, exist_ok=True)
         box = (int(left), int(top), int(left) + width, min(int(top) + height, image.height))
-        image.crop(box).resize((500, 375), Image.Resampling.LANCZOS).save(label / f"{number}.jpg", quality=92)
+        image.crop(box).resize(SHAPE[::-1], Image.Resampling.LANCZOS).save(label / f"{number}.jpg", quality=92)
 
 
 def build_shards(folder: Path, count: int) -> Path:

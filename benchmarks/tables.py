@@ -16,6 +16,8 @@ from pretrain.monitoring.efficiency import model_flops_per_image
 
 BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
+INPUT = {"images_per_cpu_s": "images per CPU-second", "images_per_s": "images/s"}
+"""Measures of the input, and their titles."""
 NOT_MEASURED = "not measured"
 WITH_KERNEL = "_triton"
 """Ends the name of a network of ours that was measured with attention's Triton kernels."""
@@ -92,16 +94,33 @@ def mfu(images_per_s: float, macs: int, section: Section, precision: str, device
 
 def data(section: Section) -> list[str]:
     """Images per CPU-second and per second, and how many times as many ours are."""
-    lines = head(["", "images per CPU-second", "images/s", "ours over it, per CPU-second", "ours over it, images/s"])
+    lines = head(["", *INPUT.values(), *(f"ours over it, {of}" for of in ("per CPU-second", "images/s"))])
     ours = section["rows"][0]
     for row in section["rows"]:
-        measures = ("images_per_cpu_s", "images_per_s")
-        more = [None if row is ours else ratio(ours[name], row[name]) for name in measures]
-        lines.append(
-            f"| {row['contestant']} | {' | '.join(spread(row[name]) for name in measures)} "
-            f"| {' | '.join(times(one) for one in more)} |"
-        )
+        more = [None if row is ours else ratio(ours[name], row[name]) for name in INPUT]
+        lines.append(_input_line([row["contestant"]], row, more))
     return lines
+
+
+def input_settings(section: Section) -> list[str]:
+    """Images per CPU-second and per second of each setting, and how many times as many as with the defaults."""
+    default = section["rows"][0]
+    named = list(default["settings"])
+    lines = head([*named, *INPUT.values(), *(f"over the default, {of}" for of in ("per CPU-second", "images/s"))])
+    for row in section["rows"]:
+        more = [None if row is default else ratio(row[name], default[name]) for name in INPUT]
+        lines.append(_input_line([_setting(row["settings"][name]) for name in named], row, more))
+    return lines
+
+
+def _input_line(what: list[str], row: Row, more: list[tuple[float, float, float] | None]) -> str:
+    cells = [*what, *(spread(row[name]) for name in INPUT), *(times(one) for one in more)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _setting(value: Any) -> str:
+    """A setting's value; sides of a picture have a cross between them."""
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:,}"
 
 
 def trainer(section: Section) -> list[str]:

@@ -52,7 +52,14 @@ def _inputs(names: list[str], source: Source) -> dict[str, Any]:
 
 
 def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) -> Any:
-    where = {"device": "cpu"} if device_id is None else {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
+    where: dict[str, Any] = {"device": "cpu"}
+    if device_id is not None:
+        height, width = config.preallocate_hint
+        where = {
+            "device": "mixed", "hw_decoder_load": config.hw_decoder_load,
+            "device_memory_padding": config.device_memory_padding,
+            "preallocate_height_hint": height, "preallocate_width_hint": width,
+        }  # fmt: skip
     return fn.decoders.image_slice(
         inputs["jpeg"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], output_type=types.RGB, **where
     )

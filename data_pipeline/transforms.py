@@ -6,7 +6,7 @@ Every field is documented where it is declared. Lengths are in pixels, angles in
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, model_validator
 
 from data_pipeline.store import CacheConfig
 
@@ -154,6 +154,12 @@ class InputConfig(_Config):
     hw_decoder_load: float = Field(0.0, ge=0, le=1)
     """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one a
     picture gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
+    device_memory_padding: NonNegativeInt = 16 * 2**20
+    """Bytes of a GPU's memory that DALI takes ahead for each thread that decodes, so that a picture larger than all
+    before it needs no allocation during training. DALI's default."""
+    preallocate_hint: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """Height and width of the largest picture, so that a GPU's JPEG engine takes the memory for a batch of such ahead.
+    Only where hw_decoder_load is above 0. (0, 0), DALI's default, hints at nothing."""
     max_bad_fraction: Fraction = 0.001
     """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""
 

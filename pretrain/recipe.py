@@ -238,6 +238,8 @@ CHANGEABLE = (
     "data.cache",
     "data.threads",
     "data.prefetch",
+    "data.device_memory_padding",
+    "data.preallocate_hint",
     "model.activation_checkpointing",
     "model.compile",
     "model.overrides.attention_kernel",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import model
+from benchmarks import data, input_settings, model
 from benchmarks.__main__ import main
 from benchmarks.tables import MODES, mfu
 
@@ -23,6 +23,7 @@ def test_all_benchmarks_measure_the_gpu(tmp_path: Path) -> None:
     assert {row["mode"] for row in found["model"]["rows"]} == {"eager", "compiled"}
     assert "lavit_small_triton" in {row["model"] for row in found["model"]["rows"]}
     assert found["data"]["conditions"]["device"] == "cuda"
+    assert [row["contestant"] for row in found["data"]["rows"]] == data.contestants("cuda")
     assert found["trainer"]["conditions"]["precision"] == "bf16 autocast"
     compiled = {row["variant"] for row in found["trainer"]["rows"] if row["mode"] == "compiled"}
     assert compiled == {"bare DDP", "stage 0", "stage 1", "stage 2"}
@@ -40,3 +41,19 @@ def test_cuda_graphs_run_beside_eager_and_compiled(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("bench-*-quick.json")
     rows = json.loads(file.read_text())["sections"]["model"]["rows"]
     assert {row["mode"] for row in rows} == {"eager", "compiled", "CUDA graphs"}
+
+
+@pytest.mark.timeout(1800)
+def test_each_mode_takes_memory_of_its_own() -> None:
+    found = model.peaks(["lavit_tiny"], list(model.MODES), "cuda", 64)
+    assert set(found) == {("lavit_tiny", mode) for mode in model.MODES}
+    assert len(set(found.values())) > 1
+
+
+@pytest.mark.timeout(1800)
+def test_settings_of_the_input_are_measured_on_the_gpu(tmp_path: Path) -> None:
+    input_settings.main(["--quick", "--results", str(tmp_path)])
+    (file,) = tmp_path.glob("bench-*-quick.json")
+    rows = json.loads(file.read_text())["sections"]["input_settings"]["rows"]
+    assert {row["settings"]["hw_decoder_load"] for row in rows} == {0, 0.65, 1}
+    assert all(len(row["images_per_s"]) == 2 for row in rows)

@@ -1,14 +1,19 @@
 """What was measured reaches files, tables and goals as it is."""
 
+import inspect
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from nvidia.dali import fn
 
 from benchmarks import __main__ as door
-from benchmarks import data, end_to_end, goals, model, page, report, tables, trainer
+from benchmarks import data, end_to_end, goals, input_settings, model, page, report, tables, trainer
+from models import model_config
 from tests.benchmarks.sections import CPU, H100, model_rows, section, written
 
 MODEL = {"batch": 2, "size": 224, "rounds": 3, "precision": "fp32"}
@@ -147,6 +152,53 @@ def test_the_door_starts_each_with_options_that_it_knows(arguments: list[str], t
         assert (known.results, known.quick, known.note) == (tmp_path, options.quick, options.note)
 
 
+def test_timms_networks_drop_no_more_paths_than_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+
+    def create_model(name: str, *, drop_path_rate: float) -> torch.nn.Module:
+        asked[name] = drop_path_rate
+        return torch.nn.Identity()
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    for name in model.RIVALS:
+        model.build(name, "cpu")
+    assert asked == dict.fromkeys(model.RIVALS, model_config("lavit_small").drop_path)
+
+
+def test_every_mode_has_the_memory_that_was_measured_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, mode: str, device: str, batch: int) -> float:
+        return {"eager": 3.0, "compiled": 2.0, "CUDA graphs": 4.0}[mode]
+
+    monkeypatch.setattr(model, "peak_memory", measured)
+    on_gpu = model.peaks(["lavit_tiny"], list(model.MODES), "cuda", 128)
+    assert on_gpu == {("lavit_tiny", "eager"): 3.0, ("lavit_tiny", "compiled"): 2.0, ("lavit_tiny", "CUDA graphs"): 4.0}
+    monkeypatch.setattr(model, "compiled", lambda network: network)
+    monkeypatch.setattr(model, "SIZE", model_config("lavit_micro").image_size[0])
+    rows = model.measure(["lavit_micro"], "cpu", model.parse(["--batch", "1", "--rounds", "2"], "cpu"))
+    assert {row["mode"]: row["peak_gib"] for row in rows} == {"eager": 3.0, "compiled": None}
+    shown = {cells(line)[1]: cells(line)[-1] for line in tables.model(section(CPU, MODEL, rows))[2:]}
+    assert shown == {"eager": "3.00", "compiled": "not measured"}
+
+
+def test_a_network_is_compiled_as_its_mode_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "compiled", lambda network, **options: options)
+    assert model.in_mode("lavit_micro", "compiled", "cpu") == {}
+    assert model.in_mode("lavit_micro", "CUDA graphs", "cpu") == {"mode": "reduce-overhead"}
+    assert model.is_ours(model.in_mode("lavit_micro", "eager", "cpu"))
+
+
+def test_the_memory_of_a_mode_is_that_of_a_process_that_runs_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def in_mode(name: str, mode: str, device: str) -> torch.nn.Module:
+        modes.append(mode)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * model.SIZE**2, 2))
+
+    monkeypatch.setattr(model, "in_mode", in_mode)
+    model._child("lavit_tiny", "compiled", "cpu", 1, SimpleNamespace(put=lambda grown: None))
+    assert modes == ["compiled"]
+
+
 def test_timms_networks_run_beside_the_size_that_is_theirs() -> None:
     extra = list(model.RIVALS) if model.has_timm() else []
     assert model.contestants("small", "cpu") == ["lavit_small", "lavit_small_vanilla", *extra]
@@ -170,3 +222,69 @@ def test_on_a_gpu_the_kernels_run_beside_torchs_operators() -> None:
     assert ratios["lavit_tiny"] == ""
     assert ratios["lavit_tiny_triton"].startswith("0.500")
     assert ratios["lavit_tiny_vanilla"].startswith("2.000")
+
+
+def test_on_a_gpu_both_loaders_are_seen_with_the_jpeg_engine() -> None:
+    assert data.contestants("cpu") == ["ours", "DALI's own reader", "webdataset + Pillow"]
+    assert data.contestants("cuda") == ["ours", data.WITH_ENGINE, *data.contestants("cpu")[1:]]
+    assert data.CONTESTANTS[data.WITH_ENGINE].keywords == {
+        "hw_decoder_load": inspect.signature(fn.decoders.image_random_crop).parameters["hw_decoder_load"].default
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pictures_of_workers_are_pinned_for_a_gpu_alone(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[bool] = []
+    batch = SimpleNamespace(to=lambda where, non_blocking: copies.append(non_blocking))
+
+    def loader(samples: Any, *, batch_size: int, num_workers: int, pin_memory: bool) -> list[Any]:
+        return [(batch, 0)] if pin_memory == (device == "cuda") else []
+
+    (tmp_path / "a.tar").touch()
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    assert len(list(data.pillow(tmp_path, torch.device(device), 4, threads=1))) == 1
+    assert copies == [device == "cuda"]
+
+
+def test_settings_of_the_input_are_measured_once_each_the_defaults_first() -> None:
+    on_cpu = input_settings.grid("cpu", [1, report.cores()], [1, 2])
+    assert on_cpu[0] == input_settings.defaults("cpu") == {"threads": report.cores(), "prefetch": 2}
+    assert {(one["threads"], one["prefetch"]) for one in on_cpu} == {
+        (n, m) for n in (1, report.cores()) for m in (1, 2)
+    }
+    on_gpu = input_settings.grid("cuda", [1, 99], [2, 3])
+    assert on_gpu[0]["hw_decoder_load"] == 0
+    assert {one["hw_decoder_load"] for one in on_gpu if one["threads"] == 99} == {0, 0.65, 1}
+    changed = {name: {str(one[name]) for one in on_gpu} for name in input_settings.ON_GPU}
+    assert all(len(values) > 1 for values in changed.values())
+    hinted = [one for one in on_gpu if one["preallocate_hint"] != (0, 0)]
+    assert {one["hw_decoder_load"] for one in hinted} == {0.65, 1}
+    for found in (on_cpu, on_gpu):
+        assert len({str(one) for one in found}) == len(found)
+
+
+def test_settings_reach_the_loader_of_a_turn(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def loader(dataset: Any, config: Any, **where: Any) -> list[Any]:
+        asked.append(config)
+        return []
+
+    monkeypatch.setattr(data, "TrainLoader", loader)
+    for settings in input_settings.grid("cuda", [3], [5]):
+        list(data.ours(digits, torch.device("cpu"), 8, **json.loads(json.dumps(settings))))
+        assert asked[-1].model_dump() | settings == asked[-1].model_dump()
+
+
+def test_a_setting_is_compared_with_the_default_of_its_round() -> None:
+    rows = [
+        {"settings": {"threads": 2, "preallocate_hint": hint}, "images_per_cpu_s": cpu, "images_per_s": clock}
+        for hint, cpu, clock in (([0, 0], [100.0, 50.0], [10.0, 20.0]), ([375, 500], [200.0, 100.0], [5.0, 10.0]))
+    ]
+    head, _, default, other = tables.input_settings(section(H100, {}, rows))
+    assert cells(head)[:2] == ["threads", "preallocate_hint"]
+    assert cells(default)[:2] + cells(default)[4:] == ["2", "0 x 0", "", ""]
+    assert cells(other)[1] == "375 x 500"
+    assert cells(other)[4:] == ["2.000 (2.000 to 2.000)", "0.500 (0.500 to 0.500)"]

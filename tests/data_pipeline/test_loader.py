@@ -1,4 +1,5 @@
 import hashlib
+import inspect
 import itertools
 import shutil
 import subprocess
@@ -116,13 +117,29 @@ def test_a_batch_that_is_still_copied_is_held_and_no_longer() -> None:
     assert not any(one() is not None for one in held)
 
 
+def decoded(settings, device_id):
+    """The decoder's node in a pipeline that is not built: on a GPU that would need one."""
+    with Pipeline(batch_size=1, num_threads=1, device_id=device_id):
+        inputs = {name: fn.external_source(iter(()), ndim=1) for name in ("jpeg", "start", "shape")}
+        return graph._decode(inputs, settings, device_id)
+
+
 def test_a_gpu_decodes_with_one_decoder_unless_it_is_asked_for_two(train):
     for changes, load in (({}, "0.000000"), ({"hw_decoder_load": 0.5}, "0.500000")):
-        with Pipeline(batch_size=1, num_threads=1, device_id=0):  # not built: that would need the GPU
-            inputs = {name: fn.external_source(iter(()), ndim=1) for name in ("jpeg", "start", "shape")}
-            decoded = graph._decode(inputs, config(train, **changes), device_id=0)
-        assert decoded.device == "gpu"
-        assert f"hw_decoder_load: {load}\n" in str(decoded.source.spec)
+        images = decoded(config(train, **changes), device_id=0)
+        assert images.device == "gpu"
+        assert f"hw_decoder_load: {load}\n" in str(images.source.spec)
+
+
+def test_a_gpu_takes_memory_ahead_as_dali_does_unless_it_is_asked_for_more(train):
+    names = ("device_memory_padding", "preallocate_height_hint", "preallocate_width_hint")
+    defaults = inspect.signature(fn.decoders.image_slice).parameters
+    asked = {"device_memory_padding": 2**21, "preallocate_hint": (375, 500)}
+    for changes, expected in (({}, [defaults[name].default for name in names]), (asked, [2**21, 375, 500])):
+        spec = str(decoded(config(train, **changes), device_id=0).source.spec)
+        for name, value in zip(names, expected, strict=True):
+            assert f"{name}: {value}\n" in spec
+        assert not [name for name in names if name in str(decoded(config(train, **changes), None).source.spec)]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])

@@ -74,7 +74,8 @@ def test_what_is_not_a_recipe_is_refused_in_one_line(tmp_path: Path, content: st
 
 def test_a_resume_may_change_how_it_runs_but_not_what_it_computes() -> None:
     old = load_recipe(DEMO).model_dump(mode="json")
-    allowed = load_recipe(DEMO, ["log_every_steps=1", "checkpoint.keep=5", "data.threads=4", "data.path=elsewhere"])
+    allowed = load_recipe(DEMO, ["log_every_steps=1", "checkpoint.keep=5", "data.threads=4", "data.path=elsewhere",
+                                 "data.device_memory_padding=0", "data.preallocate_hint=[375, 500]"])  # fmt: skip
     assert recipe_differences(old, allowed.model_dump(mode="json")) == []
     kernel = load_recipe(DEMO, ["model.overrides.attention_kernel=triton"])
     assert recipe_differences(old, kernel.model_dump(mode="json")) == []
