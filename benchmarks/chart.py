@@ -54,13 +54,16 @@ def _trainer(section: Section) -> tuple[str, Bars]:
     for row in section["rows"]:
         if row["mode"] == mode:
             speed = tables.ratio(tables.bare_of(section, row)["step_s"], row["step_s"])
-            bars.append((row["variant"].replace("stage", "ZeRO stage"), speed, row["variant"] != tables.BARE))
+            weights = ", weights in bf16" if row.get("precision") == "bf16" else ""
+            name = row["variant"].replace("stage", "ZeRO stage") + weights
+            bars.append((name, speed, row["variant"] != tables.BARE))
     return f"trainer, {mode}: speed over a bare DDP loop", bars
 
 
 def _whole(section: Section) -> tuple[str, Bars]:
     case = tables.cases(section)[0]
-    bars = [(mode, quartiles(case[mode]), mode == "both") for mode in tables.MODES]
+    modes = [mode for mode in (*tables.MODES, tables.ALTERNATIVE) if mode in case]
+    bars = [(mode, quartiles(case[mode]), mode == "both") for mode in modes]
     return f"end to end, {case['model']} at {case['size']}: images per second", bars
 
 

@@ -12,7 +12,6 @@ benchmarks/results/bench-DATE-MACHINE.json.
 """
 
 import argparse
-import functools
 import io
 import itertools
 import json
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> I
         yield torch.utils.dlpack.from_dlpack(tensor) if gpu else torch.from_numpy(np.asarray(tensor))
 
 
-def _augmented(jpeg: bytes) -> torch.Tensor:
+def _augmented(jpeg: bytes, side: int, resampling: Image.Resampling) -> torch.Tensor:
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     rng = np.random.default_rng()
     box = (0, 0, image.width, image.height)
@@ -108,7 +108,7 @@ def _augmented(jpeg: bytes) -> torch.Tensor:
             left, top = int(rng.integers(0, image.width - w + 1)), int(rng.integers(0, image.height - h + 1))
             box = (left, top, left + w, top + h)
             break
-    image = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    image = image.crop(box).resize((side, side), resampling)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # As torchvision's ToTensor: made contiguous while it is a quarter of the size.
@@ -116,14 +116,42 @@ def _augmented(jpeg: bytes) -> torch.Tensor:
     return pixels.sub_(_MEAN).div_(_STD)
 
 
-def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
-    """Yield batches of webdataset with Pillow in the workers of a torch DataLoader; pinned for a GPU, as one would."""
-    gpu = device.type == "cuda"
+def pillow_loader(
+    folder: Path,
+    workers: int,
+    batch: int,
+    *,
+    side: int = SIDE,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+    pinned: bool = False,
+) -> torch.utils.data.DataLoader:
+    """A torch DataLoader with webdataset and Pillow in its workers; every rank and worker draws shards of its own.
+
+    Args:
+        folder: of the shards.
+        workers: processes.
+        batch: pictures of a batch.
+        side: of the pictures, in pixels.
+        resampling: how Pillow resizes.
+        pinned: batches lie in page-locked memory, from which a GPU copies by itself.
+
+    Returns:
+        batches without end: images (batch, 3, side, side) float32, normalised; labels (batch,) int64.
+    """
     shards = sorted(str(path) for path in folder.glob("*.tar"))
-    read = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(512)
-    samples = read.to_tuple("jpg", "cls").map_tuple(_augmented, int)
-    loader = torch.utils.data.DataLoader(samples, batch_size=batch, num_workers=threads, pin_memory=gpu)
-    for images, _ in loader:
+    read = webdataset.WebDataset(
+        shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
+    ).shuffle(512)
+    augmented = partial(_augmented, side=side, resampling=resampling)
+    return torch.utils.data.DataLoader(
+        read.to_tuple("jpg", "cls").map_tuple(augmented, int), batch_size=batch, num_workers=workers, pin_memory=pinned
+    )
+
+
+def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
+    """Yield batches of `pillow_loader`; pinned for a GPU, as one would."""
+    gpu = device.type == "cuda"
+    for images, _ in pillow_loader(folder, threads, batch, pinned=gpu):
         yield images.to(device, non_blocking=gpu)
 
 
@@ -146,7 +174,7 @@ def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[fl
 
 CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
     "ours": ours,
-    WITH_ENGINE: functools.partial(ours, hw_decoder_load=ENGINE_SHARE),
+    WITH_ENGINE: partial(ours, hw_decoder_load=ENGINE_SHARE),
     "DALI's own reader": native,
     "webdataset + Pillow": pillow,
 }

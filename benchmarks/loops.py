@@ -1,4 +1,4 @@
-"""The trainer's own loop, and others, as benchmarks run them: in the same processes, taking turns.
+"""The trainer's own loop, and a bare one, as benchmarks run them: in the same processes, taking turns.
 
 A loop runs in a thread and stands still where it asks for its next batch; a ``Baton`` lets it go on for one step. So
 whatever else the machine does hits all loops alike.
@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.batch import Batch
 from data_pipeline.order import Int64
+from models import LaViT
 from models.cost import count_parameters
 from pretrain.check import architecture, resolve_for
 from pretrain.checkpoints.checkpoint import Progress
@@ -32,7 +35,7 @@ from pretrain.console import RunConsole
 from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
-from pretrain.engine.precision import input_dtype
+from pretrain.engine.precision import Precision, input_dtype
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
@@ -85,8 +88,8 @@ class Baton:
     ended: bool = False
     error: BaseException | None = None
 
-    def turns(self, loader: Loader) -> "Turns":
-        """The loader's batches, one a turn: the loop that iterates waits between its steps."""
+    def turns(self, loader: Iterable[Batch]) -> "Turns":
+        """Batches, one a turn: the loop that iterates waits between its steps. The trainer wants a ``Loader``'s."""
         return Turns(self, loader)
 
     def step(self) -> None:
@@ -135,7 +138,7 @@ class Baton:
 class Turns:
     """A loader whose batches come one a turn of a baton."""
 
-    def __init__(self, baton: Baton, loader: Loader) -> None:
+    def __init__(self, baton: Baton, loader: Iterable[Batch]) -> None:
         self._baton, self._loader = baton, loader
 
     def __iter__(self) -> Iterator[Batch]:
@@ -151,6 +154,54 @@ class Turns:
     def samples(self, start: int, stop: int) -> tuple[Int64, Int64]:
         """As the loader has it."""
         return self._loader.samples(start, stop)
+
+
+def bare_loop(model: LaViT, batches: Iterable[Batch], *, precision: Precision, compiled: bool) -> None:
+    """What a person would write without this project: DDP, fused AdamW, clipping.
+
+    Args:
+        model: whose fp32 weights lie on the device.
+        batches: on the device, too.
+        precision: ``bf16`` makes weights and gradients bfloat16, also on their way between the ranks. AdamW then steps
+            fp32 masters, which every rank keeps whole.
+        compiled: compile the network.
+    """
+    weights = [*model.parameters()]
+    masters = weights
+    if precision == "bf16":
+        masters = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        model.bfloat16()
+    spared = model.no_weight_decay()
+    named = [(name, master) for (name, _), master in zip(model.named_parameters(), masters, strict=True)]
+    groups = [
+        {"params": [p for n, p in named if n not in spared], "weight_decay": 0.05},
+        {"params": [p for n, p in named if n in spared], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    if compiled:
+        model.forward = torch.compile(model.forward, fullgraph=True)  # as pretrain.engine.build does it
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for batch in batches:
+        loss = bare_loss(ddp, batch, precision)
+        ddp.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            if masters is not weights:
+                torch._foreach_copy_([p.grad for p in masters], [p.grad for p in weights])
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            if masters is not weights:
+                torch._foreach_copy_(weights, masters)
+
+
+def bare_loss(model: torch.nn.Module, batch: Batch, precision: Precision) -> torch.Tensor:
+    """The scalar that the bare loop minimises: LaViT's two losses, as the trainer has them with ``recipe_of``."""
+    images = batch.images.to(input_dtype(precision))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16 autocast"):
+        logits, diagonality = model(images, with_diagonality=True)
+    return cross_entropy(logits.float(), batch.labels, label_smoothing=0.1) + 0.01 * diagonality.float()
 
 
 def recipe_of(options: argparse.Namespace, *, compiled: bool, data: dict[str, Any] | None = None) -> Recipe:

@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs/pictures/performance.png"
 VERSIONS = {
     "model": (), "alternatives": ("timm", "torchvision"), "data": ("nvidia-dali", "webdataset", "pillow"),
     "input_settings": ("nvidia-dali",),
-    "trainer": ("deepspeed",), "end_to_end": ("deepspeed", "nvidia-dali"),
+    "trainer": ("deepspeed",), "end_to_end": ("deepspeed", "nvidia-dali", "webdataset", "pillow"),
 }  # fmt: skip
 """Packages that a table names beside torch."""
 Section = dict[str, Any]

@@ -18,6 +18,8 @@ BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
 INPUT = {"images_per_cpu_s": "images per CPU-second", "images_per_s": "images/s"}
 """Measures of the input, and their titles."""
+ALTERNATIVE = "DDP + webdataset + Pillow"
+"""What is measured end to end beside ``MODES``; sections before 2026-11-28 lack it."""
 NOT_MEASURED = "not measured"
 WITH_KERNEL = "_triton"
 """Ends the name of a network of ours that was measured with attention's Triton kernels."""
@@ -125,27 +127,28 @@ def _setting(value: Any) -> str:
 
 def trainer(section: Section) -> list[str]:
     """Time of a step, images/s of all ranks, and the time over that of the bare loop of the same mode."""
-    lines = head(["variant", "mode", "step, ms", "images/s", "time over bare DDP"])
+    lines = head(["variant", "mode", "precision", "step, ms", "images/s", "time over bare DDP"])
     pictures = section["conditions"]["micro_batch"] * section["conditions"]["ranks"]
     for row in section["rows"]:
         slower = None if row["variant"] == BARE else ratio(row["step_s"], bare_of(section, row)["step_s"])
         lines.append(
-            f"| {row['variant']} | {row['mode']} | {spread([1e3 * value for value in row['step_s']])} "
+            f"| {row['variant']} | {row['mode']} | {row.get('precision') or section['conditions']['precision']} "
+            f"| {spread([1e3 * value for value in row['step_s']])} "
             f"| {number(pictures / quartiles(row['step_s'])[1])} | {times(slower)} |"
         )
     return lines
 
 
 def bare_of(section: Section, row: Row) -> Row:
-    """The bare loop that a row is compared with."""
-    return find(section["rows"], variant=BARE, mode=row["mode"])
+    """The bare loop that a row is compared with; sections before 2026-11-28 have one precision, and rows name none."""
+    return find(section["rows"], variant=BARE, mode=row["mode"], precision=row.get("precision"))
 
 
 def end_to_end(section: Section) -> list[str]:
-    """The three modes of every case, and both together over what limits."""
+    """The three modes of every case, both together over what limits, and over what people would use instead."""
     bound = "the slower of the two" if section["machine"]["device"] == "cuda" else "the slower / harmonic bound"
     titles = ["case", "precision", "synthetic, images/s", "data only", "both", f"both over {bound}"]
-    lines = head([*titles, "limited by", "MFU"])
+    lines = head([*titles, "limited by", "MFU", f"{ALTERNATIVE}, images/s", f"ours over {ALTERNATIVE}"])
     for case in cases(section):
         synthetic, alone, both = (case[mode] for mode in MODES)
         limit = "the data" if quartiles(alone)[1] < quartiles(synthetic)[1] else "the network"
@@ -155,7 +158,7 @@ def end_to_end(section: Section) -> list[str]:
         used = mfu(quartiles(both)[1], case["macs"], section, case["precision"], section["conditions"]["ranks"])
         lines.append(
             f"| {name_of(case)} | {case['precision']} | {spread(synthetic)} | {spread(alone)} | {spread(both)} "
-            f"| {share} | {limit} | {NOT_MEASURED if used is None else f'{used:.1%}'} |"
+            f"| {share} | {limit} | {NOT_MEASURED if used is None else f'{used:.1%}'} | {rival(case)} |"
         )
     return lines
 
@@ -183,6 +186,13 @@ def over_harmonic(case: Row) -> tuple[float, float, float]:
     """Both together over 1 / (1 / synthetic + 1 / data only): what one pool of cores can do of both."""
     synthetic, alone, both = (case[mode] for mode in MODES)
     return ratio(both, [1 / (1 / a + 1 / b) for a, b in zip(synthetic, alone, strict=True)])
+
+
+def rival(case: Row) -> str:
+    """Images/s of what people would use instead, and both together over it: two cells."""
+    if ALTERNATIVE not in case:
+        return f"{NOT_MEASURED} | "
+    return f"{spread(case[ALTERNATIVE])} | {times(ratio(case[MODES[2]], case[ALTERNATIVE]))}"
 
 
 def find(rows: Iterable[Row], **facts: object) -> Row:

@@ -13,6 +13,7 @@ from nvidia.dali import fn
 
 from benchmarks import __main__ as door
 from benchmarks import data, end_to_end, goals, input_settings, model, page, report, tables, trainer
+from benchmarks.loops import recipe_of
 from models import model_config
 from tests.benchmarks.sections import CPU, H100, model_rows, section, written
 
@@ -79,13 +80,58 @@ def test_mfu_is_of_the_peak_in_the_precision_that_was_used() -> None:
     assert tables.mfu(rate, 3_260_000_000, unknown, "bf16") is None
 
 
-def test_what_limits_is_a_number() -> None:
+def whole(rates: dict[str, list[float]]) -> dict[str, Any]:
     case = {"model": "lavit_tiny", "size": 128, "micro_batch": 16, "macs": 10**9, "precision": "fp32"}
-    rows = [case | {"mode": mode, "images_per_s": [rate] * 3} for mode, rate in
-            zip(tables.MODES, (100.0, 300.0, 60.0), strict=True)]  # fmt: skip
-    (line,) = tables.end_to_end(section(CPU, {"ranks": 2}, rows))[2:]
+    rows = [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
+    return section(CPU, {"ranks": 2}, rows)
+
+
+def test_what_limits_is_a_number() -> None:
+    (line,) = tables.end_to_end(whole({"synthetic": [100.0] * 3, "data only": [300.0] * 3, "both": [60.0] * 3}))[2:]
     assert cells(line)[5].startswith("60.0% (60.0% to 60.0%) / 80.0%")
     assert cells(line)[6] == "the network"
+
+
+def test_the_whole_is_over_what_one_would_use_instead_within_the_turns() -> None:
+    turns = {"synthetic": [100.0] * 3, "data only": [100.0] * 3, "both": [60.0, 60.0, 6.0]}
+    (line,) = tables.end_to_end(whole(turns | {tables.ALTERNATIVE: [40.0, 40.0, 4.0]}))[2:]
+    assert cells(line)[8:] == ["40 (22 to 40)", "1.500 (1.500 to 1.500)"]
+    (line,) = tables.end_to_end(whole(turns))[2:]  # a section from before it was measured
+    assert cells(line)[8:] == ["not measured", ""]
+
+
+def trainer_section(machine: dict[str, Any], *rows: tuple[str, str | None, float]) -> dict[str, Any]:
+    made = [
+        {"variant": variant, "mode": "eager", "step_s": [took] * 3} | ({"precision": precision} if precision else {})
+        for variant, precision, took in rows
+    ]
+    return section(machine, {"micro_batch": 16, "ranks": 2, "precision": "fp32"}, made)
+
+
+def test_the_trainer_is_compared_with_the_bare_loop_of_its_precision() -> None:
+    found = trainer_section(
+        H100, ("bare DDP", "bf16 autocast", 1.0), ("stage 1", "bf16 autocast", 1.1), ("bare DDP", "bf16", 0.5),
+        ("stage 1", "bf16", 0.6),
+    )  # fmt: skip
+    lines = {(cells(line)[0], cells(line)[2]): cells(line)[5] for line in tables.trainer(found)[2:]}
+    assert lines["stage 1", "bf16 autocast"].startswith("1.100")
+    assert lines["stage 1", "bf16"].startswith("1.200")
+    former = tables.trainer(trainer_section(CPU, ("bare DDP", None, 1.0), ("stage 0", None, 0.9)))
+    assert cells(former[-1])[2] == "fp32"
+    assert cells(former[-1])[5].startswith("0.900")
+
+
+def test_on_a_gpu_the_trainer_also_runs_as_it_does_there_by_default() -> None:
+    found = trainer.contestants(trainer.parse([], "cuda", 8))
+    assert ("compiled", "bf16", 1) in found
+    assert ("compiled", "bf16", None) in found
+    assert ("compiled", "bf16 autocast", 3) not in found
+    assert {precision for _, precision, _ in trainer.contestants(trainer.parse([], "cpu", 8))} == {"fp32"}
+
+
+def test_on_a_gpu_every_turn_of_the_trainer_has_a_line_of_metrics() -> None:
+    options = trainer.parse([], "cuda", 8)
+    assert options.steps == recipe_of(options, compiled=False).log_every_steps
 
 
 def test_goals_that_nothing_was_measured_for_are_not_measured() -> None:
@@ -120,7 +166,6 @@ def test_on_a_gpu_all_compute_in_bf16_compiled_and_decode_there_on_all_gpus() ->
     for parse in (trainer.parse, end_to_end.parse):
         options = parse([], "cuda", 8)
         assert (options.ranks, options.compile) == (8, True)
-    assert trainer.parse([], "cuda", 8).steps > 1  # the host must run ahead of the device
     assert trainer.parse([], "cuda", 8).autocast
     assert not trainer.parse([], "cpu", 64).autocast
     assert trainer.parse([], "cpu", 64).ranks == 2
