@@ -72,6 +72,10 @@ def _whole(over: Callable[[dict[str, Any]], Found], case: int = 0) -> Callable[[
     return lambda section: over(tables.cases(section)[case])
 
 
+def _over_alternative(case: dict[str, Any]) -> Found:
+    return tables.ratio(case["both"], case[tables.ALTERNATIVE])
+
+
 def _over_synthetic(case: dict[str, Any]) -> Found:
     return tables.ratio(case["both"], case["synthetic"])
 
@@ -94,6 +98,7 @@ GOALS = (
          _whole(tables.over_slower, 1), 0.95, tables.percent),
     Goal("cpu", "the same, a network as hungry as decoding is fast, on the same cores", "end_to_end",
          _whole(tables.over_slower), 0.95, tables.percent),
+    Goal("cpu", "that whole beside a DDP loop fed by webdataset + Pillow", "end_to_end", _whole(_over_alternative)),
     Goal("cuda", "LaViT-S in bf16, compiled, beside pvt_v2_b2", "alternatives", _faster("pvt_v2_b2", "compiled"), 1.2),
     Goal("cuda", "the same beside swin_tiny", "alternatives",
          _faster("swin_tiny_patch4_window7_224", "compiled"), 1.2),
@@ -102,6 +107,7 @@ GOALS = (
     Goal("cuda", "end to end over the slower of synthetic and data only", "end_to_end", _whole(tables.over_slower),
          0.95, tables.percent),
     Goal("cuda", "end to end over synthetic", "end_to_end", _whole(_over_synthetic), 0.95, tables.percent),
+    Goal("cuda", "end to end beside a DDP loop fed by webdataset + Pillow", "end_to_end", _whole(_over_alternative)),
 )  # fmt: skip
 
 
