@@ -1,6 +1,8 @@
 """A plan: everything that can be said of a run before it starts, each number with what it rests on."""
 
 import copy
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,10 +268,15 @@ def _scaling(
     if speed.believed is None:
         return ()
     network = Network(request.device.link, request.node_gbit * 1e9 / 8, request.gpus_per_node)
-    engine, total = Engine.of(request.recipe, resolved), resolved.batch.global_batch
-    counts = sorted({*(gpus for gpus in GPUS if gpus <= total), request.gpus})
-    work = (total, speed.believed)
-    return tuple(simulate_step(n, engine, network, reading, parameters=parameters, work=work) for n in counts)
+    engine, batch = Engine.of(request.recipe, resolved), resolved.batch
+    work = (batch.global_batch, speed.believed)
+
+    def on(gpus: int) -> Step:  # with the planned micro-batch, as far as there are pictures for it
+        accumulation = math.ceil(batch.global_batch / gpus / batch.micro_batch)
+        there = dataclasses.replace(engine, accumulation=accumulation)
+        return simulate_step(gpus, there, network, reading, parameters=parameters, work=work)
+
+    return tuple(on(gpus) for gpus in sorted({*(n for n in GPUS if n <= batch.global_batch), request.gpus}))
 
 
 def _as_booleans(policy: Policy) -> tuple[bool, ...]:

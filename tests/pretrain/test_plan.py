@@ -108,6 +108,26 @@ def test_a_stage_that_was_chosen_has_the_reason_that_training_prints_and_a_given
     assert "ZeRO stage" not in printed(100, "--set", "deepspeed.zero_optimization.stage=2")
 
 
+def test_on_fewer_gpus_there_are_more_micro_batches_not_larger_ones() -> None:
+    at_2 = ["--mfu", "0.3", "--set", "deepspeed.zero_optimization.stage=2"]
+    of_32, _ = made(*at_2, "--gpus", "32")
+    of_8, _ = made(*at_2, "--set", "deepspeed.train_micro_batch_size_per_gpu=2")
+    assert (of_32.batch.micro_batch, of_8.batch.accumulation) == (2, 4)
+    on_8, as_planned = (next(step for step in one.scaling if step.gpus == 8) for one in (of_32, of_8))
+    assert on_8 == as_planned
+
+
+def test_overlapping_is_advised_where_it_is_not_on_yet() -> None:
+    def advised(*more: str) -> bool:
+        text = printed(200, "--mfu", "1", "--node-gbit", "1", "--gpus", "16", *more)
+        assert "Limited by: network, on paper" in text
+        return "zero_optimization.overlap_comm: true" in text
+
+    at_1 = ["--set", "deepspeed.zero_optimization.stage=1"]
+    assert advised(*at_1)
+    assert not advised(*at_1, "--set", "deepspeed.zero_optimization.overlap_comm=true")
+
+
 def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*HERE, "--mfu", "0.3", "--simulate-failures", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
