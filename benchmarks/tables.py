@@ -13,12 +13,11 @@ import torch
 from benchmarks.report import quartiles
 from pretrain.devices import peak_flops
 from pretrain.monitoring.efficiency import model_flops_per_image
+from pretrain.planning.speed import WITH_KERNEL
 
 BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
 NOT_MEASURED = "not measured"
-WITH_KERNEL = "_triton"
-"""Ends the name of a network of ours that was measured with attention's Triton kernels."""
 Section = dict[str, Any]
 Row = dict[str, Any]
 

@@ -23,7 +23,7 @@ from pretrain.planning.failures import Conditions, Finish, best_interval, expect
 from pretrain.planning.memory import Engine, Memory, MemoryModel, memory_model
 from pretrain.planning.rehearsal import Policy
 from pretrain.planning.scaling import GPUS, Network, Reading, Step, simulate_step
-from pretrain.planning.speed import Speed, read_benchmark, speed_of
+from pretrain.planning.speed import Speed, Training, read_benchmark, speed_of
 from pretrain.recipe import Recipe
 
 POLICIES: dict[str, Policy] = {
@@ -157,11 +157,12 @@ def make_estimate(request: Request) -> Estimate:
     rows, refused = _memory_rows(request, config, resolved.stage, capacity)
     measured = None
     if request.benchmark is not None:
-        size = recipe.data.size
-        measured = read_benchmark(request.benchmark, recipe.model.name, size, compiled=recipe.model.compile)
+        stages = enumerate(_as_booleans(recipe.model.activation_checkpointing), 1)
+        recomputed = tuple(stage for stage, again in stages if again)
+        wanted = Training(config, recipe.model.compile, resolved.precision, batch.micro_batch, recomputed)
+        measured = read_benchmark(request.benchmark, request.device, wanted)
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
     how_fast = speed_of(
-        request.device,
         request.device.peak(dtype),
         model_flops_per_image(macs),
         measured,

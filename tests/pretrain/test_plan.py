@@ -15,9 +15,11 @@ from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, checkpoint_bytes
 from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
+from pretrain.outcome import UserError
 from pretrain.plan import main, parse_arguments, plan
 from pretrain.planning.report import show
 from pretrain.recipe import load_recipe
+from tests.benchmarks.sections import model_rows, written
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import recipe as small_recipe
 from tests.pretrain.test_equality import training, zero
@@ -54,6 +56,35 @@ def test_nothing_that_was_not_measured_is_given_as_a_result() -> None:
     assumed = printed(100, "--mfu", "0.3")
     assert "ASSUMED: an MFU of 30%" in assumed
     assert "efficiency" in assumed
+
+
+def test_a_measurement_is_told_with_what_the_plan_has_otherwise(tmp_path: Path) -> None:
+    conditions = {"batch": 128, "size": 32, "precision": "bf16"}
+    file = written(tmp_path, "model", conditions, model_rows(lavit_micro=0.5))
+
+    def told(device: str, *more: str) -> str:
+        content = json.loads(file.read_text())
+        content["sections"]["model"]["machine"]["name"] = device
+        file.write_text(json.dumps(content))
+        options = parse_arguments([*HERE, "--benchmark", str(file), *more])
+        out = io.StringIO()
+        show(*plan(options), Console(file=out, width=1000, highlight=False))
+        return out.getvalue()
+
+    text = told("NVIDIA H100 80GB HBM3")
+    assert f"256 a GPU (measured, but not as planned: {file})" in text
+    otherwise = (
+        "num_classes 10 (measured: 1000), drop_path 0.05 (measured: 0.0), "
+        "activation_checkpointing in stages 1, 2, 3, 4 (measured: none; up to a third more time), "
+        "micro-batch 8 (measured: 128)"
+    )
+    assert f"the plan differs: {otherwise}" in text
+    assert f"Speed: not measured as planned. The plan differs from what was measured: {otherwise}." in text
+    with pytest.raises(UserError, match="was measured in bf16, and the plan trains in fp32: plan in that precision"):
+        told("NVIDIA H100 80GB HBM3", "--set", "deepspeed.zero_optimization.stage=0")
+    elsewhere = told("AMD EPYC")
+    assert f"--benchmark {file}: was measured on another device, and is not used." in elsewhere
+    assert "not measured; at 100 % of the peak" in elsewhere
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
