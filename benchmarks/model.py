@@ -30,6 +30,7 @@ from benchmarks import tables
 from benchmarks.report import Section, add_common, fill_in, say
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
+from pretrain.planning.speed import WITH_KERNEL
 
 SIZE = 224
 RIVALS = ("pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
@@ -77,7 +78,7 @@ def build(name: str, device: str) -> torch.nn.Module:
     """A network as it trains, without stochastic depth, with random weights."""
     torch.manual_seed(0)
     if name.startswith("lavit_"):
-        kernel = "triton" if name.endswith(tables.WITH_KERNEL) else "torch"
+        kernel = "triton" if name.endswith(WITH_KERNEL) else "torch"
         return create_model(plain(name), attention_kernel=kernel).to(device, dtype_of(device))
     rival = importlib.import_module("timm").create_model(name, drop_path_rate=0.0)
     return rival.to(device, dtype_of(device))
@@ -107,14 +108,14 @@ def cost(name: str) -> tuple[int, int]:
 
 def plain(name: str) -> str:
     """What `create_model` calls a network of ours."""
-    return name.removesuffix(tables.WITH_KERNEL)
+    return name.removesuffix(WITH_KERNEL)
 
 
 def contestants(size: str, device: str) -> list[str]:
     """Who is measured in one run with a size of ours: on a GPU also itself with attention's Triton kernels."""
     ours = [f"lavit_{size}", f"lavit_{size}_vanilla"]
     if device == "cuda":
-        ours.insert(1, f"lavit_{size}{tables.WITH_KERNEL}")
+        ours.insert(1, f"lavit_{size}{WITH_KERNEL}")
     return [*ours, *(RIVALS if size == "small" and has_timm() else ())]
 
 

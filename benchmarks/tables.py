@@ -13,6 +13,7 @@ import torch
 from benchmarks.report import quartiles
 from pretrain.devices import peak_flops
 from pretrain.monitoring.efficiency import model_flops_per_image
+from pretrain.planning.speed import WITH_KERNEL
 
 BARE = "bare DDP"
 MODES = ("synthetic", "data only", "both")
@@ -21,8 +22,6 @@ INPUT = {"images_per_cpu_s": "images per CPU-second", "images_per_s": "images/s"
 ALTERNATIVE = "DDP + webdataset + Pillow"
 """What is measured end to end beside ``MODES``; sections before 2026-11-28 lack it."""
 NOT_MEASURED = "not measured"
-WITH_KERNEL = "_triton"
-"""Ends the name of a network of ours that was measured with attention's Triton kernels."""
 Section = dict[str, Any]
 Row = dict[str, Any]
 

@@ -25,8 +25,8 @@ def limits(estimate: Estimate) -> tuple[str, list[str]]:
     here = next((step for step in estimate.scaling if step.gpus == estimate.batch.world_size), None)
     if here is not None and here.exposed > here.compute / 4:
         cures = ["a larger train_batch_size or fewer GPUs need fewer"]
-        if estimate.stage > 0:
-            cures.insert(0, "zero_optimization.overlap_comm: true hides them behind the backward pass")
+        if estimate.stage > 0 and here.exposed == here.talk:
+            cures.insert(0, "zero_optimization.overlap_comm: true averages gradients during the backward pass")
         lines.append(f"collectives take {here.exposed / here.seconds:.0%} of a step on paper: {'; '.join(cures)}")
         return "network, on paper", lines
     return ("compute" if estimate.speed.believed else "not known: no speed was measured"), lines

@@ -1,6 +1,8 @@
 """A plan: everything that can be said of a run before it starts, each number with what it rests on."""
 
 import copy
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pretrain.planning.failures import Conditions, Finish, best_interval, expect
 from pretrain.planning.memory import Engine, Memory, MemoryModel, memory_model
 from pretrain.planning.rehearsal import Policy
 from pretrain.planning.scaling import GPUS, Network, Reading, Step, simulate_step
-from pretrain.planning.speed import Speed, read_benchmark, speed_of
+from pretrain.planning.speed import Speed, Training, read_benchmark, speed_of
 from pretrain.recipe import Recipe
 
 POLICIES: dict[str, Policy] = {
@@ -155,11 +157,12 @@ def make_estimate(request: Request) -> Estimate:
     rows, refused = _memory_rows(request, config, resolved.stage, capacity)
     measured = None
     if request.benchmark is not None:
-        size = recipe.data.size
-        measured = read_benchmark(request.benchmark, recipe.model.name, size, compiled=recipe.model.compile)
+        stages = enumerate(_as_booleans(recipe.model.activation_checkpointing), 1)
+        recomputed = tuple(stage for stage, again in stages if again)
+        wanted = Training(config, recipe.model.compile, resolved.precision, batch.micro_batch, recomputed)
+        measured = read_benchmark(request.benchmark, request.device, wanted)
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
     how_fast = speed_of(
-        request.device,
         request.device.peak(dtype),
         model_flops_per_image(macs),
         measured,
@@ -266,10 +269,15 @@ def _scaling(
     if speed.believed is None:
         return ()
     network = Network(request.device.link, request.node_gbit * 1e9 / 8, request.gpus_per_node)
-    engine, total = Engine.of(request.recipe, resolved), resolved.batch.global_batch
-    counts = sorted({*(gpus for gpus in GPUS if gpus <= total), request.gpus})
-    work = (total, speed.believed)
-    return tuple(simulate_step(n, engine, network, reading, parameters=parameters, work=work) for n in counts)
+    engine, batch = Engine.of(request.recipe, resolved), resolved.batch
+    work = (batch.global_batch, speed.believed)
+
+    def on(gpus: int) -> Step:  # with the planned micro-batch, as far as there are pictures for it
+        accumulation = math.ceil(batch.global_batch / gpus / batch.micro_batch)
+        there = dataclasses.replace(engine, accumulation=accumulation)
+        return simulate_step(gpus, there, network, reading, parameters=parameters, work=work)
+
+    return tuple(on(gpus) for gpus in sorted({*(n for n in GPUS if n <= batch.global_batch), request.gpus}))
 
 
 def _as_booleans(policy: Policy) -> tuple[bool, ...]:

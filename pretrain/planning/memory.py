@@ -67,21 +67,27 @@ class Engine:
         """As a recipe and a resolved configuration have it."""
         zero, element = resolved.config.get("zero_optimization", {}), input_dtype(resolved.precision).itemsize
         summed = resolved.config.get("data_types", {}).get("grad_accum_dtype")
+        wide = element == 2 and FLOATS.get(summed, summed) == "float32"
+        on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+        # For these DeepSpeed takes its BF16_Optimizer, which reduces when the backward pass is over.
+        at_the_end = resolved.stage == 1 and resolved.precision == "bf16" and wide and not on_host
+        given = zero.get("overlap_comm")
+        overlap = resolved.stage == 3 if given is None else bool(given) and not at_the_end
         return cls(
             stage=resolved.stage,
             ranks=resolved.batch.world_size,
             accumulation=resolved.batch.accumulation,
             element=element,
-            wide_gradients=element == 2 and FLOATS.get(summed, summed) == "float32",
+            wide_gradients=wide,
             low_traffic=resolved.precision == "bf16 autocast" and resolved.stage > 0,
             states=COPIES[recipe.optimizer.kind],
             average=recipe.ema is not None,
             bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             contiguous=bool(zero.get("contiguous_gradients", True)),
-            overlap=resolved.stage == 0 or bool(zero.get("overlap_comm", resolved.stage == 3) or False),
+            overlap=resolved.stage == 0 or overlap,
             persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", PREFETCH)),
-            states_on_host=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
+            states_on_host=on_host,
             weights_on_host=(zero.get("offload_param") or {}).get("device") == "cpu",
         )
 

@@ -56,12 +56,19 @@ def assumptions(estimate: Estimate) -> list[str]:
         f"{request.save_seconds:g} s of training lost to a checkpoint (--save-seconds): assumptions all three."
     )
     lines = [memory, failures]
+    measured = estimate.speed.measured
+    if request.benchmark is not None and measured is None:
+        lines.append(f"--benchmark {request.benchmark}: was measured on another device, and is not used.")
+    if measured is not None and measured.differs:
+        lines.append(
+            f"Speed: {NOT_MEASURED} as planned. The plan differs from what was measured: {', '.join(measured.differs)}."
+        )
     if estimate.speed.believed is None:
         lines.append(
             f"Speed: {NOT_MEASURED} on this GPU. The bound is the peak of {request.device.name} over 6 FLOP for each "
             "MAC and image; no run reaches it. --benchmark FILE takes a measurement, --mfu 0.3 assumes a share of it."
         )
-    elif estimate.speed.measured is None:
+    elif measured is None:
         lines.append(f"Speed: {estimate.speed.rests_on} of the peak (--mfu), {NOT_MEASURED} on this GPU.")
     if estimate.scaling:
         least, most = optimism()
@@ -99,6 +106,8 @@ def _facts(estimate: Estimate) -> Table:
         table.add_row("time", f"{_time(estimate, how_fast.believed)} ({how_fast.rests_on})")
         if how_fast.measured:
             table.add_row("", f"{how_fast.measured.device}; {how_fast.measured.conditions}")
+            if how_fast.measured.differs:
+                table.add_row("", f"the plan differs: {', '.join(how_fast.measured.differs)}")
         table.add_row("", f"{how_fast.believed / how_fast.bound:.0%} of the peak; the rest of the loop is not in it")
     rate = how_fast.believed or how_fast.bound
     reading = rate * gpus * data.bytes_per_image

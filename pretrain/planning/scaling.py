@@ -2,7 +2,19 @@
 
 Every assumption is a field of ``Network`` or said here: all GPUs compute equally fast and as fast per picture at every
 micro-batch; collectives are NCCL's rings (or double binary trees, where these are faster) over the slowest link that
-they cross; what DeepSpeed overlaps hides behind the backward pass, two thirds of the computing; nothing else is hidden.
+they cross; the forward pass is a third of the computing, the backward pass two thirds. What is sent when is read in
+``pretrain.engine.data_parallel`` and in DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``,
+``partitioned_param_coordinator.py``); a test counts on two ranks how much it is:
+
+- Stages 0 and 1 average gradients by an all-reduce, once a step: what hides it is the last micro-batch's backward pass.
+- Stage 2 does so in every micro-batch, stage 3 by a reduce-scatter: each time the backward pass of that one hides it.
+- Stages 1 and 2 gather all weights when the optimizer has stepped. Nothing hides that.
+- Stage 3 gathers them in every micro-batch's forward pass and keeps them until its backward pass. The first
+  ``stage3_prefetch_bucket_size`` of them come in one piece for which the second layer waits, which nothing hides; the
+  rest comes while the forward pass computes. Small ones that are never cut (``stage3_param_persistence_threshold``) are
+  gathered once a step, and counted here as the others.
+
+Anything hides only where the engine overlaps: always at stage 0, else by ``overlap_comm``. Nothing else is hidden.
 """
 
 import math
@@ -45,7 +57,7 @@ class Step:
     talk: float
     """Of all collectives."""
     exposed: float
-    """Of these, what does not hide behind the backward pass."""
+    """Of these, what does not hide behind computing."""
     read: float
     """Until the storage has given the batch; hidden behind the rest where it is shorter."""
 
@@ -76,16 +88,30 @@ def simulate_step(
     global_batch, images_per_s = work
     share = global_batch / gpus
     compute = share / images_per_s
-    gradients = parameters * (2 if engine.low_traffic else engine.element)
-    weights = parameters * engine.element
-    all_reduces, gathers = {0: (1, 0), 1: (1, 1), 2: (1, 1), 3: (0, 2)}[engine.stage]
+    times = engine.accumulation if engine.stage >= 2 else 1
     buckets = max(1, math.ceil(parameters / engine.bucket))
-    talk = all_reduces * _all_reduce(gradients, gpus, network, buckets) + gathers * _half(weights, gpus, network, 1)
-    if engine.stage == 3:  # every micro-batch gathers anew and scatters its gradients
-        talk = engine.accumulation * (talk + _half(gradients, gpus, network, buckets))
-    hidden = 2 / 3 * compute if engine.overlap else 0.0
+    gradients = parameters * (2 if engine.low_traffic else engine.element)
+    reduce = times * (_half if engine.stage == 3 else _all_reduce)(gradients, gpus, network, buckets)
+    waited, ahead = _gather(engine, network, gpus, parameters)
+    hidden = 0.0
+    if engine.overlap:
+        hidden = min(reduce, 2 / 3 * compute * times / engine.accumulation) + min(ahead, compute / 3)
+    talk = reduce + waited + ahead
     read = 0.0 if reading.bytes_per_s is None else global_batch * reading.bytes_per_image / reading.bytes_per_s
     return Step(gpus, share, compute, talk, max(0.0, talk - hidden), read)
+
+
+def _gather(engine: Engine, network: Network, gpus: int, parameters: int) -> tuple[float, float]:
+    """Seconds of a step's gathering of weights: what is waited for, and what is gathered ahead of the forward pass."""
+    if engine.stage == 0:
+        return 0.0, 0.0
+    if engine.stage < 3:
+        return _half(parameters * engine.element, gpus, network, 1), 0.0
+    element = 2 if engine.low_traffic else engine.element
+    first = min(parameters, engine.prefetch or parameters)
+    rest = parameters - first
+    ahead = _half(rest * element, gpus, network, math.ceil(rest / first)) if rest else 0.0
+    return engine.accumulation * _half(first * element, gpus, network, 1), engine.accumulation * ahead
 
 
 def _all_reduce(size: float, gpus: int, network: Network, calls: int) -> float:

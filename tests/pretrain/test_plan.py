@@ -15,9 +15,11 @@ from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, checkpoint_bytes
 from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
+from pretrain.outcome import UserError
 from pretrain.plan import main, parse_arguments, plan
 from pretrain.planning.report import show
 from pretrain.recipe import load_recipe
+from tests.benchmarks.sections import model_rows, written
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import recipe as small_recipe
 from tests.pretrain.test_equality import training, zero
@@ -54,6 +56,35 @@ def test_nothing_that_was_not_measured_is_given_as_a_result() -> None:
     assumed = printed(100, "--mfu", "0.3")
     assert "ASSUMED: an MFU of 30%" in assumed
     assert "efficiency" in assumed
+
+
+def test_a_measurement_is_told_with_what_the_plan_has_otherwise(tmp_path: Path) -> None:
+    conditions = {"batch": 128, "size": 32, "precision": "bf16"}
+    file = written(tmp_path, "model", conditions, model_rows(lavit_micro=0.5))
+
+    def told(device: str, *more: str) -> str:
+        content = json.loads(file.read_text())
+        content["sections"]["model"]["machine"]["name"] = device
+        file.write_text(json.dumps(content))
+        options = parse_arguments([*HERE, "--benchmark", str(file), *more])
+        out = io.StringIO()
+        show(*plan(options), Console(file=out, width=1000, highlight=False))
+        return out.getvalue()
+
+    text = told("NVIDIA H100 80GB HBM3")
+    assert f"256 a GPU (measured, but not as planned: {file})" in text
+    otherwise = (
+        "num_classes 10 (measured: 1000), drop_path 0.05 (measured: 0.0), "
+        "activation_checkpointing in stages 1, 2, 3, 4 (measured: none; up to a third more time), "
+        "micro-batch 8 (measured: 128)"
+    )
+    assert f"the plan differs: {otherwise}" in text
+    assert f"Speed: not measured as planned. The plan differs from what was measured: {otherwise}." in text
+    with pytest.raises(UserError, match="was measured in bf16, and the plan trains in fp32: plan in that precision"):
+        told("NVIDIA H100 80GB HBM3", "--set", "deepspeed.zero_optimization.stage=0")
+    elsewhere = told("AMD EPYC")
+    assert f"--benchmark {file}: was measured on another device, and is not used." in elsewhere
+    assert "not measured; at 100 % of the peak" in elsewhere
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
@@ -106,6 +137,26 @@ def test_a_stage_that_was_chosen_has_the_reason_that_training_prints_and_a_given
     assert main([*HERE, "--json"]) == 0
     assert reason in json.loads(capsys.readouterr().out)["notes"]
     assert "ZeRO stage" not in printed(100, "--set", "deepspeed.zero_optimization.stage=2")
+
+
+def test_on_fewer_gpus_there_are_more_micro_batches_not_larger_ones() -> None:
+    at_2 = ["--mfu", "0.3", "--set", "deepspeed.zero_optimization.stage=2"]
+    of_32, _ = made(*at_2, "--gpus", "32")
+    of_8, _ = made(*at_2, "--set", "deepspeed.train_micro_batch_size_per_gpu=2")
+    assert (of_32.batch.micro_batch, of_8.batch.accumulation) == (2, 4)
+    on_8, as_planned = (next(step for step in one.scaling if step.gpus == 8) for one in (of_32, of_8))
+    assert on_8 == as_planned
+
+
+def test_overlapping_is_advised_where_it_is_not_on_yet() -> None:
+    def advised(*more: str) -> bool:
+        text = printed(200, "--mfu", "1", "--node-gbit", "1", "--gpus", "16", *more)
+        assert "Limited by: network, on paper" in text
+        return "zero_optimization.overlap_comm: true" in text
+
+    at_1 = ["--set", "deepspeed.zero_optimization.stage=1"]
+    assert advised(*at_1)
+    assert not advised(*at_1, "--set", "deepspeed.zero_optimization.overlap_comm=true")
 
 
 def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
