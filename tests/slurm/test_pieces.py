@@ -13,14 +13,14 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from pretrain.survival.preflight import Measured, slow_ones
-from slurm import launch, scheduler
-from slurm.folder import Incarnation, SlurmFolder
+from slurm import launch, release, scheduler
+from slurm.folder import Incarnation, Launch, SlurmFolder
 from slurm.history import History
 from slurm.incarnation import rendezvous_port
 from slurm.job import Output
 from slurm.plan import make_plan
 from slurm.preflight import slow_nodes
-from slurm.restart import Decision, RankExit
+from slurm.restart import Decision, Policy, RankExit
 from slurm.scheduler import Job
 from slurm.standing import find_runs, standing_of
 from tests.slurm.runs import arguments
@@ -135,6 +135,27 @@ def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
     (told,) = folder.read_exits(Incarnation("7", 0))
     assert (told.rank, told.code) == (number, ExitCode.STOPPED)
     assert told.error == "SIGUSR2, but had not saved within 3 s"
+
+
+def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = SlurmFolder(tmp_path / "demo"), {"7": Job("7", "FAILED", "NonZeroExitCode", "a")}
+    folder.write_launch(Launch(1, 1, 24, (1,), Policy(max_restarts=3, retry_wait_s=0.0, save_within_s=120)))
+    History(folder.history).begin(Incarnation("7", 0), nodes=["a"], ranks=1, step=0)
+    queue, submitted, told = dict(before), [], []
+
+    def submit(script: Path, *, exclude: tuple[str, ...]) -> str:
+        submitted.append((script, exclude))
+        if len(submitted) == 1:  # sbatch takes its time, and cron comes again
+            told.append(release.release(folder, before))
+        queue["8"] = Job("8", "PENDING", "Priority", "")
+        return "8"
+
+    monkeypatch.setattr(scheduler, "submit", submit)
+    monkeypatch.setattr(scheduler, "queue", lambda: queue)
+    assert release.release(folder, before).endswith("is submitted again as job 8")
+    assert told == [f"{folder.run}: another slurm.release is at it"]
+    assert release.release(folder, before) == "", "one that had asked Slurm before"
+    assert submitted == [(folder.plain_script, ())]
 
 
 def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:
