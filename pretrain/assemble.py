@@ -1,6 +1,5 @@
 """Everything between a checked recipe and the first step."""
 
-import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import count_steps
 from pretrain.evaluation.probes import Probes
 from pretrain.events import write_event, write_start
+from pretrain.files import lock
 from pretrain.handoff.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
@@ -285,18 +285,11 @@ _locks: list[Any] = []  # held open for the life of the process
 
 
 def _lock(path: Path) -> None:
-    handle = path.open("a")
     deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise BusyError(
-                    f"another process is training {path.parent}: stop it first, or choose another name "
-                    "with --set name=..."
-                ) from None
-            time.sleep(0.2)
-        else:
-            _locks.append(handle)
-            return
+    while (handle := lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"another process is training {path.parent}: stop it first, or choose another name with --set name=..."
+            )
+        time.sleep(0.2)
+    _locks.append(handle)

@@ -1,16 +1,17 @@
-"""What the run's files share: JSON that is whole or absent, durability, digests."""
+"""What the run's files share: JSON that is whole or absent, durability, locks, digests."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_pipeline.files import write_atomically
 
 # slurm/ takes them from here
-__all__ = ["digest", "digest_of_file", "fsync", "json_lines", "write_atomically", "write_json"]
+__all__ = ["digest", "digest_of_file", "fsync", "json_lines", "lock", "write_atomically", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,6 +37,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(path: Path) -> IO[str] | None:
+    """Lock a file for as long as the result is open; it is made where there is none.
+
+    Returns:
+        None where another one has locked it. A lock goes with its process, however that ends.
+    """
+    handle = path.open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle
 
 
 def digest(content: bytes) -> str:

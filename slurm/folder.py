@@ -7,6 +7,7 @@
     runs/NAME/slurm/pretrain.sbatch   the batch script of ``slurm.launch --plain``
     runs/NAME/slurm/history.jsonl     the incarnations: where each ran and why it ended
     runs/NAME/slurm/stop              someone asked to stop: nothing restarts this run while it exists
+    runs/NAME/slurm/release.lock      held by the one ``slurm.release`` that submits it again
     runs/NAME/slurm/submitit/         submitit's batch scripts, pickles and outputs
     runs/NAME/logs/JOB-RESTART/       one log per rank, and how ranks that did not finish ended
 """
@@ -55,6 +56,7 @@ class SlurmFolder:
         self.deepspeed_config = self.own / "ds_config.json"
         self.submitit = self.own / "submitit"
         self.plain_script = self.own / "pretrain.sbatch"
+        self.release_lock = self.own / "release.lock"
         self.history = self.own / "history.jsonl"
         self._launch = self.own / "launch.json"
         self._stop = self.own / "stop"

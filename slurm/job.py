@@ -104,6 +104,10 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
     for signum in FORWARDED:
         signal.signal(signum, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for whoever started this
+    if asked := folder.stop_request():  # its signal may have come before srun had any task that could hear it
+        if place.rank == 0:
+            folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.STOPPED, time.time(), asked))
+        return 0
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
          str(folder.deepspeed_config), "--runs", str(folder.run.parent)],

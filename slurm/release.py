@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
@@ -65,8 +66,17 @@ def _submit_again(folder: SlurmFolder, history: History, last: Chapter | None, q
     gone = ended_job(folder, last, queue)
     if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
         return ""
-    if standing_of(folder.run, scheduler.queue()).state != "lost":  # somebody has launched it meanwhile
-        return ""
+    held = lock(folder.release_lock)
+    if held is None:
+        return f"{folder.run}: another slurm.release is at it"
+    with held:
+        if standing_of(folder.run, scheduler.queue()).state != "lost":  # somebody has launched it meanwhile
+            return ""
+        return _submit_in_place_of(gone, folder, history, last)
+
+
+def _submit_in_place_of(gone: Job, folder: SlurmFolder, history: History, last: Chapter | None) -> str:
+    """Submit the script of a dead job again, unless that was done too often; a line."""
     tries = sum(SUBMITTED_AGAIN in note for note in last.notes) if last else len(folder.submitted()) - 1
     how = f"{folder.run}: job {gone.id} ended as {gone.state} without a word"
     if tries >= folder.read_launch().policy.max_restarts:
@@ -108,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if done := release(SlurmFolder(folder.resolve()), queue):
                 print(done)  # noqa: T201
-        except (UserError, SlurmError) as error:  # the other runs are released all the same
+        except (UserError, SlurmError, OSError) as error:  # the other runs are released all the same
             print(f"error: {folder}: {error}", file=sys.stderr)  # noqa: T201
             status = ExitCode.RETRY
     return status

@@ -71,6 +71,11 @@ class RankExit:
         """Whether it failed by itself, rather than because it lost the others or a former start is not dead yet."""
         return self.code < 0 or not _NOT_ITS_NODE.search(self.error)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether its own watchdog ended it."""
+        return " hangs: " in self.error
+
 
 @dataclass(frozen=True)
 class Past:
@@ -177,6 +182,8 @@ def _end(ending: Ending, cause: Cause, reason: str, node: str = "") -> Decision:
 def _why(ending: Ending) -> tuple[Cause, str, str]:
     """Cause, reason and the node at fault of an end that is not final by itself."""
     failed = [e for e in ending.exits if e.code not in (ExitCode.STOPPED, ExitCode.FINISHED)]
+    if failed and failed[0].hangs:  # when it ended, Slurm killed those that stood still and could not notice
+        failed = [failed[0], *(e for e in failed[1:] if e.code != -signal.SIGKILL)]
     stopped = [e for e in ending.exits if e.code == ExitCode.STOPPED]
     saved = f"saved at step {ending.saved_at}" if ending.saved_at else "nothing was saved"
     culprit = next((e for e in failed if e.at_fault), None)
@@ -190,10 +197,10 @@ def _why(ending: Ending) -> tuple[Cause, str, str]:
         )
     late = next((e.error for e in stopped if "had not saved" in e.error), "")
     # Whoever had not saved is ended on its node, and the others may see it gone before their own node ends them.
-    lost_others = all(not e.at_fault and " hangs: " not in e.error for e in failed)
+    lost_others = all(not e.at_fault and not e.hangs for e in failed)
     if failed and not (late and lost_others and ending.fate == "time limit"):
         first = culprit or failed[0]
-        if " hangs: " in first.error:
+        if first.hangs:
             return "hang", _told(first), ""
         return "crashed", _told(first), first.node if culprit else missing_node(e.error for e in failed)
     if ending.fate == "time limit":

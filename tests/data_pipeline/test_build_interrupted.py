@@ -139,6 +139,7 @@ def test_an_interrupted_build_of_something_else_is_begun_anew(folder, tmp_path):
 def test_a_second_build_into_the_same_folder_is_refused(folder, tmp_path):
     first = start(folder, tmp_path / "out")
     while not list((tmp_path / "out").glob(".building-train/unit-*.npz")):
+        assert first.poll() is None, first.communicate()
         time.sleep(0.002)
     os.killpg(first.pid, signal.SIGSTOP)
     second = start(folder, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import types
@@ -95,8 +96,10 @@ def full_once(where: str, folder: Path, *fields: str) -> None:
     def evaluate(*_: object, **__: object) -> None:
         raise torch.AcceleratorError(DRIVER)
 
-    def sleep(_: float) -> None:
+    def sleep(seconds: float) -> None:
         (folder / f"waits-{rank}").touch()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever has seen the other's end need not wait for this one's
+        time.sleep(seconds)
 
     train.micro_batch_loss, run.evaluate, main.time = micro_batch_loss, evaluate, types.SimpleNamespace(sleep=sleep)
     through_the_door(folder, *fields)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -20,6 +21,7 @@ from pretrain.ports import COUNT, FIRST
 from slurm.folder import Incarnation
 from slurm.incarnation import rendezvous_port
 
+T = TypeVar("T")
 PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -139,6 +141,14 @@ class Cluster:
                     found += [process, *process.children(recursive=True)]
         return found
 
+    def programs_on(self, name: str) -> set[str]:
+        """Names of what jobs run on a node."""
+        found = set()
+        for process in self.processes_on(name):
+            with contextlib.suppress(psutil.Error):
+                found.add(process.name())
+        return found
+
     def set_preemption(self, *, grace: int, user_signal: bool) -> None:
         """Seconds between telling a job that it is preempted and ending it; whether it is sent its own signal first."""
         chosen = "SlurmctldParameters=preempt_send_user_signal\n" if user_signal else ""
@@ -169,12 +179,13 @@ class Cluster:
         words = self.ask("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, condition: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:
-        """Poll until ``condition`` holds."""
+    def wait_for(self, condition: Callable[[], T | None], what: str, told: Callable[[], str] = lambda: "") -> T:
+        """Poll until ``condition`` holds; what it then says."""
         deadline = time.monotonic() + PATIENCE_S
-        while not condition():
+        while not (answer := condition()):
             assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}\n{told()}\n{self.logs()}"
             time.sleep(0.05)
+        return answer
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""
@@ -197,10 +208,18 @@ class Cluster:
         assert self._keeper.stdout.readline() == "done\n", "the cluster's keeper died"
 
 
+def own_part(ports: range) -> range:
+    """The part of some ports that is this process's: tests that run side by side have no port in common."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    size = len(ports) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return ports[worker * size : (worker + 1) * size]
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different; above those of rendezvous and below those handed out to clients."""
     ports: list[int] = []
-    for port in random.SystemRandom().sample(range(FIRST + COUNT, 32_768), 1000):
+    own = own_part(range(FIRST + COUNT, 32_768))
+    for port in random.SystemRandom().sample(own, len(own)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             ports.append(port)
@@ -211,9 +230,8 @@ def free_ports(count: int) -> list[int]:
 
 def first_job() -> int:
     """A random id. Clusters of tests that run side by side get rendezvous ports of their own, which come of the ids."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    share = COUNT // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    begins = range(FIRST + worker * share, FIRST + worker * share + share // 2)  # each cluster has some jobs
+    own = own_part(range(FIRST, FIRST + COUNT))
+    begins = own[: len(own) // 2]  # each cluster has some jobs
     return random.SystemRandom().choice(
         [job for job in range(1000, 60_000) if rendezvous_port(Incarnation(str(job), 0)) in begins]
     )

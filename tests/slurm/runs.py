@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.metrics import read_metrics
 from slurm import launch, release, status, stop
+from slurm.folder import SlurmFolder
 from slurm.history import Chapter, History
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes
@@ -71,9 +72,9 @@ class ClusterRun:
 
     def status(self) -> dict[str, Any]:
         """``python -m slurm.status RUN --json``."""
-        ended, text = self._call(status.main, [str(self.folder), "--json"])
-        assert ended == 0, text
-        content: dict[str, Any] = json.loads(text)
+        ended, out, err = self._call_apart(status.main, [str(self.folder), "--json"])
+        assert ended == 0, out + err
+        content: dict[str, Any] = json.loads(out)
         return content
 
     def told(self, *more: str) -> str:
@@ -83,11 +84,15 @@ class ClusterRun:
         return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
 
     def _call(self, door: Any, words: list[str]) -> tuple[int, str]:
+        ended, out, err = self._call_apart(door, words)
+        return ended, out + err
+
+    def _call_apart(self, door: Any, words: list[str]) -> tuple[int, str, str]:
         self._capture.readouterr()
         with mock.patch.dict(os.environ, self.cluster.environment), contextlib.chdir(ROOT):
             ended = door(words)
         out, err = self._capture.readouterr()
-        return ended, out + err
+        return ended, out, err
 
     def step(self) -> int:
         """The newest step that the metrics tell of."""
@@ -99,10 +104,19 @@ class ClusterRun:
         """Wait until the run has taken so many steps."""
         self.cluster.wait_for(lambda: self.step() >= step, f"step {step}", self.output)
 
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until one of this step or later is on disk, which is some steps after it was due."""
+        saved = SlurmFolder(self.folder).saved_step
+        self.cluster.wait_for(lambda: saved() >= step, f"a checkpoint of step {step}", self.output)
+
     def wait_for_state(self, *states: str) -> dict[str, Any]:
         """Wait until ``slurm.status`` says one of these; what it says."""
-        self.cluster.wait_for(lambda: self.status()["state"] in states, f"{states}", self.output)
-        return self.status()
+
+        def told() -> dict[str, Any] | None:
+            now = self.status()
+            return now if now["state"] in states else None
+
+        return self.cluster.wait_for(told, f"{states}", self.output)
 
     def chapters(self) -> list[Chapter]:
         """The history."""

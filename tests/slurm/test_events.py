@@ -84,7 +84,7 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
     begun = run.wait_for_chapters(2)[1]
     assert begun.step == saved.end_step >= 7
     assert_resumed(run, begun, at_least=7)
-    run.wait_for_step(begun.step + SAVED_EVERY + 1)
+    run.wait_for_checkpoint(begun.step + SAVED_EVERY)
     let_time_run_out(run)
     while not run.chapters()[1].ended:  # these get no time to save
         for rank in run.ranks():
@@ -114,14 +114,14 @@ def test_lost_nodes_are_replaced_by_others(on_cluster: Maker, digits: Path, refe
     run = on_cluster(4)
     second = run.cluster.names[1]
     run.launch(digits)
-    run.wait_for_step(SAVED_EVERY + 2)
+    run.wait_for_checkpoint(SAVED_EVERY)
     run.cluster.kill_node(second)  # not the batch host: its script lives to tell
     ended = run.wait_for_end(0)
     assert ended.cause == "node lost"
     begun = run.wait_for_chapters(2)[1]
     assert second not in begun.nodes
     assert_resumed(run, begun, at_least=SAVED_EVERY)
-    run.wait_for_step(begun.step + SAVED_EVERY + 2)
+    run.wait_for_checkpoint(begun.step + SAVED_EVERY)
     batch_host = begun.nodes[0]
     run.cluster.kill_node(batch_host)  # nobody lives to tell
     last = run.wait_for_chapters(3)[2]
@@ -141,7 +141,7 @@ def test_nodes_that_reboot_at_once_are_used_again(on_cluster: Maker, digits: Pat
     run.launch(digits)
     for number, name in enumerate((second, first)):
         before = run.chapters()[-1].step if number else 0
-        run.wait_for_step(before + SAVED_EVERY + 2)
+        run.wait_for_checkpoint(before + SAVED_EVERY)
         run.cluster.kill_node(name)
         run.cluster.start_node(name)
         begun = run.wait_for_chapters(number + 2)[number + 1]
@@ -157,7 +157,7 @@ def test_a_node_whose_rank_was_killed_and_that_then_did_not_arrive_is_avoided(
     run = on_cluster(3)
     first, second, third = run.cluster.names
     run.launch(digits, "--set", "watchdog.start_minutes=1")  # a third of it for all nodes to arrive
-    run.wait_for_step(SAVED_EVERY + 1)
+    run.wait_for_checkpoint(SAVED_EVERY)
     run.rank(1).kill()
     ended = run.wait_for_end(0)
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
@@ -213,7 +213,7 @@ def test_a_rank_that_stands_still_is_noticed_and_the_run_goes_on(
 ) -> None:
     run = on_cluster(2)
     run.launch(digits, "--set", "watchdog.step_minutes=0.1")
-    run.wait_for_step(SAVED_EVERY + 1)
+    run.wait_for_checkpoint(SAVED_EVERY)
     run.rank(1).suspend()
     ended = run.wait_for_end(0)
     assert (ended.cause, ended.action, ended.node) == ("hang", "requeue", "")
@@ -278,7 +278,7 @@ def test_held_by_slurm_after_a_launch_that_failed_it_is_told_and_goes_on_when_re
 ) -> None:
     run = on_cluster(3)
     run.launch(digits)
-    run.wait_for_step(SAVED_EVERY + 1)
+    run.wait_for_checkpoint(SAVED_EVERY)
     with run.cluster.failing_launches():
         run.rank(0).kill()
         told = run.wait_for_state("held")
@@ -304,7 +304,7 @@ def test_a_job_whose_batch_script_is_killed_is_lost_and_submitted_again_by_relea
 ) -> None:
     run = on_cluster(2)
     run.launch(digits)
-    run.wait_for_step(SAVED_EVERY + 1)
+    run.wait_for_checkpoint(SAVED_EVERY)
     run.batch_script().kill()
     told = run.wait_for_state("lost")
     assert f"job {run.job} ended as FAILED" in told["why"]
@@ -344,7 +344,7 @@ def test_what_a_person_or_an_administrator_holds_stays_held(on_cluster: Maker, d
 def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: Path, reference: Path) -> None:
     run = on_cluster(3)
     assert "a restart also takes 2 nodes" in run.launch(digits, "--min-nodes", "2", nodes=3)
-    run.wait_for_step(SAVED_EVERY + 2)
+    run.wait_for_checkpoint(SAVED_EVERY)
     assert run.status()["ranks"] == 3
     assert run.chapters()[0].nodes == run.cluster.names
     run.cluster.kill_node(run.cluster.names[2])

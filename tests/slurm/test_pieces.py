@@ -13,14 +13,14 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from pretrain.survival.preflight import Measured, slow_ones
-from slurm import launch, scheduler
-from slurm.folder import Incarnation, SlurmFolder
+from slurm import launch, release, scheduler
+from slurm.folder import Incarnation, Launch, SlurmFolder
 from slurm.history import History
 from slurm.incarnation import rendezvous_port
 from slurm.job import Output
 from slurm.plan import make_plan
 from slurm.preflight import slow_nodes
-from slurm.restart import Decision, RankExit
+from slurm.restart import Decision, Policy, RankExit
 from slurm.scheduler import Job
 from slurm.standing import find_runs, standing_of
 from tests.slurm.runs import arguments
@@ -56,14 +56,20 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> 
 
 
 def start_rank(
-    folder: SlurmFolder, data: Path, door: Path, *options: str, rank: int, ranks: int
+    folder: SlurmFolder, data: Path, door: Path, *options: str, rank: int, ranks: int, asked: str = ""
 ) -> "subprocess.Popen[bytes]":
-    """``slurm.job`` for one of the ranks of incarnation 7-0, with ``door`` in place of main.py."""
+    """``slurm.job`` for one of the ranks of incarnation 7-0, with ``door`` in place of main.py.
+
+    Args:
+        asked: to stop, in these words, after the launch.
+    """
     words = ["--local", "--gpus-per-node", str(ranks), *options, *arguments(folder.run.parent, data)]
     parsed = launch.parse_arguments(words)
     plan = make_plan(parsed.recipe, ROOT / parsed.deepspeed_config, parsed.assignments, runs=folder.run.parent, nodes=1,
                      min_nodes=1, gpus_per_node=ranks, on_cluster=False)  # fmt: skip
     launch._prepare(plan, parsed)
+    if asked:
+        folder.request_stop(asked)
     program = (
         f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
         f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '{rank}', '{ranks}']))"
@@ -91,6 +97,23 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
     assert told.error.startswith(f"another process is training {folder.run}: stop it first")
 
 
+def test_asked_to_stop_before_there_was_a_rank_that_could_hear_it_none_begins_until_the_next_launch(
+    tmp_path: Path, digits: Path
+) -> None:
+    folder, begun, door = SlurmFolder(tmp_path / "demo"), tmp_path / "begun", tmp_path / "main.py"
+    door.write_text(f"import pathlib\npathlib.Path({str(begun)!r}).touch()")
+    asked = "stopped with slurm.stop by someone"
+    for number in (0, 1):
+        rank = start_rank(folder, digits, door, rank=number, ranks=2, asked=asked)
+        printed, _ = rank.communicate()
+        assert rank.returncode == 0, printed  # anything else, and Slurm would kill those that save
+    (told,) = folder.read_exits(Incarnation("7", 0))
+    assert (told.rank, told.code, told.error) == (0, ExitCode.STOPPED, asked)
+    assert not begun.exists()
+    assert start_rank(folder, digits, door, rank=0, ranks=2).wait() == 0
+    assert begun.exists()
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
     number: int, tmp_path: Path, digits: Path
@@ -102,7 +125,8 @@ def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
         f"pathlib.Path({str(listening)!r}).touch()\ntime.sleep(600)"
     )
     rank = start_rank(folder, digits, door, "--save-within", "4", rank=number, ranks=2)
-    while not listening.exists():
+    log = folder.log(Incarnation("7", 0), number)  # opened once slurm.job passes signals on
+    while not (listening.exists() and log.exists()):
         assert rank.poll() is None
         time.sleep(0.05)
     rank.send_signal(signal.SIGUSR2)
@@ -111,6 +135,27 @@ def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
     (told,) = folder.read_exits(Incarnation("7", 0))
     assert (told.rank, told.code) == (number, ExitCode.STOPPED)
     assert told.error == "SIGUSR2, but had not saved within 3 s"
+
+
+def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = SlurmFolder(tmp_path / "demo"), {"7": Job("7", "FAILED", "NonZeroExitCode", "a")}
+    folder.write_launch(Launch(1, 1, 24, (1,), Policy(max_restarts=3, retry_wait_s=0.0, save_within_s=120)))
+    History(folder.history).begin(Incarnation("7", 0), nodes=["a"], ranks=1, step=0)
+    queue, submitted, told = dict(before), [], []
+
+    def submit(script: Path, *, exclude: tuple[str, ...]) -> str:
+        submitted.append((script, exclude))
+        if len(submitted) == 1:  # sbatch takes its time, and cron comes again
+            told.append(release.release(folder, before))
+        queue["8"] = Job("8", "PENDING", "Priority", "")
+        return "8"
+
+    monkeypatch.setattr(scheduler, "submit", submit)
+    monkeypatch.setattr(scheduler, "queue", lambda: queue)
+    assert release.release(folder, before).endswith("is submitted again as job 8")
+    assert told == [f"{folder.run}: another slurm.release is at it"]
+    assert release.release(folder, before) == "", "one that had asked Slurm before"
+    assert submitted == [(folder.plain_script, ())]
 
 
 def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:

@@ -22,6 +22,7 @@ CRASHED = rank(ExitCode.RETRY, "RuntimeError: CUDA error: an illegal memory acce
 LOST_PEER = rank(ExitCode.RETRY, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]")
 HANG = rank(ExitCode.RETRY, "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
 BUSY = rank(ExitCode.RETRY, "another process is training runs/one: stop it first, or choose another name", node="b")
+KILLED = rank(-9, "killed by SIGKILL", rank=2, node="c")
 HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
 
 
@@ -58,6 +59,10 @@ HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
         ({"exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
         ({"exits": (BUSY,), "status": 1}, "crashed", "requeue"),
         ({"exits": (HANG,), "status": 1}, "hang", "requeue"),
+        ({"exits": (HANG, KILLED), "status": 137}, "hang", "requeue"),
+        ({"exits": (KILLED, HANG), "status": 137}, "crashed", "requeue"),
+        ({"exits": (HANG, KILLED, CRASHED), "status": 137}, "crashed", "requeue"),
+        ({"exits": (HANG, KILLED), "status": 137, "node_down": True}, "node lost", "requeue"),
         ({"exits": (STOPPED,)}, "preempted", "requeue"),
         ({"status": 128 + 12}, "preempted", "requeue"),
         ({"status": 128 + 15}, "preempted", "requeue"),
@@ -77,11 +82,11 @@ def test_the_rank_at_fault_is_told_rather_than_those_that_lost_it() -> None:
     decision = decide(replace(ENDED, exits=(LOST_PEER, CRASHED), status=1), [], POLICY)
     assert decision.reason == "rank 3 on b: RuntimeError: CUDA error: an illegal memory access"
     assert decision.node == "b"
-    killed = rank(-9, "killed by SIGKILL", rank=2, node="c")
-    assert decide(replace(ENDED, exits=(LOST_PEER, killed), status=137), [], POLICY).node == "c"
+    assert decide(replace(ENDED, exits=(LOST_PEER, KILLED), status=137), [], POLICY).node == "c"
+    assert decide(replace(ENDED, exits=(HANG, KILLED, CRASHED), status=137), [], POLICY).node == "b"
 
 
-@pytest.mark.parametrize("exits", [(LOST_PEER,), (HANG,), (HANG, LOST_PEER), (BUSY,)])
+@pytest.mark.parametrize("exits", [(LOST_PEER,), (HANG,), (HANG, LOST_PEER), (HANG, KILLED), (BUSY,)])
 def test_a_rank_that_lost_the_others_or_finds_the_run_busy_does_not_blame_its_node(
     exits: tuple[RankExit, ...],
 ) -> None:

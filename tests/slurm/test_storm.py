@@ -87,13 +87,14 @@ def strike(run: ClusterRun, event: str, chance: random.Random) -> None:
         run.cluster.kill_node(name)
         run.cluster.start_node(name)
     else:
-        run.cluster.wait_for(lambda: killed_a_rank(run, chance), "a rank to kill", run.output)
+        drawn = chance.random()  # once, so that what is drawn later does not depend on how many ranks still live
+        run.cluster.wait_for(lambda: killed_a_rank(run, drawn), "a rank to kill", run.output)
 
 
-def killed_a_rank(run: ClusterRun, chance: random.Random) -> bool:
+def killed_a_rank(run: ClusterRun, drawn: float) -> bool:
     ranks = list(run.ranks())
     with contextlib.suppress(psutil.NoSuchProcess):
         if ranks:
-            chance.choice(ranks).kill()
+            ranks[int(drawn * len(ranks))].kill()
             return True
     return False

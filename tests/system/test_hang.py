@@ -1,7 +1,6 @@
 """A rank that stands still or fails is noticed, told, and ended."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from tests.system.launching import changes, launched
 @pytest.mark.slow
 def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(tmp_path: Path, digits: Path) -> None:
     fields = changes(data__path=digits, log_every_steps=1, watchdog__step_minutes=0.1)
-    with launched(tmp_path, *fields) as run:
+    with launched(tmp_path, *fields, program=("tests/system/inject.py", "stop=4")) as run:
         run.wait_for_steps(tmp_path / "demo", 3)
-        run.ranks()[1].send_signal(signal.SIGSTOP)
         assert run.end() == ExitCode.RETRY
         run.assert_no_rank_stays()
         assert "rank 0 hangs" in run.output()

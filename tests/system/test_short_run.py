@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
+from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.engine.build import build_model
 from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.files import json_lines
@@ -25,6 +26,7 @@ from tests.system.conftest import STEPS
 from tests.system.launching import RECIPE, changes, launched
 
 pytestmark = pytest.mark.slow
+INJECT = "tests/system/inject.py"
 
 
 def train_rows(run: Path) -> list[dict[str, Any]]:
@@ -111,8 +113,9 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
     folder = tmp_path / "demo"
     crashed = how == "SIGKILL of a rank"
     (begins_with, stage, begun_by), (ranks, next_stage, resumed_by) = before, after
-    with launched(tmp_path, *short, *begun_by, ranks=begins_with) as run:
+    with launched(tmp_path, *short, *begun_by, ranks=begins_with, program=(INJECT, "hold=14")) as run:
         run.wait_for_steps(folder, 8)
+        run.wait_for(lambda: bool(list_checkpoints(folder / "checkpoints")), "the checkpoint of step 6")
         if how == "SIGTERM to the launcher":
             run.process.terminate()
         elif how == "Ctrl-C on the terminal":
@@ -165,11 +168,12 @@ def test_from_two_ranks_to_one_to_four_and_from_stage_1_to_3_to_0_it_follows_the
     witness = {}
     for name in ("elastic", "straight"):
         (tmp_path / f"{name}-digests").mkdir()
-        witness[name] = ("tests/system/inject.py", f"digests={tmp_path / f'{name}-digests'}")
+        witness[name] = (INJECT, f"digests={tmp_path / f'{name}-digests'}")
     legs = [(2, 1, 5), (1, 3, 11), (4, 0, None)]
     for ranks, stage, stop_at in legs:
         fields = [*short, "--set", f"deepspeed.zero_optimization.stage={stage}"]
-        with launched(tmp_path / "elastic", *fields, ranks=ranks, program=witness["elastic"]) as run:
+        program = (*witness["elastic"], *([] if stop_at is None else [f"hold={stop_at + 4}"]))
+        with launched(tmp_path / "elastic", *fields, ranks=ranks, program=program) as run:
             if stop_at is not None:
                 run.wait_for_steps(tmp_path / "elastic/demo", stop_at)
                 run.process.terminate()
