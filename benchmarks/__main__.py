@@ -1,6 +1,6 @@
 """All that is measured side by side with the alternatives: ``python -m benchmarks``, or ``make bench``.
 
-    python -m benchmarks                          # model, data, trainer, end to end; ten minutes on two cores
+    python -m benchmarks                          # model, data, trainer, end to end; fifteen minutes on two cores
     python -m benchmarks --only data end_to_end
     python -m benchmarks --quick                  # a minute or two: shows that everything works, measures nothing well
 
