@@ -32,7 +32,7 @@ from pretrain.checkpoints.checkpoint import Progress
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
-from pretrain.engine.build import build_engine, build_model
+from pretrain.engine.build import build_engine, build_model, compile_forward
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, new_cpu_group, read_rank
 from pretrain.engine.precision import Precision, input_dtype
@@ -181,7 +181,7 @@ def bare_loop(model: LaViT, batches: Iterable[Batch], *, precision: Precision, c
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     if compiled:
-        model.forward = torch.compile(model.forward, fullgraph=True)  # as pretrain.engine.build does it
+        compile_forward(model)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for batch in batches:
         loss = bare_loss(ddp, batch, precision)

@@ -96,10 +96,18 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
             "zero_optimization.stage 2 or less, or leave model.compile out"
         )
     _require_compilers(device)
-    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks. Shapes are static: left to itself
-    # torch compiles whatever batch comes second for any size, and a run that resumes may evaluate before it trains.
-    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign, assignment]
+    compile_forward(model)
     return "compiled by torch.compile: the first steps take minutes"
+
+
+def compile_forward(model: LaViT) -> None:
+    """Compile a network's forward pass in place, one graph for each size of a batch.
+
+    Left to itself torch compiles whatever batch comes second for any size, and a run that resumes may evaluate before
+    it trains.
+    """
+    # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign, assignment]
 
 
 def _require_compilers(device: torch.device) -> None:
