@@ -39,6 +39,8 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
 
 SIDE = 224
+BATCH = {"cuda": 256, "cpu": 64}
+"""Pictures, by device."""
 WITH_ENGINE = "ours, hardware decoder"
 ENGINE_SHARE = 0.65
 """Of a batch, that a GPU's JPEG engine decodes by DALI's default."""
@@ -212,12 +214,32 @@ def turn(name: str, folder: Path, options: argparse.Namespace, settings: dict[st
     return float(per_cpu), float(per_second)
 
 
+def in_turns(entries: list[tuple[str, dict[str, Any]]], options: argparse.Namespace) -> list[dict[str, list[float]]]:
+    """Measure contestants with their settings in turns, on photographs.
+
+    Args:
+        entries: as `turn` takes them.
+        options: ``rounds`` and ``quick``, and what `turn` takes.
+
+    Returns:
+        of each entry, by the names of `tables.INPUT`, what each round gave.
+    """
+    found: list[dict[str, list[float]]] = [{measure: [] for measure in tables.INPUT} for _ in entries]
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
+        for _ in range(options.rounds):
+            for (name, settings), values in zip(entries, found, strict=True):
+                for taken, value in zip(values.values(), turn(name, shards, options, settings), strict=True):
+                    taken.append(value)
+    return found
+
+
 def parser_of(name: str, said: str, device: str) -> argparse.ArgumentParser:
     """What benchmarks of the input are asked alike; ``said`` is a module's docstring."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=said.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where pictures are decoded "
                         "(default: the GPU where there is one)")  # fmt: skip
-    parser.add_argument("--batch", type=int, help="pictures (default: 256 on a GPU, 64 on a CPU)")
+    parser.add_argument("--batch", type=int, help="pictures (default: {cuda} on a GPU, {cpu} on a CPU)".format(**BATCH))
     add_common(parser)
     return parser
 
@@ -233,7 +255,7 @@ def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
-    defaults = {"rounds": 7, "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "threads": cores()}
+    defaults = {"rounds": 7, "batch": BATCH[options.device], "batches": 100 if gpu else 15, "threads": cores()}
     if options.quick:
         defaults |= {"rounds": 2, "batches": 4}
     return fill_in(options, defaults)
@@ -249,16 +271,9 @@ def main(arguments: list[str] | None = None) -> None:
         say([" ".join(map(str, measure(batches, options.batches, options.batch)))])
         return
     section = Section("data", options, arguments)
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants(options.device)}
-        for _ in range(options.rounds):
-            for name, values in found.items():
-                values.append(turn(name, shards, options, {"threads": options.threads}))
-    rows = [
-        {"contestant": name, "images_per_cpu_s": [cpu for cpu, _ in values], "images_per_s": [s for _, s in values]}
-        for name, values in found.items()
-    ]
+    who = contestants(options.device)
+    found = in_turns([(name, {"threads": options.threads}) for name in who], options)
+    rows = [{"contestant": name} | values for name, values in zip(who, found, strict=True)]
     names = ("device", "rounds", "batch", "batches", "threads")
     conditions = {name: getattr(options, name) for name in names} | {"size": SIDE}
     say(tables.data(section.write(conditions, rows)))

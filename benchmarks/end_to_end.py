@@ -8,7 +8,7 @@ All four live in the same processes and take turns of some seconds each:
 - *synthetic*: `pretrain.train.train` itself, on one batch that costs nothing;
 - *data only*: the real loader, reading and decoding shards of photographs; its batches are dropped;
 - *both*: `pretrain.train.train` on the real loader;
-- *DDP + webdataset + Pillow*: what one would use without this project. The bare loop of `benchmarks.trainer` trains the
+- *DDP + webdataset + Pillow*: what one would use without this project. The bare loop of `benchmarks.loops` trains the
   same network with the same losses, drop path, optimizer, clipping, precision and compile setting. Its pictures come
   from the same shards with the same augmentation, size and interpolation, from as many worker processes of a torch
   DataLoader as our loader has threads; a GPU copies them from page-locked memory by itself. Nobody mixes pictures,
@@ -55,7 +55,7 @@ from benchmarks.loops import (
     start_ranks,
     trainer_run,
 )
-from benchmarks.photographs import build_shards
+from benchmarks.photographs import SHAPE, build_shards
 from benchmarks.report import Section, add_common, cores, fill_in, say
 from data_pipeline.batch import Batch
 from data_pipeline.dataset import Dataset
@@ -269,7 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
             }
             rows += [case | {"mode": mode, "images_per_s": values} for mode, values in rates.items()]
     conditions = {name: getattr(options, name) for name in ("ranks", "threads", "rounds", "seconds", "compile")}
-    conditions |= {"photographs": "500 x 375 pixels", "cores_busy_before_a_turn": f"at most {busiest:.2f}"}
+    conditions |= {
+        "photographs": f"{SHAPE[1]} x {SHAPE[0]} pixels",
+        "cores_busy_before_a_turn": f"at most {busiest:.2f}",
+    }
     say(tables.end_to_end(section.write(conditions, rows)))
 
 

@@ -12,15 +12,13 @@ benchmarks/results/bench-DATE-MACHINE.json.
 
 import argparse
 import itertools
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import tables
-from benchmarks.data import ENGINE_SHARE, SIDE, parser_of, turn
-from benchmarks.photographs import SHAPE, build_shards
+from benchmarks.data import BATCH, ENGINE_SHARE, SIDE, in_turns, parser_of
+from benchmarks.photographs import SHAPE
 from benchmarks.report import Section, cores, fill_in, say
 from data_pipeline.transforms import InputConfig
 
@@ -66,7 +64,7 @@ def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     threads = sorted({max(1, cores() // 2), cores(), 3 * cores() // 2})
-    chosen = {"rounds": 5, "batch": 256 if gpu else 64, "batches": 50 if gpu else 15, "threads": threads,
+    chosen = {"rounds": 5, "batch": BATCH[options.device], "batches": 50 if gpu else 15, "threads": threads,
               "prefetch": [1, 2, 3]}  # fmt: skip
     if options.quick:
         chosen |= {"rounds": 2, "batches": 4, "threads": [cores()], "prefetch": [1, 2]}
@@ -77,17 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the result."""
     options = parse(arguments, "cuda" if torch.cuda.is_available() else "cpu")
     section = Section("input_settings", options, arguments)
-    rows = [
-        {"settings": settings, "images_per_cpu_s": [], "images_per_s": []}
-        for settings in grid(options.device, options.threads, options.prefetch)
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
-        for _ in range(options.rounds):
-            for row in rows:
-                per_cpu, per_second = turn("ours", shards, options, row["settings"])
-                row["images_per_cpu_s"].append(per_cpu)
-                row["images_per_s"].append(per_second)
+    settings = grid(options.device, options.threads, options.prefetch)
+    found = in_turns([("ours", one) for one in settings], options)
+    rows = [{"settings": one} | values for one, values in zip(settings, found, strict=True)]
     conditions = {name: getattr(options, name) for name in ("device", "rounds", "batch", "batches")} | {"size": SIDE}
     say(tables.input_settings(section.write(conditions, rows)))
 
