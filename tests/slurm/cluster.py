@@ -198,7 +198,7 @@ class Cluster:
         """End all daemons and all that they started."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
-        self._keeper.wait()
+        assert self._keeper.wait() == 0, "the cluster's keeper failed, what it should have ended may still run"
 
     def _order(self, *words: str) -> None:
         assert self._keeper.stdin is not None

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import psutil
 
@@ -32,13 +33,20 @@ def main() -> None:
             program.kill()
             program.wait()
         print("done", flush=True)
-    me = psutil.Process()
-    while living := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
+    while living := list(descendants()):
         for signum in (signal.SIGSTOP, signal.SIGKILL):
             for child in living:
                 with contextlib.suppress(psutil.Error):
                     child.send_signal(signum)
         psutil.wait_procs(living, timeout=1)
+
+
+def descendants() -> Iterator[psutil.Process]:
+    """All that came of this process and still lives; what ends while it is looked at does not count."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                yield child
 
 
 if __name__ == "__main__":
