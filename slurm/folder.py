@@ -13,6 +13,7 @@
 """
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,3 +147,8 @@ class SlurmFolder:
 def stamp(seconds: float | None = None) -> str:
     """Local time for a person."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def say(text: str) -> None:
+    """Print a line with the time to standard error, which is the batch script's log."""
+    print(f"{stamp()} {text}", file=sys.stderr, flush=True)  # noqa: T201

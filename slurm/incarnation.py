@@ -16,7 +16,7 @@ from pathlib import Path
 from pretrain import ports
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
-from slurm.folder import Incarnation, Launch, SlurmFolder, stamp
+from slurm.folder import Incarnation, Launch, SlurmFolder, say
 from slurm.history import History
 from slurm.preflight import slow_nodes
 from slurm.restart import Decision, Ending, decide
@@ -54,9 +54,9 @@ def begin(folder: SlurmFolder) -> str:
         )
     nodes, ranks = given[:usable], usable * launch.gpus_per_node
     if usable < len(given):
-        _say(f"using {usable} of {len(given)} nodes: the ranks must divide the global batch of {launch.global_batch}")
+        say(f"using {usable} of {len(given)} nodes: the ranks must divide the global batch of {launch.global_batch}")
     history.begin(incarnation, nodes=nodes, ranks=ranks, step=folder.saved_step())
-    _say(f"incarnation {incarnation}: {ranks} ranks on {', '.join(nodes)}, from step {folder.saved_step()}")
+    say(f"incarnation {incarnation}: {ranks} ranks on {', '.join(nodes)}, from step {folder.saved_step()}")
     exports = {
         "SLURM_NNODES": usable,
         "SLURM_JOB_NUM_NODES": usable,  # srun heeds this one when both are set
@@ -105,13 +105,13 @@ def end(folder: SlurmFolder, status: int, script: Path) -> int:
     )
     decision = decide(ending, history.past(incarnation), launch.policy)
     history.end(incarnation, decision, step=step)
-    _say(f"incarnation {incarnation} ended: {decision.cause}: {decision.reason}")
+    say(f"incarnation {incarnation} ended: {decision.cause}: {decision.reason}")
     try:
         _act(decision, folder, history, incarnation, script)
     except SlurmError as error:
         failed = Decision("none", decision.cause, f"{decision.reason}; could not be started again: {error}")
         history.end(incarnation, failed, step=step)
-        _say(failed.reason)
+        say(failed.reason)
         return ExitCode.RETRY
     return int(STATUS.get(decision.cause, ExitCode.RETRY))
 
@@ -129,11 +129,13 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
         try:
             scheduler.requeue(job)
         except SlurmError as error:
-            _say(f"cannot be requeued ({error}): submitting a job in its place")
-            follower = scheduler.submit(script, after=job, wait_s=decision.wait_s, exclude=exclude)
+            say(f"cannot be requeued ({error}): submitting a job in its place")
+            known = scheduler.show_job(job, retry_s=scheduler.OUTAGE_S)
+            follower = scheduler.submit(script, after=job if known else "", wait_s=decision.wait_s, exclude=exclude,
+                                        retry_s=scheduler.OUTAGE_S)  # fmt: skip
             history.note(incarnation, f"goes on as job {follower}", next_job=follower)
             copy_submission(folder, job, follower)
-            _say(f"job {follower} goes on in its place")
+            say(f"job {follower} goes on in its place")
             return
     if exclude:
         _tolerating(lambda: scheduler.exclude_nodes(job, exclude))
@@ -150,11 +152,14 @@ def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:
 
 def _can_do_without(node: str, decision: Decision, folder: SlurmFolder) -> bool:
     """Whether enough nodes stay when all that failed are left out; with too few the job would wait for ever."""
-    partition = os.environ.get("SLURM_JOB_PARTITION", "")
-    left = scheduler.nodes_of(partition) - set(decision.exclude)
+    try:
+        left = scheduler.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) - set(decision.exclude)
+    except SlurmError as error:
+        say(f"WARNING {node} failed more than once, but nothing can be asked about the partition: {error}")
+        return False
     if len(left) >= folder.read_launch().min_nodes:
         return True
-    _say(f"{node} failed more than once, but the partition has too few other nodes to do without it")
+    say(f"{node} failed more than once, but the partition has too few other nodes to do without it")
     return False
 
 
@@ -181,16 +186,12 @@ def _tolerating(act: Callable[[], None]) -> None:
     try:
         act()
     except SlurmError as error:
-        _say(f"WARNING {error}")
+        say(f"WARNING {error}")
 
 
 def _leave(why: str, status: ExitCode) -> str:
-    _say(why)
+    say(why)
     return f"exit {int(status)}"
-
-
-def _say(text: str) -> None:
-    print(f"{stamp()} {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,10 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
         job = os.environ["SLURM_JOB_ID"]
         return end(folder, options.status, options.script or folder.submitit / f"{job}_submission.sh")
     except UserError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return ExitCode.WILL_FAIL_AGAIN
     except SlurmError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return ExitCode.RETRY
 
 

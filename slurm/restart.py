@@ -15,8 +15,9 @@ from typing import Literal
 from pretrain.outcome import ExitCode
 from slurm.preflight import missing_node
 
-Fate = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled"]
-"""What Slurm says of the job whose ranks have just ended; "requeued": it will start it again by itself."""
+Fate = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled", "forgotten"]
+"""What Slurm says of the job whose ranks have just ended; "requeued": it will start it again by itself; "forgotten": a
+slurmctld that was killed does not know it any more."""
 Cause = Literal[
     "finished", "stopped", "cancelled", "will fail again", "preempted", "time limit", "node lost", "crashed", "hang",
     "lost",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.folder import say
 from slurm.restart import Fate
 
 _OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
@@ -15,10 +16,24 @@ _FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREE
 _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
+OUTAGE_S = 24 * 3600.0
+"""A batch script waits so long for a controller that does not answer: meanwhile nobody else can get its nodes, and
+nobody else would start the run again."""
+SETTLES_S = 5.0
+"""When a controller answers again, what it heard before is done within so long."""
+# What 22.05 says of it. scontrol requeue and update only say that a message was unexpected: there was none.
+_UNREACHED = re.compile(
+    r"unable to contact|connection|communication|timed out|zero bytes|unexpected message|(send|receive) failure",
+    re.IGNORECASE,
+)
 
 
 class SlurmError(Exception):
     """A command of Slurm failed; the text is what it said."""
+
+
+class UnreachedError(SlurmError):
+    """The controller did not answer. It may have heard the command all the same."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +67,38 @@ class Job:
 
 
 def run(*words: str, retry_s: float = 0.0) -> str:
-    """Run a command of Slurm, again for ``retry_s`` seconds while the controller cannot be reached; its output.
+    """Run a command of Slurm, again for ``retry_s`` seconds while the controller does not answer; its output.
+
+    Only for what may be heard twice.
 
     Raises:
+        UnreachedError: there was no answer.
         SlurmError: it failed, or there is no such command here.
     """
-    deadline = time.monotonic() + retry_s
+    deadline, told = time.monotonic() + retry_s, False
     while True:
         try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-        except FileNotFoundError:
-            raise SlurmError(f"{words[0]}: no such command: this is not a machine of a Slurm cluster") from None
-        except subprocess.TimeoutExpired:
-            said = f"no answer within {PATIENCE_S:.0f} s"
-        else:
-            if done.returncode == 0:
-                return done.stdout.strip()
-            said = " ".join((done.stderr or done.stdout).split())
-            if "nable to contact" not in said and "onnection" not in said:
-                raise SlurmError(f"{words[0]}: {said}")
-        if time.monotonic() > deadline:
-            raise SlurmError(f"{words[0]}: {said}")
+            return _try(*words)
+        except UnreachedError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                told = True
+                say(f"{error}; trying again for up to {retry_s / 60:.0f} min")
         time.sleep(1.0)
+
+
+def _try(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    except FileNotFoundError:
+        raise SlurmError(f"{words[0]}: no such command: this is not a machine of a Slurm cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UnreachedError(f"{words[0]}: no answer within {PATIENCE_S:.0f} s") from None
+    if done.returncode == 0:
+        return done.stdout.strip()
+    said = f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}"
+    raise UnreachedError(said) if _UNREACHED.search(said) else SlurmError(said)
 
 
 def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
@@ -98,9 +123,9 @@ def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> F
         save_within_s: so long before the time limit it was told to stop.
         node_down: whether one of its nodes is down.
     """
-    facts = show_job(job, retry_s=PATIENCE_S)
-    if not facts:
-        return "cancelled"
+    facts = show_job(job, retry_s=OUTAGE_S)
+    if not facts:  # a job that was cancelled is known until its batch script has ended
+        return "forgotten"
     if int(facts.get("Restarts", "0")) > restart or facts["JobState"] in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
         return "requeued"
     if facts.get("PreemptTime", "None") not in ("None", "Unknown") and facts["PreemptTime"] >= facts["StartTime"]:
@@ -119,7 +144,7 @@ def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> F
 
 def any_down(nodes: list[str]) -> bool:
     """Whether Slurm takes one of the nodes for dead."""
-    states = run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=PATIENCE_S).lower().split()
+    states = run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=OUTAGE_S).lower().split()
     return any(state.startswith(("down", "fail")) or state.endswith("*") for state in states)
 
 
@@ -129,7 +154,11 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: it is not allowed.
     """
-    run("scontrol", "requeue", job, retry_s=PATIENCE_S)
+    try:
+        run("scontrol", "requeue", job, retry_s=OUTAGE_S)
+    except SlurmError as error:
+        if "pending" not in str(error):  # else it had been heard before
+            raise
 
 
 def wait_before_start(job: str, seconds: float) -> None:
@@ -146,14 +175,41 @@ def exclude_nodes(job: str, nodes: list[str]) -> None:
     run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
 
 
-def submit(script: Path, *, after: str = "", wait_s: float = 0.0, exclude: Sequence[str] = ()) -> str:
-    """Submit a batch script again as a job of its own, which starts when job ``after`` has ended; the new id."""
+def submit(
+    script: Path, *, after: str = "", wait_s: float = 0.0, exclude: Sequence[str] = (), retry_s: float = PATIENCE_S
+) -> str:
+    """Submit a batch script again as a job of its own, once, however often the controller has to be asked; the new id.
+
+    Args:
+        script: its path.
+        after: the job that has to end first.
+        wait_s: seconds before it may start.
+        exclude: nodes to avoid.
+        retry_s: how long to ask a controller that does not answer.
+    """
     words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
         words.append(f"--begin={_when(time.time() + wait_s)}")
     if exclude:
         words.append(f"--exclude={','.join(exclude)}")
-    return run(*words, str(script), retry_s=PATIENCE_S).split(";")[0]
+    deadline, before = time.monotonic() + retry_s, _jobs_of(script, retry_s)
+    while True:
+        try:
+            return _try(*words, str(script)).split(";")[0]
+        except UnreachedError as error:
+            if time.monotonic() > deadline:
+                raise
+            say(f"{error}; looking whether it was heard")
+        _jobs_of(script, retry_s)  # which waits until the controller answers again
+        time.sleep(SETTLES_S)
+        if heard := _jobs_of(script, retry_s) - before:
+            return max(heard, key=int)
+
+
+def _jobs_of(script: Path, retry_s: float) -> set[str]:
+    """All jobs that Slurm knows of a batch script."""
+    rows = run("squeue", "-h", "-t", "all", "-o", "%i|%o", retry_s=retry_s).splitlines()
+    return {job for job, _, command in (row.partition("|") for row in rows) if command == str(script)}
 
 
 def release(job: str) -> None:
@@ -185,7 +241,7 @@ def expand(nodes: str) -> list[str]:
 def nodes_of(partition: str) -> set[str]:
     """Names of the nodes of a partition, the default one for ""."""
     words = ["-p", partition] if partition else []
-    return set(run("sinfo", "-h", "-N", *words, "-o", "%N").split())
+    return set(run("sinfo", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
 
 
 def _when(seconds: float) -> str:

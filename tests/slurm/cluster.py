@@ -163,6 +163,16 @@ class Cluster:
         yield
         self._launches_fail.unlink()
 
+    @contextlib.contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """While in it, slurmctld answers nobody; what it was told meanwhile it does afterwards, as where it is busy."""
+        (controller,) = (p for p in psutil.Process(self._keeper.pid).children() if p.name() == "slurmctld")
+        controller.suspend()
+        try:
+            yield
+        finally:
+            controller.resume()
+
     def preempt(self) -> None:
         """Take all nodes for two seconds, for a job that matters more."""
         self.ask("sbatch", "-p", "urgent", "-N", str(len(self.names)), "--exclusive", "-o", "/dev/null",
@@ -183,7 +193,7 @@ class Cluster:
         """Poll until ``condition`` holds; what it then says."""
         deadline = time.monotonic() + PATIENCE_S
         while not (answer := condition()):
-            assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}\n{told()}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"{self.logs()}\n{told()}\nnot within {PATIENCE_S} s: {what}"
             time.sleep(0.05)
         return answer
 
