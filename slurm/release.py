@@ -70,7 +70,8 @@ def _submit_again(folder: SlurmFolder, history: History, last: Chapter | None, q
     if held is None:
         return f"{folder.run}: another slurm.release is at it"
     with held:
-        if standing_of(folder.run, scheduler.queue()).state != "lost":  # somebody has launched it meanwhile
+        queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
+        if standing_of(folder.run, queue).state != "lost":  # somebody has launched it meanwhile
             return ""
         return _submit_in_place_of(gone, folder, history, last)
 
@@ -94,7 +95,7 @@ def _submit_in_place_of(gone: Job, folder: SlurmFolder, history: History, last: 
 
 def failed_launches(job: Job, last: Chapter | None) -> int:
     """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
-    restarts = int(scheduler.show_job(job.id).get("Restarts", "0"))
+    restarts = int(scheduler.show_job(job.id, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
     ran = last.restart + 1 if last is not None and last.job == job.id else 0
     return restarts - ran
 
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     folders = [options.run] if options.run else find_runs(options.runs)
     status = ExitCode.FINISHED
     try:
-        queue = scheduler.queue()
+        queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
     except SlurmError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.RETRY

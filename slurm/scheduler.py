@@ -226,9 +226,9 @@ def cancel(job: str, signal: str = "") -> None:
     run("scancel", *([f"--signal={signal}"] if signal else []), job, retry_s=PATIENCE_S)
 
 
-def queue() -> dict[str, Job]:
+def queue(retry_s: float = 0.0) -> dict[str, Job]:
     """All jobs that Slurm still knows, by id, those that ended a short while ago too."""
-    text = run("squeue", "-h", "-t", "all", "-o", "%i|%T|%r|%N")
+    text = run("squeue", "-h", "-t", "all", "-o", "%i|%T|%r|%N", retry_s=retry_s)
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
     return {row[0]: Job(row[0], row[1], row[2], row[3]) for row in rows}
 

@@ -34,7 +34,7 @@ def stop(folder: SlurmFolder) -> str:
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
     if chapters and chapters[-1].job.startswith("local"):
         return "asked: its ranks save and end"
-    job = current_job(folder, chapters, scheduler.queue())
+    job = current_job(folder, chapters, scheduler.queue(retry_s=scheduler.PATIENCE_S))
     if job is None:
         return "it has no job; nothing will start it again until it is launched"
     if job.state == "RUNNING":

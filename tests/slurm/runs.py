@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import psutil
@@ -20,6 +21,7 @@ from slurm.history import Chapter, History
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes
 
+T = TypeVar("T")
 STEPS = 90
 GLOBAL_BATCH = 24
 SAVED_EVERY = 5
@@ -45,6 +47,11 @@ class ClusterRun:
         self.cluster, self.runs = cluster, runs
         self.folder = runs / "demo"
         self.job = ""
+        self.released_every_s = float("inf")
+        """Seconds between two ``slurm.release`` while something is waited for, as cron would call it."""
+        self.released: list[str] = []
+        """What that had to do."""
+        self._looked = time.monotonic()
         self._capture = capture
 
     def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
@@ -94,6 +101,17 @@ class ClusterRun:
         out, err = self._capture.readouterr()
         return ended, out, err
 
+    def wait_for(self, condition: Callable[[], T | None], what: str) -> T:
+        """Poll until ``condition`` holds; what it then says."""
+
+        def looked() -> T | None:
+            if time.monotonic() > self._looked + self.released_every_s:
+                self.released += self.release().splitlines()
+                self._looked = time.monotonic()
+            return condition()
+
+        return self.cluster.wait_for(looked, what, self.output)
+
     def step(self) -> int:
         """The newest step that the metrics tell of."""
         with contextlib.suppress(FileNotFoundError):
@@ -102,12 +120,12 @@ class ClusterRun:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has taken so many steps."""
-        self.cluster.wait_for(lambda: self.step() >= step, f"step {step}", self.output)
+        self.wait_for(lambda: self.step() >= step, f"step {step}")
 
     def wait_for_checkpoint(self, step: int) -> None:
         """Wait until one of this step or later is on disk, which is some steps after it was due."""
         saved = SlurmFolder(self.folder).saved_step
-        self.cluster.wait_for(lambda: saved() >= step, f"a checkpoint of step {step}", self.output)
+        self.wait_for(lambda: saved() >= step, f"a checkpoint of step {step}")
 
     def wait_for_state(self, *states: str) -> dict[str, Any]:
         """Wait until ``slurm.status`` says one of these; what it says."""
@@ -116,7 +134,7 @@ class ClusterRun:
             now = self.status()
             return now if now["state"] in states else None
 
-        return self.cluster.wait_for(told, f"{states}", self.output)
+        return self.wait_for(told, f"{states}")
 
     def chapters(self) -> list[Chapter]:
         """The history."""
@@ -124,15 +142,15 @@ class ClusterRun:
 
     def wait_for_chapters(self, number: int) -> list[Chapter]:
         """Wait until so many incarnations have begun."""
-        self.cluster.wait_for(lambda: len(self.chapters()) >= number, f"{number} incarnations", self.output)
+        self.wait_for(lambda: len(self.chapters()) >= number, f"{number} incarnations")
         return self.chapters()
 
     def wait_for_end(self, chapter: int) -> Chapter:
         """Wait until an incarnation (numbered from 0) has told of its end."""
-        self.cluster.wait_for(
+        self.wait_for(
             lambda: len(self.chapters()) > chapter and bool(self.chapters()[chapter].ended),
-            f"end of incarnation {chapter}", self.output,
-        )  # fmt: skip
+            f"end of incarnation {chapter}",
+        )
         return self.chapters()[chapter]
 
     def batch_script(self) -> psutil.Process:
@@ -194,5 +212,5 @@ def assert_resumed(run: ClusterRun, chapter: Chapter, at_least: int, at_most: in
     """An incarnation began at the step between these, and says that it goes on there."""
     log = run.folder / "logs" / str(chapter.incarnation) / "rank-00000.log"
     said = f"resuming {run.folder} at step {chapter.step} of {STEPS}, {chapter.step * GLOBAL_BATCH:,} images seen"
-    run.cluster.wait_for(lambda: log.exists() and said in log.read_text(), said, run.output)
+    run.wait_for(lambda: log.exists() and said in log.read_text(), said)
     assert at_least <= chapter.step <= (STEPS if at_most is None else at_most)

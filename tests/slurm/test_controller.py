@@ -77,7 +77,7 @@ def test_a_run_that_ends_while_the_controller_does_not_answer_waits_for_it_and_g
     run.wait_for_checkpoint(SAVED_EVERY)
     with run.cluster.silent_controller():
         run.rank(1).kill()
-        run.cluster.wait_for(
+        run.wait_for(
             lambda: any("trying again" in said.read_text() for said in run.folder.glob("slurm/submitit/*.out")),
             "the batch script waits",
         )

@@ -163,7 +163,7 @@ def test_a_node_whose_rank_was_killed_and_that_then_did_not_arrive_is_avoided(
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
     assert f"rank 1 on {second}: killed by SIGKILL" in run.status()["why"]
     assert run.wait_for_chapters(2)[1].nodes == [first, second]
-    run.cluster.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks", run.output)
+    run.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks")
     run.rank(1).suspend()  # long before it has imported what it needs
     ended = run.wait_for_end(1)
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
@@ -181,7 +181,7 @@ def test_restarts_without_a_new_checkpoint_have_an_end(on_cluster: Maker, digits
     run.launch(digits, "--max-restarts", "1", nodes=1)
     for number in range(2):
         run.wait_for_chapters(number + 1)
-        run.cluster.wait_for(lambda: bool(list(run.ranks())), "a rank", run.output)
+        run.wait_for(lambda: bool(list(run.ranks())), "a rank")
         run.rank(0).kill()
         ended = run.wait_for_end(number)
     assert (ended.cause, ended.action) == ("crashed", "none")

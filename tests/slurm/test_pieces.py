@@ -151,7 +151,7 @@ def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkey
         return "8"
 
     monkeypatch.setattr(scheduler, "submit", submit)
-    monkeypatch.setattr(scheduler, "queue", lambda: queue)
+    monkeypatch.setattr(scheduler, "queue", lambda retry_s: queue)
     assert release.release(folder, before).endswith("is submitted again as job 8")
     assert told == [f"{folder.run}: another slurm.release is at it"]
     assert release.release(folder, before) == "", "one that had asked Slurm before"
