@@ -23,7 +23,8 @@ SETTLES_S = 5.0
 """When a controller answers again, what it heard before is done within so long."""
 # What 22.05 says of it. scontrol requeue and update only say that a message was unexpected: there was none.
 _UNREACHED = re.compile(
-    r"unable to contact|connection|communication|timed out|zero bytes|unexpected message|(send|receive) failure",
+    r"unable to contact|connect(ion|ed)|communication|timed out|zero bytes|unexpected message|(send|receive) failure|"
+    r"broken pipe",
     re.IGNORECASE,
 )
 
