@@ -97,7 +97,7 @@ class Cluster:
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._keeper = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("keeper.py"))],
+            [sys.executable, str(Path(__file__).with_name("keeper.py")), str(folder)],
             env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -205,7 +205,7 @@ class Cluster:
         )
 
     def close(self) -> None:
-        """End all daemons and all that they started."""
+        """End all daemons and all that they started, and remove the folder."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         assert self._keeper.wait() == 0, "the cluster's keeper failed, what it should have ended may still run"
@@ -257,4 +257,3 @@ def cluster(nodes: int) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
-        shutil.rmtree(folder)

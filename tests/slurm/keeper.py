@@ -1,13 +1,15 @@
 """Parent of a cluster's daemons: when whoever started it is gone, it ends them and everything that came of them.
 
 slurmstepd detaches itself, so the death of slurmd or of a test run would leave it behind. Here it falls to this process
-(a subreaper), which reads orders from its standard input and takes its end for the order to kill them all.
+(a subreaper), which reads orders from its standard input and takes its end for the order to kill them all and to remove
+the folder that it was given.
 """
 
 import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +41,7 @@ def main() -> None:
                 with contextlib.suppress(psutil.Error):
                     child.send_signal(signum)
         psutil.wait_procs(living, timeout=1)
+    shutil.rmtree(sys.argv[1])
 
 
 def descendants() -> Iterator[psutil.Process]:

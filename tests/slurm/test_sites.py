@@ -102,19 +102,22 @@ def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
     assert_equals(run.folder, reference)
 
 
-def test_a_killed_test_run_leaves_no_daemon() -> None:
+def test_a_killed_test_run_leaves_neither_daemons_nor_files() -> None:
     program = (
         "import json, time, psutil\nfrom tests.slurm.cluster import cluster\nwith cluster(2) as made:\n"
         "    made.ask('sbatch', '-N2', '-o', '/dev/null', '--wrap', 'srun sleep 600')\n"
         "    made.wait_for(lambda: all('sleep' in made.programs_on(name) for name in made.names), 'the job')\n"
-        "    print(json.dumps([p.pid for p in psutil.Process().children(recursive=True)]), flush=True)\n"
+        "    pids = [p.pid for p in psutil.Process().children(recursive=True)]\n"
+        "    print(json.dumps([str(made.folder), pids]), flush=True)\n"
         "    time.sleep(600)"
     )
     started = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
-    processes = [psutil.Process(pid) for pid in json.loads(started.stdout.readline())]
+    folder, pids = json.loads(started.stdout.readline())
+    processes = [psutil.Process(pid) for pid in pids]
     assert len(processes) >= 8
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
+    assert not Path(folder).exists()
