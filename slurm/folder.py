@@ -103,6 +103,10 @@ class SlurmFolder:
         except FileNotFoundError:
             return ""
 
+    def is_script(self, command: str) -> bool:
+        """Whether a job's command is one of the batch scripts of this run."""
+        return Path(command).is_relative_to(self.own)
+
     def submitted(self) -> list[str]:
         """Jobs that submitit has submitted for this run, the earliest first."""
         names = [path.name.split("_")[0] for path in self.submitit.glob("*_submission.sh")]
@@ -132,6 +136,11 @@ class SlurmFolder:
         """Write down how a rank ended."""
         path = self.logs(incarnation) / f"rank-{ended.rank:05d}.exit.json"
         write_atomically(path, json.dumps(asdict(ended)).encode())
+
+    def forget_exits(self, incarnation: Incarnation) -> None:
+        """Remove what one of the same name left: a slurmctld that forgot a job may give its number again."""
+        for path in self.logs(incarnation).glob("rank-*.exit.json"):
+            path.unlink(missing_ok=True)
 
     def read_exits(self, incarnation: Incarnation) -> list[RankExit]:
         """How the ranks of an incarnation ended, as far as they could tell, the earliest first."""

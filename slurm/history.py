@@ -48,9 +48,12 @@ class Chapter:
 
 
 def current_job(folder: SlurmFolder, chapters: list[Chapter], queue: dict[str, Job]) -> Job | None:
-    """The job of a run that runs or waits; None when there is none. ``queue`` is what Slurm knows."""
+    """The job of a run that runs or waits; None when there is none. ``queue`` is what Slurm knows.
+
+    Whoever submitted it may not have lived to write that down, so jobs are known by their script, too.
+    """
     mine = {*folder.submitted(), *(c.job for c in chapters), *(c.next_job for c in chapters)}
-    alive = [queue[job] for job in mine if job in queue and not queue[job].over]
+    alive = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
     return max(alive, key=lambda job: int(job.id), default=None)
 
 
@@ -72,12 +75,14 @@ class History:
 
     def chapters(self) -> list[Chapter]:
         """All incarnations, the earliest first; lines that a crash cut are passed over."""
-        found: dict[Incarnation, Chapter] = {}
+        chapters: list[Chapter] = []
+        found: dict[Incarnation, Chapter] = {}  # the newest of each name: see SlurmFolder.forget_exits
         for line in self._lines():
             incarnation = Incarnation(line["job"], line["restart"])
             if line["event"] == "begin":
                 values = {key: line[key] for key in ("nodes", "ranks", "step")}
                 found[incarnation] = Chapter(incarnation.job, incarnation.restart, line["time"], **values)
+                chapters.append(found[incarnation])
             elif incarnation in found and line["event"] == "end":
                 chapter = found[incarnation]
                 chapter.ended, chapter.end_step = line["time"], line["step"]
@@ -87,7 +92,7 @@ class History:
             elif incarnation in found:
                 found[incarnation].notes.append(line["text"])
                 found[incarnation].next_job = line["next_job"] or found[incarnation].next_job
-        return list(found.values())
+        return chapters
 
     def past(self, before: Incarnation | None) -> list[Past]:
         """Incarnations but this one, as ``slurm.restart`` takes them."""

@@ -17,7 +17,7 @@ from pretrain import ports
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder, say
-from slurm.history import History
+from slurm.history import History, current_job
 from slurm.preflight import slow_nodes
 from slurm.restart import Decision, Ending, decide
 from slurm.scheduler import SlurmError
@@ -45,6 +45,7 @@ def begin(folder: SlurmFolder) -> str:
         return _leave(f"the run is not to go on: {folder.stop_request()}", ExitCode.FINISHED)
     if _gave_up_on_the_lost(folder, history, incarnation, launch):
         return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
+    _adopt_submission(folder, incarnation.job)
     given = scheduler.expand(os.environ["SLURM_JOB_NODELIST"])
     usable = max((n for n in launch.usable_nodes if n <= len(given)), default=0)
     if not usable:
@@ -55,6 +56,7 @@ def begin(folder: SlurmFolder) -> str:
     nodes, ranks = given[:usable], usable * launch.gpus_per_node
     if usable < len(given):
         say(f"using {usable} of {len(given)} nodes: the ranks must divide the global batch of {launch.global_batch}")
+    folder.forget_exits(incarnation)
     history.begin(incarnation, nodes=nodes, ranks=ranks, step=folder.saved_step())
     say(f"incarnation {incarnation}: {ranks} ranks on {', '.join(nodes)}, from step {folder.saved_step()}")
     exports = {
@@ -87,13 +89,14 @@ def end(folder: SlurmFolder, status: int, script: Path) -> int:
         script: the batch script, to be submitted again where requeueing is not allowed.
     """
     incarnation, history, launch = this_incarnation(), History(folder.history), folder.read_launch()
-    chapter = next((c for c in history.chapters() if c.incarnation == incarnation), None)
-    state, step = folder.state(), folder.saved_step()
+    chapter = next((c for c in reversed(history.chapters()) if c.incarnation == incarnation), None)
     down = scheduler.any_down(scheduler.expand(os.environ["SLURM_JOB_NODELIST"]))
+    fate = scheduler.fate_of(
+        incarnation.job, incarnation.restart, save_within_s=launch.policy.save_within_s, node_down=down
+    )
+    state, step = folder.state(), folder.saved_step()  # now: Slurm may have taken its time to answer
     ending = Ending(
-        fate=scheduler.fate_of(
-            incarnation.job, incarnation.restart, save_within_s=launch.policy.save_within_s, node_down=down
-        ),
+        fate=fate,
         exits=tuple(folder.read_exits(incarnation)),
         status=status,
         node_down=down,
@@ -122,6 +125,12 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
         scheduler.cancel(job)
     if decision.action in ("none", "cancel"):
         return
+    queue = scheduler.queue(retry_s=scheduler.OUTAGE_S)
+    own = queue.pop(job, None)
+    if other := current_job(folder, history.chapters(), queue):  # submitted while this one could not ask Slurm
+        history.note(incarnation, f"job {other.id} goes on in its place", next_job=other.id)
+        say(f"job {other.id} goes on in its place already")
+        return
     exclude = [node for node in decision.exclude if _can_do_without(node, decision, folder)]
     if newly := {decision.node, *decision.slow} & {*exclude}:
         history.note(incarnation, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
@@ -130,8 +139,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
             scheduler.requeue(job)
         except SlurmError as error:
             say(f"cannot be requeued ({error}): submitting a job in its place")
-            known = scheduler.show_job(job, retry_s=scheduler.OUTAGE_S)
-            follower = scheduler.submit(script, after=job if known else "", wait_s=decision.wait_s, exclude=exclude,
+            follower = scheduler.submit(script, after=job if own else "", wait_s=decision.wait_s, exclude=exclude,
                                         retry_s=scheduler.OUTAGE_S)  # fmt: skip
             history.note(incarnation, f"goes on as job {follower}", next_job=follower)
             copy_submission(folder, job, follower)
@@ -144,8 +152,17 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
         _tolerating(lambda: scheduler.wait_before_start(job, decision.wait_s))
 
 
+def _adopt_submission(folder: SlurmFolder, job: str) -> None:
+    """Do it for a job whose submission nobody lived to write down."""
+    others = [known for known in folder.submitted() if known != job]
+    if others and len(others) == len(folder.submitted()):
+        copy_submission(folder, others[-1], job)
+
+
 def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:
     """Give submitit its files under the new job's id, where it looks for them."""
+    if job == follower:  # a slurmctld that forgot a job counts from where it was before
+        return
     for path in folder.submitit.glob(f"{job}_subm*"):
         shutil.copy2(path, path.with_name(path.name.replace(job, follower, 1)))
 

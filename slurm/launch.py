@@ -11,7 +11,7 @@ from slurm.local import run_here
 from slurm.plan import Plan, freeze, make_plan
 from slurm.restart import Policy
 from slurm.scheduler import SlurmError
-from slurm.script import executor_for, plain_script, submitit_script
+from slurm.script import executor_for, plain_script, submit, submitit_script
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
@@ -93,7 +93,7 @@ def launch(options: argparse.Namespace) -> int:
         _say(submitit_script(executor))
         return ExitCode.FINISHED
     _prepare(plan, options)
-    job = executor.submit(Job(plan.folder.run))
+    job = submit(executor, Job(plan.folder.run))
     _say(f"job           {job.job_id}")
     _say(f"watch         python -m slurm.status {plan.folder.run}")
     _say(f"output        tail -F {job.paths.stdout}")

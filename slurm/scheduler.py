@@ -24,7 +24,7 @@ SETTLES_S = 5.0
 # What 22.05 says of it. scontrol requeue and update only say that a message was unexpected: there was none.
 _UNREACHED = re.compile(
     r"unable to contact|connect(ion|ed)|communication|timed out|zero bytes|unexpected message|(send|receive) failure|"
-    r"broken pipe",
+    r"broken pipe|standby mode",
     re.IGNORECASE,
 )
 
@@ -45,6 +45,8 @@ class Job:
     state: str
     reason: str
     nodes: str
+    command: str = ""
+    """Its batch script."""
 
     @property
     def over(self) -> bool:
@@ -98,8 +100,13 @@ def _try(*words: str) -> str:
         raise UnreachedError(f"{words[0]}: no answer within {PATIENCE_S:.0f} s") from None
     if done.returncode == 0:
         return done.stdout.strip()
-    said = f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}"
-    raise UnreachedError(said) if _UNREACHED.search(said) else SlurmError(said)
+    raise failure(words[0], done.stderr or done.stdout)
+
+
+def failure(command: str, said: str) -> SlurmError:
+    """What a command's last words mean."""
+    line = f"{command}: {' '.join(said.split())}"
+    return UnreachedError(line) if _UNREACHED.search(line) else SlurmError(line)
 
 
 def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
@@ -125,8 +132,8 @@ def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> F
         node_down: whether one of its nodes is down.
     """
     facts = show_job(job, retry_s=OUTAGE_S)
-    if not facts:  # a job that was cancelled is known until its batch script has ended
-        return "forgotten"
+    if not facts:  # a job that was cancelled is known until its batch script has ended, if its node has not gone before
+        return "cancelled" if node_down else "forgotten"
     if int(facts.get("Restarts", "0")) > restart or facts["JobState"] in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
         return "requeued"
     if facts.get("PreemptTime", "None") not in ("None", "Unknown") and facts["PreemptTime"] >= facts["StartTime"]:
@@ -145,7 +152,7 @@ def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> F
 
 def any_down(nodes: list[str]) -> bool:
     """Whether Slurm takes one of the nodes for dead."""
-    states = run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=OUTAGE_S).lower().split()
+    states = run("sinfo", "-a", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=OUTAGE_S).lower().split()
     return any(state.startswith(("down", "fail")) or state.endswith("*") for state in states)
 
 
@@ -209,8 +216,7 @@ def submit(
 
 def _jobs_of(script: Path, retry_s: float) -> set[str]:
     """All jobs that Slurm knows of a batch script."""
-    rows = run("squeue", "-h", "-t", "all", "-o", "%i|%o", retry_s=retry_s).splitlines()
-    return {job for job, _, command in (row.partition("|") for row in rows) if command == str(script)}
+    return {job.id for job in queue(retry_s).values() if job.command == str(script)}
 
 
 def release(job: str) -> None:
@@ -219,7 +225,11 @@ def release(job: str) -> None:
     Raises:
         SlurmError: it is not allowed, as where an administrator holds it.
     """
-    run("scontrol", "release", job, retry_s=PATIENCE_S)
+    try:
+        run("scontrol", "release", job, retry_s=PATIENCE_S)
+    except SlurmError as error:
+        if "no longer pending" not in str(error):  # else it had been heard before
+            raise
 
 
 def cancel(job: str, signal: str = "") -> None:
@@ -229,9 +239,9 @@ def cancel(job: str, signal: str = "") -> None:
 
 def queue(retry_s: float = 0.0) -> dict[str, Job]:
     """All jobs that Slurm still knows, by id, those that ended a short while ago too."""
-    text = run("squeue", "-h", "-t", "all", "-o", "%i|%T|%r|%N", retry_s=retry_s)
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
-    return {row[0]: Job(row[0], row[1], row[2], row[3]) for row in rows}
+    text = run("squeue", "-a", "-h", "-t", "all", "-o", "%i|%T|%r|%N|%o", retry_s=retry_s)
+    rows = [line.split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
+    return {row[0]: Job(*row) for row in rows}
 
 
 def expand(nodes: str) -> list[str]:
@@ -242,7 +252,7 @@ def expand(nodes: str) -> list[str]:
 def nodes_of(partition: str) -> set[str]:
     """Names of the nodes of a partition, the default one for ""."""
     words = ["-p", partition] if partition else []
-    return set(run("sinfo", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
+    return set(run("sinfo", "-a", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
 
 
 def _when(seconds: float) -> str:

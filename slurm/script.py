@@ -3,6 +3,8 @@
 Both run the same: ``slurm.incarnation begin``, srun with one ``slurm.job`` per GPU, ``slurm.incarnation end``.
 """
 
+import contextlib
+import io
 import shlex
 import sys
 from argparse import Namespace
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.outcome import UserError
 from slurm.folder import SlurmFolder
+from slurm.job import Job
+from slurm.scheduler import UnreachedError, failure
 
 if TYPE_CHECKING:
     import submitit
@@ -76,6 +80,24 @@ def executor_for(options: Namespace, folder: SlurmFolder, name: str) -> "submiti
         additional_parameters=sbatch_options(options, name),
     )
     return executor
+
+
+def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
+    """Submit a run's first job.
+
+    Raises:
+        SlurmError: Slurm refused it, or did not answer.
+    """
+    from submitit.core.utils import FailedJobError  # noqa: PLC0415
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # where submitit prints what it raises
+            return executor.submit(job)
+    except FailedJobError as error:
+        failed = failure("sbatch", str(error))
+        if isinstance(failed, UnreachedError):
+            failed.args = (f"{failed}; it may have been heard: look with squeue --me, scancel it, then launch again",)
+        raise failed from None
 
 
 def task_python(options: Namespace) -> str:

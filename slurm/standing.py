@@ -130,6 +130,8 @@ def _without_job(
         return "stopped", folder.stop_request()
     if final and last is not None:
         return str(last.cause), last.reason
+    if queue is None and last is not None and last.ended:
+        return "restarting", f"{last.reason}; Slurm could not be asked"
     if queue is None:
         return (state.state if state else "unknown"), "as its folder says; Slurm could not be asked"
     gone = ended_job(folder, last, queue)

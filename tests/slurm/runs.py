@@ -72,10 +72,10 @@ class ClusterRun:
         return text
 
     def release(self) -> str:
-        """``python -m slurm.release`` for all runs, as cron does it; what it printed."""
-        ended, text = self._call(release.main, ["--runs", str(self.runs)])
-        assert ended == 0, text
-        return text
+        """``python -m slurm.release`` for all runs, as cron does it; what it says that it did."""
+        ended, out, err = self._call_apart(release.main, ["--runs", str(self.runs)])
+        assert ended == 0, out + err
+        return out
 
     def status(self) -> dict[str, Any]:
         """``python -m slurm.status RUN --json``."""

@@ -1,7 +1,6 @@
 """A slurmctld that does not answer, or that was heard too late: nothing is lost, and nothing is done twice."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,14 +8,14 @@ from unittest import mock
 
 import pytest
 
-from slurm import scheduler
+from pretrain.outcome import ExitCode
+from slurm import incarnation, scheduler
+from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-LONGER_THAN_A_COMMAND_WAITS_S = 6.0
-"""MessageTimeout is 4 s here."""
 
 
 @pytest.fixture
@@ -26,36 +25,51 @@ def small() -> Iterator[Cluster]:
         yield made
 
 
-def silence_once_after(asked: Callable[..., object], small: Cluster) -> Callable[..., object]:
-    """``asked``, after whose first answer the controller gives none until a command that waits for it has given up."""
-    silences = [small.silent_controller()]
+class Silence:
+    """Of the controller, until whoever waits for it has said so once."""
 
-    def ask(*arguments: object, **options: object) -> object:
-        answer = asked(*arguments, **options)
-        if silences:
-            silent = silences.pop()
-            silent.__enter__()
-            threading.Timer(LONGER_THAN_A_COMMAND_WAITS_S, silent.__exit__, (None, None, None)).start()
-        return answer
+    def __init__(self, cluster: Cluster) -> None:
+        self._silence = cluster.silent_controller()
+        self.told = ""
 
-    return ask
+    def begin(self) -> None:
+        self._silence.__enter__()
+
+    def say(self, text: str) -> None:
+        if not self.told:
+            self._silence.__exit__(None, None, None)
+        self.told += text
 
 
 def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
-    small: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "script.sh"
     script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\n#SBATCH --requeue\nsleep 600\n")
     first = scheduler.submit(script)
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job")
-    silence_once_after(lambda: None, small)()
+    silence = Silence(small)
+    monkeypatch.setattr(scheduler, "say", silence.say)
+    silence.begin()
     scheduler.requeue(first)
-    assert "trying again" in capfd.readouterr().err
+    assert "trying again" in silence.told
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job once more")
     assert small.job(first)["Restarts"] == "1"
-    with mock.patch.object(scheduler, "_jobs_of", silence_once_after(scheduler._jobs_of, small)):
-        second = scheduler.submit(script)
-    assert "looking whether it was heard" in capfd.readouterr().err
+    silence = Silence(small)
+    monkeypatch.setattr(scheduler, "say", silence.say)
+    asked, original = [], scheduler._jobs_of
+
+    def then_silent(script: Path, retry_s: float) -> set[str]:
+        found = original(script, retry_s)
+        if not asked:
+            silence.begin()
+        asked.append(found)
+        return found
+
+    monkeypatch.setattr(scheduler, "_jobs_of", then_silent)
+    second = scheduler.submit(script)
+    assert "looking whether it was heard" in silence.told
+    assert asked[0] == {first}
     assert {*scheduler.queue()} == {first, second}
 
 
@@ -66,6 +80,8 @@ def test_a_command_that_was_refused_is_not_repeated(small: Cluster) -> None:
     with pytest.raises(SlurmError, match="nvalid partition"):
         scheduler.run("sbatch", "-p", "none", "--wrap", "true", retry_s=600)
     assert scheduler.show_job("1") == {}
+    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=False) == "forgotten"
+    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=True) == "cancelled"
     assert time.monotonic() - began < 100
 
 
@@ -83,6 +99,52 @@ def test_a_run_that_ends_while_the_controller_does_not_answer_waits_for_it_and_g
         )
     crashed, begun = run.wait_for_chapters(2)
     assert (crashed.cause, crashed.action, begun.job) == ("crashed", "requeue", run.job)
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_own(
+    on_cluster: Callable[[int], ClusterRun], digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    run.wait_for_checkpoint(SAVED_EVERY)
+    run.batch_script().kill()
+    run.wait_for_state("lost")
+    script = SlurmFolder(run.folder).submitit / f"{run.job}_submission.sh"
+    other = run.cluster.ask("sbatch", "--parsable", "--hold", str(script))
+    assert (run.status()["job"], run.release()) == (other, "")
+    assert f"is job {other} already" in run.launch(digits, code=2)
+    run.cluster.ask("scontrol", "release", other)
+    begun = run.wait_for_chapters(2)[1]
+    assert begun.job == other
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
+def test_the_batch_script_of_a_job_that_slurm_has_forgotten_submits_another_once(
+    on_cluster: Callable[[int], ClusterRun], digits: Path, reference: Path
+) -> None:
+    run = on_cluster(2)
+    run.launch(digits)
+    run.wait_for_checkpoint(SAVED_EVERY)
+    run.batch_script().kill()
+    run.wait_for_state("lost")
+    run.cluster.kill_controller()
+    for state in (run.cluster.folder / "state").glob("job_state*"):
+        state.unlink()
+    configuration = run.cluster.folder / "slurm.conf"  # else the next job may get the number that was forgotten
+    configuration.write_text(configuration.read_text().replace(f"={run.job}\n", f"={int(run.job) + 1}\n"))
+    run.cluster.start_controller()
+    assert not run.cluster.ask("squeue", "-h", "-t", "all")
+    itself = {"SLURM_JOB_ID": run.job, "SLURM_JOB_NODELIST": ",".join(run.cluster.names)}
+    with mock.patch.dict(os.environ, run.cluster.environment | itself):
+        for _ in range(2):
+            assert incarnation.main(["end", str(run.folder), "--status", "1"]) == ExitCode.RETRY
+    lost, begun = run.wait_for_chapters(2)
+    assert (lost.action, lost.next_job) == ("requeue", begun.job)
+    assert len(run.cluster.ask("squeue", "-h", "-t", "all").splitlines()) == 1
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.finish()
     assert_equals(run.folder, reference)

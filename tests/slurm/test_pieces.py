@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from pretrain.outcome import ExitCode
 from pretrain.survival.preflight import Measured, slow_ones
 from slurm import launch, release, scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder
-from slurm.history import History
-from slurm.incarnation import rendezvous_port
+from slurm.history import Chapter, History, current_job
+from slurm.incarnation import _adopt_submission, rendezvous_port
 from slurm.job import Output
 from slurm.plan import make_plan
 from slurm.preflight import slow_nodes
@@ -230,6 +231,55 @@ def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(t
     folder.write_exit(incarnation, RankExit(1, "b", -9, 10.0, "earlier"))
     (folder.logs(incarnation) / "rank-00002.exit.json").write_text("{")
     assert [ended.error for ended in folder.read_exits(incarnation)] == ["earlier", "later"]
+
+
+def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(tmp_path: Path) -> None:
+    folder = SlurmFolder(tmp_path / "demo")
+    theirs = Job("9", "PENDING", "Priority", "", str(tmp_path / "demo-2/slurm/pretrain.sbatch"))
+    unknown = Job("8", "PENDING", "Priority", "", str(folder.submitit / ".submission_file_0a.sh"))
+    over = replace(unknown, id="10", state="FAILED")
+    assert current_job(folder, [], {job.id: job for job in (theirs, unknown, over)}) == unknown
+    assert current_job(folder, [], {job.id: job for job in (theirs, over)}) is None
+    known = Chapter("9", 0, 0.0, ["a"], 1, 0)
+    assert current_job(folder, [known], {"9": theirs}) == theirs
+
+
+def test_a_job_whose_submission_was_not_written_down_finds_submitits_files(tmp_path: Path) -> None:
+    folder = SlurmFolder(tmp_path / "demo")
+    _adopt_submission(folder, "9")
+    folder.submitit.mkdir(parents=True)
+    for job in ("7", "8"):
+        for kind in ("submission.sh", "submitted.pkl"):
+            (folder.submitit / f"{job}_{kind}").write_text(f"{kind} of {job}")
+    _adopt_submission(folder, "8")
+    _adopt_submission(folder, "9")
+    assert folder.submitted() == ["7", "8", "9"]
+    assert (folder.submitit / "8_submitted.pkl").read_text() == "submitted.pkl of 8"
+    assert (folder.submitit / "9_submitted.pkl").read_text() == "submitted.pkl of 8"
+
+
+def test_where_slurm_gives_a_number_again_both_incarnations_are_told(tmp_path: Path) -> None:
+    folder, incarnation = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
+    history = History(folder.history)
+    for step, cause in ((0, "crashed"), (5, "finished")):
+        folder.forget_exits(incarnation)
+        assert folder.read_exits(incarnation) == []
+        history.begin(incarnation, nodes=["a"], ranks=1, step=step)
+        folder.logs(incarnation).mkdir(parents=True, exist_ok=True)
+        folder.write_exit(incarnation, RankExit(0, "a", 1, 20.0, "of that one"))
+        history.end(incarnation, Decision("requeue", cause, ""), step=step + 5)  # type: ignore[arg-type]
+    told = [(chapter.step, chapter.cause, chapter.end_step) for chapter in history.chapters()]
+    assert told == [(0, "crashed", 5), (5, "finished", 10)]
+
+
+def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_restarting(tmp_path: Path) -> None:
+    folder, incarnation = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
+    History(folder.history).begin(incarnation, nodes=["a"], ranks=1, step=0)
+    (folder.run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "a"}))
+    assert standing_of(folder.run, None).state == "running"
+    History(folder.history).end(incarnation, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
+    standing = standing_of(folder.run, None)
+    assert (standing.state, standing.why) == ("restarting", "rank 0 on a: broken; Slurm could not be asked")
 
 
 def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path) -> None:

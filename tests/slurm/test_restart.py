@@ -53,6 +53,7 @@ HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
         ({"fate": "time limit", "exits": (LOST_PEER, LATE), "status": 1}, "time limit", "requeue"),
         ({"fate": "time limit", "exits": (LATE, CRASHED), "status": 1}, "crashed", "requeue"),
         ({"fate": "time limit", "exits": (HANG, LATE), "status": 1}, "hang", "requeue"),
+        ({"fate": "forgotten", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
         ({"fate": "node lost", "exits": (LOST_PEER,), "status": 1}, "node lost", "requeue"),
         ({"exits": (LOST_PEER,), "status": 1, "node_down": True}, "node lost", "requeue"),
         ({"exits": (CRASHED,), "status": 1}, "crashed", "requeue"),

@@ -76,6 +76,16 @@ def test_what_cannot_run_is_not_submitted(change: list[str], line: str, on_clust
     assert not run.cluster.ask("squeue", "-h", "-t", "all")
 
 
+def test_what_slurm_refuses_is_told_in_one_line_and_may_be_launched_otherwise(on_cluster: Maker, digits: Path) -> None:
+    run = on_cluster(1)
+    said = run.launch(digits, "--partition", "nowhere", nodes=1, code=ExitCode.WILL_FAIL_AGAIN)
+    assert said.splitlines()[-1].startswith("error: sbatch: sbatch: error: invalid partition specified: nowhere")
+    assert "Traceback" not in said
+    assert not run.cluster.ask("squeue", "-h")
+    run.launch(digits, "--partition", "batch", nodes=1)
+    assert run.status()["job"] == run.job
+
+
 def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
     tmp_path: Path, digits: Path, reference: Path, on_cluster: Maker
 ) -> None:
