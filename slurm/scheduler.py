@@ -251,8 +251,8 @@ def expand(nodes: str) -> list[str]:
 
 def nodes_of(partition: str) -> set[str]:
     """Names of the nodes of a partition, the default one for ""."""
-    words = ["-p", partition] if partition else []
-    return set(run("sinfo", "-a", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
+    words = ["-p", partition] if partition else ["-a"]  # sinfo does not take both
+    return set(run("sinfo", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
 
 
 def _when(seconds: float) -> str:

@@ -104,14 +104,20 @@ def test_a_run_that_ends_while_the_controller_does_not_answer_waits_for_it_and_g
     assert_equals(run.folder, reference)
 
 
-def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_own(
-    on_cluster: Callable[[int], ClusterRun], digits: Path, reference: Path
-) -> None:
+def lost_run(on_cluster: Callable[[int], ClusterRun], digits: Path) -> ClusterRun:
+    """One with a checkpoint, whose batch script was killed."""
     run = on_cluster(2)
     run.launch(digits)
     run.wait_for_checkpoint(SAVED_EVERY)
     run.batch_script().kill()
     run.wait_for_state("lost")
+    return run
+
+
+def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_own(
+    on_cluster: Callable[[int], ClusterRun], digits: Path, reference: Path
+) -> None:
+    run = lost_run(on_cluster, digits)
     script = SlurmFolder(run.folder).submitit / f"{run.job}_submission.sh"
     other = run.cluster.ask("sbatch", "--parsable", "--hold", str(script))
     assert (run.status()["job"], run.release()) == (other, "")
@@ -126,11 +132,7 @@ def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_o
 def test_the_batch_script_of_a_job_that_slurm_has_forgotten_submits_another_once(
     on_cluster: Callable[[int], ClusterRun], digits: Path, reference: Path
 ) -> None:
-    run = on_cluster(2)
-    run.launch(digits)
-    run.wait_for_checkpoint(SAVED_EVERY)
-    run.batch_script().kill()
-    run.wait_for_state("lost")
+    run = lost_run(on_cluster, digits)
     run.cluster.kill_controller()
     for state in (run.cluster.folder / "state").glob("job_state*"):
         state.unlink()
