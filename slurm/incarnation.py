@@ -153,10 +153,10 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, incarnation:
 
 
 def _adopt_submission(folder: SlurmFolder, job: str) -> None:
-    """Do it for a job whose submission nobody lived to write down."""
-    others = [known for known in folder.submitted() if known != job]
-    if others and len(others) == len(folder.submitted()):
-        copy_submission(folder, others[-1], job)
+    """Give submitit its files for a job whose submission nobody lived to write down."""
+    known = folder.submitted()
+    if known and job not in known:
+        copy_submission(folder, known[-1], job)
 
 
 def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:
