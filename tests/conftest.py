@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def _missing(marker: str) -> str | None:
         import torch
 
         return None if torch.cuda.is_available() else "needs an NVIDIA GPU"
+    if marker == "slurm":
+        found = all(shutil.which(program) for program in ("slurmctld", "slurmd", "sbatch", "munged"))
+        return None if found else "needs Slurm: apt-get install slurmctld slurmd slurm-client munge"
     modules, what = NEEDS[marker]
     try:
         for module in modules:
@@ -43,7 +47,7 @@ def _missing(marker: str) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for marker in ("gpu", *NEEDS):
+        for marker in ("gpu", "slurm", *NEEDS):
             if item.get_closest_marker(marker) and (reason := _missing(marker)):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -72,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The handwritten digits as shards, built by the door that people use; treat as read-only."""
+    """The handwritten digits as shards, built by the command that users run; treat as read-only."""
     from data_pipeline.build import main
 
     folder = tmp_path_factory.mktemp("data") / "digits"

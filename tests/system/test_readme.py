@@ -1,0 +1,91 @@
+"""The commands and snippets of the README, and the snippets of the pages, run as written."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pretrain.recipe import load_recipe
+from pretrain.ports import free_port
+from tests.test_repository import PAGES, ROOT
+
+pytestmark = pytest.mark.slow
+EXAMPLES = {
+    "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
+    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html", "N": "8",
+    "ID": "apache-2.0", "real.json": "data/real.json",
+}  # fmt: skip
+"""What stands in for the words in capitals."""
+ELSEWHERE = ("slurm.", "pretrain.evaluate RUN_OR_HANDOFF --data DEST [--split val] --real", "examples.")
+"""Run by tests/slurm, test_evaluation.py and tests/examples."""
+
+
+def commands() -> list[str]:
+    """``python -m`` and ``deepspeed`` commands of the README, with the optional parts, each once."""
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"`((?:python -m|deepspeed) [^`]+)`", text)
+    found += re.findall(r"^ {4}((?:python -m|deepspeed) .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
+    return [one for one in complete if not any(name in one for name in ELSEWHERE)]
+
+
+def words_of(command: str) -> list[str]:
+    text = re.sub(r"\[(--real [^]]*|[^]]*\.\.\.)\]", "", command)
+    return [EXAMPLES.get(word, word) for word in re.sub(r"[\[\]]|\.\.\.", " ", text).split()]
+
+
+def snippets(language: str) -> list[tuple[str, str]]:
+    """Fenced blocks: the page's name and the content."""
+    found = [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    return [(name, block) for name, block in found if not re.search(r"timm|torchvision", block)]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path) -> Path:
+    """A folder laid out like the repository after ``make demo``."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("data_pipeline", "examples", "models", "pretrain", "recipes", "slurm", "ds_config.json"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data").mkdir()
+    shutil.copytree(digits, folder / "data/digits")
+    shutil.copytree(straight, folder / "runs/demo")
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    words = words_of(command)
+    if words[0] == "deepspeed":
+        words[1:1] = ["--num_accelerators", "2", "--master_port", str(free_port())]
+        words += ["--set", "schedule.epochs=0.1", "--set", "schedule.warmup_epochs=0", "--set", "name=readme"]
+    ended = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(("page", "code"), snippets("python"))
+def test_a_python_snippet_runs(page: str, code: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    exec(code, {"images": torch.randn(2, 3, 32, 32)})
+
+
+@pytest.mark.parametrize(("page", "text"), snippets("yaml"))
+def test_a_recipe_snippet_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
+    for section, fields in yaml.safe_load(text).items():
+        recipe[section] = {**recipe.get(section, {}), **fields}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    load_recipe(tmp_path / "recipe.yaml")

@@ -1,0 +1,68 @@
+"""Recipes are valid, versions are pinned once, and the pages name files that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from models import list_models
+from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.recipe import describe_fields, load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_its_head_has_the_command(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.model.name in list_models()
+    read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"--recipe recipes/{path.name}" in head
+
+
+def test_versions_are_pinned_in_constraints_alone() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line) for line in pins)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in named), "pyproject.toml names a version"
+    assert {name.lower() for name in named} <= pinned
+
+
+def test_source_files_named_in_the_pages_exist() -> None:
+    packages = ("models", "data_pipeline", "pretrain", "slurm", "benchmarks", "examples", "tests")
+    sources = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    known = {name for path in sources for name in (str(path.relative_to(ROOT)), path.name)}
+    for page in PAGES:
+        named = set(re.findall(r"`([\w./]+\.py)`", page.read_text()))
+        assert named <= known, f"{page.name} names {named - known}"
+
+
+def test_links_between_pages_resolve_and_the_readme_links_every_page() -> None:
+    linked = {page: re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()) for page in PAGES}
+    for page, links in linked.items():
+        for path, anchor in links:
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name} links to {path}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in slugs, f"{page.name} links to {path}#{anchor}"
+    assert {path for path, _ in linked[ROOT / "README.md"]} >= {f"docs/{page.name}" for page in PAGES[2:]}
+
+
+def test_recipe_fields_named_in_the_pages_exist() -> None:
+    known = {line.split()[0] for line in describe_fields()}
+    sections = {name.split(".")[0] for name in known if "." in name}
+    named = {
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(r"`([a-z_]+(?:\.[a-z0-9_]+)+)[`:= ]", page.read_text())
+        if name.split(".")[0] in sections and not name.endswith((".py", ".safetensors"))
+    }
+    assert len(named) > 20
+    assert not {(page, name) for page, name in named if name not in known}
