@@ -217,7 +217,7 @@ def _open_folder(
         known = folder.read_recipe() is not None and (folder.path / "environment.json").exists()
         if known and folder.read_dataset()["fingerprint"] != facts["dataset"]["fingerprint"]:
             raise UserError(
-                f"{recipe.data.path} holds other pictures than when {folder.path} was started: give "
+                f"{recipe.data.path} holds other images than when {folder.path} was started: give "
                 "the run another name with --set name=..., or put the old dataset back"
             )
         former = folder.read_state()
