@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from pretrain.recipe import load_recipe
 from pretrain.ports import free_port
+from pretrain.recipe import load_recipe
 from tests.test_repository import PAGES, ROOT
 
 pytestmark = pytest.mark.slow

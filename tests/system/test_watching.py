@@ -35,7 +35,8 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
     for image in ("training", "attention"):
         assert board.Images(name, f"pictures/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
     for title, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
-        texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors(name, f"run/{title}/text_summary")]
+        events = board.Tensors(name, f"run/{title}/text_summary")
+        texts = [event.tensor_proto.string_val[0].decode() for event in events]
         assert len(texts) == 2, "one per attempt"
         assert all(content in text for text in texts)
     restarts = [row["restarts"] for row in read_metrics(folder / "metrics.jsonl", "train")]
