@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused_attention
-from models.config import AttentionKernel, Grid
+from models.config import Grid
 from models.diagonality import diagonality_loss, pool_queries
 from models.product import attended, scores_of
 from models.resample import resample_map, resample_table
@@ -100,13 +99,10 @@ class Attention(nn.Module):
 
     observer: Observer | None = None
 
-    def __init__(
-        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, kernel: AttentionKernel = "torch"
-    ) -> None:
+    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
         self.ratio = ratio
-        self.kernel = kernel
         self.reduction = SpatialReduction(width, ratio, norm) if ratio > 1 else None
         self.proj = nn.Linear(width, width)
 
@@ -129,25 +125,18 @@ class Attention(nn.Module):
     def attend(
         self, scores: Tensor, values: Tensor, grid: Grid, with_pooled: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax over the keys, with torch's operators or in one kernel.
+        """Softmax over the keys and the product with the values.
 
         Args:
             scores: (batch, heads, M, N).
             values: (batch, M, C).
             grid: query grid, N = height x width.
-            with_pooled: whether to give `pool_queries` of the attention, too.
+            with_pooled: whether to return `pool_queries` of the attention, too.
 
         Returns:
             The output (batch, N, C); the pooled attention (batch, heads, M, M) or None.
-
-        Raises:
-            RuntimeError: the kernel is wanted and Triton is not there.
         """
         key_grid = self.key_grid(grid)
-        fused = self.kernel == "triton" and self.observer is None  # an observer looks at the matrix that it spares
-        if fused and fused_attention.can_run(scores, values, grid, key_grid, pooled=with_pooled):
-            output, pooled = fused_attention.attend(scores, values, grid, key_grid, pooled=with_pooled)
-            return self.proj(output), pooled
         attention = scores.softmax(dim=-2)
         if self.observer is not None:
             self.observer(attention, grid, key_grid)
@@ -163,10 +152,9 @@ class VanillaAttention(Attention):
     """
 
     def __init__(
-        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool,
-        kernel: AttentionKernel = "torch",
-    ) -> None:  # fmt: skip
-        super().__init__(width, heads, ratio, norm, kernel=kernel)
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool
+    ) -> None:
+        super().__init__(width, heads, ratio, norm)
         self.keeps_scores = keeps_scores
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width, bias=False)
@@ -211,11 +199,8 @@ class LessAttention(Attention):
     Theta acts on the key axis, Psi on the query axis; one pair a block, shared by the heads (this project's choice).
     """
 
-    def __init__(
-        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid, *,
-        kernel: AttentionKernel = "torch",
-    ) -> None:  # fmt: skip
-        super().__init__(width, heads, ratio, norm, kernel=kernel)
+    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid) -> None:
+        super().__init__(width, heads, ratio, norm)
         self.v = nn.Linear(width, width, bias=False)
         self.theta = Theta(self.key_grid(grid))
         self.psi = Psi(grid)

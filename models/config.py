@@ -7,7 +7,8 @@ from typing import Any, Literal
 STAGES = 4
 Grid = tuple[int, int]
 """(height, width) of a grid of tokens, or of a picture in pixels."""
-AttentionKernel = Literal["torch", "triton"]
+REMOVED = ("attention_kernel",)
+"""Fields of earlier versions that did not change the network: read, and ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,6 @@ class LaViTConfig:
     """Stochastic depth: the rate of the last block; it grows linearly from 0 at the first."""
     norm: Literal["torch", "apex"] = "torch"
     """torch's LayerNorm, or the FusedLayerNorm of NVIDIA's apex."""
-    attention_kernel: AttentionKernel = "torch"
-    """Where scores are kept: torch's operators, or `models.fused_attention` on the GPUs that can run it."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the field."""
@@ -77,10 +76,6 @@ class LaViTConfig:
             _require(hidden > 0, f"mlp_ratios: {ratios[stage]} of stage {stage + 1}'s width of {width} is nothing")
         _require(self.pool in {"class_attention", "mean"}, f"pool: 'class_attention' or 'mean', got {self.pool!r}")
         _require(self.norm in {"torch", "apex"}, f"norm: 'torch' or 'apex', got {self.norm!r}")
-        _require(
-            self.attention_kernel in {"torch", "triton"},
-            f"attention_kernel: 'torch' or 'triton', got {self.attention_kernel!r}",
-        )
         _require(
             _is_number(self.drop_path) and 0 <= self.drop_path < 1,
             f"drop_path: at least 0 and below 1, got {self.drop_path!r}",
@@ -129,11 +124,12 @@ class LaViTConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LaViTConfig":
-        """The inverse of `to_dict`; lists become tuples.
+        """The inverse of `to_dict`; lists become tuples, fields in `REMOVED` are ignored.
 
         Raises:
             ValueError: an unknown field, or one that makes no sense.
         """
+        fields = {name: value for name, value in fields.items() if name not in REMOVED}
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         _require(not unknown, f"LaViTConfig has no field {', '.join(unknown)}")
         typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -72,9 +72,9 @@ class Stage(nn.Module):
             # Scores are materialised only by the last Vanilla Attention block, and only if anyone reads them.
             keeps = block == vanilla - 1 and (depth > vanilla or feeds_next)
             attention = (
-                VanillaAttention(width, heads, ratio, norm, keeps_scores=keeps, kernel=config.attention_kernel)
+                VanillaAttention(width, heads, ratio, norm, keeps_scores=keeps)
                 if block < vanilla
-                else LessAttention(width, heads, ratio, norm, grid, kernel=config.attention_kernel)
+                else LessAttention(width, heads, ratio, norm, grid)
             )
             rate = config.drop_path * (before + block) / max(total - 1, 1)
             blocks.append(Block(width, attention, config.mlp_ratios[stage], rate, norm))

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from models.config import Grid, LaViTConfig
+from models.config import REMOVED, Grid, LaViTConfig
 from models.lavit import LaViT
 
 # This project's geometry, the paper's totals: widths and depths were never published. One family: 64 channels a head,
@@ -68,6 +68,7 @@ def model_config(
     if name not in names:
         raise ValueError(f"no model is called {name!r}; {_near(name, names)}")
     known = [field.name for field in dataclasses.fields(LaViTConfig) if field.name != "name"]
+    overrides = {name: value for name, value in overrides.items() if name not in REMOVED}
     for override in overrides:
         if override not in known:
             raise ValueError(f"no field of a model is called {override!r}; {_near(override, known)}")

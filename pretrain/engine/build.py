@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from models import LaViT, create_model, fused_attention
+from models import LaViT, create_model
+from models.config import REMOVED
 from pretrain.engine.data_parallel import install_data_parallel
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
@@ -43,7 +44,7 @@ def build_engine(
 
     Raises:
         UserError: DeepSpeed refuses the configuration for a reason that was not foreseen, or the network cannot be
-            compiled here, or the attention kernel that was chosen cannot run.
+            compiled here.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
@@ -53,8 +54,9 @@ def build_engine(
     model.to(device)
     optimizer, more = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
     notes += more
-    if model.config.attention_kernel == "triton":
-        notes.append(_check_attention_kernel(model, resolved.precision, device))
+    ignored = [f"model.overrides.{name}" for name in REMOVED if name in recipe.model.overrides]
+    if ignored:
+        notes.append(f"ignored, this version has no such setting: {', '.join(ignored)}")
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
@@ -68,24 +70,6 @@ def build_engine(
     if resolved.stage == 0:
         install_data_parallel(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
-
-
-def _check_attention_kernel(model: LaViT, precision: str, device: torch.device) -> str:
-    """A run that was told to take Triton's kernels says where it does, and does not start where it never would."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
-    try:
-        fused_attention.require(device)
-    except RuntimeError as error:
-        raise UserError(f"model: {error}") from None
-    _require_triton("attention_kernel: 'triton'")
-    stages = fused_attention.fitting_stages(model.config, dtype)
-    if not stages:
-        raise UserError(
-            f"model: attention_kernel: 'triton' fits no stage in {precision} at this image size (keys or "
-            "channels of a head are too many); use attention_kernel: 'torch'"
-        )
-    where = ", ".join(str(stage + 1) for stage in stages)
-    return f"attention_kernel: Triton's where scores are kept, in stages {where}; torch's operators elsewhere"
 
 
 def _compile(model: LaViT, stage: int, device: torch.device) -> str:
@@ -113,7 +97,7 @@ def compile_forward(model: LaViT) -> None:
 def _require_compilers(device: torch.device) -> None:
     """See that what inductor compiles with is there; else every rank would say so at length, in the first step."""
     if device.type == "cuda":
-        _require_triton("model.compile")
+        _require_triton()
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
         from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
@@ -126,14 +110,14 @@ def _require_compilers(device: torch.device) -> None:
             ) from None
 
 
-def _require_triton(setting: str) -> None:
-    """Triton builds what launches its kernels on each node, by the compiler that CC names, or by gcc or clang."""
+def _require_triton() -> None:
+    """Triton compiles its launchers on each node, with the compiler that CC names, or gcc or clang."""
     from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
 
     compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
     if not has_triton_package() or not compiler:
         lacking = "C compiler" if has_triton_package() else "Triton"
         raise UserError(
-            f"{setting} needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
+            f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
             "which torch's builds for CUDA bring along), or leave that setting out"
         )

@@ -37,7 +37,6 @@ from tests.models.test_lavit import small
         ({"in_channels": "rgb"}, "in_channels: a positive integer"),
         ({"pool": "max"}, "pool: 'class_attention' or 'mean'"),
         ({"norm": "batch"}, "norm: 'torch' or 'apex'"),
-        ({"attention_kernel": "flash"}, "attention_kernel: 'torch' or 'triton'"),
         ({"drop_path": 1.0}, "drop_path: at least 0 and below 1"),
         ({"drop_path": "0.1"}, "drop_path: at least 0 and below 1"),
     ],

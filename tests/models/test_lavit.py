@@ -1,11 +1,13 @@
 """The whole network: shapes, options, dropped paths, checkpointing, parameter groups."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from models import LaViT, LaViTConfig, create_model
+from tests.accuracy import assert_as_accurate
 
 SMALL = {
     "patch_size": 2,
@@ -126,24 +128,27 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients(policy):
     images = torch.randn(2, 3, 32, 32)
     uniforms = torch.rand(model.num_drop_paths, 2)
 
-    def loss_and_gradients():
+    def loss_and_gradients(model, dtype=torch.float32):
         model.zero_grad()
-        logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
+        drawn = uniforms.to(dtype)
+        logits, diagonality = model(images.to(dtype), drop_path_uniforms=drawn, with_diagonality=True)
         (logits.square().sum() + diagonality).backward()
-        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        return logits.detach(), [p.grad.clone() for p in model.parameters()]
 
-    logits, gradients = loss_and_gradients()
+    logits, gradients = loss_and_gradients(model)
+    _, exact = loss_and_gradients(copy.deepcopy(model).double(), torch.float64)
     model.set_activation_checkpointing(policy)
-    again, recomputed = loss_and_gradients()
+    again, recomputed = loss_and_gradients(model)
     assert torch.equal(logits, again)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+    for results in zip(recomputed, gradients, exact, strict=True):
+        assert_as_accurate(*results)
 
 
 def test_the_configuration_survives_json_and_rebuilds_the_network():
     model = small(drop_path=0.1, image_size=(64, 32))
     config = LaViTConfig.from_dict(json.loads(json.dumps(model.config.to_dict())))
     assert config == model.config
+    assert LaViTConfig.from_dict(config.to_dict() | {"attention_kernel": "triton"}) == config, "of an earlier version"
     assert config.name == "lavit_micro"
     twin = LaViT(config)
     assert {n: p.shape for n, p in twin.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """Precision, initialisation, compilation, memory."""
 
+import copy
 import gc
 import math
 
@@ -8,6 +9,7 @@ import torch
 
 from models import LaViT, create_model
 from models.block import Block
+from tests.accuracy import assert_as_accurate
 from tests.models.test_lavit import small
 
 
@@ -57,7 +59,8 @@ def test_bf16_training_gradients_point_where_fp32s_do():
 def test_a_row_of_the_batch_does_not_depend_on_the_others():
     model = shaken(image_size=(32, 48)).eval()
     images = torch.randn(3, 3, 32, 48)
-    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+    exact = copy.deepcopy(model).double()(images[1:2].double())
+    assert_as_accurate(model(images)[1:2], model(images[1:2]), exact)
 
 
 def outputs_and_gradients(network, model, images, uniforms):
@@ -77,14 +80,19 @@ def test_captured_without_a_graph_break_it_gives_the_same_outputs_and_gradients(
     images, uniforms = torch.randn(2, 3, 32, 32), torch.rand(model.num_drop_paths, 2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = outputs_and_gradients(model, model, images, uniforms)
-    for got, wanted in zip(outputs_and_gradients(compiled, model, images, uniforms), expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+    twin = copy.deepcopy(model).double()
+    exact = outputs_and_gradients(twin, twin, images.double(), uniforms.double())
+    for results in zip(outputs_and_gradients(compiled, model, images, uniforms), expected, exact, strict=True):
+        assert_as_accurate(*results)
     model.eval()
     features = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        for pictures in (images, torch.randn(1, 3, 48, 64)):
-            torch.testing.assert_close(compiled(pictures), model(pictures))
-        torch.testing.assert_close(features(images), model.forward_features(images))
+        twin = copy.deepcopy(model).double()
+        for inputs in (images, torch.randn(1, 3, 48, 64)):
+            assert_as_accurate(compiled(inputs), model(inputs), twin(inputs.double()))
+        pyramids = (features(images), model.forward_features(images), twin.forward_features(images.double()))
+        for maps in zip(*pyramids, strict=True):
+            assert_as_accurate(*maps)
 
 
 @pytest.mark.slow
@@ -94,17 +102,19 @@ def test_a_stage_compiled_by_inductor_with_dropped_paths_and_checkpointing_gives
     torch._dynamo.reset()
     stage = shaken(drop_path=0.2).stages[1]
     stage.checkpointed = True
-    picture, scores = torch.randn(2, 8, 16, 16), torch.randn(2, 1, 16, 256)
-    before, uniforms = (scores, (16, 16), (4, 4)), torch.rand(4, 2)
+    image, scores, uniforms = torch.randn(2, 8, 16, 16), torch.randn(2, 1, 16, 256), torch.rand(4, 2)
 
-    def run(network):
+    def run(network, stage, dtype=torch.float32):
         stage.zero_grad()
-        out, (last, *_), (loss,) = network(picture, before, uniforms, True)
+        before, drawn = (scores.to(dtype), (16, 16), (4, 4)), uniforms.to(dtype)
+        out, (last, *_), (loss,) = network(image.to(dtype), before, drawn, True)
         (out.square().sum() + last.sum() + loss).backward()
         return [out.detach(), last.detach(), loss.detach(), *(p.grad.clone() for p in stage.parameters())]
 
-    for got, wanted in zip(run(torch.compile(stage, fullgraph=True)), run(stage), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(stage).double()
+    exact = run(twin, twin, torch.float64)
+    for results in zip(run(torch.compile(stage, fullgraph=True), stage), run(stage, stage), exact, strict=True):
+        assert_as_accurate(*results)
 
 
 @pytest.mark.parametrize("name", ["lavit_base", pytest.param("lavit_huge", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.product import attended, scores_of
+from tests.accuracy import assert_as_accurate
 
 
 def heads_of(tokens, heads):
@@ -11,8 +12,8 @@ def heads_of(tokens, heads):
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def plain_and_ours(dtype, heads):
-    """Attention from raw factors, by torch.matmul and by our products; (outputs and gradients) of each."""
+def plain_and_ours(dtype, heads, computed_in=None):
+    """Attention from raw factors of a type, by torch.matmul and by our products; (outputs and gradients) of each."""
     torch.manual_seed(0)
     shapes = [(2, 6, 4 * heads), (2, 24, 4 * heads), (2, 6, 4 * heads)]
     results = []
@@ -21,11 +22,12 @@ def plain_and_ours(dtype, heads):
         (scores_of, attended),
     ):
         torch.manual_seed(1)
-        factors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        factors = [torch.randn(s, dtype=dtype).to(computed_in or dtype).requires_grad_() for s in shapes]
         keys, queries, values = (heads_of(factor, heads) for factor in factors)
         scores = multiply_scores(keys, queries)
         output = multiply_values(scores.softmax(-2), values)
-        (output * torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape)).sum().backward()
+        weights = torch.linspace(-1, 1, output.numel(), dtype=dtype).to(output.dtype)
+        (output * weights.view(output.shape)).sum().backward()
         results.append([scores.detach(), output.detach(), *(factor.grad for factor in factors)])
     return results
 
@@ -34,8 +36,9 @@ def plain_and_ours(dtype, heads):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_scores_and_outputs_and_all_gradients_equal_those_of_the_plain_product(dtype, heads):
     plain, ours = plain_and_ours(dtype, heads)
-    for expected, got in zip(plain, ours, strict=True):
-        torch.testing.assert_close(got, expected)
+    exact, _ = plain_and_ours(dtype, heads, computed_in=torch.float64)
+    for results in zip(ours, plain, exact, strict=True):
+        assert_as_accurate(*results)
 
 
 def test_under_autocast_gradients_are_those_of_the_plain_product_too():

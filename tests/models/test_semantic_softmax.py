@@ -52,7 +52,7 @@ def test_it_equals_the_naive_loop_for_mixed_labels(smoothing: float) -> None:
 
 
 def test_with_a_single_level_it_is_cross_entropy() -> None:
-    logits = torch.randn(8, 5)
+    logits = torch.randn(8, 5, dtype=torch.float64)
     labels = torch.arange(8) % 5
     loss = SemanticSoftmax([[c] for c in range(5)], 0.1)(logits, F.one_hot(labels, 5))
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-6)

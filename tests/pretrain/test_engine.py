@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models import fused_attention
-from pretrain.engine.build import _check_attention_kernel, _require_compilers, build_engine, build_model
+from pretrain.engine.build import _require_compilers, build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.outcome import UserError
 from tests.pretrain.ranks import run_ranks, start_ranks
@@ -76,14 +75,13 @@ def test_compiling_at_stage_3_is_refused() -> None:
     run_ranks(1, stage_3_refuses_to_compile)
 
 
-def a_kernel_for_gpus_is_refused(control: dist.ProcessGroup) -> None:
-    chosen = recipe().model.model_copy(update={"overrides": {"attention_kernel": "triton"}})
-    with pytest.raises(UserError, match=r"model: attention_kernel: 'triton' runs on NVIDIA GPUs"):
-        engine_of(1, model=chosen)
+def a_removed_setting_is_logged(control: dist.ProcessGroup) -> None:
+    _, notes = engine_of(1, model=recipe().model.model_copy(update={"overrides": {"attention_kernel": "triton"}}))
+    assert "ignored, this version has no such setting: model.overrides.attention_kernel" in notes
 
 
-def test_an_attention_kernel_for_gpus_is_refused_on_a_cpu_before_training() -> None:
-    run_ranks(1, a_kernel_for_gpus_is_refused)
+def test_a_setting_of_earlier_versions_that_changed_no_result_is_ignored_and_logged() -> None:
+    run_ranks(1, a_removed_setting_is_logged)
 
 
 def no_compiler_is_told(control: dist.ProcessGroup) -> None:
@@ -98,31 +96,21 @@ def test_a_missing_compiler_is_told_before_training() -> None:
     run_ranks(1, no_compiler_is_told)
 
 
-@pytest.mark.parametrize("setting", ["model.compile", "attention_kernel: 'triton'"])
-def test_a_gpu_without_triton_or_a_compiler_is_told_before_training(
-    setting: str, monkeypatch: pytest.MonkeyPatch
+def test_compiling_on_a_gpu_without_triton_or_a_compiler_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from torch.utils import _triton
 
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(fused_attention, "require", lambda _: None)  # as on a GPU that can run them
-    model = build_model(recipe(), CLASSES)
-
-    def start() -> None:
-        if setting == "model.compile":
-            _require_compilers(gpu)
-        else:
-            _check_attention_kernel(model, "fp32", gpu)
-
     monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
-    with pytest.raises(UserError, match=f"{setting} needs .* finds no Triton"):
-        start()
+    with pytest.raises(UserError, match=r"model\.compile needs .* finds no Triton"):
+        _require_compilers(gpu)
     monkeypatch.setattr(_triton, "has_triton_package", lambda: True)
     monkeypatch.setenv("CC", "true")
-    start()
+    _require_compilers(gpu)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=f"{setting} needs .* finds no C compiler"):
-        start()
+    with pytest.raises(UserError, match=r"model\.compile needs .* finds no C compiler"):
+        _require_compilers(gpu)
 
 
 def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
