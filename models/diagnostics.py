@@ -41,7 +41,8 @@ def attention_diagnostics(model: LaViT, images: Tensor, look: Look | None = None
     """Measure every block's attention in one extra forward pass, without gradients and in evaluation mode.
 
     Meant for a few images every few hundred steps: each block computes the matrix here that
-    scaled_dot_product_attention does not return. Nothing is left behind that would slow training down. The result is read from the device once.
+    scaled_dot_product_attention does not return. Nothing is left behind that would slow training down. The result is
+    read from the device once.
 
     Args:
         model: any LaViT, on any device, under any ZeRO stage (all ranks must call it then).
