@@ -1,0 +1,251 @@
+"""Compare runs in one HTML file that loads nothing: ``python -m pretrain.report RUN [RUN ...] [--output FILE]``."""
+
+import argparse
+import base64
+import html
+import json
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
+
+from pretrain.files import json_lines, write_atomically
+from pretrain.outcome import ExitCode, UserError
+
+SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
+POINTS = 4_000
+MARKS = 1_000
+"""Points at which a curve is thinned by half, and events of one kind that are drawn."""
+FIRST_PANELS = ("train: loss", "eval: top1", "eval: loss", "train: lr", "train: grad_norm", "train: images_per_second")
+COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", "top1", "handoff_top1", "seconds",
+           "images_per_second")  # fmt: skip
+"""Fields of run.json and summary.json in the table of runs."""
+
+
+class Curve:
+    """One measurement against images seen, in bounded memory: of every four points the lowest and the highest stay."""
+
+    def __init__(self) -> None:
+        self._x, self._y = array("d"), array("d")
+
+    def add(self, x: float, y: float) -> None:
+        """Add a point."""
+        self._x.append(x)
+        self._y.append(y)
+        if len(self._x) == POINTS:
+            fours = np.array(self._y).reshape(-1, 4)
+            first = 4 * np.arange(len(fours))
+            keep = np.unique(np.concatenate([first + fours.argmin(1), first + fours.argmax(1)]))
+            self._x, self._y = (array("d", np.array(values)[keep]) for values in (self._x, self._y))
+
+    def points(self) -> tuple[list[float], list[float]]:
+        """Images seen and values, in the order of the file."""
+        return self._x.tolist(), self._y.tolist()
+
+
+@dataclass
+class Run:
+    """What the page shows of a run folder.
+
+    Settings are leaves of three files by dotted name, curves go by kind and field of metrics.jsonl, an event is its
+    kind, images seen and text, images are PNG in base64, notes say what is missing or damaged.
+    """
+
+    path: Path
+    status: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    events: list[tuple[str, float, str]] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A file of JSON or YAML; empty, with a note, where it is missing or damaged."""
+        try:
+            text = (self.path / name).read_text()
+            return dict(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text))
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            self.notes.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}")
+            return {}
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """Lines of a file that need not exist; damaged ones are counted in a note."""
+        damaged = 0
+        try:
+            for row in json_lines(self.path / name) if (self.path / name).exists() else ():
+                damaged += row is None
+                if row is not None:
+                    yield row
+        except OSError as error:
+            self.notes.append(f"{name} cannot be read: {error}")
+        if damaged:
+            self.notes.append(f"{name}: {damaged:,} damaged lines are left out")
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    run = Run(path)
+    if not any((path / name).exists() for name in ("run.json", "metrics.jsonl", *SETTINGS)):
+        raise UserError(f"{path} is no run folder: it has no run.json, recipe.yaml or metrics.jsonl; give runs/NAME")
+    run.status = run.mapping("run.json") | (run.mapping("summary.json") if (path / "summary.json").exists() else {})
+    run.settings = {name: dict(leaves(run.mapping(name))) for name in SETTINGS}
+    for row in run.rows("metrics.jsonl"):
+        numbers = {key: float(value) for key, value in row.items() if type(value) in (int, float) and value < 1e300}
+        for key in numbers.keys() - {"samples_seen", "step", "epoch"} if "samples_seen" in numbers else ():
+            run.curves.setdefault((str(row.get("kind")), key), Curve()).add(numbers["samples_seen"], numbers[key])
+    if not run.curves:
+        run.notes.append("nothing was measured yet")
+    read_events(run)
+    for file in sorted((path / "evaluation").glob("*.json")):
+        run.evaluations[file.stem] = run.mapping(f"evaluation/{file.name}")
+    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)  # of each tag
+    board = EventAccumulator(str(path / "tensorboard"), size_guidance=newest)
+    tags = board.Reload().Tags()["images"] if (path / "tensorboard").is_dir() else ()
+    images = {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
+    images |= {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
+    run.images = {name: base64.b64encode(png).decode() for name, png in images.items()}
+    return run
+
+
+def read_events(run: Run) -> None:
+    """Collect restarts, rollbacks, loss spikes, bad samples and what else happened."""
+    clock = run.curves[("train", "time")].points() if ("train", "time") in run.curves else ([0.0], [0.0])
+    counts: Counter[str] = Counter()
+
+    def add(kind: str, row: dict[str, Any], text: str) -> None:
+        seen, time = row.get("samples_seen"), row.get("time")
+        if not isinstance(seen, int):  # known by its time only
+            seen = np.interp(time, clock[1], clock[0]) if isinstance(time, int | float) else 0
+        counts[kind] += 1
+        if counts[kind] <= MARKS:
+            run.events.append((kind, float(seen), text[:300]))
+
+    starts = 0
+    for row in run.rows("events.jsonl"):
+        kind = {"went back": "rollback", "start": "restart"}.get(str(row.get("event")), str(row.get("event")))
+        starts += kind == "restart"
+        if kind != "restart" or starts > 1:
+            before = row["after"] if isinstance(row.get("after"), dict) else {}
+            add(kind, row, f"{row.get('text')} {before.get('state', '')} {before.get('reason', '')}")
+    for row in run.rows("slurm/history.jsonl"):
+        if row.get("event") == "end" and row.get("cause") != "finished":
+            add("end of a Slurm attempt", row, f"{row.get('cause')}: {row.get('reason')}")
+    for row in run.rows("loss_spikes.jsonl"):
+        add("loss spike", row, f"step {row.get('step')}: loss {row.get('loss')}, level {row.get('level')}")
+    for row in run.rows("bad_samples.jsonl"):
+        add("bad sample", row, f"{row.get('name')} in {row.get('shard')}: {row.get('reason')}")
+    run.notes += [f"{kind}: {MARKS:,} of {count:,} are drawn" for kind, count in counts.items() if count > MARKS]
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested mappings by dotted name."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value and prefix.count(".") < 8:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)[:300]
+
+
+def show(content: Any) -> str:
+    """Anything from data as plain text: numbers rounded, control characters replaced."""
+    text = f"{content:.6g}" if isinstance(content, float) else "" if content is None else str(content)
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def panels(runs: list[Run]) -> dict[str, list[tuple[int, str, Curve]]]:
+    """Curves by panel: ``eval`` and ``eval_average`` share one, and so do fields that differ behind a slash."""
+    found: dict[str, list[tuple[int, str, Curve]]] = {}
+    for number, run in enumerate(runs):
+        for (kind, key), curve in run.curves.items():
+            family, _, variant = kind.partition("_")
+            stem, _, part = ("seconds", "", key) if kind == "time" else key.partition("/")
+            if key != "time":
+                label = " ".join(filter(None, (str(run.path), variant, part)))
+                found.setdefault(f"{family}: {stem}", []).append((number, label, curve))
+    return {name: found.pop(name) for name in FIRST_PANELS if name in found} | found
+
+
+def render(runs: list[Run]) -> str:
+    """The page.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
+    from jinja2 import Environment  # noqa: PLC0415 - slow to import
+
+    try:
+        from plotly import colors, graph_objects, offline  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise UserError(f"{error}: pip install --constraint constraints.txt plotly") from None
+    palette = colors.qualitative.D3
+    restarts = [place for run in runs for kind, place, _ in run.events if kind in ("restart", "rollback")][:MARKS]
+    last = max((curve.points()[0][-1] for run in runs for curve in run.curves.values()), default=1.0)
+
+    def plain(content: Any) -> str:  # plotly takes some HTML in texts
+        return html.escape(show(content))
+
+    def draw(title: str, traces: list[Any], height: int = 380) -> str:
+        figure = graph_objects.Figure(traces)
+        for place in restarts:
+            figure.add_vline(place, line={"dash": "dot", "width": 1, "color": "#8c959f"})
+        figure.update_layout(
+            title=plain(title), height=height, template="plotly_white", showlegend=True, legend_orientation="h",
+            legend_y=-0.25, margin={"l": 60, "r": 10, "t": 50, "b": 40}, xaxis_title="images seen",
+            xaxis_range=[0, last],
+        )  # fmt: skip
+        return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+
+    charts, marks = [], []
+    for title, lines in panels(runs).items():
+        traces = []
+        for place, (number, label, curve) in enumerate(lines):
+            x, y = curve.points()
+            color = palette[(number if len(runs) > 1 else place) % len(palette)]
+            dash = "dash" if len(runs) > 1 and place and lines[place - 1][0] == number else "solid"
+            traces.append(graph_objects.Scatter(x=x, y=y, name=plain(label), line={"color": color, "dash": dash}))
+        charts.append(draw(title, traces))
+    for number, run in enumerate(runs):
+        kinds, seen, texts = zip(*run.events, strict=True) if run.events else ((), (), ())
+        events = graph_objects.Scatter(x=seen, y=list(map(plain, kinds)), name=plain(run.path), mode="markers")
+        marker = {"color": palette[number % len(palette)], "symbol": "line-ns-open", "size": 14}
+        marks.append(events.update(hovertext=list(map(plain, texts)), marker=marker))
+    names = dict.fromkeys((file, name) for run in runs for file in SETTINGS for name in run.settings[file])
+    settings = [[f"{file}: {name}", *(run.settings[file].get(name) for run in runs)] for file, name in names]
+    environment = Environment(autoescape=True)
+    environment.filters["show"] = show
+    return environment.from_string(Path(__file__).with_suffix(".html").read_text()).render(
+        runs=runs, columns=COLUMNS, differences=[row for row in settings if len(set(row[1:])) > 1], panels=charts,
+        events=draw("", marks, 280) if any(run.events for run in runs) else "", plotly_js=offline.get_plotlyjs(),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write one HTML page about one or several runs: table, differences, events, curves, images, settings."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=main.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the only RUN, or here")
+    options = parser.parse_args(arguments)
+    try:
+        output = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+        write_atomically(output, render([read_run(path) for path in options.runs]).encode())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return ExitCode.WILL_FAIL_AGAIN
+    print(f"wrote {output}")  # noqa: T201
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
