@@ -1,4 +1,4 @@
-"""What the run's files share: JSON that is whole or absent, durability, locks, digests."""
+"""File helpers for run folders: atomic JSON, JSON lines, durability, locks, digests."""
 
 import fcntl
 import hashlib
@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.files import write_atomically
+from data_pipeline.files import replacing, write_atomically
 
-# slurm/ takes them from here
-__all__ = ["digest", "digest_of_file", "fsync", "json_lines", "lock", "write_atomically", "write_json"]
+# slurm/ imports them from here
+__all__ = [
+    "digest", "digest_of_file", "fsync", "json_lines", "json_object", "lock", "replacing", "write_atomically",
+    "write_json",
+]  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -19,15 +22,20 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Each line of a file of JSON objects; None for a line that is none, as where a crash cut it."""
-    with path.open(encoding="utf-8", errors="replace") as handle:
-        for line in handle:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield row if isinstance(row, dict) else None
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """One line of a file of JSON objects; None where it is not one, such as a line that a crash cut."""
+    try:
+        row = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def json_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any] | None]:
+    """Read a file of JSON objects line by line, from a byte offset: ``json_object`` of each line."""
+    with path.open("rb") as handle:
+        handle.seek(offset)
+        yield from map(json_object, handle)
 
 
 def fsync(path: Path) -> None:

@@ -1,35 +1,41 @@
-"""One schema, several places: ``metrics.jsonl`` for programs and as the truth, sinks such as TensorBoard for eyes.
+"""Writes measurements: ``metrics.jsonl`` is the source of truth, sinks such as TensorBoard show the same values.
 
 The x axis is samples seen. A kind of measurement ("train", "eval") is a line's ``kind`` and TensorBoard's prefix.
 """
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import json_lines, write_atomically
+from pretrain.files import json_lines, json_object, replacing
 from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
 
 
 class MetricsWriter:
-    """Writes measurements of one run, of rank 0 only.
+    """Writes measurements of one run; on rank 0 only.
 
-    After a resume nothing stands twice: what the dead incarnation wrote beyond the checkpoint is cut from
-    ``metrics.jsonl``, purged from TensorBoard's view, and not told again to trackers, which cannot forget.
+    After a resume nothing is written twice: what the previous attempt wrote beyond the checkpoint is cut from
+    ``metrics.jsonl``, purged from TensorBoard's view, and not sent again to trackers, which cannot delete.
 
     Args:
-        jsonl: where the lines are.
+        jsonl: path of ``metrics.jsonl``.
         tensorboard: folder of the event files.
-        samples_seen: where the run goes on.
-        done: up to where kinds were done before it; lines of theirs beyond that are measured again.
+        samples_seen: where training resumes.
+        done: samples seen by the last measurement of a kind, as the checkpoint has it; lines of that kind beyond it
+            are measured again. Other kinds: ``samples_seen``.
         trackers: further sinks, by name.
         say: prints a line.
+
+    Raises:
+        OSError: ``metrics.jsonl`` cannot be read or replaced.
     """
 
     def __init__(
@@ -42,30 +48,23 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        rows = read_metrics(jsonl) if jsonl.exists() else []
-        told: dict[str, int] = {}
-        for row in rows:
-            told[row["kind"]] = max(row["samples_seen"], told.get(row["kind"], -1))
-        ends = done or {}
-        kept = [row for row in rows if row["samples_seen"] <= ends.get(row["kind"], samples_seen)]
-        if jsonl.exists():
-            write_atomically(jsonl, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        newest, purge_from, offset = _cut(jsonl, samples_seen, done or {})
         self._lines = jsonl.open("a")
-        # TensorBoard purges all kinds alike: where one is measured again, the others of that place are told again.
-        again = [row["samples_seen"] for row in rows if row["samples_seen"] > ends.get(row["kind"], samples_seen)]
-        purge_from = min([samples_seen + 1, *again])
         board = TensorBoard(tensorboard, purge_from=purge_from)
         marks = jsonl.parent / "trackers.json"
         self._sinks = Guarded(
-            {"TensorBoard": board, **{n: ForwardOnly(s, marks, told) for n, s in (trackers or {}).items()}}, say
+            {"TensorBoard": board, **{n: ForwardOnly(s, marks, newest) for n, s in (trackers or {}).items()}}, say
         )
-        for row in kept:
-            if row["samples_seen"] >= purge_from:
-                values = {name: value for name, value in row.items() if name not in ("kind", "samples_seen", "time")}
-                board.scalars(row["kind"], row["samples_seen"], values)
+        if purge_from <= samples_seen:
+            # TensorBoard purges all kinds alike: the kinds that are not measured again there are sent again.
+            for row in json_lines(jsonl, offset):
+                if row is not None and row["samples_seen"] >= purge_from:
+                    places = ("kind", "samples_seen", "time")
+                    values = {name: value for name, value in row.items() if name not in places}
+                    board.scalars(row["kind"], row["samples_seen"], values)
 
     def write(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
-        """Write one line, with the time (Unix), and give it to the sinks.
+        """Write one line, with the time (Unix), and send it to the sinks.
 
         Args:
             kind: "train", "norms", "time", "eval", "eval_average", "probe", "attention".
@@ -81,24 +80,68 @@ class MetricsWriter:
         self._sinks.each(lambda sink: sink.scalars(kind, samples_seen, values))
 
     def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """Give a picture, (height, width, 3), to the sinks."""
+        """Send an image, (height, width, 3), to the sinks."""
         self._sinks.each(lambda sink: sink.picture(name, samples_seen, pixels))
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Give a text to the sinks."""
+        """Send a text to the sinks."""
         self._sinks.each(lambda sink: sink.text(name, samples_seen, markdown))
 
     def flush(self) -> None:
-        """Bring the sinks up to date with ``metrics.jsonl``."""
+        """Flush the sinks."""
         self._sinks.each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        """Flush all to disk."""
+        """Flush everything to disk."""
         os.fsync(self._lines.fileno())
         self._lines.close()
         self._sinks.each(lambda sink: sink.close())
 
 
+def _cut(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> tuple[dict[str, int], int, int]:
+    """Remove the damaged lines and those that are measured again, in one pass and a line at a time.
+
+    The file is replaced atomically, and only where a line has to go.
+
+    Returns:
+        the highest samples seen of each kind, removed lines included; the lowest samples seen of a removed line, at
+        most ``samples_seen + 1``; a byte offset before which no line of the new file is at that place or beyond.
+    """
+    newest: dict[str, int] = {}
+    purge_from, earliest = samples_seen + 1, min([samples_seen, *done.values()]) + 1
+    size, offset = 0, None
+    if not jsonl.exists():
+        return newest, purge_from, 0
+    with jsonl.open("rb") as old, ExitStack() as stack:
+        new: BinaryIO | None = None
+        for line in old:
+            kept = False
+            row = json_object(line)
+            if row is not None and isinstance(row.get("kind"), str) and isinstance(row.get("samples_seen"), int):
+                kind, seen = row["kind"], row["samples_seen"]
+                newest[kind] = max(seen, newest.get(kind, -1))
+                kept = seen <= done.get(kind, samples_seen)
+                if not kept:
+                    purge_from = min(purge_from, seen)
+                elif seen >= earliest and offset is None:
+                    offset = size
+            if new is None and not (kept and line.endswith(b"\n")):
+                new = stack.enter_context(replacing(jsonl))
+                with jsonl.open("rb") as prefix:
+                    shutil.copyfileobj(prefix, new)
+                new.truncate(size)
+                new.seek(size)
+            if kept:
+                complete = line.removesuffix(b"\n") + b"\n"
+                size += len(complete)
+                if new is not None:
+                    new.write(complete)
+    return newest, purge_from, size if offset is None else offset
+
+
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``, all or of one kind. A last line that was cut by a crash is left out."""
-    return [row for row in json_lines(jsonl) if row is not None and kind in (None, row["kind"])]
+    """All lines of ``metrics.jsonl``, or those of one kind; a last line that was cut by a crash is left out.
+
+    Holds them in memory, for tests and short runs; ``json_lines`` reads a file of any length.
+    """
+    return [row for row in json_lines(jsonl) if row is not None and kind in (None, row.get("kind"))]
