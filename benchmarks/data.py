@@ -1,25 +1,19 @@
-"""What the training input costs: our loader against webdataset + Pillow and against DALI's own reader.
+"""Training input: images per CPU-second of our loader, DALI's own reader, and webdataset + Pillow.
 
-    python -m benchmarks.data                 # decodes on the GPU where there is one
-    python -m benchmarks.data --device cpu
-
-Each contestant reads the same shards and does the same: random resized crop to 224, flip, normalise. They take turns,
-each turn in a fresh process, and the medians over the rounds are compared. The measure is images per CPU-second: all
-threads and worker processes are counted, so that it does not depend much on how busy the machine is otherwise; on a GPU
-the clock says more. There our loader runs twice: as it comes, for pixels that do not depend on the batch, and with the
-JPEG engine's share that DALI's own reader has by default. Prints a table and writes a section of
-benchmarks/results/bench-DATE-MACHINE.json.
+Each reads the same shards and does the same: random resized crop to 224 pixels, flip, normalize. They take turns, each
+turn in a fresh process. All threads and worker processes count, so that the result depends little on how busy the
+machine is otherwise. On a GPU our loader also runs with the hardware decoder's default share.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
-import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,44 +24,56 @@ import torch
 import webdataset
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from benchmarks import tables
-from benchmarks.photographs import build_shards
-from benchmarks.report import Section, add_common, cores, fill_in, say
+from benchmarks import timing
+from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
 
 SIDE = 224
-BATCH = {"cuda": 256, "cpu": 64}
-"""Pictures, by device."""
-WITH_ENGINE = "ours, hardware decoder"
-ENGINE_SHARE = 0.65
-"""Of a batch, that a GPU's JPEG engine decodes by DALI's default."""
+PHOTOGRAPH = (500, 375)
+"""Width and height of the images in the shards, in pixels."""
+HARDWARE_SHARE = 0.65
+"""Of a batch, decoded by a GPU's JPEG engine by DALI's default."""
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
+def build_shards(folder: Path, count: int) -> Path:
+    """Build a dataset of photographs cut from scikit-learn's two and resized, alike in both splits; its folder."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(array) for array in load_sample_images().images]
+    for number in range(count):
+        image, width = images[number % 2], int(rng.integers(320, 600))
+        height = width * 3 // 4
+        left, top = int(rng.integers(0, image.width - width)), int(rng.integers(0, max(1, image.height - height)))
+        place = folder / f"photos/class{number % 10}"
+        place.mkdir(parents=True, exist_ok=True)
+        box = (left, top, left + width, min(top + height, image.height))
+        image.crop(box).resize(PHOTOGRAPH, Image.Resampling.LANCZOS).save(place / f"{number}.jpg", quality=92)
+    for split in ("train", "val"):
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            if build([str(folder / "photos"), str(folder / "shards"), "--split", split]):
+                raise RuntimeError(f"shards of photographs could not be built: {printed.getvalue()}")
+    return folder / "shards"
+
+
 def ours(folder: Path, device: torch.device, batch: int, **settings: Any) -> Iterator[torch.Tensor]:
-    """Yield batches of our loader with settings of its `InputConfig`."""
+    """Batches of our loader, with settings of its ``InputConfig``."""
     augment = AugmentConfig(random_resized_crop=RandomResizedCropConfig(), horizontal_flip=0.5)
     config = InputConfig(path=folder, interpolation="bilinear", augment=augment, **settings)
+    dataset = Dataset.open(folder, "train")
     loader = TrainLoader(
-        Dataset.open(folder, "train"),
-        config,
-        seed=0,
-        global_batch=batch,
-        micro_batch=batch,
-        rank=0,
-        world_size=1,
-        device=device,
+        dataset, config, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, device=device
     )
     for ready in loader:
         yield ready.images
 
 
 def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
-    """Yield batches of DALI's own webdataset reader and its own random operators."""
-    shards = sorted(folder.glob("*.tar"))
+    """Batches of DALI's own webdataset reader and its own random operators."""
+    shards = sorted(folder.glob("*-train-*.tar"))
     gpu = device.type == "cuda"
     pipe = Pipeline(batch, threads, 0 if gpu else None)
     with pipe:
@@ -132,15 +138,15 @@ def pillow_loader(
     Args:
         folder: of the shards.
         workers: processes.
-        batch: pictures of a batch.
-        side: of the pictures, in pixels.
+        batch: images of a batch.
+        side: of the images, in pixels.
         resampling: how Pillow resizes.
         pinned: batches lie in page-locked memory, from which a GPU copies by itself.
 
     Returns:
         batches without end: images (batch, 3, side, side) float32, normalised; labels (batch,) int64.
     """
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    shards = sorted(str(path) for path in folder.glob("*-train-*.tar"))
     read = webdataset.WebDataset(
         shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
     ).shuffle(512)
@@ -151,21 +157,21 @@ def pillow_loader(
 
 
 def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
-    """Yield batches of `pillow_loader`; pinned for a GPU, as one would."""
+    """Batches of `pillow_loader`; pinned for a GPU, as one would."""
     gpu = device.type == "cuda"
     for images, _ in pillow_loader(folder, threads, batch, pinned=gpu):
         yield images.to(device, non_blocking=gpu)
 
 
 def cpu_seconds() -> float:
-    """Return the processor time of this process and of its children that live."""
+    """Processor time of this process and its living children."""
     process = psutil.Process()
-    times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[float, float]:
-    """Return images per CPU-second and per second of the clock over `count` batches."""
+    """Images per CPU-second and per second over ``count`` batches."""
     cpu, clock = cpu_seconds(), time.perf_counter()
     for images in itertools.islice(batches, count):
         last = images
@@ -176,107 +182,46 @@ def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[fl
 
 CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
     "ours": ours,
-    WITH_ENGINE: partial(ours, hw_decoder_load=ENGINE_SHARE),
+    "ours, hardware decoder": partial(ours, hw_decoder_load=HARDWARE_SHARE),
     "DALI's own reader": native,
     "webdataset + Pillow": pillow,
 }
-"""Each called with folder, device, pictures in a batch, and settings, of which all know ``threads``."""
 
 
-def contestants(device: str) -> list[str]:
-    """Who is measured on a device."""
-    return [name for name in CONTESTANTS if device == "cuda" or name != WITH_ENGINE]
-
-
-def turn(name: str, folder: Path, options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, float]:
-    """Measure a contestant in a process of its own, whose queues are full before and after.
-
-    Args:
-        name: one of `CONTESTANTS`.
-        folder: the shards.
-        options: what ``device``, ``batch`` and ``batches`` are taken from.
-        settings: for the contestant.
-
-    Returns:
-        images per CPU-second, and per second.
-
-    Raises:
-        RuntimeError: the process failed.
-    """
-    command = [sys.executable, "-m", "benchmarks.data", "--turn", name, "--shards", str(folder)]
-    command += ["--settings", json.dumps(settings)]
-    for option in ("device", "batch", "batches"):
-        command += [f"--{option}", str(getattr(options, option))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} with {settings} ended with {done.returncode}: {done.stderr}")
-    per_cpu, per_second = done.stdout.split()[-2:]
-    return float(per_cpu), float(per_second)
-
-
-def in_turns(entries: list[tuple[str, dict[str, Any]]], options: argparse.Namespace) -> list[dict[str, list[float]]]:
-    """Measure contestants with their settings in turns, on photographs.
-
-    Args:
-        entries: as `turn` takes them.
-        options: ``rounds`` and ``quick``, and what `turn` takes.
-
-    Returns:
-        of each entry, by the names of `tables.INPUT`, what each round gave.
-    """
-    found: list[dict[str, list[float]]] = [{measure: [] for measure in tables.INPUT} for _ in entries]
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
-        for _ in range(options.rounds):
-            for (name, settings), values in zip(entries, found, strict=True):
-                for taken, value in zip(values.values(), turn(name, shards, options, settings), strict=True):
-                    taken.append(value)
-    return found
-
-
-def parser_of(name: str, said: str, device: str) -> argparse.ArgumentParser:
-    """What benchmarks of the input are asked alike; ``said`` is a module's docstring."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=said.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where pictures are decoded "
-                        "(default: the GPU where there is one)")  # fmt: skip
-    parser.add_argument("--batch", type=int, help="pictures (default: {cuda} on a GPU, {cpu} on a CPU)".format(**BATCH))
-    add_common(parser)
-    return parser
-
-
-def parse(arguments: list[str] | None, device: str) -> argparse.Namespace:
-    """The options, with defaults that suit the device."""
-    parser = parser_of("data", __doc__, device)
-    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 7)")
-    parser.add_argument("--batches", type=int, help="in a turn (default: 100 on a GPU, 15 on a CPU)")
-    parser.add_argument("--threads", type=int, help="threads or workers of each (default: this machine's cores)")
-    parser.add_argument("--turn", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--shards", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    gpu = options.device == "cuda"
-    defaults = {"rounds": 7, "batch": BATCH[options.device], "batches": 100 if gpu else 15, "threads": cores()}
-    if options.quick:
-        defaults |= {"rounds": 2, "batches": 4}
-    return fill_in(options, defaults)
+def turn(name: str, shards: Path, options: argparse.Namespace) -> tuple[float, float]:
+    """``measure`` one contestant; called in a fresh process."""
+    device = torch.device(options.device)
+    batches = CONTESTANTS[name](shards, device, options.batch, threads=options.threads)
+    measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
+    return measure(batches, options.batches, options.batch)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and write the result."""
-    options = parse(arguments, "cuda" if torch.cuda.is_available() else "cpu")
-    if options.turn:
-        contestant = CONTESTANTS[options.turn]
-        batches = contestant(options.shards, torch.device(options.device), options.batch, **options.settings)
-        measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
-        say([" ".join(map(str, measure(batches, options.batches, options.batch)))])
-        return
-    section = Section("data", options, arguments)
-    who = contestants(options.device)
-    found = in_turns([(name, {"threads": options.threads}) for name in who], options)
-    rows = [{"contestant": name} | values for name, values in zip(who, found, strict=True)]
-    names = ("device", "rounds", "batch", "batches", "threads")
-    conditions = {name: getattr(options, name) for name in names} | {"size": SIDE}
-    say(tables.data(section.write(conditions, rows)))
+    """Measure and write the result."""
+    gpu = torch.cuda.is_available()
+    defaults = {
+        "device": "cuda" if gpu else "cpu", "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "rounds": 7,
+        "threads": timing.cores(),
+    }  # fmt: skip
+    options = timing.parse("data", __doc__, arguments, defaults=defaults, quick={"rounds": 1, "batches": 4})
+    names = [name for name in CONTESTANTS if options.device == "cuda" or "hardware" not in name]
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = build_shards(Path(scratch), 200 if options.quick else 3000)
+        for name, _ in timing.turns(names, options.rounds, warmup=0):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                rates = fresh.submit(turn, name, shards, options).result()
+            for values, rate in zip(found[name], rates, strict=True):
+                values.append(rate)
+    rows = [
+        {
+            "contestant": name, "images_per_cpu_s": found[name][0], "images_per_s": found[name][1],
+            "ours_per_cpu_s_over": timing.ratio(found["ours"][0], found[name][0]),
+        }
+        for name in names
+    ]  # fmt: skip
+    conditions = {name: getattr(options, name) for name in ("device", "rounds", "batch", "batches", "threads")}
+    timing.write(options, conditions | {"size": SIDE}, rows)
 
 
 if __name__ == "__main__":

@@ -1,163 +1,255 @@
-"""What the trainer costs: its whole loop at every ZeRO stage beside a bare torch DDP loop of the same model.
+"""Cost of the trainer: its whole loop at each ZeRO stage compared with a bare torch DDP loop, and that of a checkpoint.
 
-    python -m benchmarks.trainer                                 # on whatever device there is
-    python -m benchmarks.trainer --ranks 8 --stages 0 1 --micro-batch 64 --no-compile
-
-All variants live in the same processes and take turns on the same fixed batches, so that whatever else the machine does
-hits all; before a turn the ranks meet, and then its steps are timed. On a CPU all of it begins anew in fresh processes,
-since from one process to the next a ratio differs by more than the turns in one of them tell. The trainer's side is
-`pretrain.train.train` itself, but for the loader: that gives the same tensors again and again. What it does between two
-steps is timed with them; of its lines of metrics, one every 50 steps, each turn on a GPU has one, being 50 steps long.
-On a CPU, where a process takes some ten steps, there is none (docs/watching.md says what they cost). Neither saves nor
-evaluates.
-
-Compiled stages are set against a bare loop that is compiled, too, and those with weights in bf16, the default on a GPU,
-against one with weights in bf16. Both sides then keep fp32 masters for AdamW, and send gradients in bf16. In the bare
-loop every rank has all masters and moments, and steps them all; at ZeRO stage 1 DeepSpeed divides them among the ranks,
-each of which steps its part and gathers the weights of the others. Prints a table and writes a section of
-benchmarks/results/bench-DATE-MACHINE.json.
+All loops live in the same processes and take turns on the same fixed batches. The trainer's side is
+``pretrain.train.train`` with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared
+with a compiled bare loop. On a CPU everything starts again in fresh processes several times: from process to process a
+ratio varies more than within one.
 """
 
 import argparse
-import json
+import contextlib
+import io
 import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import tables
-from benchmarks.loops import (
-    CLASSES,
-    CONFIG,
-    Baton,
-    FixedBatch,
-    bare_loop,
-    become_rank,
-    fixed_batch,
-    recipe_of,
-    resolve,
-    start_ranks,
-    trainer_run,
-)
-from benchmarks.report import Section, add_common, cores, fill_in, say
-from pretrain.engine.build import build_model
-from pretrain.engine.precision import Precision
-from pretrain.recipe import Recipe
+from benchmarks import timing
+from benchmarks.data import build_shards
+from data_pipeline.batch import Batch
+from models import LaViT
+from pretrain.assemble import assemble
+from pretrain.check import count_parameters_here, resolve_for
+from pretrain.engine.build import build_model, compile_forward
+from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
+from pretrain.ports import free_port
+from pretrain.recipe import Recipe, validate_recipe
+from pretrain.run import Run
 from pretrain.run_folder import RunFolder
+from pretrain.survival.signals import StopFlag
+from pretrain.survival.watchdog import Watchdog
 from pretrain.train import train
 
-BARE = tables.BARE
-LOG_EVERY_STEPS: int = Recipe.model_fields["log_every_steps"].default
+CONFIG = Path(__file__).parent.parent / "ds_config.json"
+CLASSES = 10
+FOREVER = 10**9
+Contestant = tuple[str, int | None, bool]
+"""Mode, ZeRO stage (None: the bare loop), whether weights are in bf16."""
 
 
-def contestants(options: argparse.Namespace) -> list[tuple[str, Precision, int | None]]:
-    """Mode, precision and ZeRO stage of each; None is the bare loop, which comes before those compared with it."""
-    stages: dict[Precision, list[int]] = {"bf16 autocast" if options.autocast else "fp32": options.stages}
-    if options.bf16_stages:
-        stages["bf16"] = options.bf16_stages
-    return [
-        (mode, precision, stage)
-        for mode in (("eager", "compiled") if options.compile else ("eager",))
-        for precision, numbers in stages.items()
-        for stage in (None, *numbers)
-        if not (mode == "compiled" and stage == 3)  # which the trainer refuses
+class Stepper:
+    """Runs a loop in a thread that waits for its next batch until ``step`` is called."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches, self._error = batches, None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One batch per step; loading it is part of the step."""
+        batches = iter(self._batches)
+        while True:
+            self._back.release()
+            self._go.acquire()
+            yield next(batches)
+
+    def samples(self, start: int, stop: int) -> Any:
+        """Epochs and ids of samples, which the trainer asks for where a loss spikes."""
+        return np.zeros((2, stop - start), np.int64)
+
+    def start(self, loop: Callable[[], object]) -> None:
+        """Run a loop over this iterable up to its first batch."""
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def body() -> None:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a new thread has the first one
+            try:
+                loop()
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                self._error = error
+            self._back.release()
+
+        threading.Thread(target=body, daemon=True).start()
+        self._wait()
+
+    def seconds(self, steps: int, device: torch.device) -> float:
+        """Take steps; their wall time until the device is idle."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            self._go.release()
+            self._wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+
+def bare_loop(model: LaViT, batches: Iterable[Batch], *, autocast: bool, compiled: bool) -> None:
+    """A plain torch loop: DDP, fused AdamW, clipping, fp32 weights."""
+    no_decay, named = model.no_weight_decay(), [*model.named_parameters()]
+    groups = [
+        {"params": [p for n, p in named if n not in no_decay], "weight_decay": 0.05},
+        {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0},
     ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    if compiled:
+        compile_forward(model)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for batch in batches:
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=autocast):
+            logits, diagonality = ddp(batch.images, with_diagonality=True)
+        loss = cross_entropy(logits.float(), batch.labels, label_smoothing=0.1) + 0.01 * diagonality.float()
+        ddp.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
 
 
-def config_of(options: argparse.Namespace, precision: Precision, stage: int) -> dict[str, Any]:
-    """ds_config.json but for the stage and the precision, which are the contestant's."""
-    return {
-        "train_batch_size": options.ranks * options.micro_batch,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {**json.loads(CONFIG.read_text())["zero_optimization"], "stage": stage},
-        "torch_autocast": {"enabled": precision == "bf16 autocast"},
-        "bf16": {"enabled": precision == "bf16"},
-    }
+def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Recipe:
+    """A recipe for pretraining on ``options.shards`` that never evaluates or saves."""
+    content = {
+        "name": "benchmark", "data": {"path": str(options.shards), "image_size": options.size, **data},
+        "mixing": {"label_smoothing": 0.1}, "loss": {"diagonality_weight": 0.01}, "optimizer": {"lr": 1e-3},
+        "model": {"name": options.model, "overrides": {"drop_path": 0.1}, "compile": compiled},
+        "schedule": {"epochs": 1e6, "warmup_epochs": 1}, "evaluation": {"every_epochs": 1e6},
+        "checkpoint": {"every_steps": FOREVER},
+    }  # fmt: skip
+    return validate_recipe(content, "benchmark")
 
 
-def measure(local_rank: int, port: int, options: argparse.Namespace, folder: str, queue: Any) -> None:
-    """One rank: build all variants, let them take turns, send the rows of the result from rank 0."""
-    device, control = become_rank(local_rank, port, options.ranks)
-    loader = FixedBatch(fixed_batch(local_rank, options, device))
-    batons: dict[tuple[str, str, Precision], Baton] = {}
-    for mode, precision, stage in contestants(options):
-        baton, compiled = Baton(), mode == "compiled"
-        batons[BARE if stage is None else f"stage {stage}", mode, precision] = baton
-        if stage is None:
-            model = build_model(recipe_of(options, compiled=False), CLASSES).to(device)
-            baton.start(partial(bare_loop, model, baton.turns(loader), precision=precision, compiled=compiled))
-            continue
-        recipe = recipe_of(options, compiled=compiled)
-        run = trainer_run(
-            recipe, resolve(recipe, config_of(options, precision, stage), options.ranks, device), baton.turns(loader),
-            RunFolder(Path(folder) / f"{mode}-{precision}-{stage}"), device=device, control=control,
+def trainer_run(
+    recipe: Recipe, changes: dict[str, Any], path: Path, device: torch.device, control: dist.ProcessGroup
+) -> Run:
+    """A run as ``pretrain.main`` assembles it, with changes to ds_config.json."""
+    rank, config = read_rank(), read_deepspeed_config(CONFIG, changes)
+    resolved = resolve_for(
+        recipe, config, parameters=count_parameters_here(recipe), world_size=rank.world_size,
+        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
+    )  # fmt: skip
+    watchdog = Watchdog(path / "hangs", rank.rank, start_s=1e6, step_s=1e6)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return assemble(
+            recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
+            watchdog=watchdog,
         )  # fmt: skip
-        baton.start(partial(train, run))
-    seconds: dict[tuple[str, str, Precision], list[float]] = {key: [] for key in batons}
-    for turn in range(options.rounds + options.warmup):
-        # Forwards and backwards: whoever always came after the same other one would inherit its caches and heap.
-        for key, baton in list(batons.items())[:: -1 if turn % 2 else 1]:
-            dist.barrier(control)
-            took = baton.time(options.steps, device) / options.steps
-            if turn >= options.warmup:
-                seconds[key].append(took)
-    if local_rank == 0:
-        names = ("variant", "mode", "precision")
-        queue.put([dict(zip(names, key, strict=True)) | {"step_s": taken} for key, taken in seconds.items()])
+
+
+def join(rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:
+    """Make this process a rank; its device, and a CPU group of all ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = choose_device(read_rank())
+    return device, init_distributed(device)
+
+
+def fixed_batches(rank: int, options: argparse.Namespace, device: torch.device) -> list[Batch]:
+    """The same random batch many times; another one on each rank."""
+    rows = np.arange(options.micro_batch) + rank * options.micro_batch
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(len(rows), 3, options.size, options.size, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (len(rows),), generator=generator).to(device)
+    return [Batch(images, labels, rows, rows * 0, rows, rows >= 0)] * 10**6
+
+
+def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> Any:
+    """Run ``measure(rank, port, options, folder, queue)`` on all ranks; returns what rank 0 puts into the queue."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    queue = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        if not hasattr(options, "shards"):
+            options.shards = build_shards(Path(folder), 20)
+        arguments = (free_port(), options, Path(folder), queue)
+        mp.start_processes(measure, arguments, nprocs=options.ranks, start_method="spawn")
+        return queue.get()
+
+
+def contestants(options: argparse.Namespace) -> list[Contestant]:
+    """In each mode the bare loop and the ZeRO stages, in the bare loop's precision or with weights in bf16."""
+    loops: list[tuple[int | None, bool]] = [(None, False), *((stage, False) for stage in options.stages)]
+    loops += [(stage, True) for stage in options.bf16_stages]
+    modes = ("eager", "compiled") if options.compile else ("eager",)
+    return [(mode, *loop) for mode in modes for loop in loops if (mode, loop[0]) != ("compiled", 3)]  # which is refused
+
+
+def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, queue: Any) -> None:
+    """On one rank: let the loops take turns; rank 0 sends seconds per step, and those of checkpoints."""
+    device, control = join(rank, port, options.ranks)
+    batches, steppers = fixed_batches(rank, options, device), {}
+    run: Run | None = None
+    for number, key in enumerate(contestants(options)):
+        (mode, stage, bf16), stepper = key, Stepper(batches)
+        recipe, steppers[key] = recipe_of(options, compiled=mode == "compiled"), stepper
+        if stage is None:
+            model = build_model(recipe, CLASSES).to(device)
+            stepper.start(partial(bare_loop, model, stepper, autocast=options.autocast, compiled=recipe.model.compile))
+            continue
+        changes = {
+            "train_batch_size": options.ranks * options.micro_batch, "zero_optimization": {"stage": stage},
+            "torch_autocast": {"enabled": options.autocast and not bf16}, "bf16": {"enabled": bf16},
+        }  # fmt: skip
+        run = trainer_run(recipe, changes, folder / str(number), device, control)
+        run.train_loader = stepper
+        stepper.start(partial(train, run))
+    seconds: dict[Contestant, list[float]] = {key: [] for key in steppers}
+    for key, counts in timing.turns([*steppers], options.rounds, options.warmup):
+        dist.barrier(control)
+        took = steppers[key].seconds(options.steps, device) / options.steps
+        if counts:
+            seconds[key].append(took)
+    waits, writes = [], []
+    for _ in range(5 if run is not None else 0):  # of the last contestant
+        began = time.perf_counter()
+        run.save()
+        waits.append(time.perf_counter() - began)
+        run.settle_save()
+        writes.append(time.perf_counter() - began)
+    if rank == 0:
+        queue.put((seconds, {"checkpoint_wait_s": waits, "checkpoint_write_s": writes}))
     dist.barrier(control)
-    os._exit(0)  # loops and watchdogs are still there
+    os._exit(0)  # loops and watchdogs are still running
 
 
-def parse(arguments: list[str] | None, device: str, count: int) -> argparse.Namespace:
-    """The options, with defaults that suit the device and the number of GPUs, or of cores."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="default: lavit_small on a GPU, lavit_tiny on a CPU")
-    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: 224, on a CPU 128)")
-    parser.add_argument("--micro-batch", type=int, help="pictures per rank and step (default: 128, on a CPU 16)")
-    parser.add_argument("--ranks", type=int, help="processes (default: one a GPU; on a CPU 2)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (default: all)")
-    parser.add_argument("--rounds", type=int, help="turns in each process (default: 6 on a GPU, 8 on a CPU)")
-    parser.add_argument("--processes", type=int, help="how often all begin anew, in fresh processes (default: 1 on a "
-                        "GPU, 3 on a CPU, where chance decides whose memory lies well)")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="steps of a turn (default: on a GPU 50, the distance between two "
-                        "lines of metrics; 1 on a CPU)")  # fmt: skip
-    parser.add_argument("--warmup", type=int, help="turns before them (default: 1 on a GPU, 3 on a CPU)")
-    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=None,
-                        help="in bfloat16 autocast instead of fp32 (default: on a GPU)")  # fmt: skip
-    parser.add_argument("--bf16-stages", type=int, nargs="+", choices=(1, 2, 3), help="ZeRO stages that also run with "
-                        "weights in bfloat16 (default: on a GPU 1, as a run there has it)")  # fmt: skip
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="also with model.compile (default: on a GPU)")  # fmt: skip
-    add_common(parser)
-    options = parser.parse_args(arguments)
-    gpu = device == "cuda"
-    defaults: dict[str, Any] = {"autocast": gpu, "compile": gpu, "bf16_stages": [1] if gpu else []}
-    defaults |= {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": count, "steps": LOG_EVERY_STEPS,
-                 "rounds": 6, "warmup": 1, "processes": 1} if gpu else {
-        "model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": min(2, count), "steps": 1,
-        "rounds": 8, "warmup": 3, "processes": 3}  # fmt: skip
-    if options.quick:
-        defaults |= {"rounds": 3, "processes": 1}
-        defaults |= {"steps": 10} if gpu else {"model": "lavit_micro", "size": 32}
-    return fill_in(options, defaults)
-
-
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print, and write the result; its rows."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write the result."""
     gpus = torch.cuda.device_count()
-    options = parse(arguments, "cuda" if gpus else "cpu", gpus or cores())
-    section = Section("trainer", options, arguments)
-    rows = start_ranks(measure, options)
+    gpu = {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": gpus, "steps": 50, "rounds": 6}
+    gpu |= {"warmup": 1, "processes": 1, "autocast": True, "compile": True, "stages": [0, 1, 2, 3], "bf16_stages": [1]}
+    cpu = {"model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": 2, "steps": 1, "rounds": 8, "warmup": 3}
+    cpu |= {"processes": 3, "autocast": False, "compile": False, "stages": [0, 1, 2, 3], "bf16_stages": []}
+    quick = {"rounds": 2, "processes": 1, "warmup": 1} | ({} if gpus else {"model": "lavit_micro", "size": 32})
+    options = timing.parse("trainer", __doc__, arguments, defaults=gpu if gpus else cpu, quick=quick)
+    seconds, checkpoints = start_ranks(measure, options)
     for _ in range(options.processes - 1):
-        for row, more in zip(rows, start_ranks(measure, options), strict=True):
-            row["step_s"] += more["step_s"]
-    names = ("model", "size", "micro_batch", "ranks", "processes", "rounds", "steps")
-    conditions = {name: getattr(options, name) for name in names} | {"log_every_steps": LOG_EVERY_STEPS}
-    say(tables.trainer(section.write(conditions, rows)))
-    return rows
+        del options.shards
+        for key, taken in start_ranks(measure, options)[0].items():
+            seconds[key] += taken
+    rows = [
+        {
+            "loop": "bare DDP" if stage is None else f"stage {stage}{' bf16' * bf16}", "mode": mode, "step_s": taken,
+            "time_over_bare": timing.ratio(taken, seconds[mode, None, False]),
+        }
+        for (mode, stage, bf16), taken in seconds.items()
+    ]  # fmt: skip
+    names = ("model", "size", "micro_batch", "ranks", "processes", "rounds", "steps", "autocast")
+    medians = {name: statistics.median(values) for name, values in checkpoints.items() if values}
+    timing.write(options, {name: getattr(options, name) for name in names} | medians, rows)
 
 
 if __name__ == "__main__":
