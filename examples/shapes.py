@@ -1,7 +1,7 @@
-"""Made pictures: shapes with a texture of their own on a textured ground, with masks and boxes.
+"""Synthetic images: textured shapes on a textured background, with masks.
 
-Colour, brightness and place tell nothing about a shape's class, so a network has to see form. Every picture is a
-function of (seed, size); shapes do not overlap.
+Color, brightness and place say nothing about a shape's class, so a network has to see form. Each image is a function of
+(seed, size); shapes do not overlap.
 """
 
 from collections.abc import Iterable
@@ -13,48 +13,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CLASSES = ("disc", "square", "triangle", "cross")
-"""Label 0 of a box is the first; a mask counts from 1, as 0 is the ground."""
+"""A mask counts them from 1; 0 is the background."""
 SIZES = (11.0, 20.0)
-"""Smallest and largest radius of the circle around a shape, in pixels; on small pictures less."""
+"""Smallest and largest radius of the circle around a shape, in pixels; on small images less."""
 MOST_SHAPES = 3
 EVALUATED = 10**9
-"""Seeds of evaluated pictures start here, those of training pictures at 0: none is in both."""
+"""Seeds of evaluated images start here, those of training images at 0: none is in both."""
 _TRIES = 20
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is on it."""
+    """An image and what is on it."""
 
-    picture: Tensor
+    image: Tensor
     """(3, height, width) in 0..1."""
     mask: Tensor
-    """(height, width), int64: 0 is the ground, k + 1 is class k."""
-    boxes: Tensor
-    """(shapes, 4): left, top, right, bottom in pixels; the smallest that hold all pixels of a shape."""
-    labels: Tensor
-    """(shapes,), int64: index into `CLASSES`."""
+    """(height, width), int64: 0 is the background, k + 1 is class k."""
 
 
 def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
     """The scene of a seed.
 
     Args:
-        seed: every number is another scene.
+        seed: each number is another scene.
         size: height and width in pixels, at least 20.
         most: the scene has 1 to `most` shapes, fewer where there is no room.
     """
     source = np.random.default_rng(seed)
     height, width = size
     mask = np.zeros(size, np.int64)
-    colour = source.uniform(0.2, 0.8, (3, 1, 1))
-    picture = colour + _patches(source, size)
-    boxes: list[tuple[int, int, int, int]] = []
-    labels, taken = [], np.zeros(size, bool)
+    color = source.uniform(0.2, 0.8, (3, 1, 1))
+    image = color + _patches(source, size)
+    drawn, taken = 0, np.zeros(size, bool)
     rows, columns = np.mgrid[:height, :width] + 0.5
     wanted = source.integers(1, most + 1)
     for _ in range(_TRIES):
-        if len(boxes) == wanted:
+        if drawn == wanted:
             break
         radius = source.uniform(SIZES[0], min(SIZES[1], 0.45 * min(size)))
         row, column = (source.uniform(radius, side - radius) for side in size)
@@ -66,22 +61,15 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
         if not inside.any():
             continue
         taken |= near
-        picture = np.where(inside, _another_colour(source, colour) + _patches(source, size), picture)
+        image = np.where(inside, _another_color(source, color) + _patches(source, size), image)
         mask[inside] = label + 1
-        ys, xs = np.nonzero(inside)
-        boxes.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-        labels.append(label)
-    noisy = picture + source.normal(0, 0.04, picture.shape)
-    return Scene(
-        torch.from_numpy(noisy.clip(0, 1).astype(np.float32)),
-        torch.from_numpy(mask),
-        torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)),
-        torch.tensor(labels, dtype=torch.int64),
-    )
+        drawn += 1
+    noisy = image + source.normal(0, 0.04, image.shape)
+    return Scene(torch.from_numpy(noisy.clip(0, 1).astype(np.float32)), torch.from_numpy(mask))
 
 
 def draw_many(seeds: Iterable[int], size: tuple[int, int], most: int = MOST_SHAPES) -> list[Scene]:
-    """One scene a seed."""
+    """One scene per seed."""
     return [draw(seed, size, most) for seed in seeds]
 
 
@@ -92,11 +80,11 @@ def _patches(source: np.random.Generator, size: tuple[int, int]) -> NDArray[np.f
     return coarse.repeat(cell, 1).repeat(cell, 2)[:, : size[0], : size[1]]
 
 
-def _another_colour(source: np.random.Generator, colour: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A random colour at least 0.3 away from another, or the shape could not be seen."""
+def _another_color(source: np.random.Generator, color: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A random color at least 0.3 away from another one, so that the shape is visible."""
     while True:
         other = source.uniform(0.1, 0.9, (3, 1, 1))
-        if np.linalg.norm(other - colour) > 0.3:
+        if np.linalg.norm(other - color) > 0.3:
             return other
 
 

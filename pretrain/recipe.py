@@ -149,8 +149,8 @@ class WatchSection(Section):
 
     attention_pictures: int = Field(default=4, ge=0, le=8)
     """After each evaluation the attention of so many pictures of the validation split is measured and drawn."""
-    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Where measurements and pictures go beside metrics.jsonl and TensorBoard; the package must be installed."""
+    sinks: tuple[Literal["wandb"], ...] = ()
+    """Where measurements and images go besides metrics.jsonl and TensorBoard; the package must be installed."""
 
 
 class CheckpointSection(Section):

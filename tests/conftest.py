@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 NEEDS = {
     "timm": (("timm",), "timm and a torchvision that fits torch"),  # it imports torchvision
-    "trackers": (("wandb", "trackio"), "wandb and trackio"),
+    "trackers": (("wandb",), "wandb"),
 }
 
 

@@ -9,9 +9,7 @@ import pytest
 from models import list_models
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.recipe import describe_fields, load_recipe
-
-ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+from tests.pages import PAGES, ROOT
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

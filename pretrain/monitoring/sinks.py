@@ -1,4 +1,4 @@
-"""Where measurements go beside ``metrics.jsonl``: TensorBoard always, wandb and trackio if the recipe asks for it."""
+"""Sinks for measurements besides ``metrics.jsonl``: TensorBoard always, wandb if the recipe asks for it."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pretrain.files import write_atomically, write_json
 from pretrain.outcome import UserError
 
-Tracker = Literal["wandb", "trackio"]
+Tracker = Literal["wandb"]
 AXIS = "samples_seen"
 TOKEN = "tracker_id.txt"  # noqa: S105 - no secret
 
@@ -80,30 +80,31 @@ class TensorBoard:
         self._writer.close()
 
 
-class TrackerSink:
-    """wandb, or trackio, whose interface is nearly the same. Texts are left out: the recipe is the configuration.
+class Wandb:
+    """Weights & Biases. Texts are left out: the recipe is the configuration.
 
     wandb holds a row back until one with a higher step comes, and refuses a lower step after a restart. So it is given
-    samples seen as a metric of its own, which is the x axis of all others, and each row is whole at once.
+    samples seen as a metric of its own, which is the x axis of all others, and each row is complete at once.
 
     Args:
-        library: the module.
         name: of the run.
-        folder: where it keeps its own files, and where the run's identity with it is kept.
-        configuration: shown beside the run.
+        folder: of its own files, and of the run's identity with it.
+        configuration: shown with the run.
     """
 
-    def __init__(self, library: Any, *, name: str, folder: Path, configuration: dict[str, Any]) -> None:
-        self._library, self._is_wandb = library, library.__name__ == "wandb"
-        identity = f"{name}-{_token(folder / TOKEN)}"
-        own: dict[str, Any] = {"name": identity}
-        if self._is_wandb:
-            own = {"id": identity, "name": name, "dir": str(folder), "settings": _wandb_settings(library)}
-        with _nobody_to_ask():
-            library.init(project="lavit-pretrain", resume="allow", config=configuration, **own)
-        if self._is_wandb:
-            library.define_metric(AXIS)
-            library.define_metric("*", step_metric=AXIS)
+    def __init__(self, *, name: str, folder: Path, configuration: dict[str, Any]) -> None:
+        self._library: Any = importlib.import_module("wandb")
+        # The console stays ours, and what a killed process sent is on disk after a second, not after fifteen.
+        wanted = {"console": "off", "x_transaction_log_flush_interval": 1.0}
+        known = self._library.Settings.model_fields
+        settings = self._library.Settings(**{name: value for name, value in wanted.items() if name in known})
+        with _no_terminal():
+            self._library.init(
+                project="lavit-pretrain", resume="allow", config=configuration, name=name, dir=str(folder),
+                id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
+            )  # fmt: skip
+        self._library.define_metric(AXIS)
+        self._library.define_metric("*", step_metric=AXIS)
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """One row."""
@@ -124,10 +125,7 @@ class TrackerSink:
         self._library.finish()
 
     def _log(self, samples_seen: int, row: dict[str, Any]) -> None:
-        if self._is_wandb:
-            self._library.log({AXIS: samples_seen, **row})
-        else:
-            self._library.log(row, step=samples_seen)
+        self._library.log({AXIS: samples_seen, **row})
 
 
 def _token(file: Path) -> str:
@@ -137,15 +135,9 @@ def _token(file: Path) -> str:
     return file.read_text()
 
 
-def _wandb_settings(library: Any) -> Any:
-    """The console stays ours, and what a killed process has told is on disk after a second, not after fifteen."""
-    wanted = {"console": "off", "x_transaction_log_flush_interval": 1.0}
-    return library.Settings(**{name: value for name, value in wanted.items() if name in library.Settings.model_fields})
-
-
 @contextmanager
-def _nobody_to_ask() -> Iterator[None]:
-    """On a terminal wandb would ask for an account, and all ranks would wait for the answer: it shall fail instead."""
+def _no_terminal() -> Iterator[None]:
+    """On a terminal wandb would ask for an account, and all ranks would wait for the answer: let it fail instead."""
     keyboard = sys.stdin
     with open(os.devnull) as nothing:  # noqa: PTH123 - a device
         sys.stdin = nothing
@@ -238,8 +230,7 @@ def open_trackers(
     sinks: dict[str, Sink] = {}
     for name in names:
         try:
-            library = importlib.import_module(name)
-            sinks[name] = TrackerSink(library, name=run.name, folder=run, configuration=configuration)
+            sinks[name] = Wandb(name=run.name, folder=run, configuration=configuration)
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             say(f"WARNING {name} takes no measurements until the next start ({type(error).__name__}: {error})")
     return sinks

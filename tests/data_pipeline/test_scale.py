@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-
 from benchmarks.index import BATCH, PER_SHARD, RANKS, SHARDS, STEP, opened, planned, write_dataset
+
 from data_pipeline.loader import EvalLoader
 from data_pipeline.order import Order
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from benchmarks.loops import trainer_run
 from numpy.typing import NDArray
 
-from benchmarks.loops import trainer_run
 from data_pipeline.batch import Batch
 from pretrain import train
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config

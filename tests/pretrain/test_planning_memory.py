@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from benchmarks.memory import CLASSES, GOAL, Configuration, estimate, measure
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.memory import CLASSES, GOAL, Configuration, estimate, measure
 from models import LaViT, create_model, model_config
 from pretrain.check import architecture
 from pretrain.planning import rehearsal

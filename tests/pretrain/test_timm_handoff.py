@@ -10,7 +10,7 @@ from models import create_model
 from pretrain.handoff.folder import load_handoff, write_handoff
 from pretrain.handoff.timm_model import create_timm_model
 from pretrain.outcome import UserError
-from tests.commands import blocks
+from tests.pages import snippets
 
 
 @pytest.fixture
@@ -55,14 +55,21 @@ def test_features_at_another_size_and_a_head_for_other_classes(handoff: Path) ->
 
 
 @pytest.mark.timm
-def test_what_docs_elsewhere_md_shows_of_timm_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [content for page, content in blocks("python") if page == "elsewhere.md" and "timm" in content]
-    assert len(shown) == 2
+def test_what_docs_elsewhere_md_shows_of_timm_and_torchvision_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = [block for page, block in snippets("python") if page == "elsewhere.md" and 'load_handoff("' not in block]
+    shown += [block for page, block in snippets("python") if "torchvision" in block]
+    assert len(shown) == 3
     written(tmp_path / "runs/demo/handoff", "lavit_micro", classes=10, size=32)
     written(tmp_path / "runs/NAME/handoff", "lavit_small", classes=1000, size=224)
     monkeypatch.chdir(tmp_path)
     for content in shown:
-        exec(content, {})
+        found: dict[str, Any] = {}
+        exec(content, found)
+    assert len(found["losses"]) == 4
+    sum(found["losses"].values()).backward()
+    assert found["net"].stages[0].embed.conv.weight.grad.abs().sum() > 0
 
 
 def test_without_timm_the_error_says_what_is_missing(handoff: Path, monkeypatch: pytest.MonkeyPatch) -> None:

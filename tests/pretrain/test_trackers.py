@@ -1,10 +1,9 @@
-"""wandb and trackio themselves, without network: what a run that was killed and went on has told them."""
+"""wandb itself, without a network: what it has of a run that was killed and resumed."""
 
 import os
 import pty
 import re
 import select
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -41,8 +40,7 @@ writer.close()
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder, on a machine where nobody has logged in."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    """A run's folder, on a machine without an account."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     (tmp_path / "demo").mkdir()
@@ -86,28 +84,6 @@ def test_wandb_has_each_point_and_picture_once_though_the_run_was_killed(
     assert [float(row["train/loss"]) for row in rows if "train/loss" in row] == [1 / n for n in range(1, 13)]
     assert [int(row["samples_seen"]) for row in rows if "pictures/training.path" in row] == [8, 12]
     assert len({name.name.split("-")[-1] for name in (run / "wandb").glob("offline-run-*")}) == 1, "two runs"
-
-
-def test_trackio_has_each_point_and_picture_once_though_the_run_was_killed(run: Path, tmp_path: Path) -> None:
-    start(run, 0, 8, "dies", "trackio")
-    start(run, 5, 12, "ends", "trackio")
-    rows = points_of_trackio(tmp_path)
-    for name in ("train/loss", "norms/gradient/stage1"):
-        assert [step for _, step, values in rows if name in values] == [*range(1, 13)]
-    assert [step for _, step, values in rows if "trackio.image" in values] == [8, 12]
-    assert len({who for who, *_ in rows}) == 1
-    for file in run.iterdir():  # removed, to begin anew under the same name
-        if file.is_file():
-            file.unlink()
-    start(run, 0, 2, "ends", "trackio")
-    assert len({who for who, *_ in points_of_trackio(tmp_path)}) == 2, "another run's curve goes on"
-
-
-def points_of_trackio(folder: Path) -> list[tuple[str, int, str]]:
-    (file,) = (folder / "trackio").glob("*.db")
-    with sqlite3.connect(file) as database:
-        found = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
-    return [(name, step, values.decode() if isinstance(values, bytes) else values) for name, step, values in found]
 
 
 def test_on_a_terminal_wandb_asks_nobody_and_the_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
-from tests.test_repository import PAGES, ROOT
+from tests.pages import ROOT, snippets
 
 pytestmark = pytest.mark.slow
 EXAMPLES = {
@@ -40,14 +40,9 @@ def words_of(command: str) -> list[str]:
     return [EXAMPLES.get(word, word) for word in re.sub(r"[\[\]]|\.\.\.", " ", text).split()]
 
 
-def snippets(language: str) -> list[tuple[str, str]]:
-    """Fenced blocks: the page's name and the content."""
-    found = [
-        (page.name, block)
-        for page in PAGES
-        for block in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    ]
-    return [(name, block) for name, block in found if not re.search(r"timm|torchvision", block)]
+def runnable(language: str) -> list[tuple[str, str]]:
+    """Snippets but for those of timm and torchvision, which test_timm_handoff.py runs."""
+    return [(page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision", block)]
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +71,13 @@ def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize(("page", "code"), snippets("python"))
+@pytest.mark.parametrize(("page", "code"), runnable("python"))
 def test_a_python_snippet_runs(page: str, code: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
     exec(code, {"images": torch.randn(2, 3, 32, 32)})
 
 
-@pytest.mark.parametrize(("page", "text"), snippets("yaml"))
+@pytest.mark.parametrize(("page", "text"), runnable("yaml"))
 def test_a_recipe_snippet_is_valid(page: str, text: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
     for section, fields in yaml.safe_load(text).items():
