@@ -180,14 +180,14 @@ def verdicts(labels: list[int], predicted: list[int], confidence: list[float] | 
 
 
 def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy_of_15_bins() -> None:
-    # Four pictures at 0.9, three of them right; one at 0.4, wrong; one at 1/15, which ends the first bin, right.
-    found = calibration(verdicts([0] * 6, [0, 0, 0, 1, 1, 0], [0.9, 0.9, 0.9, 0.9, 0.4, 1 / 15]))
-    expected = (4 * abs(0.75 - 0.9) + 0.4 + (1 - 1 / 15)) / 6
+    # Four images at 0.9, three of them right; one at 0.42, wrong; one at 1/15, where the second bin begins, right.
+    found = calibration(verdicts([0] * 6, [0, 0, 0, 1, 1, 0], [0.9, 0.9, 0.9, 0.9, 0.42, 1 / 15]))
+    expected = (4 * abs(0.75 - 0.9) + 0.42 + (1 - 1 / 15)) / 6
     assert found["expected_calibration_error"] == pytest.approx(100 * expected)
     table = found["table"]
     assert len(table) == 15
     assert [(row["up_to"], row["samples"]) for row in table if row["samples"]] == [
-        (pytest.approx(1 / 15), 1), (pytest.approx(6 / 15), 1), (pytest.approx(14 / 15), 4),
+        (pytest.approx(2 / 15), 1), (pytest.approx(7 / 15), 1), (pytest.approx(14 / 15), 4),
     ]  # fmt: skip
     assert calibration(verdicts([0, 1], [0, 1]))["expected_calibration_error"] == 0
 
@@ -252,7 +252,7 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_told(
     found = examined(handoff, data, tmp_path / "out")
     assert (found["samples"], found["unreadable"]) == (359, 1)
     said = capfd.readouterr()
-    assert "WARNING 1 pictures cannot be read" in said.out
+    assert "WARNING 1 images cannot be read" in said.out
     assert "bad sample" in said.err
 
 
