@@ -2,11 +2,12 @@
 
 Scores are kept KEY-MAJOR, (batch, heads, M keys, N queries): the transpose of the paper's matrices. Psi, the larger of
 the two Linear layers of a Less Attention block, then acts on the last axis as one matrix product over the whole batch,
-and its gradient is one too; the query axis is also where the attention residual pools, as a picture. Nothing is
+and its gradient is one too; the query axis is also where the attention residual pools, as an image. Nothing is
 transposed in memory on the way from block to block.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,44 @@ from torch import Tensor, nn
 
 from models.config import Grid
 from models.diagonality import diagonality_loss, pool_queries
-from models.product import attended, scores_of
 from models.resample import resample_map, resample_table
 
 Observer = Callable[[Tensor, Grid, Grid], None]
 """Receives softmaxed attention (batch, heads, M, N), the query grid and the key grid; see `models.diagnostics`."""
+
+
+class _Product(torch.autograd.Function):
+    """`torch.bmm`, whose gradients are computed in the memory order of their factors.
+
+    `torch.mm` does so by itself. `torch.bmm` gives every gradient row by row; that of a transposed factor, such as Q^T
+    in K Q^T, is then transposed in memory on its way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return torch.bmm(left, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        by_rows = left.stride(-1) == 1
+        to_left = torch.bmm(gradient, right.mT) if by_rows else torch.bmm(right, gradient.mT).mT
+        by_rows = right.stride(-1) == 1
+        to_right = torch.bmm(left.mT, gradient) if by_rows else torch.bmm(gradient.mT, left).mT
+        return to_left, to_right
+
+
+def scores_of(keys: Tensor, queries: Tensor) -> Tensor:
+    """`K Q^T`: (batch, heads, M, d) and (batch, heads, N, d) of one type to (batch, heads, M, N)."""
+    product = _Product.apply(keys.flatten(0, 1), queries.flatten(0, 1).mT)
+    return product.unflatten(0, keys.shape[:2])
+
+
+def attended(attention: Tensor, values: Tensor) -> Tensor:
+    """`A^T V`: attention (batch, heads, M, N), of any type, and values (batch, heads, M, d) to (batch, heads, N, d)."""
+    product = _Product.apply(attention.to(values.dtype).flatten(0, 1).mT, values.flatten(0, 1))
+    return product.unflatten(0, values.shape[:2])
 
 
 class SpatialReduction(nn.Module):
@@ -46,7 +80,7 @@ class TokenMap(nn.Module):
     """A Linear layer over the tokens of a grid, initialised to the identity (this project's choice).
 
     Its weight is stored for one grid. For any other it is resampled as a map from grid to grid while running, so a
-    network can be fed another picture size at every call.
+    network accepts another image size at every call.
     """
 
     def __init__(self, grid: Grid, *, bias: bool) -> None:
@@ -125,7 +159,7 @@ class Attention(nn.Module):
     def attend(
         self, scores: Tensor, values: Tensor, grid: Grid, with_pooled: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Softmax over the keys and the product with the values.
+        """Softmax over the keys, then the product with the values.
 
         Args:
             scores: (batch, heads, M, N).

@@ -1,14 +1,16 @@
 """What a LaViT is made of: one frozen, checked, JSON-able description."""
 
 import dataclasses
+import functools
+import logging
 import math
 from typing import Any, Literal
 
 STAGES = 4
 Grid = tuple[int, int]
 """(height, width) of a grid of tokens, or of a picture in pixels."""
-REMOVED = ("attention_kernel",)
-"""Fields of earlier versions that did not change the network: read, and ignored."""
+REMOVED_FIELDS = ("attention_kernel",)
+"""Fields that recipes and hand-offs of earlier versions may name and that changed no weight: accepted and ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +126,28 @@ class LaViTConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LaViTConfig":
-        """The inverse of `to_dict`; lists become tuples, fields in `REMOVED` are ignored.
+        """The inverse of `to_dict`; lists become tuples, and `REMOVED_FIELDS` are dropped.
 
         Raises:
             ValueError: an unknown field, or one that makes no sense.
         """
-        fields = {name: value for name, value in fields.items() if name not in REMOVED}
+        fields = without_removed_fields(fields)
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         _require(not unknown, f"LaViTConfig has no field {', '.join(unknown)}")
         typed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**typed)
+
+
+def without_removed_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without `REMOVED_FIELDS`; a warning is logged once per process and field."""
+    for name in fields.keys() & REMOVED_FIELDS:
+        _log_removed(name)
+    return {name: value for name, value in fields.items() if name not in REMOVED_FIELDS}
+
+
+@functools.cache
+def _log_removed(name: str) -> None:
+    logging.getLogger(__name__).warning("model: the field %s was removed and is ignored: it changed no weight", name)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import ClassAttention, TokenMap
+from models.block import layer_norm
 from models.config import STAGES, LaViTConfig
-from models.norm import layer_norm
 from models.residual import AttentionResidual
 from models.stage import PositionEmbedding, Stage
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import LessAttention, VanillaAttention
-from models.block import Block
+from models.block import Block, layer_norm
 from models.config import STAGES, Grid, LaViTConfig
-from models.norm import layer_norm
 from models.resample import resample_table
 from models.residual import AttentionResidual
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from models.config import REMOVED, Grid, LaViTConfig
+from models.config import Grid, LaViTConfig, without_removed_fields
 from models.lavit import LaViT
 
 # This project's geometry, the paper's totals: widths and depths were never published. One family: 64 channels a head,
@@ -67,8 +67,8 @@ def model_config(
     names = list_models()
     if name not in names:
         raise ValueError(f"no model is called {name!r}; {_near(name, names)}")
+    overrides = without_removed_fields(overrides)
     known = [field.name for field in dataclasses.fields(LaViTConfig) if field.name != "name"]
-    overrides = {name: value for name, value in overrides.items() if name not in REMOVED}
     for override in overrides:
         if override not in known:
             raise ValueError(f"no field of a model is called {override!r}; {_near(override, known)}")

@@ -1,5 +1,6 @@
 """Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
 
+import logging
 import os
 import shutil
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 
 from models import LaViT, create_model
-from models.config import REMOVED
 from pretrain.engine.data_parallel import install_data_parallel
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
@@ -24,6 +24,8 @@ def build_model(recipe: Recipe, num_classes: int) -> LaViT:
         UserError: the variant does not exist, or a field of it makes no sense.
     """
     torch.manual_seed(recipe.seed)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        logging.getLogger("models").setLevel(logging.ERROR)  # rank 0 logs warnings about the recipe's model
     try:
         model = create_model(
             recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
@@ -54,9 +56,6 @@ def build_engine(
     model.to(device)
     optimizer, more = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
     notes += more
-    ignored = [f"model.overrides.{name}" for name in REMOVED if name in recipe.model.overrides]
-    if ignored:
-        notes.append(f"ignored, this version has no such setting: {', '.join(ignored)}")
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
@@ -111,7 +110,7 @@ def _require_compilers(device: torch.device) -> None:
 
 
 def _require_triton() -> None:
-    """Triton compiles its launchers on each node, with the compiler that CC names, or gcc or clang."""
+    """Triton compiles the launchers of its kernels on each node, with the compiler that CC names, or gcc or clang."""
     from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
 
     compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
@@ -119,5 +118,5 @@ def _require_triton() -> None:
         lacking = "C compiler" if has_triton_package() else "Triton"
         raise UserError(
             f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
-            "which torch's builds for CUDA bring along), or leave that setting out"
+            "which torch's builds for CUDA bring along), or leave model.compile out"
         )

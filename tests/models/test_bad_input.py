@@ -1,5 +1,6 @@
 """What cannot work is refused in one line that names the field."""
 
+import functools
 import sys
 import types
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import LaViT, LaViTConfig, create_model, list_models
-from models.norm import layer_norm
+from models import LaViT, LaViTConfig, config, create_model, list_models
+from models.block import layer_norm
 from tests.models.test_lavit import small
 
 
@@ -82,6 +83,17 @@ def test_an_unknown_name_or_override_lists_the_near_ones():
         create_model("lavit_micro", depth=(1, 1, 1, 1))
     with pytest.raises(ValueError, match="no field width"):
         LaViTConfig.from_dict({"width": 3})
+
+
+@pytest.mark.parametrize("value", ["torch", "triton"])
+def test_a_field_of_earlier_versions_is_ignored_with_one_logged_line(value, caplog, monkeypatch):
+    """Recipes name it among the overrides, hand-offs in their architecture."""
+    monkeypatch.setattr(config, "_log_removed", functools.cache(config._log_removed.__wrapped__))
+    expected = small().config
+    for _ in range(2):
+        assert small(attention_kernel=value).config == expected
+        assert LaViTConfig.from_dict(expected.to_dict() | {"attention_kernel": value}) == expected
+    assert caplog.messages == ["model: the field attention_kernel was removed and is ignored: it changed no weight"]
 
 
 def test_every_listed_name_has_a_vanilla_twin_without_less_attention():

@@ -6,6 +6,7 @@ import torch
 from models.attention import Attention
 from models.diagnostics import attention_diagnostics
 from tests.models.test_lavit import small
+from tests.rounding import allowed_error
 
 
 def attentions(model):
@@ -27,7 +28,8 @@ def test_a_fresh_less_attention_block_is_fully_saturated_and_a_vanilla_one_is_no
     rows = attention_diagnostics(small(vanilla_blocks=(1, 1, 2, 1)), torch.randn(2, 3, 32, 32))
     for row in rows:
         if row.kind == "less":
-            assert row.saturation == pytest.approx(1, abs=1e-5)
+            # A cosine of two equal vectors over at most 64 keys.
+            assert row.saturation == pytest.approx(1, abs=allowed_error(operations=3, terms=64))
         elif row.block:
             assert row.saturation < 0.99
 
@@ -40,8 +42,9 @@ def test_a_known_attention_gets_its_known_numbers():
         block.theta.weight.zero_()
         block.theta.bias.copy_(torch.linspace(0, 1, tokens) * 1000)  # every query looks at the last key
     last = attention_diagnostics(model, torch.randn(2, 3, 32, 32))[-1]
-    assert last.diagonality == pytest.approx(1 / tokens)
-    assert last.symmetry == pytest.approx(1 / tokens)
+    exactly = {"rel": allowed_error(operations=3, terms=tokens**2)}
+    assert last.diagonality == pytest.approx(1 / tokens, **exactly)
+    assert last.symmetry == pytest.approx(1 / tokens, **exactly)
 
 
 def test_measuring_leaves_the_model_as_it_was():
@@ -67,5 +70,6 @@ def test_a_look_is_given_every_blocks_attention_and_the_modules_are_left_as_they
     ]
     for _, _, attention, grid, key_grid in seen:
         assert attention.shape[-2:] == (key_grid[0] * key_grid[1], grid[0] * grid[1])
-        assert torch.allclose(attention.sum(-2), torch.ones(()))
+        keys = attention.shape[-2]
+        assert (attention.sum(-2) - 1).abs().max() < keys * torch.finfo(torch.float32).eps
     assert not [module for module in attentions(model) if "observer" in vars(module)]

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import LessAttention, VanillaAttention
-from models.block import Block
+from models.block import Block, layer_norm
 from models.diagonality import diagonality_loss, diagonality_loss_as_printed, pool_queries
-from models.norm import layer_norm
 from models.residual import AttentionResidual
 
 

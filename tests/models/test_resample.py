@@ -30,7 +30,7 @@ def test_a_fresh_identity_stays_exactly_the_identity(target):
 
 
 def test_the_same_grid_changes_nothing():
-    weight, table = torch.randn(12, 12), torch.randn(12, 5)
+    weight, table = torch.randn(12, 12, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
     torch.testing.assert_close(resample_map(weight, (3, 4), (3, 4)), weight)
     torch.testing.assert_close(resample_table(table, (3, 4), (3, 4)), table)
 
@@ -69,14 +69,14 @@ def perturbed(model, amount=1.0):
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 96), (32, 64)])
 def test_loading_at_another_size_equals_resampling_on_the_way(size):
-    model = perturbed(small()).eval()
-    other = small(image_size=size).eval()
+    model = perturbed(small()).double().eval()
+    other = small(image_size=size).double().eval()
     resampled = load_weights(other, model.state_dict())
     assert "stages.2.blocks.1.attention.psi.weight" in resampled
     assert "stages.0.position.table" in resampled
-    images = torch.randn(1, 3, *size)
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(other(images), model(images))
-    assert not torch.allclose(other(images), small(image_size=size).eval()(images))
+    assert not torch.allclose(other(images), small(image_size=size).double().eval()(images))
 
 
 @pytest.mark.parametrize("size", [384, (512, 768)])
@@ -113,8 +113,9 @@ def test_features_of_a_smoothly_enlarged_picture_stay_close(monkeypatch):
 
 
 def test_each_output_still_sums_the_same_weight_over_more_tokens():
-    weight = torch.eye(64) + torch.full((64, 64), 1 / 64)
-    torch.testing.assert_close(resample_map(weight, (8, 8), (16, 16)).sum(1), torch.full((256,), 2.0))
+    weight = torch.eye(64, dtype=torch.float64) + 1 / 64
+    total = resample_map(weight, (8, 8), (16, 16)).sum(1)
+    torch.testing.assert_close(total, torch.full_like(total, 2.0))
 
 
 def test_loading_names_every_tensor_that_does_not_fit_and_changes_nothing():

@@ -108,12 +108,12 @@ def published(library):
 def vit(request):
     torch.manual_seed(0)
     library, _, is_stand_in = request.param.partition("'")
-    return StandIn(library) if is_stand_in else published(library)
+    return (StandIn(library) if is_stand_in else published(library)).double()
 
 
-def pictures(vit, batch):
-    """What `vit` takes, for four patches."""
-    return torch.randn(batch, 4, 5) if isinstance(vit, StandIn) else torch.randn(batch, 3, 4, 4)
+def images_for(vit, batch):
+    """The input of `vit`: four patches an image."""
+    return torch.randn(batch, *((4, 5) if isinstance(vit, StandIn) else (3, 4, 4)), dtype=torch.float64)
 
 
 def attentions(vit):
@@ -123,7 +123,7 @@ def attentions(vit):
 
 def test_the_vanilla_blocks_compute_what_they_did(vit):
     changed = apply_less_attention(copy.deepcopy(vit), vanilla_blocks=2)
-    x = pictures(vit, 2)
+    x = images_for(vit, 2)
     outputs = []
     for model in (vit, changed):
         hook = layers(model)[1].register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -142,7 +142,7 @@ def test_later_blocks_equal_the_formula_with_the_trained_values_and_projection(v
     for index in (-2, -1):
         module = attentions(changed)[index]
         module.register_forward_hook(lambda module, args, output, i=index: seen.update({i: (args[0], output)}))
-    changed(pictures(vit, 2))
+    changed(images_for(vit, 2))
     joint = [(a.qkv.weight, a.qkv.bias) if hasattr(a, "qkv") else (a.in_proj_weight, a.in_proj_bias) for a in old]
 
     def heads(x):
@@ -160,7 +160,7 @@ def test_later_blocks_equal_the_formula_with_the_trained_values_and_projection(v
 
 def test_less_attention_blocks_lose_queries_and_keys_and_every_parameter_trains(vit):
     changed = apply_less_attention(vit, vanilla_blocks=1)
-    out = changed(pictures(vit, 2))
+    out = changed(images_for(vit, 2))
     (out * torch.randn_like(out)).sum().backward()
     for index, layer in enumerate(layers(changed)):
         names = {n.split(".")[1] for n, _ in layer.named_parameters() if n.startswith(("attn.", "self_attention."))}
@@ -175,7 +175,7 @@ def test_the_state_survives_a_round_trip(vit):
         for parameter in changed.parameters():
             parameter.normal_()
     twin.load_state_dict(changed.state_dict())
-    x = pictures(vit, 1)
+    x = images_for(vit, 1)
     assert torch.equal(changed(x), twin(x))
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_work_is_refused_by_name_and_changes_nothing(vit):
         with pytest.raises(ValueError, match="before"):
             apply_less_attention(changed, vanilla_blocks=again)
     assert attentions(changed) == before
-    tokens = torch.randn(1, TOKENS, WIDTH)
+    tokens = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="checkpointing"):
         layers(changed)[-1](tokens)
     before[2](tokens)
@@ -222,16 +222,16 @@ def test_heads_of_another_width_than_the_tokens_keep_their_values(vit):
     for block in vit.blocks:
         block.attn.qkv, block.attn.proj = nn.Linear(WIDTH, 3 * 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         block.attn.head_dim, block.attn.attn_dim = 2 * WIDTH // HEADS, 2 * WIDTH
-    trained = vit.blocks[-1].attn.qkv.weight[2 * 2 * WIDTH :]
+    trained = vit.double().blocks[-1].attn.qkv.weight[2 * 2 * WIDTH :]
     changed = apply_less_attention(vit, vanilla_blocks=2)
     assert torch.equal(changed.blocks[-1].attn.v.weight, trained)
-    assert changed(pictures(vit, 2)).isfinite().all()
+    assert changed(images_for(vit, 2)).isfinite().all()
 
 
 def test_no_scores_outlive_the_forward_pass(vit):
     """They would hold memory until the next step, and a network that holds them cannot be copied (for EMA, say)."""
     changed = apply_less_attention(vit, vanilla_blocks=2)
-    changed(pictures(vit, 2))
+    changed(images_for(vit, 2))
     assert {module.handover.scores for module in attentions(changed)[1:]} == {None}
     copy.deepcopy(changed)
 

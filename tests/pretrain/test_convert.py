@@ -1,6 +1,7 @@
-"""A hand-off as ONNX and torch.export files: the same numbers, all that is needed inside, whole or not there."""
+"""A hand-off as ONNX and torch.export files: the same numbers, all that is needed inside, complete or absent."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,11 @@ import torch
 from models import LaViT, create_model
 from pretrain import convert as door
 from pretrain.convert import METADATA, TOLERANCE, convert, main
-from pretrain.handoff.folder import load_handoff, write_handoff
+from pretrain.handoff.folder import HandoffConfig, load_handoff, write_handoff
 from pretrain.outcome import UserError
 
 NAMES = ["cat", "dög", "cow, calf"]
+FEW_BLOCKS = {"depths": (1, 1, 2, 1)}
 
 
 def hand_off(folder: Path, name: str, **options: Any) -> Path:
@@ -41,7 +43,7 @@ def hand_off(folder: Path, name: str, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hand_off(tmp_path_factory.mktemp("handoff") / "h", "lavit_micro")
+    return hand_off(tmp_path_factory.mktemp("handoff") / "h", "lavit_micro", **FEW_BLOCKS)
 
 
 def run_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -53,7 +55,7 @@ def run_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @torch.no_grad()
 def largest_difference(model: LaViT, forward: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int]) -> float:
-    """Over batches of 1 and 4; their logits must differ from picture to picture, or nothing is compared."""
+    """Over batches of 1 and 4; their logits must differ from image to image, or nothing is compared."""
     torch.manual_seed(1)
     differences = []
     for count in (1, 4):
@@ -65,48 +67,39 @@ def largest_difference(model: LaViT, forward: Callable[[torch.Tensor], torch.Ten
     return max(differences)
 
 
-@pytest.mark.parametrize("name", ["lavit_tiny", "lavit_small", "lavit_base"])
-def test_an_onnx_file_of_each_published_size_gives_torchs_logits(name: str, tmp_path: Path) -> None:
-    folder, out = hand_off(tmp_path / "h", name), tmp_path / "model.onnx"
-    done = convert(folder, out)
-    model, _ = load_handoff(folder)
-    assert done.size == (224, 224)
-    assert done.pictures == 10
-    assert done.difference <= TOLERANCE
-    assert largest_difference(model, run_onnx(out), (224, 224)) <= TOLERANCE
-    onnx.checker.check_model(out, full_check=True)
-
-
-def test_a_rectangle_mean_pooling_and_an_asked_opset_fit_together(tmp_path: Path) -> None:
-    """The file holds what was resampled once; torch resamples at every call."""
-    folder, out = hand_off(tmp_path / "h", "lavit_micro", pool="mean"), tmp_path / "model.onnx"
-    convert(folder, out, image_size=(64, 96), opset=18)
-    assert largest_difference(load_handoff(folder)[0], run_onnx(out), (64, 96)) <= TOLERANCE
-    assert {entry.domain: entry.version for entry in onnx.load(out).opset_import}[""] == 18
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_the_door_writes_the_same_numbers_and_what_is_needed_around_them(
-    suffix: str, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_onnx_file_of_another_size_and_opset_gives_torchs_logits_and_holds_what_is_needed_around_them(
+    micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = tmp_path / f"model{suffix}"
-    assert main([str(micro), str(written)]) == 0
+    """The file holds what was resampled once; torch resamples at every call."""
+    written = tmp_path / "model.onnx"
+    assert main([str(micro), str(written), "--image-size", "64", "96", "--opset", "18"]) == 0
     assert f"{written}: " in capsys.readouterr().out
     model, config = load_handoff(micro)
-    if suffix == ".onnx":
-        assert largest_difference(model, run_onnx(written), (32, 32)) <= TOLERANCE
-        found = {entry.key: json.loads(entry.value) for entry in onnx.load(written).metadata_props}
-    else:
-        extra = {METADATA: ""}
-        program = torch.export.load(written, extra_files=extra)
-        found = json.loads(extra[METADATA])
-        assert largest_difference(model, program.module(), (32, 32)) == 0
+    assert largest_difference(model, run_onnx(written), (64, 96)) <= TOLERANCE
+    content = onnx.load(written)
+    onnx.checker.check_model(written, full_check=True)
+    assert {entry.domain: entry.version for entry in content.opset_import}[""] == 18
+    check_metadata({entry.key: json.loads(entry.value) for entry in content.metadata_props}, config, [64, 96])
+    assert list(tmp_path.iterdir()) == [written]
+
+
+def test_a_program_of_torch_export_gives_the_same_bits_and_holds_what_is_needed_around_them(tmp_path: Path) -> None:
+    folder, written = hand_off(tmp_path / "h", "lavit_micro", pool="mean", **FEW_BLOCKS), tmp_path / "model.pt2"
+    done = convert(folder, written)
+    assert (done.size, done.pictures, done.difference) == ((32, 32), 10, 0)
+    model, config = load_handoff(folder)
+    extra = {METADATA: ""}
+    program = torch.export.load(written, extra_files=extra)
+    assert largest_difference(model, program.module(), (32, 32)) == 0
+    check_metadata(json.loads(extra[METADATA]), config, [32, 32])
+
+
+def check_metadata(found: dict[str, Any], config: HandoffConfig, size: list[int]) -> None:
     assert (found["class_names"], found["class_ids"]) == (NAMES, ["n1", "n2", "n3"])
     assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
-    assert found["image_size"] == [32, 32]
+    assert found["image_size"] == size
     assert found["weights_blake2"] == config.weights_blake2
     assert found["interpolation"] == "bicubic"
-    assert list(tmp_path.iterdir()) == [written]
 
 
 @pytest.mark.parametrize("harm", [1e-3, float("nan")])
@@ -164,8 +157,6 @@ def test_what_cannot_work_is_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert line.startswith("error: ")
-    import re
-
     assert re.search(message, line), line
     assert list(tmp_path.iterdir()) == []
 

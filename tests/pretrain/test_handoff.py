@@ -14,7 +14,16 @@ import yaml
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff, write_handoff
+from pretrain.handoff.folder import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    _digest_of_fields,
+    is_handoff,
+    load_handoff,
+    read_handoff,
+    write_handoff,
+)
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain.damage import cut
@@ -95,6 +104,16 @@ def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None
 def test_a_handoff_from_before_class_ids_and_its_own_digest_still_loads(copied: Path) -> None:
     change(copied, lambda config: config.pop("class_ids"), digest=False)
     assert load_handoff(copied)[1].class_ids is None
+
+
+def test_a_handoff_that_names_a_field_of_earlier_versions_still_loads(copied: Path, model: Any) -> None:
+    """With its digest: the fields it was written with are what is digested."""
+    config = json.loads((copied / CONFIG).read_text())
+    config["architecture"]["attention_kernel"] = "triton"
+    config["config_blake2"] = _digest_of_fields({key: value for key, value in config.items() if key != "config_blake2"})
+    (copied / CONFIG).write_text(json.dumps(config))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_handoff(copied)[0](images), model(images))
 
 
 def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path) -> None:

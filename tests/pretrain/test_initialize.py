@@ -78,7 +78,7 @@ def describe(folder: Path, recipe: Recipe, origin: Any, *, checkpoint: bool) -> 
 
 
 def test_the_trunk_comes_over_and_rows_of_known_classes_stay_theirs(handoff: Path, tmp_path: Path) -> None:
-    chosen = recipe(handoff, head_init_scale=0.5, overrides={"attention_kernel": "triton"})  # which changes no weight
+    chosen = recipe(handoff, head_init_scale=0.5, overrides={"attention_kernel": "triton"})  # removed, and ignored
     model, beginning = started(tmp_path, chosen, ["n04", "n99", "n02"])
     weights, fresh = read_handoff(handoff)[1], build_model(chosen, 3)
     for name, tensor in model.state_dict().items():
