@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from benchmarks.loops import trainer_run
 from numpy.typing import NDArray
 
+from benchmarks.trainer import trainer_run
 from data_pipeline.batch import Batch
 from pretrain import train
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
-from pretrain.run_folder import RunFolder
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import BATCH, CPU, micro_batches, recipe
 
@@ -30,7 +28,7 @@ class Cycle:
 
 
 class Loader:
-    """Made batches, as many as there are steps."""
+    """Random batches, as many as there are steps."""
 
     def __iter__(self) -> Iterator[Batch]:
         return micro_batches(BATCH, last=STEPS)
@@ -42,13 +40,14 @@ class Loader:
         pass
 
 
-def collections_of_a_run(control: dist.ProcessGroup, folder: Path) -> None:
-    chosen = recipe().model_copy(update={"log_every_steps": EVERY})
-    resolved = resolve_deepspeed_config(
-        {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": 0}},
-        world_size=1, state_bytes=0, has_bf16_gpu=False,
-    )  # fmt: skip
-    run = trainer_run(chosen, resolved, Loader(), RunFolder(folder), device=CPU, control=control)
+def collections_of_a_run(control: dist.ProcessGroup, folder: Path, digits: Path) -> None:
+    chosen = recipe()
+    data = chosen.data.model_copy(update={"path": digits})
+    chosen = chosen.model_copy(update={"log_every_steps": EVERY, "data": data})
+    changes = {"train_batch_size": BATCH, "zero_optimization": {"stage": 0}}
+    run = trainer_run(chosen, changes, folder, CPU, control)
+    run.train_loader.close()
+    run.train_loader = Loader()
     within, between, cycles = [0] * STEPS, 0, []
     original, in_step = train.train_step, False
 
@@ -92,6 +91,6 @@ def collections_of_a_run(control: dist.ProcessGroup, folder: Path) -> None:
 
 
 def test_after_the_first_step_nothing_is_collected_within_a_step_and_all_of_it_with_the_next_line_of_metrics(
-    tmp_path: Path,
+    tmp_path: Path, digits: Path
 ) -> None:
-    run_ranks(1, collections_of_a_run, tmp_path)
+    run_ranks(1, collections_of_a_run, tmp_path / "run", digits)
