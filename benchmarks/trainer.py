@@ -45,7 +45,6 @@ from pretrain.train import train
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 10
-FOREVER = 10**9
 Contestant = tuple[str, int | None, bool]
 """Mode, ZeRO stage (None: the bare loop), whether weights are in bf16."""
 
@@ -129,7 +128,7 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Re
         "mixing": {"label_smoothing": 0.1}, "loss": {"diagonality_weight": 0.01}, "optimizer": {"lr": 1e-3},
         "model": {"name": options.model, "overrides": {"drop_path": 0.1}, "compile": compiled},
         "schedule": {"epochs": 1e6, "warmup_epochs": 1}, "evaluation": {"every_epochs": 1e6},
-        "checkpoint": {"every_steps": FOREVER},
+        "checkpoint": {"every_steps": 10**9},
     }  # fmt: skip
     return validate_recipe(content, "benchmark")
 

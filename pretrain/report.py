@@ -20,8 +20,7 @@ from pretrain.files import json_lines, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
 SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
-POINTS = 4_000
-MARKS = 1_000
+POINTS, MARKS = 4_000, 1_000
 """Points at which a curve is thinned by half, and events of one kind that are drawn."""
 FIRST_PANELS = ("train: loss", "eval: top1", "eval: loss", "train: lr", "train: grad_norm", "train: images_per_second")
 COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", "top1", "handoff_top1", "seconds",
