@@ -239,6 +239,7 @@ def test_a_source_that_vanishes_is_one_clear_line(folder, tmp_path, monkeypatch,
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
     """What is held per picture is the table; the pictures themselves pass through in units."""
     big, used = jpeg(1, (1200, 1200), quality=100), {}

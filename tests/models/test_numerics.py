@@ -39,6 +39,7 @@ def test_a_row_of_the_batch_does_not_depend_on_the_others():
     torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", ["none", "all"])
 def test_captured_without_a_graph_break_it_gives_the_same_outputs_and_gradients(checkpointed):
     """What torch.compile captures, run operation by operation, in training and evaluation, at any size."""

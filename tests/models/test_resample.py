@@ -102,6 +102,7 @@ def moved_by_enlarging(seed):
     return torch.stack([(a - b).norm() / (a - c).norm() for a, b, c in means])
 
 
+@pytest.mark.slow
 def test_features_of_a_smoothly_enlarged_picture_stay_close(monkeypatch):
     """Measure: `moved_by_enlarging`, the median of seven random networks. With Psi and Theta not resampled but left at
     the identity the last stage moves by 0.4, with position embeddings dropped by 0.8."""

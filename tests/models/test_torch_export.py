@@ -5,6 +5,7 @@ import torch
 from tests.models.test_lavit import shaken
 
 
+@pytest.mark.slow
 def test_the_program_gives_the_same_bits_for_any_batch_and_decomposes():
     """Traced strictly; `pretrain.convert`, which does not, has tests of its own. Stage 2 begins with a fused block that
     has a mask, as in the published sizes."""

@@ -67,6 +67,7 @@ def largest_difference(model: LaViT, forward: Callable[[torch.Tensor], torch.Ten
     return max(differences)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_of_another_size_and_opset_gives_torchs_logits_and_holds_what_is_needed_around_them(
     micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def partitions_come_together(control: dist.ProcessGroup, theirs: Any) -> None:
     assert calls == [1], "DeepSpeed gathers its partitions another way now"
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_as_deepspeed_does() -> None:
     from deepspeed.runtime.utils import all_gather_dp_groups
 

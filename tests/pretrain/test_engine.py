@@ -32,6 +32,7 @@ def compiled_equals_eager(control: dist.ProcessGroup, backend: str) -> None:
         assert_equal(f"compiled at stage {stage}", mine, plain, loss=5e-6, weights=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_training() -> None:
     """What torch.compile captures, run operation by operation; `tests/system` has the compiled kernels."""
     run_ranks(1, compiled_equals_eager, "aot_eager")
@@ -62,6 +63,7 @@ def no_graph_has_open_shapes(control: dist.ProcessGroup) -> None:
     assert graphs == [[]] * 4
 
 
+@pytest.mark.slow
 def test_a_compiled_networks_shapes_are_static_whatever_came_first() -> None:
     run_ranks(1, no_graph_has_open_shapes)
 
@@ -111,6 +113,7 @@ def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_trains_with_deterministic_operations_only() -> None:
     run_ranks(2, functools.partial(deterministic_twice, stage=1))
 

@@ -215,5 +215,6 @@ def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder
             assert torch.equal(piece.view("average", pieces.optimizer), whole), (stage, piece.name)
 
 
+@pytest.mark.slow
 def test_all_ranks_have_them_at_every_stage_though_one_reads_them(handoff: Path, tmp_path: Path) -> None:
     run_ranks(2, every_rank_begins_with_them, str(handoff), tmp_path)

@@ -49,6 +49,7 @@ def batches_on_device(steps: int) -> list[Batch]:
     ]
 
 
+@pytest.mark.slow
 def test_no_step_lets_the_host_wait_for_its_device_at_any_stage_and_precision() -> None:
     on_stand_in(no_step_waits)
 

@@ -15,7 +15,6 @@ from pretrain.outcome import ExitCode
 from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, ROOT, changes
 
-pytestmark = pytest.mark.slow
 TOTALS = ("top1", "top5", "loss", "samples")
 Train = Callable[..., Path]
 
@@ -69,7 +68,7 @@ def in_training(run: Path) -> dict[str, Any]:
     return read_metrics(run / "metrics.jsonl", "eval_average")[-1]
 
 
-@pytest.mark.parametrize("run", ["alone", "sharded"])
+@pytest.mark.parametrize("run", ["alone", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     run: str, digits: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -80,6 +79,7 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
 
 
+@pytest.mark.slow
 def test_the_handoff_of_two_ranks_at_zero_3_is_that_of_one_rank_but_for_rounding(alone: Path, sharded: Path) -> None:
     one, two = (load_file(run / "handoff/model.safetensors") for run in (alone, sharded))
     assert one.keys() == two.keys()
@@ -94,6 +94,7 @@ def test_the_handoff_of_two_ranks_at_zero_3_is_that_of_one_rank_but_for_rounding
     assert first["class_ids"] == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.slow
 def test_a_handoff_trained_in_bf16_equals_its_training_exactly_in_bf16_and_says_fp32_otherwise(
     train: Train, digits: Path
 ) -> None:
