@@ -1,33 +1,47 @@
-"""The door to planning: ``python -m pretrain.plan --recipe recipes/demo.yaml --gpus 32``."""
+"""Estimate memory and time of a run: ``python -m pretrain.plan --recipe recipes/demo.yaml --gpus 32``."""
 
 import argparse
+import copy
 import dataclasses
-import difflib
 import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
+from models.cost import count_macs, count_parameters
 from pretrain.arguments import add_run_arguments
+from pretrain.check import architecture, checkpoint_bytes, resolve_for
 from pretrain.devices import DEVICES
 from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.precision import input_dtype
+from pretrain.engine.schedule import count_steps
+from pretrain.memory_estimate import Engine, MemoryEstimate, as_booleans
+from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError
-from pretrain.planning.advice import limits
-from pretrain.planning.estimate import Estimate, Outlook, Request, make_estimate, with_failures
-from pretrain.planning.report import assumptions, show
-from pretrain.recipe import load_recipe
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.time_estimate import communicated_bytes, read_benchmark
 
 DESCRIPTION = """\
-Say what a run will need and cost before it starts: steps, memory, time, checkpoints, data; what limits it and what to
-change. No GPU is needed. Nothing is guessed in silence: what was not measured is said to be, or is an option.
+Estimate what a run needs before it starts: steps, memory, time, checkpoints. No GPU is needed. What is neither counted
+nor measured is an option, and is printed as an assumption.
 
   python -m pretrain.plan --recipe recipes/demo.yaml --gpus 32
-  python -m pretrain.plan --recipe recipes/demo.yaml --gpus 8 --gpu a100 --mfu 0.3 --simulate-failures
+  python -m pretrain.plan --recipe recipes/demo.yaml --gpus 8 --gpu a100 --mfu 0.3
 """
+BYTES_PER_IMAGE = 115_000
+"""Assumed where the dataset is not there: ImageNet-1k's training archive has 147.9 GB for 1,281,167 images."""
+PREFIXES = ("none", "stage 1", "stages 1-2", "stages 1-3", "all")
+"""First stages whose activations are recomputed: these keep most of them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,134 +49,218 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def _number(kind: Callable[[str], float], below: float = math.inf) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0 and {below:g}")
+        return value
+
+    return number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Raises:
-        UserError: it does not make sense.
+        UserError: an option is unknown, missing, or out of its range.
     """
     parser = _Parser(
         prog="python -m pretrain.plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    run = parser.add_argument_group("the run (as for pretrain/main.py)")
-    add_run_arguments(run)
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--gpus", type=int, required=True, help="how many")
-    where.add_argument("--gpu", default="h100", help=f"which: {', '.join(DEVICES)} (default: h100)")
-    where.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
-    where.add_argument("--node-gbit", type=float, default=400.0, metavar="GBIT",
-                       help="network of a node, Gb/s one way (default: 400, an assumption)")  # fmt: skip
-    where.add_argument("--headroom", type=float, default=0.1, metavar="SHARE",
-                       help="of a GPU's memory, kept for what is no tensor (default: 0.1, an assumption)")  # fmt: skip
-    data = parser.add_argument_group("data, where the dataset is not there")
-    data.add_argument("--images", type=int, help="of the training split")
-    data.add_argument("--classes", type=int)
-    data.add_argument("--bytes-per-image", type=float, help="on disk")
-    fast = parser.add_argument_group("how fast")
-    fast.add_argument("--benchmark", type=Path, metavar="FILE",
-                      help="result of python -m benchmarks on this kind of GPU")  # fmt: skip
-    fast.add_argument("--mfu", type=float, help="assume this share of the peak where nothing was measured")
-    fast.add_argument("--storage", type=float, metavar="GB/S", help="what storage gives all GPUs together")
-    fast.add_argument("--measure-storage", action="store_true", help="read shards for some seconds to see")
-    fail = parser.add_argument_group("failures")
-    fail.add_argument("--simulate-failures", action="store_true", help="play the run through with failures")
-    fail.add_argument("--mtbf-hours-per-gpu", type=float, default=50_000.0, metavar="HOURS",
-                      help="mean time between failures of a GPU and its part of a node (default: 5e4)")  # fmt: skip
-    fail.add_argument("--restart-minutes", type=float, default=10.0, metavar="MINUTES",
-                      help="from a failure to the next step (default: 10, an assumption)")  # fmt: skip
-    fail.add_argument("--save-seconds", type=float, default=1.0, metavar="SECONDS",
-                      help="what a checkpoint takes from training (default: 1, an assumption)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the plan for programs")
-    options = parser.parse_args(arguments)
-    _check(options)
-    return options
+    count, number, share = _number(int), _number(float), _number(float, below=1)
+    add_run_arguments(parser.add_argument_group("the run (as for pretrain/main.py)"))
+    add = parser.add_argument_group("where it runs").add_argument
+    add("--gpus", type=count, required=True, help="number of GPUs")
+    add("--gpu", choices=DEVICES, default="h100", help="default: h100")
+    add("--gpus-per-node", type=count, default=8, help="default: 8")
+    add("--node-gbit", type=number, default=400.0, help="network of a node, Gb/s one way (default: 400, an assumption)")
+    add("--headroom", type=share, default=0.1, help="share of memory for what is no tensor (default: 0.1, assumed)")
+    add = parser.add_argument_group("data, where the dataset is not there").add_argument
+    add("--images", type=count, help="of the training split")
+    add("--classes", type=count)
+    add("--bytes-per-image", type=number, help="on disk")
+    add = parser.add_argument_group("time").add_argument
+    add("--benchmark", type=Path, metavar="FILE", help="result of python -m benchmarks on this kind of GPU")
+    add("--mfu", type=share, help="assume this share of the GPU's peak where nothing was measured")
+    add(
+        "--mtbf-hours-per-gpu", type=number, default=50_000.0, help="mean time between failures (default: 5e4, assumed)"
+    )
+    add("--save-seconds", type=number, default=1.0, help="what a checkpoint takes from training (default: 1, assumed)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser.parse_args(arguments)
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.gpu not in DEVICES:
-        near = difflib.get_close_matches(options.gpu.lower(), DEVICES, n=1, cutoff=0.4)
-        raise UserError(
-            f"--gpu {options.gpu}: its peaks are not known here" + (f" (did you mean {near[0]}?)" if near else "")
-            + f"; there are: {', '.join(DEVICES)}"
-        )  # fmt: skip
-    least = {"gpus": 1, "gpus_per_node": 1, "images": 1, "classes": 1}
-    for name, value in least.items():
-        given = getattr(options, name)
-        if given is not None and given < value:
-            raise UserError(f"--{name.replace('_', '-')} {given}: must be at least {value}")
-    for name in ("bytes_per_image", "mfu", "storage", "mtbf_hours_per_gpu", "node_gbit"):
-        given = getattr(options, name)
-        if given is not None and not given > 0:
-            raise UserError(f"--{name.replace('_', '-')} {given:g}: must be positive")
-    for name in ("restart_minutes", "save_seconds"):
-        if not 0 <= getattr(options, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name):g}: must not be negative")
-    if options.mfu is not None and options.mfu > 1:
-        raise UserError(f"--mfu {options.mfu:g}: it is a share of the peak, between 0 and 1")
-    if not 0 <= options.headroom < 1:
-        raise UserError(f"--headroom {options.headroom:g}: it is a share of the memory, from 0 to below 1")
-    if options.storage is not None and options.measure_storage:
-        raise UserError("--storage says what --measure-storage would find out: give one of them")
-
-
-def plan(options: argparse.Namespace) -> tuple[Estimate, tuple[Outlook, ...]]:
-    """Make the plan.
+def make_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Work everything out; takes some seconds. Bytes and seconds, where a key does not say otherwise.
 
     Raises:
         UserError: what is wrong, in one line.
     """
-    recipe = load_recipe(options.recipe, options.assignments)
-    fields = {field.name for field in dataclasses.fields(Request)} - {"recipe", "deepspeed", "device", "storage"}
-    request = Request(
-        recipe=recipe,
-        deepspeed=read_deepspeed_config(options.deepspeed_config, recipe.deepspeed),
-        device=DEVICES[options.gpu],
-        storage=None if options.storage is None else 1e9 * options.storage,
-        **{name: getattr(options, name) for name in fields},
+    recipe, device, gpus = load_recipe(options.recipe, options.assignments), DEVICES[options.gpu], options.gpus
+    data = _data(recipe, options)
+    config = architecture(recipe, data["classes"])
+    parameters, macs = count_parameters(config), count_macs(config)
+    deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
+    of_gpus = {"parameters": parameters, "world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
+    resolved = resolve_for(recipe, deepspeed, **of_gpus)
+    batch, capacity = resolved.batch, device.memory * (1 - options.headroom)
+    measured = options.benchmark and read_benchmark(options.benchmark, device, config, recipe, resolved)
+    rows, refused = list[dict[str, Any]](), list[str]()
+    for stage in range(4):
+        changed = copy.deepcopy(deepspeed)
+        changed.setdefault("zero_optimization", {})["stage"] = stage
+        try:
+            at_stage = resolve_for(recipe, changed, **of_gpus)
+        except UserError as error:
+            refused.append(f"ZeRO {stage}: {error}")
+            continue
+        estimate = MemoryEstimate(recipe, at_stage, config, gpu=True, loader_batches=recipe.data.prefetch)
+        rows += _rows(estimate, recipe, capacity, chosen=stage == resolved.stage)
+    dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
+    peak = device.peak(dtype) / model_flops_per_image(macs)
+    rate = measured["images_per_s"] if measured else options.mfu and options.mfu * peak
+    steps = count_steps(recipe.schedule, epoch_size=data["images"], global_batch=batch.global_batch)
+    link = device.link if gpus <= options.gpus_per_node else min(device.link, options.node_gbit * 1e9 / 8)
+    communication = communicated_bytes(Engine(recipe, resolved), parameters) / link
+    compute = rate and batch.global_batch / gpus / rate
+    step, mtbf = compute and compute + communication, 3600 * options.mtbf_hours_per_gpu / gpus
+    interval = math.sqrt(2 * options.save_seconds * mtbf)  # Young (1974), the first order of Daly (2006)
+    return {
+        "name": recipe.name, "model": recipe.model.name, "gpu": device.name, "parameters": parameters, "macs": macs,
+        "data": data, "epochs": recipe.schedule.epochs, "steps": steps, "batch": dataclasses.asdict(batch),
+        "stage": resolved.stage, "precision": resolved.precision, "notes": resolved.notes,
+        "capacity": capacity, "memory": rows, "refused": refused, "measured": measured,
+        "images_per_s_per_gpu": rate, "images_per_s_per_gpu_at_peak": peak, "compute": compute,
+        "communication": communication, "step": step, "hours": step and steps * step / 3600,
+        "hours_at_peak": steps * batch.global_batch / gpus / peak / 3600,
+        "checkpoint_bytes": checkpoint_bytes(recipe, parameters), "every_steps": recipe.checkpoint.every_steps,
+        "mtbf": mtbf, "best_interval": interval, "best_steps": step and max(1, round(interval / step)),
+        "assumptions": [*_assumptions(options, measured)],
+    }  # fmt: skip
+
+
+def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    images, classes, size = options.images, options.classes, options.bytes_per_image
+    source = f"given; bytes per image {'given' if size else 'assumed'}"
+    if not (images and classes):
+        try:
+            split = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
+        except DataError as error:
+            raise UserError(f"{error}; or plan without it: --images N --classes N [--bytes-per-image N]") from None
+        images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
+        size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
+    return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
+
+
+def _rows(estimate: MemoryEstimate, recipe: Recipe, capacity: float, *, chosen: bool) -> Iterator[dict[str, Any]]:
+    """Memory at every recomputation policy, at the ZeRO stage of the estimate, which is ``chosen`` or not."""
+    own = as_booleans(recipe.model.activation_checkpointing)
+    policies = {tuple(stage < count for stage in range(4)): name for count, name in enumerate(PREFIXES)}
+    policies.setdefault(own, "the recipe's")
+    for policy, name in policies.items():
+        memory = estimate.memory(policy)
+        yield {
+            "zero_stage": estimate.engine.stage, "recomputed": name, "precision": estimate.precision,
+            **dataclasses.asdict(memory), "total": memory.total, "fits": memory.total <= capacity,
+            "largest_micro_batch": estimate.largest_micro_batch(policy, capacity),
+            "chosen": chosen and policy == own,
+        }  # fmt: skip
+
+
+def _assumptions(options: argparse.Namespace, measured: dict[str, Any] | None) -> Iterator[str]:
+    """What was not measured."""
+    device = DEVICES[options.gpu]
+    yield (
+        f"Memory: tensors are counted, not measured on a GPU. {options.headroom:.0%} of {device.memory / 1e9:.0f} GB "
+        "(--headroom) is left for CUDA context, NCCL, DALI, fragmentation. Operators are those of a CPU."
     )
-    estimate = make_estimate(request)
-    return estimate, with_failures(estimate) if request.simulate_failures else ()
+    yield (
+        f"Communication: {device.link / 1e9:.0f} GB/s between the {options.gpus_per_node} GPUs of a node, "
+        f"{options.node_gbit:g} Gb/s between nodes (--node-gbit), rings, nothing hidden behind computing."
+    )
+    yield (
+        f"Failures: one in {options.mtbf_hours_per_gpu:,.0f} GPU-hours (--mtbf-hours-per-gpu; Llama 3 on 16,384 H100: "
+        f"one in 50,700), {options.save_seconds:g} s of training lost to a checkpoint (--save-seconds)."
+    )
+    if options.benchmark and not measured:
+        yield f"--benchmark {options.benchmark}: was measured on another device, and is not used."
+    if measured and measured["differs"]:
+        yield f"Speed: not measured as planned: {', '.join(measured['differs'])}."
+    elif not measured and options.mfu:
+        yield f"Speed: ASSUMED, an MFU of {options.mfu:.0%} (--mfu), not measured on this GPU."
+    elif not measured:
+        yield "Speed: not measured on this GPU. No run reaches the peak. Give --benchmark FILE, or assume --mfu."
 
 
-def as_json(estimate: Estimate, outlooks: tuple[Outlook, ...]) -> str:
-    """The plan as one JSON object; bytes, seconds and hours as the fields of ``Estimate`` say."""
-    content: dict[str, Any] = {
-        field.name: getattr(estimate, field.name)
-        for field in dataclasses.fields(estimate)
-        if field.name not in {"request", "rows"}
-    }
-    content["gpu"] = estimate.request.device
-    content["memory"] = [
-        {
-            "zero_stage": row.stage, "recomputed": row.policy, "precision": row.precision, **row.memory.parts(),
-            "total": row.memory.total, "host": row.memory.host, "peak_in": row.memory.peak.phase, "fits": row.fits,
-            "largest_micro_batch": row.largest, "chosen": row.chosen,
-        }
-        for row in estimate.rows
-    ]  # fmt: skip
-    rate = estimate.speed.believed
-    content["hours"] = None if rate is None else estimate.hours_at(rate)
-    content["least_hours"] = estimate.hours_at(estimate.speed.bound)
-    content["failures"] = outlooks
-    content["limited_by"], content["change"] = limits(estimate)
-    content["assumptions"] = assumptions(estimate)
-    return json.dumps(content, indent=2, default=dataclasses.asdict)
+def show(plan: dict[str, Any], console: Console) -> None:
+    """Print a plan as tables."""
+    batch, data, gib = plan["batch"], plan["data"], 2**30
+    cut = f"{batch['world_size']} GPUs x micro-batch {batch['micro_batch']} x {batch['accumulation']} accumulated"
+    best = f"{_duration(plan['best_interval'])}{' = {best_steps:,} steps'.format(**plan) if plan['step'] else ''}"
+    saved = f"{plan['checkpoint_bytes'] / 1e9:.2f} GB each, every {plan['every_steps']:,} steps"
+    table = Table.grid(padding=(0, 2))
+    for name, *lines in (
+        ("model", f"{plan['model']}, {plan['parameters']:,} parameters, {plan['macs'] / 1e9:.2f} GMAC per image"),
+        ("data", f"{data['images']:,} images, {data['classes']:,} classes ({data['source']})"),
+        ("length", f"{plan['epochs']:g} epochs, {plan['steps']:,} steps"),
+        ("batch", f"{batch['global_batch']} = {cut}"),
+        ("engine", f"ZeRO {plan['stage']}, {plan['precision']}", *plan["notes"]),
+        ("time", *_time(plan)),
+        ("checkpoints", saved, f"Young/Daly: every {best}, with a failure every {_duration(plan['mtbf'])}"),
+    ):
+        table.add_row(name, Text("\n".join(lines)))
+    console.print(f"Plan of {plan['name']} on {batch['world_size']} x {plan['gpu']}", "", table, sep="\n")
+    title = f"\nGiB of one GPU at micro-batch {batch['micro_batch']}; {plan['capacity'] / gib:.1f} may be used"
+    numbers = (Column(name, justify="right") for name in ("total", "fits up to"))
+    table = Table("ZeRO", "recomputed", "in", *numbers, "", title=title, title_justify="left", box=None)
+    for row in plan["memory"]:
+        mark = "<- recipe" * row["chosen"] + " too much" * (not row["fits"])
+        mark += f" + {row['host'] / gib:.2f} on the host" if row["host"] else ""
+        total, largest = f"{row['total'] / gib:.2f}", str(row["largest_micro_batch"])
+        table.add_row(str(row["zero_stage"]), row["recomputed"], row["precision"], total, largest, mark)
+    console.print(table, *map(Text, plan["refused"]), sep="\n")
+    console.print("\nAssumptions", *map(Text, plan["assumptions"]), sep="\n- ")
+
+
+def _time(plan: dict[str, Any]) -> list[str]:
+    measured, rate, step = plan["measured"], plan["images_per_s_per_gpu"], plan["step"]
+    if not rate:
+        return [f"not measured; at 100 % of the peak no less than {_duration(3600 * plan['hours_at_peak'])}"]
+    source = "ASSUMED"
+    if measured:
+        source = "measured, but not as planned: " if measured["differs"] else "measured: "
+        source += "{file}; {device}; {conditions}".format(**measured)
+    compute = f"compute {1e3 * plan['compute']:.1f} ms + communication {1e3 * plan['communication']:.1f} ms per step"
+    reading = plan["batch"]["global_batch"] * plan["data"]["bytes_per_image"] / step
+    return [
+        f"{_duration(3600 * plan['hours'])}, {plan['hours'] * plan['batch']['world_size']:,.1f} GPU-hours",
+        f"{rate:,.0f} images/s per GPU, {rate / plan['images_per_s_per_gpu_at_peak']:.0%} of the peak ({source})",
+        f"{compute}, efficiency {plan['compute'] / step:.0%}; reading {reading / 1e9:.2f} GB/s",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, length, from_ in (("days", 86400, 2 * 86400), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= from_:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a plan."""
-    # DeepSpeed checks its own sections; on a machine without GPUs it says so on the output unless it is told first.
+    # DeepSpeed checks its own sections; on a machine without GPUs it prints a warning unless this is set.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         options = parse_arguments(arguments)
-        estimate, outlooks = plan(options)
+        plan = make_plan(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN
     if options.json:
-        print(as_json(estimate, outlooks))  # noqa: T201
+        print(json.dumps(plan, indent=2))  # noqa: T201
     else:
-        show(estimate, outlooks, Console(highlight=False))
+        show(plan, Console(highlight=False))
     return ExitCode.FINISHED
 
 

@@ -1,5 +1,6 @@
 """A LaViT goes through torch.export, with any batch size, and decomposes into plain operations."""
 
+import pytest
 import torch
 
 from tests.models.test_lavit import shaken
