@@ -62,7 +62,7 @@ class NetworkTrace:
     """
 
     def __init__(self, config: LaViTConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
-        self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu)
+        self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu and precision == "bf16 autocast")
         self.names, sizes, _ = self._trace("none", TRACED[0])
         """Parameters in the order in which their gradients arrive."""
         self.elements = np.array(sizes)
@@ -151,7 +151,7 @@ def trace(
         for stage in model.stages:
             stage.register_forward_pre_hook(lambda *_: held.append(tracker.live))
             stage.register_forward_hook(stage_ended)
-        if gpu and autocast:
+        if gpu:
             for module in (model, *(block for stage in model.stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
                 module.forward = functools.partial(_as_on_gpu, module.forward)

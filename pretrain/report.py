@@ -20,8 +20,8 @@ from pretrain.files import json_lines, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
 SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
-POINTS, MARKS = 4_000, 1_000
-"""Points at which a curve is thinned by half, and events of one kind that are drawn."""
+POINTS, MARKS = 4_000, 1_000  # at which a curve is thinned by half; events of one kind that are drawn
+CHART = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
 FIRST_PANELS = ("train: loss", "eval: top1", "eval: loss", "train: lr", "train: grad_norm", "train: images_per_second")
 COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", "top1", "handoff_top1", "seconds",
            "images_per_second")  # fmt: skip
@@ -204,7 +204,7 @@ def render(runs: list[Run]) -> str:
             legend_y=-0.25, margin={"l": 60, "r": 10, "t": 50, "b": 40}, xaxis_title="images seen",
             xaxis_range=[0, last],
         )  # fmt: skip
-        return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+        return str(figure.to_html(full_html=False, include_plotlyjs=False, config=CHART))
 
     charts, marks = [], []
     for title, lines in panels(runs).items():

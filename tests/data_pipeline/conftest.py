@@ -1,24 +1,17 @@
-"""Datasets that several tests read; each is built once."""
+"""Datasets that several tests read."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
-from tests.data_pipeline.photographs import built
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    dest = tmp_path_factory.mktemp("data") / "digits"
-    assert build(["digits", str(dest), "--workers", "1"]) == 0
-    return dest
+from tests.data_pipeline.images import photographs
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return built(tmp_path_factory.mktemp("photos"))
+    return photographs(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
@@ -29,3 +22,9 @@ def train(digits: Path) -> Dataset:
 @pytest.fixture
 def val(digits: Path) -> Dataset:
     return Dataset.open(digits, "val")
+
+
+@pytest.fixture
+def copy(digits: Path, tmp_path: Path) -> Path:
+    """The digits, to be damaged."""
+    return Path(shutil.copytree(digits, tmp_path / "digits"))

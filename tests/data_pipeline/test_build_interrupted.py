@@ -20,8 +20,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.sources.folder import Folder
 from data_pipeline.verify import main as verify
+from tests.data_pipeline.images import jpeg
 from tests.data_pipeline.killed_builds import contents
-from tests.data_pipeline.pictures import jpeg
 
 # Small units and shards, so that there is much to be interrupted in, and slow enough to be hit in the middle.
 SCRIPT = """

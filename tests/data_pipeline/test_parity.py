@@ -21,7 +21,8 @@ from data_pipeline.transforms import (
     RandomErasingConfig,
     RandomResizedCropConfig,
 )
-from tests.data_pipeline.photographs import CPU, PLAIN, difference, originals, trained
+from tests.data_pipeline.datasets import CPU
+from tests.data_pipeline.images import PLAIN, difference, originals, trained
 
 PILLOW = {
     "bilinear": Image.Resampling.BILINEAR,

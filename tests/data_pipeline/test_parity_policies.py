@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from data_pipeline import auto_augment
 from data_pipeline.draws import Draws
 from data_pipeline.transforms import AugmentConfig, RandAugmentConfig
-from tests.data_pipeline.photographs import trained
+from tests.data_pipeline.images import trained
 
 SIZE = (120, 90)
 RAND = AugmentConfig(rand_augment=RandAugmentConfig(operations=1))

@@ -12,7 +12,7 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
 from data_pipeline import resize
-from tests.data_pipeline.photographs import originals
+from tests.data_pipeline.images import originals
 from tests.data_pipeline.test_parity import PILLOW
 
 SIZES = [(96, 96), (128, 64), (40, 300), (500, 700)]

@@ -11,7 +11,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Reader
 from data_pipeline.sources import imagenet21k as source_21k
 from data_pipeline.verify import main as verify
-from tests.data_pipeline.pictures import imagenet_1k, imagenet_21k, jpeg, tar
+from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
 
 
 def stored(folder: Path, split: str) -> dict[bytes, str]:

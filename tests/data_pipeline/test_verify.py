@@ -9,7 +9,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.verify import main as verify
 from data_pipeline.verify import verify as problems_of
-from tests.data_pipeline.pictures import jpeg
+from tests.data_pipeline.images import jpeg
 
 
 @pytest.fixture

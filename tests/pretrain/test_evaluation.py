@@ -27,7 +27,7 @@ from pretrain.evaluation.confusion_picture import confusion_of_worst, draw_confu
 from pretrain.evaluation.report import Verdicts, calibration, class_table
 from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff, write_handoff
 from pretrain.outcome import ExitCode, UserError
-from tests.data_pipeline.pictures import jpeg
+from tests.data_pipeline.images import jpeg
 from tests.pretrain.ranks import start_ranks
 
 CPU = torch.device("cpu")

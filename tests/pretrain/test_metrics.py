@@ -1,5 +1,6 @@
 import json
 import time
+import tracemalloc
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,33 @@ def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -
     write(tmp_path, 4, 4, resumed_at=3)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["samples_seen"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) -> None:
+    write(tmp_path, 1, 8, resumed_at=0)
+    jsonl = tmp_path / "metrics.jsonl"
+    content, inode = jsonl.read_bytes(), jsonl.stat().st_ino
+    write(tmp_path, 9, 8, resumed_at=8)
+    assert (jsonl.read_bytes(), jsonl.stat().st_ino) == (content, inode)
+    jsonl.write_bytes(content[:-1])  # cut between the line and its end
+    write(tmp_path, 9, 9, resumed_at=8)
+    assert [row["samples_seen"] for row in read_metrics(jsonl)] == [*range(1, 10)]
+    lines = jsonl.read_bytes().splitlines(keepends=True)
+    jsonl.write_bytes(b"".join([*lines[:3], b'{"kind": "train", "samp', *lines[3:], b'{"samples_seen": 9}\n']))
+    write(tmp_path, 9, 8, resumed_at=8)
+    assert jsonl.read_bytes() == b"".join([*lines[:3], *lines[4:8]])  # without the line that was cut and its successor
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
+    jsonl = tmp_path / "metrics.jsonl"
+    jsonl.write_text("".join(f'{{"kind": "train", "samples_seen": {n}, "loss": {n / 7}}}\n' for n in range(200_000)))
+    tracemalloc.start()
+    MetricsWriter(jsonl, tmp_path / "tensorboard", samples_seen=150_000, done={"eval": 0}).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6  # bytes; the file has 12e6
+    assert read_metrics(jsonl)[-1]["samples_seen"] == 150_000
 
 
 def board_points(folder: Path) -> dict[str, list[int]]:

@@ -113,6 +113,7 @@ def test_names_from_data_stay_text_and_nothing_is_loaded(tmp_path: Path) -> None
     loaded = {"src", "href", "srcset", "data", "action"}
     sources = [attributes[name] for _, attributes in shown.elements for name in loaded & attributes.keys()]
     assert all(source is not None and source.startswith("data:") for source in sources)
+    assert '"showSendToCloud": false' in page, "a chart could be uploaded by a click"
     (policy,) = [a["content"] for tag, a in shown.elements if tag == "meta" and "http-equiv" in a]
     assert policy is not None
     assert policy.startswith("default-src 'none'")
