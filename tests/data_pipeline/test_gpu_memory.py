@@ -11,7 +11,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import InputConfig
-from tests.data_pipeline.test_damage import spoil_scan
+from tests.data_pipeline.datasets import spoil_scan
 
 FULL = {
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),

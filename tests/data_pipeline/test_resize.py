@@ -1,8 +1,5 @@
 """Resizing as on a GPU (by DALI) and as on a CPU (by torch), both here, against Pillow on real photographs."""
 
-import subprocess
-import sys
-import textwrap
 from functools import partial
 from itertools import repeat
 
@@ -56,26 +53,6 @@ def test_a_pixel_of_a_picture_depends_on_that_picture_alone(photos):
     together = resized("torch", images, SIZES[:1], "bicubic")
     alone = [resized("torch", [image], SIZES[:1], "bicubic")[0] for image in images]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=False))
-
-
-def test_a_process_that_ends_with_batches_on_their_way_ends(photos):
-    code = f"""
-        import torch
-        from data_pipeline.dataset import Dataset
-        from data_pipeline.loader import TrainLoader
-        from data_pipeline.transforms import InputConfig
-        config = InputConfig(path={str(photos.path)!r}, image_size=224, threads=2, prefetch=3)
-        loader = TrainLoader(Dataset.open(config.path, "train"), config, seed=0, global_batch=6, micro_batch=6, rank=0,
-                             world_size=1, device=torch.device("cpu"))
-        batches = iter(loader)
-        for _ in range(3):
-            next(batches)
-        print("some batches")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=250, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "some batches\n", "")
 
 
 def test_what_goes_wrong_while_resizing_is_told(photos):

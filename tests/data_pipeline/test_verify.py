@@ -1,4 +1,3 @@
-import shutil
 from contextlib import suppress
 
 import pytest
@@ -10,11 +9,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.verify import main as verify
 from data_pipeline.verify import verify as problems_of
 from tests.data_pipeline.images import jpeg
-
-
-@pytest.fixture
-def copy(digits, tmp_path):
-    return shutil.copytree(digits, tmp_path / "digits")
 
 
 def test_a_whole_dataset_passes(digits, capsys):
