@@ -2,8 +2,8 @@
 
 All loops live in the same processes and take turns on the same fixed batches. The trainer's side is
 ``pretrain.train.train`` with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared
-with a compiled bare loop. On a CPU everything starts again in fresh processes several times: from process to process a
-ratio varies more than within one.
+with a compiled bare loop, and weights in bf16, too, with one in autocast. On a CPU everything starts again in fresh
+processes several times: from process to process a ratio varies more than within one.
 """
 
 import argparse

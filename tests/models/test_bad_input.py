@@ -58,7 +58,7 @@ def test_an_architecture_that_makes_no_sense_is_refused_and_the_field_named(fiel
     ],
 )
 @pytest.mark.parametrize("method", ["forward", "forward_features"])
-def test_pictures_of_a_wrong_shape_are_refused(shape, message, method):
+def test_images_of_a_wrong_shape_are_refused(shape, message, method):
     with pytest.raises(ValueError, match=message):
         getattr(small(), method)(torch.zeros(shape))
 
@@ -108,22 +108,26 @@ def test_every_listed_name_has_a_vanilla_twin_without_less_attention():
     assert [n for n, _ in twin.named_parameters() if "theta" in n or "psi" in n or "residual" in n] == []
 
 
-def test_apex_missing_says_which_apex_is_meant(monkeypatch):
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # PyPI's: no apex.normalization in it
+def install_apex(monkeypatch, layer):
+    """An apex with this FusedLayerNorm; None: PyPI's, which has no apex.normalization."""
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.delitem(sys.modules, "apex.normalization", raising=False)
+    if layer is not None:
+        monkeypatch.setitem(sys.modules, "apex.normalization", types.SimpleNamespace(FusedLayerNorm=layer))
+
+
+def test_apex_missing_says_which_apex_is_meant(monkeypatch):
+    install_apex(monkeypatch, None)
     with pytest.raises(RuntimeError, match=r"NVIDIA's apex.*PyPI's 'apex' is an unrelated"):
         create_model("lavit_micro", norm="apex")
 
 
-def test_apex_without_its_extension_fails_at_construction_with_the_cure(monkeypatch):
+def test_apex_without_its_extension_fails_at_construction_with_the_fix(monkeypatch):
     class Broken(nn.Module):
         def __init__(self, width, eps):
             raise ImportError("No module named 'fused_layer_norm_cuda'")
 
-    fake = types.ModuleType("apex.normalization")
-    fake.FusedLayerNorm = Broken
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.normalization", fake)
+    install_apex(monkeypatch, Broken)
     with pytest.raises(RuntimeError, match=r"fused_layer_norm_cuda.*--cuda_ext"):
         layer_norm(8, "apex")
 
@@ -132,10 +136,7 @@ def test_a_working_apex_is_used_for_every_norm_and_shares_weights_with_torchs(mo
     class Fused(nn.LayerNorm):
         pass
 
-    fake = types.ModuleType("apex.normalization")
-    fake.FusedLayerNorm = Fused
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.normalization", fake)
+    install_apex(monkeypatch, Fused)
     fused, plain = small(norm="apex"), small()
     assert {type(m) for m in fused.modules() if isinstance(m, nn.LayerNorm)} == {Fused}
     fused.load_state_dict(plain.state_dict())

@@ -13,17 +13,6 @@ def attentions(model):
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def test_there_is_one_entry_a_block_with_numbers_in_their_ranges():
-    model = small(vanilla_blocks=(1, 1, 2, 1))
-    rows = attention_diagnostics(model, torch.randn(2, 3, 32, 64))
-    assert [(r.stage, r.block) for r in rows] == [(s, b) for s, depth in enumerate((1, 2, 3, 2)) for b in range(depth)]
-    assert [r.kind for r in rows] == ["vanilla", "vanilla", "less", "vanilla", "vanilla", "less", "vanilla", "less"]
-    for row in rows:
-        assert 0 <= row.diagonality <= 1
-        assert 0 <= row.symmetry <= 1
-        assert (row.saturation is None) == (row.block == 0)
-
-
 def test_a_fresh_less_attention_block_is_fully_saturated_and_a_vanilla_one_is_not():
     rows = attention_diagnostics(small(vanilla_blocks=(1, 1, 2, 1)), torch.randn(2, 3, 32, 32))
     for row in rows:
@@ -62,14 +51,17 @@ def test_measuring_leaves_the_model_as_it_was():
     assert all(module.observer is None for module in attentions(model))
 
 
-def test_a_look_is_given_every_blocks_attention_and_the_modules_are_left_as_they_were():
+def test_there_is_one_entry_and_one_look_a_block_with_numbers_in_their_ranges():
     model, seen = small(vanilla_blocks=(1, 1, 2, 1)), []
-    attention_diagnostics(model, torch.randn(2, 3, 32, 64), lambda *shown: seen.append(shown))
-    assert [(stage, block) for stage, block, *_ in seen] == [
-        (s, b) for s, depth in enumerate((1, 2, 3, 2)) for b in range(depth)
-    ]
-    for _, _, attention, grid, key_grid in seen:
-        assert attention.shape[-2:] == (key_grid[0] * key_grid[1], grid[0] * grid[1])
-        keys = attention.shape[-2]
+    rows = attention_diagnostics(model, torch.randn(2, 3, 32, 64), lambda *shown: seen.append(shown))
+    places = [(s, b) for s, depth in enumerate((1, 2, 3, 2)) for b in range(depth)]
+    assert [(r.stage, r.block) for r in rows] == [(stage, block) for stage, block, *_ in seen] == places
+    assert [r.kind for r in rows] == ["vanilla", "vanilla", "less", "vanilla", "vanilla", "less", "vanilla", "less"]
+    for row, (_, _, attention, grid, key_grid) in zip(rows, seen, strict=True):
+        assert 0 <= row.diagonality <= 1
+        assert 0 <= row.symmetry <= 1
+        assert (row.saturation is None) == (row.block == 0)
+        keys = key_grid[0] * key_grid[1]
+        assert attention.shape[-2:] == (keys, grid[0] * grid[1])
         assert (attention.sum(-2) - 1).abs().max() < keys * torch.finfo(torch.float32).eps
     assert not [module for module in attentions(model) if "observer" in vars(module)]

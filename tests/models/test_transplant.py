@@ -236,6 +236,13 @@ def test_no_scores_outlive_the_forward_pass(vit):
     copy.deepcopy(changed)
 
 
+def timms(kind="VisionTransformer", **options):
+    import timm
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    return getattr(timm.models, kind)(**size, **options)
+
+
 @pytest.mark.timm
 @pytest.mark.parametrize(
     "options",
@@ -250,10 +257,7 @@ def test_no_scores_outlive_the_forward_pass(vit):
     ids=str,
 )
 def test_timms_options_are_understood(options):
-    import timm
-
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, **options)
-    changed = apply_less_attention(vit, vanilla_blocks=1)
+    changed = apply_less_attention(timms(**options), vanilla_blocks=1)
     changed(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert [n for n, p in changed.named_parameters() if p.grad is None] == []
 
@@ -261,27 +265,15 @@ def test_timms_options_are_understood(options):
 @pytest.mark.timm
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_layer": "diff"}], ids=str)
 def test_timms_other_kinds_of_attention_are_refused(options):
-    import timm
-
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, **options)
     with pytest.raises(ValueError, match=r"vit: .*is not supported"):
-        apply_less_attention(vit, vanilla_blocks=1)
+        apply_less_attention(timms(**options), vanilla_blocks=1)
 
 
 @pytest.mark.timm
-def test_rotary_positions_are_refused_and_not_dropped_in_silence():
-    import timm
-
-    vit = timm.models.Eva(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, use_rot_pos_emb=True)
+def test_rotary_positions_and_activation_checkpointing_of_timm_are_refused_and_not_wrong():
     with pytest.raises((ValueError, RuntimeError), match=r"is not supported|the tokens alone, got rope"):
-        apply_less_attention(vit, vanilla_blocks=1)(torch.randn(1, 3, 32, 32))
-
-
-@pytest.mark.timm
-def test_activation_checkpointing_of_timm_is_refused_and_not_wrong():
-    import timm
-
-    vit = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+        apply_less_attention(timms("Eva", use_rot_pos_emb=True), vanilla_blocks=1)(torch.randn(1, 3, 32, 32))
+    vit = timms()
     vit.set_grad_checkpointing()
     with pytest.raises(RuntimeError, match="checkpointing"):
         apply_less_attention(vit, vanilla_blocks=1)(torch.randn(1, 3, 32, 32)).sum().backward()
