@@ -1,32 +1,169 @@
 """Evaluate a hand-off: ``python -m pretrain.evaluate RUN_OR_HANDOFF --data DEST``.
 
-On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --data DEST``; the answer is the same.
+On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --data DEST``; the report is the same.
 """
 
 import argparse
 import os
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.gpu_memory import gpu_memory_is_full
+from data_pipeline.loader import BadSample, EvalLoader
+from models import LaViT
 from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
-from pretrain.evaluation.accuracy import Evaluation
-from pretrain.evaluation.confusion_picture import MISSING, can_draw, draw_confusion
-from pretrain.evaluation.of_handoff import DTYPES, Subject, examine, open_subject
-from pretrain.evaluation.report import report_lines
+from pretrain.evaluation.accuracy import Evaluation, evaluate
+from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
+from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.files import write_atomically, write_json
-from pretrain.handoff.folder import is_handoff
+from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from pretrain.survival.full_memory import tell_full_memory
 from pretrain.survival.signals import StopFlag, first_speaks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A hand-off and the split that it is evaluated on, checked."""
+
+    source: Path | str
+    model: LaViT
+    """In evaluation mode, on the device, in the precision that it computes in."""
+    config: HandoffConfig
+    dataset: Dataset
+    classes: ClassMatch
+    real: RealLabels | None
+    batch_size: int
+    precision: str
+
+
+def open_subject(
+    source: Path | str,
+    data: Path | str,
+    *,
+    split: str,
+    device: torch.device,
+    precision: str = "fp32",
+    batch_size: int | None = None,
+    real: Path | None = None,
+    by_position: bool = False,
+) -> Subject:
+    """Load the hand-off, open the data, and match their classes.
+
+    Args:
+        source: as for ``load_handoff``.
+        data: the dataset's folder or URL.
+        split: which of its splits.
+        device: where the model goes.
+        precision: a key of DTYPES.
+        batch_size: per rank; None: the recipe's ``evaluation.batch_size``.
+        real: file for ``RealLabels``.
+        by_position: as for ``match_classes``.
+
+    Raises:
+        UserError: the hand-off is damaged, its classes are not the data's, or ``real`` belongs to other images.
+        DataError: the dataset or the split does not exist or is damaged.
+    """
+    model, config = load_handoff(source)
+    dataset = Dataset.open(data, split, config.input.cache)
+    classes = match_classes(config, dataset, by_position=by_position)
+    size = batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
+    return Subject(
+        source=source,
+        model=model.to(device, DTYPES[precision]),
+        config=config,
+        dataset=dataset,
+        classes=classes,
+        real=None if real is None else RealLabels(real, dataset),
+        batch_size=size,
+        precision=precision,
+    )
+
+
+def examine(
+    subject: Subject, rank: Rank, device: torch.device, control: dist.ProcessGroup | None = None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate, and report as JSON; all but "speed" is equal for any number of ranks. Collective.
+
+    Args:
+        subject: what is evaluated.
+        rank: of this process.
+        device: where the model is.
+        control: CPU group of all ranks; None for a single process.
+
+    Raises:
+        UserError: a score is not a finite number, or the split is empty.
+        DataError: too many samples are damaged.
+    """
+    config, dataset, columns = subject.config, subject.dataset, subject.classes.columns
+    chosen = None if columns is None else torch.tensor(columns, device=device)
+    levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
+    if levels is not None and chosen is not None:
+        levels = levels[chosen]
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = subject.model(images.to(DTYPES[subject.precision]))
+        return logits if chosen is None else logits[:, chosen]
+
+    loader = EvalLoader(
+        dataset,
+        config.input.model_copy(update={"path": dataset.path}),
+        batch_size=subject.batch_size,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        local_ranks=rank.local_world_size,
+        device=device,
+        on_bad_sample=_print_bad_sample,
+    )
+    began, recorder = time.monotonic(), Recorder(subject.real)
+    try:
+        result = evaluate(forward, loader, levels=levels, observe=recorder)
+    finally:
+        loader.close()
+    assert result is not None
+    seconds = time.monotonic() - began
+    if result.not_finite:
+        raise UserError(
+            f"{subject.source}: the scores of {result.not_finite} of {result.samples} images are not finite: "
+            f"the weights are broken, or {subject.precision} overflows"
+        )
+    return result, {
+        "handoff": {"source": str(subject.source), "weights": config.weights, "weights_blake2": config.weights_blake2},
+        "data": {
+            "path": str(dataset.path),
+            "name": dataset.name,
+            "split": dataset.split,
+            "fingerprint": dataset.fingerprint,
+            "classes": subject.classes.how,
+            "within_level": levels is not None,
+        },
+        "precision": subject.precision,
+        "batch_size": subject.batch_size,
+        **report(result, recorder.gathered(control), dataset, subject.real),
+        "speed": {
+            "images_per_second": round(result.samples / seconds, 2),
+            "seconds": round(seconds, 3),
+            "ranks": rank.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def _print_bad_sample(bad: BadSample) -> None:
+    print(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", file=sys.stderr)  # noqa: T201
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,24 +178,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--batch-size", type=_count, help="per process; default: the recipe's evaluation.batch_size")
     parser.add_argument(
-        "--precision", choices=DTYPES, default="fp32", help="what the model computes in; default: fp32, as handed off"
+        "--precision",
+        choices=DTYPES,
+        default="fp32",
+        help="of the computation; default: fp32, the precision of the hand-off",
+    )
+    parser.add_argument("--real", type=Path, metavar="FILE", help="several labels per image: ImageNet-ReaL's real.json")
+    parser.add_argument(
+        "--classes-by-position", action="store_true", help="match classes by index, whatever their ids and names"
     )
     parser.add_argument(
-        "--real", type=Path, metavar="FILE", help="several labels per picture, as ImageNet-ReaL's real.json"
+        "--output", type=Path, metavar="FOLDER", help="of the report; default: RUN/evaluation for a run, else none"
     )
-    parser.add_argument(
-        "--classes-by-position", action="store_true", help="take classes as they stand, however they are called"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for the report; default: RUN/evaluation for a run, else none"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     return parser.parse_args(arguments)
 
 
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is wanted, got {number}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
@@ -90,56 +228,58 @@ def main(arguments: list[str] | None = None) -> int:
         result, content = examine(subject, rank, device, control)
         if rank.is_first:
             output = options.output or (folder.path / "evaluation" if folder else None)
-            _tell(subject, result, content, output)
+            _print(subject, result, content, output)
             if folder is not None and folder.summary.exists():
-                _tell_run(folder, subject, content)
+                _print_summary(folder, subject, content)
         if control is not None:
-            dist.barrier(control)  # the launcher ends the others as soon as one is gone
+            dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
     except (UserError, DataError) as error:
-        return _give_up(str(error), rank, started=subject is not None)
+        return _fail(str(error), rank, started=subject is not None)
     except (RuntimeError, MemoryError) as error:
         if not gpu_memory_is_full(error):
             raise
-        return _give_up(tell_full_memory(error, "evaluating", "lower --batch-size"), rank, started=True)
+        return _fail(tell_full_memory(error, "evaluating", "lower --batch-size"), rank, started=True)
     return ExitCode.FINISHED
 
 
-def _tell(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
+def _print(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     dataset, speed = subject.dataset, content["speed"]
     lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}"]
     if content["data"]["within_level"]:
-        lines.append("a label competes with the classes of its own level only, as in training with semantic softmax")
+        lines.append("a label competes with the classes of its own level only, as in semantic softmax training")
     lines += report_lines(content)
     lines.append(
         f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
         f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
     )
-    console.print("\n".join(lines), markup=False)  # before anything can go wrong with the disk
+    console.print("\n".join(lines), markup=False)  # printed first, since writing may fail
     if output is not None:
         console.print("\n".join(_write(subject, content, output)), markup=False)
 
 
 def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]:
-    """Write report and picture, and say so."""
+    """Write the report and the plot; returns the lines to print."""
     name = f"{subject.dataset.name}-{subject.dataset.split}"
-    path, picture = output / f"{name}.json", output / f"{name}-confusion.png"
+    path, plot = output / f"{name}.json", output / f"{name}-confusion.png"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        picture.unlink(missing_ok=True)  # an older one would not belong to the report
+        plot.unlink(missing_ok=True)  # that of an older report
         write_json(path, content)
         if not can_draw():
             return [f"report in {path}", f"WARNING {MISSING}"]
         title = f"{subject.config.recipe['name']} on {name}: worst classes, top-1 {content['top1']:.2f} %"
-        write_atomically(picture, draw_confusion(content["per_class"], title))
+        write_atomically(plot, draw_confusion(content["per_class"], title))
     except OSError as error:
-        raise UserError(f"the report cannot be written to {output}: {error}: make space, or name another") from None
-    return [f"report in {path}", f"confusion of the worst classes in {picture}"]
+        raise UserError(
+            f"the report cannot be written to {output}: {error}: free some space, or give another --output"
+        ) from None
+    return [f"report in {path}", f"confusion matrix of the worst classes in {plot}"]
 
 
-def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
-    """Show the run's summary; a result of the weights as handed off, on the training's own split, is noted there."""
+def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
+    """Print the run's summary, and record top-1 there if it is of fp32 weights on the run's validation split."""
     recipe = folder.read_recipe()
     assert recipe is not None
     dataset, train_split = subject.dataset, recipe["data"]["train_split"]
@@ -154,18 +294,15 @@ def _tell_run(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> N
     Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
 
 
-def _first_speaks() -> bool:
+def _fail(reason: str, rank: Rank | None, *, started: bool) -> int:
+    """Print the error. With several ranks, exit at once, since others may wait for this one in a collective."""
     flag = StopFlag()
-    flag.install_signal_handlers()
-    return first_speaks(flag)
-
-
-def _give_up(reason: str, rank: Rank | None, *, started: bool) -> int:
-    """Say what is wrong; a rank among others ends without waiting for them, since they may wait for it."""
-    alone = rank is None or rank.world_size == 1
-    if started or rank is None or rank.local_rank == 0 or not _first_speaks():
-        print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
-    if not alone:
+    if not started and rank is not None and rank.local_rank > 0:
+        flag.install_signal_handlers()
+        if first_speaks(flag):  # rank 0 has printed the same error
+            os._exit(ExitCode.WILL_FAIL_AGAIN)
+    print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+    if rank is not None and rank.world_size > 1:
         os._exit(ExitCode.WILL_FAIL_AGAIN)
     return ExitCode.WILL_FAIL_AGAIN
 

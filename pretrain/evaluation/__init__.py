@@ -1,1 +1,1 @@
-"""How good the weights are: in training, of a hand-off, and by probes that need no labels of the task."""
+"""Evaluation: accuracy during training, reports on hand-offs, and probes of the features."""

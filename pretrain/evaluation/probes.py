@@ -1,7 +1,7 @@
-"""Probes: what the features are worth without the classifier they were trained with, on a small labelled set.
+"""Probes of the features, without the classifier that they were trained with, on a small labeled set.
 
 A weighted k-NN (Wu et al. 2018, as DINO has it) and a linear classifier, both on the frozen features that the
-network's own classifier reads. Nothing here touches the weights, the optimizer or torch's random numbers.
+network's own classifier reads. Probing does not change the weights, the optimizer or torch's random state.
 """
 
 import time
@@ -26,28 +26,28 @@ from pretrain.recipe import ProbesSection
 from pretrain.survival.stop import StopAgreement
 
 ITERATIONS_AT_A_TIME = 10
-"""Of L-BFGS, between two looks at the clock and at the stop flag."""
+"""Of L-BFGS, between two checks of the time limit and the stop flag."""
 ROWS_AT_A_TIME = 8192
 """Of the linear classifier's logits, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes found."""
+    """Result of the probes."""
 
     knn_top1: float
-    """Share of pictures that their neighbours name rightly, in percent."""
+    """Share of images that the k nearest neighbors classify correctly, in percent."""
     linear_top1: float
-    """Share of pictures that the linear classifier names rightly, in percent."""
+    """Share of images that the linear classifier classifies correctly, in percent."""
     samples: int
-    """Pictures probed: the size of the set's validation split."""
+    """Images probed: the size of the set's validation split."""
 
     def __str__(self) -> str:
-        return f"k-NN top-1 {self.knn_top1:.2f} %  linear top-1 {self.linear_top1:.2f} %  ({self.samples} pictures)"
+        return f"k-NN top-1 {self.knn_top1:.2f} %  linear top-1 {self.linear_top1:.2f} %  ({self.samples} images)"
 
 
 class ProbesEndedError(Exception):
-    """The probes were ended before they had a result; on all ranks alike."""
+    """The probes ended without a result, on all ranks."""
 
     def __init__(self, why: Literal["stopped", "too late"]) -> None:
         super().__init__(why)
@@ -55,7 +55,7 @@ class ProbesEndedError(Exception):
 
 
 class Deadline:
-    """A flag that time sets."""
+    """A flag that is set after some time."""
 
     reason = "the time limit"
 
@@ -71,10 +71,10 @@ class Probes:
 
     Args:
         section: the recipe's.
-        data: the run's own input, whose size and normalisation the set is seen with.
-        batch_size: pictures per rank and forward pass.
+        data: the run's own input, whose size and normalization are applied to the set.
+        batch_size: images per rank and forward pass.
         control: CPU group for agreements.
-        where: ranks, device and what is done with bad samples, as ``EvalLoader`` takes them.
+        where: ranks, device and handling of bad samples, keyword arguments of ``EvalLoader``.
 
     Raises:
         DataError: there is no such dataset or split.
@@ -100,11 +100,11 @@ class Probes:
         Args:
             engine: ``deepspeed.DeepSpeedEngine`` of a LaViT; is left in training mode.
             dtype: what it computes in.
-            stop: polled at every batch; must give the same answer on every rank.
+            stop: polled at every batch; must return the same on all ranks.
 
         Raises:
             ProbesEndedError: stopped, or over the time limit.
-            UserError: no picture of the set can be read.
+            UserError: no image of the set can be read.
         """
         late = StopAgreement(Deadline(self.section.time_limit_minutes), self._control)
 
@@ -123,21 +123,21 @@ class Probes:
         features, labels, valid = (gather_rows(part) for part in known)
         features, labels = features[valid.bool()], labels[valid.bool()]
         if not len(features):
-            raise UserError(f"probes.path: no picture of {self._train.path} {self._train.split} can be read")
+            raise UserError(f"probes.path: no image of {self._train.path} {self._train.split} can be read")
         section, classes = self.section, self._train.num_classes
         linear = fit_linear(features, labels, classes=classes, iterations=section.linear_iterations, poll=poll)
         counts = torch.zeros(3, dtype=torch.float64, device=features.device)
-        for batch, wanted, counted in seen:
+        for batch, targets, valid_rows in seen:
             poll()
             near = nearest(
                 features, labels, batch, classes=classes, k=section.knn_k, temperature=section.knn_temperature
             )
-            right = [near == wanted, linear(batch).argmax(1) == wanted, torch.ones_like(wanted, dtype=torch.bool)]
-            counts += torch.stack([(answer & counted.bool()).sum() for answer in right])
+            right = [near == targets, linear(batch).argmax(1) == targets, torch.ones_like(targets, dtype=torch.bool)]
+            counts += torch.stack([(answer & valid_rows.bool()).sum() for answer in right])
         dist.all_reduce(counts)
         by_knn, by_linear, samples = counts.tolist()
         if not samples:
-            raise UserError(f"probes.path: no picture of {self._val.path} {self._val.split} can be read")
+            raise UserError(f"probes.path: no image of {self._val.path} {self._val.split} can be read")
         return Probed(100 * by_knn / samples, 100 * by_linear / samples, int(samples))
 
     def _features(
@@ -167,30 +167,30 @@ def open_probe_sets(section: ProbesSection) -> tuple[Dataset, Dataset]:
 
 
 def nearest(features: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: int, temperature: float) -> Tensor:
-    """What the k nearest by cosine similarity s vote for, each with ``exp(s / temperature)`` (Wu et al. 2018).
+    """Labels that the k nearest by cosine similarity s vote for, each with ``exp(s / temperature)`` (Wu et al. 2018).
 
     Args:
-        features: (n, C) of what is known; all are taken when there are fewer than k.
+        features: (n, C) of the labeled set; all vote when there are fewer than k.
         labels: (n,) int64.
         queries: (m, C).
         classes: number of classes.
-        k: neighbours that vote.
+        k: neighbors that vote.
         temperature: of the votes.
 
     Returns:
         (m,) int64.
     """
-    similarity, neighbours = (F.normalize(queries) @ F.normalize(features).T).topk(min(k, len(features)))
+    similarity, neighbors = (F.normalize(queries) @ F.normalize(features).T).topk(min(k, len(features)))
     votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp()).argmax(1)
+    return votes.scatter_add_(1, labels[neighbors], (similarity / temperature).exp()).argmax(1)
 
 
 def fit_linear(
     features: Tensor, labels: Tensor, *, classes: int, iterations: int, poll: Callable[[], None]
 ) -> Callable[[Tensor], Tensor]:
-    """Multinomial logistic regression on standardised features, by L-BFGS from zero (as CLIP's linear probe).
+    """Multinomial logistic regression on standardized features, by L-BFGS from zero (as CLIP's linear probe).
 
-    It minimises the sum of the cross-entropy over all n samples plus half the squared weights: scikit-learn's ``C=1``.
+    It minimizes the sum of the cross-entropy over all n samples plus half the squared weights: scikit-learn's ``C=1``.
     Rank 0 does it, since sums in another order would give another classifier for another number of ranks. Collective.
 
     Args:
@@ -216,8 +216,8 @@ def fit_linear(
         optimizer.zero_grad()
         total = 0.5 * weight.square().sum() / len(features)
         total.backward()
-        for rows, wanted in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
-            part = F.cross_entropy(logits(rows), wanted, reduction="sum") / len(features)
+        for rows, targets in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
+            part = F.cross_entropy(logits(rows), targets, reduction="sum") / len(features)
             part.backward()
             total = total.detach() + part.detach()
         return total

@@ -1,11 +1,13 @@
-"""What an evaluation reports besides its totals: each class, calibration, and confusions.
+"""What an evaluation reports besides its totals: each class, calibration, confusions and their plot.
 
-Verdicts of all ranks are gathered first and counted once, by torchmetrics, so that the report does not depend on the
-number of ranks.
+Verdicts of all ranks are gathered first and counted once, so that the report does not depend on the number of ranks.
 """
 
+import io
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,20 @@ from numpy.typing import NDArray
 from data_pipeline.batch import Batch
 from data_pipeline.dataset import Dataset
 from pretrain.evaluation.accuracy import Evaluation, top5
-from pretrain.evaluation.real_labels import RealLabels
+from pretrain.evaluation.labels import RealLabels
 
 BINS = 15
 """Of equal width, for the expected calibration error, as in Guo et al. 2017."""
 _WORST_PRINTED = 5
+PLOTTED = 20
+"""Classes in the confusion matrix plot, at most."""
+OTHERS = 10
+"""Further classes in the plot, those most often predicted for them, that have a column of their own."""
+_NAME = 24
+MISSING = (
+    "the confusion matrix plot is left out: matplotlib is not installed "
+    "(pip install --constraint constraints.txt matplotlib)"
+)
 
 
 @dataclass(frozen=True)
@@ -93,19 +104,20 @@ def calibration(verdicts: Verdicts) -> dict[str, Any]:
     """
     from torchmetrics.functional.classification import binary_calibration_error  # noqa: PLC0415 - slow to import
 
-    # Sorted, so that sums do not depend on the order in which ranks were gathered.
     hits = verdicts.predicted == verdicts.label
-    order = np.lexsort((hits, verdicts.confidence))
+    order = np.lexsort((hits, verdicts.confidence))  # so that sums do not depend on the order of ranks
     right, confidence = torch.from_numpy(hits[order]).long(), torch.from_numpy(verdicts.confidence[order])
+    confidence = confidence.clamp(max=math.nextafter(1, 0))  # torchmetrics counts 1 in a bin of its own
     error = binary_calibration_error(confidence, right, n_bins=BINS, norm="l1").item()
-    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
-    bins = (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=BINS - 1)
+    bins = torch.bucketize(confidence, torch.linspace(0, 1, BINS + 1, dtype=torch.float64), right=True) - 1
     table = []
     for number in range(BINS):
         inside = bins == number
-        mean = (lambda values: 100 * values.double().mean().item()) if inside.any() else (lambda _: None)
-        row = {"up_to": edges[number + 1].item(), "samples": int(inside.sum())}
-        table.append(row | {"top1": mean(right[inside]), "confidence": mean(confidence[inside])})
+        samples, correct = int(inside.sum()), int(right[inside].sum())
+        row = {"up_to": (number + 1) / BINS, "samples": samples, "top1": None, "confidence": None}
+        if samples:
+            row |= {"top1": 100 * correct / samples, "confidence": 100 * confidence[inside].mean().item()}
+        table.append(row)
     return {
         "expected_calibration_error": 100 * error,
         "bins": f"{BINS} bins of equal width of the highest probability",
@@ -116,14 +128,11 @@ def calibration(verdicts: Verdicts) -> dict[str, Any]:
 def class_table(verdicts: Verdicts, dataset: Dataset) -> list[dict[str, Any]]:
     """A row per class, in the order of the labels; ``confused_with`` counts its wrong predictions by class id.
 
-    The confusion matrix is sparse: a dense one of ImageNet-21k's 21,841 classes takes 3.8 GB.
+    Counts are sparse: torchmetrics' confusion matrix and stat scores are dense, 3.6 GiB for 21,841 classes.
     """
-    from torchmetrics.functional.classification import multiclass_stat_scores  # noqa: PLC0415 - slow to import
-
     count, right = dataset.num_classes, verdicts.predicted == verdicts.label
-    predicted, label = torch.from_numpy(verdicts.predicted), torch.from_numpy(verdicts.label)
-    scores = multiclass_stat_scores(predicted, label, num_classes=count, average=None)
-    five = np.bincount(verdicts.label[verdicts.in_top5], minlength=count).tolist()
+    counted = (verdicts.label, verdicts.label[right], verdicts.label[verdicts.in_top5], verdicts.predicted)
+    samples, correct, five, predicted = (np.bincount(labels, minlength=count).tolist() for labels in counted)
     wrong: list[dict[str, int]] = [{} for _ in range(count)]
     pairs = np.stack([verdicts.label[~right], verdicts.predicted[~right]])
     pairs, times = np.unique(pairs, axis=1, return_counts=True)
@@ -133,14 +142,14 @@ def class_table(verdicts: Verdicts, dataset: Dataset) -> list[dict[str, Any]]:
         {
             "id": dataset.class_ids[label],
             "name": dataset.class_names[label],
-            "samples": samples,
-            "correct": correct,
-            "top1": 100 * correct / samples if samples else None,
-            "top5": 100 * five[label] / samples if samples else None,
-            "predicted": correct + taken,
+            "samples": samples[label],
+            "correct": correct[label],
+            "top1": 100 * correct[label] / samples[label] if samples[label] else None,
+            "top5": 100 * five[label] / samples[label] if samples[label] else None,
+            "predicted": predicted[label],
             "confused_with": wrong[label],
         }
-        for label, (correct, taken, _, _, samples) in enumerate(scores.tolist())
+        for label in range(count)
     ]
 
 
@@ -170,3 +179,76 @@ def report_lines(content: dict[str, Any]) -> list[str]:
     if content["unreadable"]:
         lines.append(f"WARNING {content['unreadable']} images cannot be read and are left out")
     return lines
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw_confusion(per_class: list[dict[str, Any]], title: str) -> bytes:
+    """Plot the confusion matrix of the worst classes.
+
+    Args:
+        per_class: rows of ``class_table``.
+        title: of the plot.
+
+    Returns:
+        a PNG.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - optional
+
+    labels, columns, counts = confusion_of_worst(per_class)
+    shares = counts / counts.sum(1, keepdims=True)
+    height, width = 1.9 + 0.27 * len(labels), 3.0 + 0.36 * len(columns)
+    figure = Figure(figsize=(max(width, 5.5), height), layout="constrained", dpi=130)
+    axes = figure.add_subplot()
+    matrix = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), [_plain(name) for name in columns], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(labels)), [_plain(name) for name in labels], fontsize=7)
+    axes.set_xlabel("classified as", fontsize=8)
+    axes.set_title(_plain(title, limit=120), fontsize=9)
+    axes.tick_params(length=0)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if shares[row, column] > 0.55 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=6, color=color)
+    bar = figure.colorbar(matrix, ax=axes, fraction=0.03, pad=0.01)
+    bar.set_label("share of the class's images", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def confusion_of_worst(per_class: list[dict[str, Any]]) -> tuple[list[str], list[str], NDArray[np.int64]]:
+    """The confusion matrix of the worst classes.
+
+    Returns:
+        names of the rows with their top-1, names of the columns, and counts (rows, columns): first the rows' own
+        classes in the same order, then those most often predicted in their place, then all others together.
+    """
+    rows = worst_classes(per_class)[:PLOTTED]
+    shown = [row["id"] for row in rows]
+    elsewhere: Counter[str] = Counter()
+    for row in rows:
+        elsewhere.update({other: count for other, count in row["confused_with"].items() if other not in shown})
+    columns = shown + [other for other, _ in elsewhere.most_common(OTHERS)]
+    rest = len(elsewhere) > OTHERS
+    counts = np.zeros((len(rows), len(columns) + rest), np.int64)
+    for number, row in enumerate(rows):
+        counts[number, number] = row["correct"]
+        for other, count in row["confused_with"].items():
+            counts[number, columns.index(other) if other in columns else -1] += count
+    names = {row["id"]: row["name"] for row in per_class}
+    labels = [f"{_short(row['name'])} ({row['top1']:.0f} %)" for row in rows]
+    return labels, [_short(names[column]) for column in columns] + ["all others"] * rest, counts
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+
+
+def _plain(text: str, limit: int = 60) -> str:
+    """Text without matplotlib's math mode."""
+    return text[:limit].replace("$", r"\$")
