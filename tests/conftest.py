@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("skipped, though they should run here", red=True)
         for name in _SKIPPED:
             terminalreporter.write_line(name)
+
+
+@pytest.fixture(autouse=True)
+def no_rank_variables() -> Iterator[None]:
+    """What a test that ran as a rank leaves in the environment would reach the runs that later tests start."""
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
