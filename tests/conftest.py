@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import RANK_VARIABLES
+
 # Ranks that tests start share two cores at worst.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -79,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def no_rank_variables() -> Iterator[None]:
     """What a test that ran as a rank leaves in the environment would reach the runs that later tests start."""
     yield
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
 
 

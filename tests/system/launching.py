@@ -13,6 +13,7 @@ import psutil
 
 from pretrain.metrics import read_metrics
 from pretrain.ports import free_port
+from tests import RANK_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo.yaml"
@@ -24,7 +25,7 @@ class Launched:
     """A started ``deepspeed`` (or bare ``python``) with the log that it writes."""
 
     def __init__(self, command: list[str], log: Path, file_size_limit: int | None, gpu: bool) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         if not gpu:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
