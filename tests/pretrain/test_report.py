@@ -51,7 +51,11 @@ def write_run(run: Path, *, lr: float = 1e-3) -> Path:
     (run / "recipe.yaml").write_text(yaml.safe_dump({"name": run.name, "optimizer": {"lr": lr, "eps": 1e-8}}))
     for name in ("ds_config.json", "environment.json"):
         (run / name).write_text(json.dumps({"dataset": {"classes": HOSTILE}}))
-    classes = [{"name": HOSTILE, "top1": 12.5, "samples": 8}, {"name": "cat", "top1": 100.0, "samples": 8}]
+    classes = [
+        {"name": HOSTILE, "top1": 12.5, "samples": 8},
+        {"name": "cat", "top1": 100.0, "samples": 8},
+        {"name": "none", "top1": None},
+    ]
     (run / "evaluation").mkdir()
     (run / "evaluation/x-val.json").write_text(json.dumps({"top1": 56.25, "per_class": classes}))
     with SummaryWriter(str(run / "tensorboard")) as board:
