@@ -1,45 +1,189 @@
-"""Finding the members of tar archives without unpacking them, also of an archive inside another."""
+"""Read tar archives without unpacking them, and notice when a part of one is missing.
 
+Python's tarfile ends quietly at a damaged header that is not the first, and so does its reader of streams; what
+follows is lost. Here every header must be intact, the last member must be followed by the two end-of-archive blocks,
+and only zeros may follow those.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Self
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError, printable
+
+_CHUNK = 2**20
+_DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_KINDS = {
+    tarfile.LNKTYPE: "a hard link, which holds no data",
+    tarfile.SYMTYPE: "a symbolic link, which holds no data",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file, which is not stored as it is read",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A plain file in an archive; offset and size in bytes, counted in the outermost file."""
+    """A member of an archive that is not a folder; offset and size in bytes, counted in the (decompressed) file."""
 
     name: str
+    """Bytes that are not UTF-8 are escaped."""
     offset: int
     size: int
+    unusable: str = ""
+    """Why its bytes cannot be used, as for a link; '' for a plain file."""
 
 
-def entries(path: Path, start: int = 0, end: int | None = None) -> Iterator[Entry]:
-    """Yield the plain files of an uncompressed archive, reading their headers only.
+class _HeaderError(Exception):
+    """Not a TarError, so that tarfile does not swallow it."""
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            return super().frombuf(buf, encoding, errors)  # an end-of-archive block: tarfile ends here
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise _HeaderError("it ends without its end-of-archive blocks" if not buf else str(error)) from None
+
+
+class _Part:
+    """A part of a file, as a file: tarfile must not read beyond an archive that lies inside another."""
+
+    def __init__(self, stream: IO[bytes], start: int, end: int) -> None:
+        self._stream, self._start, self._end = stream, start, end
+        stream.seek(start)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._end - self._stream.tell())
+        return self._stream.read(left if size < 0 else min(size, left))
+
+    def seek(self, offset: int) -> None:
+        self._stream.seek(self._start + offset)
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file begins as a gzip, bzip2 or xz file does."""
+    return _decompressor(path) is not None
+
+
+def entries(path: Path, inside: Entry | None = None) -> Iterator[Entry]:
+    """Yield the members of an archive that are not folders, reading the headers of a plain one only.
 
     Args:
-        path: the file.
-        start: where in the file the archive begins.
-        end: where it ends at the latest; None is the end of the file.
+        path: the file; if it is compressed, it is read through.
+        inside: the member of a plain archive that is itself the archive to be read.
 
     Raises:
-        DataError: the archive is damaged, ends early or cannot be read.
+        DataError: the archive is damaged or incomplete.
+        StorageError: it cannot be read.
     """
+    with _reported(path, inside), _opened(path) as stream:
+        if _decompressor(path) is not None:
+            yield from (entry for entry, _ in _members(stream, 0, streamed=True))
+            return
+        start, size = (inside.offset, inside.size) if inside is not None else (0, path.stat().st_size)
+        part = _Part(stream, start, start + size)
+        yield from (entry for entry, _ in _members(part, start, streamed=False))
+
+
+def contents(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[Entry, bytes]]:
+    """Yield the members of an archive that are not folders, with their bytes: the way to read a compressed one.
+
+    Args:
+        path: the file, compressed or not.
+        wanted: whether a member of this name is read; others, and what is unusable, have no bytes.
+
+    Raises:
+        DataError: the archive is damaged or incomplete.
+        StorageError: it cannot be read.
+    """
+    with _reported(path, None), _opened(path) as stream:
+        for entry, read in _members(stream, 0, streamed=True):
+            yield entry, read() if not entry.unusable and wanted(entry.name) else b""
+
+
+def entries_of(data: bytes, name: str, path: Path) -> Iterator[Entry]:
+    """Yield the members of an archive that is held in memory, `name` in `path`; offsets count in `data`."""
+    with _reported(path, Entry(name, 0, len(data))):
+        yield from (entry for entry, _ in _members(io.BytesIO(data), 0, streamed=False))
+
+
+def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
+    """Yield each member with a function that reads its bytes before the next one is asked for."""
+    archive = None
     try:
-        with path.open("rb") as stream:
-            limit = path.stat().st_size if end is None else end
-            stream.seek(start)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                for info in archive:
-                    archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
-                    if info.offset_data + info.size > limit:
-                        raise EOFError(f"it ends inside {info.name}")
-                    if info.isreg():
-                        yield Entry(info.name, info.offset_data, info.size)
+        archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
+        for info in archive:
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+            if info.isdir():
+                continue
+            sparse = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
+            unusable = _KINDS.get(sparse, "" if info.isreg() else "of a kind that holds no data")
+            entry = Entry(printable(info.name), start + info.offset_data, info.size, unusable)
+
+            def read(member: tarfile.TarInfo = info) -> bytes:
+                data = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if len(data) != member.size:
+                    raise _HeaderError(f"it ends inside {printable(member.name)}")
+                return data
+
+            yield entry, read
+        _check_end(archive, stream, streamed=streamed)
+    except (_HeaderError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        place = 0 if archive is None else archive.offset
+        raise _HeaderError(f"{error}, at byte {start + place}") from None
+
+
+def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None:
+    """Raise unless two blocks of zeros, and nothing but zeros, stand where the members end."""
+    source = archive.fileobj if streamed else stream
+    if streamed:
+        zeros = tarfile.BLOCKSIZE  # tarfile has read the first of the two blocks
+    else:
+        stream.seek(archive.offset)
+        zeros = 0
+    while chunk := source.read(_CHUNK):
+        if any(chunk):
+            raise _HeaderError("data follow its end, as in two archives that were joined")
+        zeros += len(chunk)
+    if zeros < 2 * tarfile.BLOCKSIZE:
+        raise _HeaderError("it ends without its end-of-archive blocks")
+
+
+def _decompressor(path: Path) -> Callable[..., Any] | None:
+    with path.open("rb") as stream:
+        begin = stream.read(8)
+    return next((opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic)), None)
+
+
+def _opened(path: Path) -> Any:
+    return (_decompressor(path) or Path.open)(path, "rb")
+
+
+@contextmanager
+def _reported(path: Path, inside: Entry | None) -> Iterator[None]:
+    """Turn what goes wrong while an archive is read into one line."""
+    what = f"{inside.name} in {path}" if inside is not None else str(path)
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the path or copy it here") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a whole tar archive ({error}); copy it again") from None
+    except _HeaderError as error:
+        raise DataError(f"{what} is not an intact tar archive ({error}); copy or download it again") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}); fix it and run again") from None

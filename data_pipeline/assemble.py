@@ -1,6 +1,6 @@
 """The second half of building: merge the sorted units into shards, then publish them at once.
 
-Only the table of all pictures is held in memory (about 90 bytes each: 1.3 GB for 14 M), and one shard per worker.
+Only the table of all images is held in memory (about 90 bytes each: 1.3 GB for 14 M), and one shard per worker.
 Each shard takes one contiguous range of each unit, so that scratch is read almost sequentially.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import StorageError
 from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import File, Reject, Shard, file_of
 from data_pipeline.shards import crc32, index_text, sample_bytes, write_shard
@@ -32,7 +32,7 @@ def save_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """All pictures of a split in their final order; every array is (n,)."""
+    """All images of a split in their final order; every array is (n,)."""
 
     label: NDArray[np.int32]
     shard: NDArray[np.int32]
@@ -66,11 +66,11 @@ class ShardJob:
 
     @property
     def record(self) -> Path:
-        """Where it is written that the shard is whole."""
+        """Where it is written that the shard is complete."""
         return self.stem.with_suffix(".json")
 
     def digest(self) -> str:
-        """Identify what the shard holds: its pictures, their names and labels, and where it begins."""
+        """Identify what the shard holds: its images, their names and labels, and where it begins."""
         total = hashlib.sha256(str(self.first).encode())
         for column in (self.label, self.length, self.crc32, self.name):
             total.update(column.tobytes())
@@ -92,7 +92,7 @@ def classes_of(units: Sequence[Path]) -> set[str]:
 
 
 def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> Table:
-    """Bring the pictures of all units into the order of their keys and cut them into shards of nearly equal size."""
+    """Bring the images of all units into the order of their keys and cut them into shards of nearly equal size."""
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
     columns: dict[str, list[NDArray[Any]]] = {}
     for number, path in enumerate(units):
@@ -116,7 +116,7 @@ def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> 
 
 
 def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator[ShardJob]:
-    """Yield the shards to write; `folder` is where they go, `units` where the pictures are."""
+    """Yield the shards to write; `folder` is where they go, `units` where the images are."""
     bounds = np.searchsorted(table.shard, np.arange(table.shard[-1] + 2))
     for number, (low, high) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         part = {f: getattr(table, f)[low:high] for f in _OF_A_JOB}
@@ -124,9 +124,9 @@ def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator
 
 
 def write(job: ShardJob) -> Shard:
-    """Write one shard, its index and then its record, whose presence says that both are whole."""
-    job.record.unlink(missing_ok=True)  # an older one, of other pictures, says nothing of what is written now
-    pictures: dict[int, bytes] = {}
+    """Write one shard, its index and then its record, whose presence says that both are complete."""
+    job.record.unlink(missing_ok=True)  # an older one, of other images, says nothing of what is written now
+    images: dict[int, bytes] = {}
     for unit in np.unique(job.unit).tolist():
         rows = np.flatnonzero(job.unit == unit)
         low = int(job.unit_offset[rows[0]])
@@ -137,13 +137,13 @@ def write(job: ShardJob) -> Shard:
             data = memoryview(stream.read(high - low))
         for row in rows.tolist():
             at = int(job.unit_offset[row]) - low
-            pictures[row] = bytes(data[at : at + int(job.length[row])])
-            if crc32(pictures[row]) != job.crc32[row]:
-                raise DataError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
+            images[row] = bytes(data[at : at + int(job.length[row])])
+            if crc32(images[row]) != job.crc32[row]:
+                raise StorageError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
     keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(job.name.tolist()))
     tar, idx = job.stem.with_suffix(".tar"), job.stem.with_suffix(".idx")
     with replacing(tar) as out:
-        samples = ((key, int(job.label[row]), pictures.pop(row)) for row, key in enumerate(keys))
+        samples = ((key, int(job.label[row]), images.pop(row)) for row, key in enumerate(keys))
         written = write_shard(out, samples)
     write_atomically(idx, index_text(entry.index for entry in written).encode())
     shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))
@@ -152,7 +152,7 @@ def write(job: ShardJob) -> Shard:
 
 
 def written(job: ShardJob) -> Shard | None:
-    """Return the shard if an earlier build has written it, from the same pictures."""
+    """Return the shard if an earlier build has written it, from the same images."""
     if not job.record.exists():
         return None
     record = _Record.model_validate_json(job.record.read_bytes())
@@ -183,7 +183,9 @@ def publish(shards: Sequence[Shard], scratch: Path, dest: Path, prefix: str) -> 
         if (scratch / file.name).exists():
             (scratch / file.name).replace(dest / file.name)
         elif not (dest / file.name).exists():
-            raise DataError(f"{dest / file.name} vanished while the dataset was built; remove {scratch}, build again")
+            raise StorageError(
+                f"{dest / file.name} vanished while the dataset was built; remove {scratch}, build again"
+            )
 
 
 def _files(shards: Sequence[Shard]) -> Iterator[File]:

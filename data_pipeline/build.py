@@ -1,26 +1,37 @@
 """Build WebDataset shards: `python -m data_pipeline.build SOURCE DEST`.
 
-Every picture is fully decoded once, normalised or rejected by the rules in `data_pipeline.normalise`, and put at a
-random place among all the others. DEST holds the dataset when dataset.json names the split; until then everything
-lies in DEST/.building-SPLIT, which needs as much room as the dataset itself. Killed or out of room, the same command
-goes on where it stopped, and the result is the same, byte for byte.
+Every image is fully decoded once; it is kept, encoded again or left out by the rule in `data_pipeline.acceptance`, and
+put at a random place among all the others. What is left out is listed in dataset.json with its reason. DEST
+holds the dataset when dataset.json names the split; until then everything lies in DEST/.building-SPLIT, which needs as
+much room as the dataset itself. Killed or out of room, the same command resumes where it stopped, and the result is
+the same, byte for byte.
+
+Exit status: 0 when the dataset is complete, 2 when SOURCE, DEST or an option is not as it should be, 1 when the same
+command may succeed later.
+
+  python -m data_pipeline.build photos data/photos --val-fraction 0.1         class folders; a tenth becomes val
+  python -m data_pipeline.build downloads/imagenet data/imagenet-1k           the three archives of ImageNet-1k
+  python -m data_pipeline.build 'shards/*.tar' data/mine                      WebDataset shards, converted
+  python -m data_pipeline.build 'shards/*.tar' shards                         the same, used where they lie
+  python -m data_pipeline.build train='a/*.tar' val='b/*.tar' --index data/x  the same, the index elsewhere
 """
 
 import argparse
 import errno
 import fcntl
-import glob
 import json
 import os
 import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +48,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from data_pipeline import assemble, normalise, units
-from data_pipeline.errors import DataError
+from data_pipeline import acceptance, assemble, units
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
-from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of
-from data_pipeline.sources import Source, imagenet1k
-from data_pipeline.sources.digits import Digits
-from data_pipeline.sources.folder import Folder
-from data_pipeline.sources.imagenet1k import ImageNet1k
-from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of, publish
+from data_pipeline.sources import Source, in_order
+from data_pipeline.sources.find import Wanted, find_source
 from data_pipeline.workers import Advance, run_all, workers_pool
 
 SHUFFLE_SEED = 0
 TELL = 60.0
 """Seconds between lines that tell how far it is, where there is no terminal to draw a bar on."""
-_SOURCES = """'digits'; a folder of class folders; a folder with the three ImageNet-1k archives; an ImageNet-21k
-archive; or a quoted pattern of jpg + cls shards such as 'DEST/*.tar', which are indexed where they lie"""
+_SHOWN = 5
+_SOURCES = """'digits'; a folder of class folders, or of one such folder for each split; a folder with the three
+ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a folder with IDX files, such as MNIST;
+WebDataset shards: a folder, a quoted pattern such as 'SHARDS/train-{0000..0146}.tar', or several SPLIT=PATTERN"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose."""
+    """What a user may choose."""
 
     workers: int
     max_side: int | None = None
@@ -77,18 +87,20 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
                 _build_split(source, split, dest, options, console)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DataError(
+            raise StorageError(
                 f"no space left for {dest}; building needs twice the size of the dataset for a while. "
                 "Make room and run the same command again: it goes on from here"
             ) from None
-        raise DataError(f"{error.filename or dest}: {error.strerror}; mend it and run the same command again") from None
+        raise StorageError(
+            f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
+        ) from None
     return Manifest.read(dest)
 
 
 def _build_split(source: Source, split: str, dest: Path, options: Options, console: Console) -> None:
     built = source.describe() | {
         "shuffle_seed": SHUFFLE_SEED, "max_side": options.max_side, "shard_bytes": source.shard_bytes,
-        "jpeg_quality": normalise.QUALITY, "pillow": PIL.__version__,
+        "jpeg_quality": acceptance.QUALITY, "pillow": PIL.__version__,
     }  # fmt: skip
     manifest = Manifest.read(dest) if (dest / FILE_NAME).exists() else None
     scratch = dest / f".building-{split}"
@@ -100,17 +112,16 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         return
     prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
     _prepare(scratch, dest, prefix, built, console)
-    with _progress(console) as progress, workers_pool(options.workers) as pool:
+    with _left_for_the_next_build(scratch), _progress(console) as progress, workers_pool(options.workers) as pool:
         task = progress.add_task(f"{split}: decode", total=source.count(split))
-        jobs = units.cut(source.pictures(split), scratch, SHUFFLE_SEED, options.max_side)
+        jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
         made = _units(jobs, pool, options.workers, _Told(progress, task))
         if not made:
-            raise DataError(f"split '{split}' of the source has no pictures; check what SOURCE names")
+            raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
         class_ids, class_names = _classes(source, manifest, made)
-        table_units = [path for path in made if _pictures_in(path)]
-        if not table_units:
+        if not any(_images_in(path) for path in made):
             first = assemble.rejects(made)[0]
-            raise DataError(f"no picture of split '{split}' can be used; the first, {first.name}: {first.reason}")
+            raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
         table = assemble.merge(made, class_ids, source.shard_bytes)
         task = progress.add_task(f"{split}: write shards", total=len(table.label))
         jobs_left = assemble.shard_jobs(table, scratch, scratch, prefix)
@@ -118,21 +129,52 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     assemble.publish(shards, scratch, dest, prefix)
     table_path = dest / f"{prefix}.samples.npz"
     table.save(table_path)
-    rejected = assemble.rejects(made)
-    counts = np.bincount(table.label, minlength=len(class_ids)).tolist()
     entry = Split(
         samples=len(table.label),
-        class_counts=counts,
+        class_counts=np.bincount(table.label, minlength=len(class_ids)).tolist(),
         shards=shards,
         table=file_of(table_path),
-        rejected=rejected,
+        rejected=assemble.rejects(made),
         built=built,
     )
     splits = (manifest.splits if manifest is not None else {}) | {split: entry}
-    Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits).write(dest)
+    publish(Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits), dest)
     shutil.rmtree(scratch)
-    left_out = f", {len(rejected)} rejected (listed in {FILE_NAME})" if rejected else ""
-    console.print(f"{dest}: split '{split}': {entry.samples} samples in {len(shards)} shards{left_out}")
+    print_summary(console, dest, split)
+
+
+def print_summary(console: Console, dest: Path, split: str) -> None:
+    """Print the size of a split, its classes, and what was left out."""
+    manifest = Manifest.read(dest)
+    entry = manifest.splits[split]
+    counts = np.array(entry.class_counts)
+    present = counts[counts > 0]
+    say = partial(console.print, f"{dest}: split '{split}':")
+    say(
+        f"{entry.samples} samples in {len(entry.shards)} shards; {len(present)} classes with {present.min()} to "
+        f"{present.max()} images (median {np.median(present):g})"
+    )
+    empty = [manifest.class_names[label] for label in np.flatnonzero(counts == 0)]
+    if empty:
+        names = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        say(f"warning: {len(empty)} of {len(counts)} classes have no images: {names}")
+    if entry.rejected:
+        reasons = Counter(re.split(r"[:(]", reject.reason)[0].strip() for reject in entry.rejected)
+        kinds = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(_SHOWN))
+        say(f"{len(entry.rejected)} left out (all are listed in {FILE_NAME}): {kinds}")
+        for reject in entry.rejected[:_SHOWN]:
+            console.print(f"  left out: {reject.name}: {reject.reason}")
+
+
+@contextmanager
+def _left_for_the_next_build(scratch: Path) -> Iterator[None]:
+    """Remove the scratch folder of a build that was refused before anything was made from which to resume."""
+    try:
+        yield
+    except DataError:
+        if not any(scratch.glob("unit-*.npz")):
+            shutil.rmtree(scratch)
+        raise
 
 
 def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], console: Console) -> None:
@@ -162,13 +204,13 @@ def _units(jobs: Iterable[units.Job], pool: Executor, workers: int, advance: Adv
         for job in jobs:
             paths.append(job.path)
             if job.complete():
-                advance(len(job.pictures))
+                advance(len(job.images))
             else:
                 yield job
 
     paths: list[Path] = []
     for job, _ in run_all(pool, units.make, missing(), workers):
-        advance(len(job.pictures))
+        advance(len(job.images))
     return paths
 
 
@@ -191,7 +233,7 @@ def _shards(jobs: Iterable[assemble.ShardJob], pool: Executor, workers: int, adv
     return [records[stem] for stem in sorted(records)]
 
 
-def _pictures_in(unit: Path) -> int:
+def _images_in(unit: Path) -> int:
     with np.load(unit) as table:
         return len(table["key"])
 
@@ -199,7 +241,7 @@ def _pictures_in(unit: Path) -> int:
 def _classes(source: Source, manifest: Manifest | None, made: list[Path]) -> tuple[list[str], list[str]]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
     found = assemble.classes_of(made)
-    stated = source.class_names() or {class_id: class_id for class_id in sorted(found)}
+    stated = source.class_names() or {class_id: class_id for class_id in in_order(found)}
     if manifest is not None:
         known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
         strange = sorted((found | set(stated)) - known.keys())
@@ -223,7 +265,7 @@ def _locked(dest: Path) -> Iterator[None]:
             if not os.fstat(lock.fileno()).st_nlink:  # the other has just ended and removed what we opened
                 raise BlockingIOError
         except BlockingIOError:
-            raise DataError(f"another build is writing to {dest}; wait for it, or name another folder") from None
+            raise StorageError(f"another build is writing to {dest}; wait for it, or name another folder") from None
         try:
             yield
         finally:
@@ -256,79 +298,76 @@ class _Told:
         task = self._task
         total = "" if task.total is None else f" of {task.total:.0f}"
         left = "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
-        self._progress.console.print(f"{task.description}: {task.completed:.0f}{total}{left}", highlight=False)
+        self._progress.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
 
 
-def source_named(name: str, split: str | None, classes: Path | None) -> Source:
-    """Find out what SOURCE is; DataError when it is nothing we know."""
-    path = Path(name)
-    if path.is_file():
-        source: Source = ImageNet21k(path, None if classes is None else _lines(classes))
-    elif (path / imagenet1k.TRAIN).exists():
-        source = ImageNet1k(path)
-    elif path.is_dir():
-        return Folder(path, split or "train")
-    elif name == "digits":
-        source = Digits()
-    else:
-        raise DataError(f"{name} is not 'digits', a folder, an archive or a pattern of shards; check the path")
-    if split is not None:
-        raise DataError(f"{name} comes with its own splits ({', '.join(source.splits)}); leave --split out")
-    return source
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a list of WordNet ids, one a line") from None
-
-
-def _adopt(pattern: str, dest: Path, split: str, workers: int, console: Console) -> None:
+def _index(shards: dict[str, list[Path]], dest: Path, workers: int, console: Console, *, beside: bool) -> None:
     """Index shards where they lie."""
-    paths = sorted(Path(path) for path in glob.glob(pattern))  # noqa: PTH207  (the pattern may be absolute)
-    if not paths:
-        raise DataError(f"no file matches {pattern}; quote the pattern and check the path")
-    if any(path.parent.resolve() != dest.resolve() for path in paths):
-        raise DataError(f"shards are indexed where they lie; name {paths[0].parent} as DEST")
-    with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
-        task = progress.add_task(f"{split}: index", total=len(paths))
-        entry = index_in_place(paths, dest, split, pool, _Told(progress, task))
-    left_out = f", {len(entry.rejected)} left out (listed in {FILE_NAME})" if entry.rejected else ""
-    console.print(
-        f"{dest}: split '{split}': {entry.samples} samples in {len(paths)} shards, indexed in place{left_out}"
-    )
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        with _locked(dest), workers_pool(workers) as pool:
+            for split, paths in shards.items():
+                with _progress(console) as progress:
+                    told = _Told(progress, progress.add_task(f"{split}: index", total=len(paths)))
+                    index_in_place(paths, dest, split, pool, told, beside=beside)
+                print_summary(console, dest, split)
+    except OSError as error:
+        advice = "write the index elsewhere: --index FOLDER" if beside else "fix it"
+        raise DataError(f"{error.filename or dest}: {error.strerror}; {advice}") from None
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    *names, dest = args.paths if args.index is None else [*args.paths, args.index]
+    if not names:
+        raise DataError("name SOURCE and DEST; see python -m data_pipeline.build --help")
+    dest = Path(dest)
+    if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.split):
+        raise DataError(f"--split {args.split!r} becomes a part of file names; use letters, digits, - and _")
+    if not 0 <= args.val_fraction < 1:
+        raise DataError(f"--val-fraction is a share of each class, such as 0.1, but is {args.val_fraction}")
+    workers = max(1, args.workers or len(os.sched_getaffinity(0)))
+    wanted = Wanted(names, args.split, args.classes, args.label_key, args.val_fraction)
+    source, shards = find_source(wanted)
+    files = [path.resolve() for paths in shards.values() for path in paths]
+    if files and (args.index is not None or all(path.is_relative_to(dest.resolve()) for path in files)):
+        if args.classes is not None or args.label_key is not None or args.max_side is not None:
+            raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
+        _index(shards, dest, workers, console, beside=args.index is None)
+        return
+    if args.index is not None:
+        raise DataError("--index goes with plain WebDataset shards only; name DEST in its place")
+    if not files and Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
+        raise DataError(f"{dest} lies in {names[0]}, which is read; name a DEST elsewhere")
+    build(source, dest, Options(workers, args.max_side), console)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 when the dataset is complete, 1 with one line when it cannot be built."""
+    """Run the command; 0 when the dataset is complete, 2 or 1 with one line when it cannot be built."""
     parser = argparse.ArgumentParser(
         "python -m data_pipeline.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SOURCE", help=_SOURCES)
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
+    parser.add_argument("paths", metavar="SOURCE ... DEST", nargs="+", help=f"{_SOURCES}; and the dataset's folder")
+    parser.add_argument("--split", help="name of the split that a folder or shards become (default: by their names)")
     parser.add_argument(
-        "--split", help="name of the split that a folder or a pattern of shards becomes (default: train)"
-    )
+        "--val-fraction", type=float, default=0.0, metavar="SHARE",
+        help="make so much of each class of a folder the val split, always the same images",
+    )  # fmt: skip
     parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help="WordNet ids to take from ImageNet-21k, one a line"
-    )
-    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is longer")
+        "--classes", type=Path, metavar="FILE",
+        help="WordNet ids to take from ImageNet-21k, or the names of the classes of shards in the order of their "
+        "labels, one a line",
+    )  # fmt: skip
+    parser.add_argument("--label-key", metavar="KEY", help="field of the json members of shards that holds the label")
+    parser.add_argument("--index", metavar="DEST", help="use shards where they lie, and write the dataset's index here")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink images whose longer side is longer")
     parser.add_argument("--workers", type=int, help="processes (default: as many as cores)")
     args = parser.parse_args(arguments)
-    console = Console(stderr=True, soft_wrap=True)
-    workers = max(1, args.workers or len(os.sched_getaffinity(0)))
+    console = Console(stderr=True, soft_wrap=True, markup=False)
     try:
-        if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.split):
-            raise DataError(f"--split {args.split!r} becomes a part of file names; use letters, digits, - and _")
-        if any(c in args.source for c in "*?["):
-            _adopt(args.source, args.dest, args.split or "train", workers, console)
-        else:
-            source = source_named(args.source, args.split, args.classes)
-            build(source, args.dest, Options(workers, args.max_side), console)
+        _run(args, console)
     except DataError as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
-        return 1
+        console.print(f"error: {error}")
+        return 1 if isinstance(error, StorageError) else 2
     return 0
 
 

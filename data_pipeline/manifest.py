@@ -11,6 +11,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomically
 
 FILE_NAME = "dataset.json"
+INFO_NAME = "_info.json"
+"""The file in which timm and the Hugging Face Hub describe a folder of shards."""
+_WRITER = "python -m data_pipeline.build"
 
 
 class _Part(BaseModel):
@@ -34,7 +37,7 @@ class Shard(_Part):
 
 
 class Reject(_Part):
-    """A picture of the source that is not in the dataset."""
+    """An image of the source that is not in the dataset."""
 
     name: str
     reason: str
@@ -87,6 +90,29 @@ class Manifest(_Part):
         if digest != manifest._digest():  # noqa: SLF001  (our own class)
             raise DataError(f"{path} is not as it was written: its checksum differs; build the dataset again")
         return manifest
+
+
+def info_text(manifest: Manifest) -> str:
+    """Return the text of _info.json, by which timm's WebDataset reader takes splits by their names."""
+    splits = {
+        name: {
+            "name": name,
+            "num_samples": split.samples,
+            "filenames": [shard.tar.name for shard in split.shards],
+            "shard_lengths": [shard.samples for shard in split.shards],
+        }
+        for name, split in manifest.splits.items()
+    }
+    info = {"written_by": _WRITER, "num_classes": len(manifest.class_ids), "splits": splits}
+    return json.dumps(info, indent=1) + "\n"
+
+
+def publish(manifest: Manifest, folder: Path) -> None:
+    """Write _info.json, unless another program has written one, and dataset.json."""
+    path = folder / INFO_NAME
+    if not path.exists() or f'"{_WRITER}"' in path.read_text():
+        write_atomically(path, info_text(manifest).encode())
+    manifest.write(folder)
 
 
 def _first_line(error: Exception) -> str:

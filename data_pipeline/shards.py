@@ -7,20 +7,19 @@ index beside it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
 CLS_WIDTH = 5
-_END = tarfile.RECORDSIZE  # an archive is filled up to a multiple of this, as GNU tar does
 _PERMISSIONS = 0o644
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers that state a JPEG's size
 
 
 @dataclass(frozen=True)
 class Written:
-    """Where a picture was put."""
+    """Where an image was put."""
 
     offset: int
     """First byte of the JPEG in the shard."""
@@ -33,27 +32,21 @@ def sample_bytes(length: int) -> int:
     return 3 * BLOCK + -(-length // BLOCK) * BLOCK
 
 
-def _member(name: str, data: bytes) -> Iterator[bytes]:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), _PERMISSIONS  # mtime, uid and gid stay 0: the same input gives the same bytes
-    yield info.tobuf(tarfile.USTAR_FORMAT)
-    yield data
-    yield bytes(-len(data) % BLOCK)
-
-
 def write_shard(out: BinaryIO, samples: Iterable[tuple[str, int, bytes]]) -> list[Written]:
     """Write samples (key, label, JPEG) to an open file and say where each one is."""
+    from webdataset.writer import TarWriter  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
+
     written = []
     position = 0
-    for key, label, jpeg in samples:
-        cls = b"%0*d" % (CLS_WIDTH, label)
-        picture = position + 3 * BLOCK
-        for part in (*_member(f"{key}.cls", cls), *_member(f"{key}.jpg", jpeg)):
-            position += out.write(part)
-        line = f"cls {picture - 2 * BLOCK} {len(cls)} {key}.cls jpg {picture} {len(jpeg)} {key}.jpg"
-        written.append(Written(picture, line))
-    out.write(bytes(2 * BLOCK))
-    out.write(bytes(-(position + 2 * BLOCK) % _END))
+    # Fixed times and owners: the same input gives the same bytes.
+    with TarWriter(out, user="", group="", mode=_PERMISSIONS, mtime=0, encoder=False) as writer:
+        for key, label, jpeg in samples:
+            cls = b"%0*d" % (CLS_WIDTH, label)
+            image = position + 3 * BLOCK
+            writer.write({"__key__": key, "cls": cls, "jpg": jpeg})
+            line = f"cls {image - 2 * BLOCK} {len(cls)} {key}.cls jpg {image} {len(jpeg)} {key}.jpg"
+            written.append(Written(image, line))
+            position += sample_bytes(len(jpeg))
     return written
 
 
@@ -86,7 +79,7 @@ def _header(shard: BinaryIO, offset: int) -> tarfile.TarInfo | None:
 
 
 def crc32(data: bytes) -> int:
-    """Return the checksum of a picture's bytes that the dataset's table holds."""
+    """Return the checksum of an image's bytes that the dataset's table holds."""
     return zlib.crc32(data)
 
 

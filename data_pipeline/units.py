@@ -1,9 +1,9 @@
-"""The first half of building: pictures, checked and normalised, in sorted runs on disk.
+"""The first half of building: images, checked and normalized, in sorted runs on disk.
 
-Building is an external merge sort by a random key, so that a shuffle of all pictures needs little memory:
-the source is cut into units of at most UNIT_PICTURES pictures or UNIT_BYTES bytes; a worker decodes the pictures of one
+Building is an external merge sort by a random key, so that a shuffle of all images needs little memory:
+the source is cut into units of at most UNIT_IMAGES images or UNIT_BYTES bytes; a worker decodes the images of one
 unit, sorts them by key and writes them to scratch. `data_pipeline.assemble` then merges all units into shards.
-A unit is complete when its .npz exists, so an interrupted build goes on after the last complete unit.
+A unit is complete when its .npz exists, so an interrupted build resumes after the last complete unit.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.acceptance import Accepted, Rejected, normalize
 from data_pipeline.files import replacing, write_atomically
-from data_pipeline.normalise import Rejected, normalise
 from data_pipeline.shards import crc32
-from data_pipeline.sources import Extent, Picture
+from data_pipeline.sources import Extent, SourceImage, Unusable
 
-UNIT_PICTURES = 4096
+UNIT_IMAGES = 4096
 UNIT_BYTES = 256 * 2**20
-_NAME_BYTES = 48  # of the original name, kept in the shard's member names so that a person can find the picture again
+_NAME_BYTES = 48  # of the original name, kept in the shard's member names so that a user can find the image again
 
 
 @dataclass(frozen=True)
@@ -29,65 +29,72 @@ class Job:
     """One unit to be made."""
 
     number: int
-    pictures: tuple[Picture, ...]
+    images: tuple[SourceImage, ...]
     scratch: Path
     seed: int
     max_side: int | None
 
     @property
     def path(self) -> Path:
-        """The unit's table; its pictures lie beside it."""
+        """The unit's table; its images lie beside it."""
         return self.scratch / f"unit-{self.number:06d}.npz"
 
     def digest(self) -> str:
-        """Identify the pictures that the unit is made of."""
+        """Identify the images that the unit is made of."""
         total = hashlib.sha256()
-        for picture in self.pictures:
-            total.update(f"{picture.name}\0{picture.class_id}\0{_size(picture)}\n".encode())
+        for image in self.images:
+            total.update(f"{image.name}\0{image.class_id}\0{_size(image)}\n".encode())
         return total.hexdigest()
 
     def complete(self) -> bool:
-        """Whether an earlier build has made this unit, from the same pictures."""
+        """Whether an earlier build has made this unit, from the same images."""
         if not self.path.exists():
             return False
         with np.load(self.path) as table:
             return str(table["digest"]) == self.digest()
 
 
-def cut(pictures: Iterable[Picture], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
-    """Group a source's pictures into units."""
-    group: list[Picture] = []
+def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
+    """Group a source's images into units."""
+    group: list[SourceImage] = []
     size = number = 0
-    for picture in pictures:
-        group.append(picture)
-        size += _size(picture)
-        if len(group) == UNIT_PICTURES or size >= UNIT_BYTES:
+    for image in images:
+        group.append(image)
+        size += _size(image)
+        if len(group) == UNIT_IMAGES or size >= UNIT_BYTES:
             yield Job(number, tuple(group), scratch, seed, max_side)
             group, size, number = [], 0, number + 1
     if group:
         yield Job(number, tuple(group), scratch, seed, max_side)
 
 
-def _size(picture: Picture) -> int:
-    return picture.data.length if isinstance(picture.data, Extent) else len(picture.data)
+def _size(image: SourceImage) -> int:
+    if isinstance(image.data, Unusable):
+        return 0
+    return image.data.length if isinstance(image.data, Extent) else len(image.data)
+
+
+def _normalized(image: SourceImage, max_side: int | None) -> Accepted | Rejected:
+    if isinstance(image.data, Unusable):
+        return Rejected(image.data.reason)
+    return normalize(image.data.read() if isinstance(image.data, Extent) else image.data, max_side)
 
 
 def make(job: Job) -> tuple[int, int]:
-    """Make one unit and return how many pictures it holds and how many were rejected."""
+    """Make one unit and return how many images it holds and how many were rejected."""
     kept, rejected = [], []
-    for picture in job.pictures:
-        data = picture.data.read() if isinstance(picture.data, Extent) else picture.data
-        result = normalise(data, job.max_side)
+    for image in job.images:
+        result = _normalized(image, job.max_side)
         if isinstance(result, Rejected):
-            rejected.append({"name": picture.name, "reason": result.reason})
+            rejected.append({"name": image.name, "reason": result.reason})
         else:
-            kept.append((_key(job.seed, picture.name), picture, result))
+            kept.append((_key(job.seed, image.name), image, result))
     kept.sort(key=lambda entry: entry[:1])
-    job.path.unlink(missing_ok=True)  # an older one, of other pictures, says nothing of what is written now
+    job.path.unlink(missing_ok=True)  # an older one, of other images, says nothing of what is written now
     # On the disk before the table, also when the power fails.
     with replacing(job.path.with_suffix(".bin")) as out:
         out.writelines(result.jpeg for _, _, result in kept)
-    classes = sorted({picture.class_id for _, picture, _ in kept})
+    classes = sorted({image.class_id for _, image, _ in kept})
     number_of = {class_id: number for number, class_id in enumerate(classes)}
     with replacing(job.path) as out:
         np.savez(
@@ -95,9 +102,9 @@ def make(job: Job) -> tuple[int, int]:
             allow_pickle=False,
             digest=job.digest(),
             key=np.array([key for key, _, _ in kept], np.uint64),
-            name=np.array([_short(picture.name) for _, picture, _ in kept], f"S{_NAME_BYTES}"),
+            name=np.array([_short(image.name) for _, image, _ in kept], f"S{_NAME_BYTES}"),
             class_ids=np.array(classes, str),
-            class_number=np.array([number_of[picture.class_id] for _, picture, _ in kept], np.int32),
+            class_number=np.array([number_of[image.class_id] for _, image, _ in kept], np.int32),
             length=np.array([len(result.jpeg) for _, _, result in kept], np.int32),
             width=np.array([result.width for _, _, result in kept], np.uint16),
             height=np.array([result.height for _, _, result in kept], np.uint16),
@@ -109,7 +116,7 @@ def make(job: Job) -> tuple[int, int]:
 
 
 def _key(seed: int, name: str) -> int:
-    """Return where a picture stands in the shuffled order: a hash, so independent of how the source is cut."""
+    """Return where an image stands in the shuffled order: a hash, so independent of how the source is cut."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 

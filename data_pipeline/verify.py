@@ -1,8 +1,9 @@
 """Check a dataset: `python -m data_pipeline.verify DEST`.
 
 Every file is read and compared with its size and checksum in dataset.json, which carries its own; every index must be
-the one that belongs to its shard, every row of the table must point at a picture with its checksum and a label equal
-to its .cls member, and the counts must add up. With --decode every picture is decoded as well and its size compared.
+the one that belongs to its shard, every row of the table must point at an image with its checksum and a label equal
+to its .cls member, and the counts must add up. With --decode every image is decoded as well: it must be one that can be
+used as it is, and its size is compared.
 """
 
 import argparse
@@ -15,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import Progress
 
+from data_pipeline.acceptance import Rejected, size_as_it_is
+from data_pipeline.archive import entries
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.index import Sample, scan
-from data_pipeline.manifest import FILE_NAME, File, Manifest, Shard, file_of
+from data_pipeline.index import Sample, samples_of
+from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Shard, file_of, info_text
 from data_pipeline.shards import crc32, index_text
 from data_pipeline.workers import run_all, workers_pool
 
@@ -37,6 +39,8 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
     """
     manifest = Manifest.read(folder)
     problems: list[str] = []
+    if not _info_fits(folder, manifest):
+        problems.append(f"{folder / INFO_NAME} is not as it was written; remove it or build the dataset again")
     with workers_pool(workers) as pool, Progress(console=console, disable=not console.is_terminal) as progress:
         for split, entry in manifest.splits.items():
             wrong = list(_check_file(folder, entry.table))
@@ -54,6 +58,13 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
                 problems += found
                 progress.advance(task)
     return problems
+
+
+def _info_fits(folder: Path, manifest: Manifest) -> bool:
+    """Whether _info.json, which datasets of older versions and shards of others need not have, agrees."""
+    path = folder / INFO_NAME
+    in_place = any("in place" in str(split.built.get("source")) for split in manifest.splits.values())
+    return in_place or not path.exists() or path.read_bytes() == info_text(manifest).encode()
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,10 @@ def check_shard(job: Job) -> list[str]:
     problems = [line for file in (job.record.tar, job.record.idx) for line in _check_file(job.folder, file)]
     if problems:
         return problems
-    samples = scan(tar)
+    try:
+        samples = list(samples_of(entries(tar), []))
+    except DataError as error:
+        return [str(error)]
     if index_text(sample.line for sample in samples) != idx.read_text():
         problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
     at = {member.offset: sample for sample in samples for member in sample.members}
@@ -97,7 +111,7 @@ def check_shard(job: Job) -> list[str]:
 
 def _check_file(folder: Path, file: File) -> Iterator[str]:
     try:
-        if file_of(folder / file.name) != file:
+        if file_of(folder / file.name).model_copy(update={"name": file.name}) != file:
             yield f"{folder / file.name} is not as it was written: its size or checksum differs; {_AGAIN}"
     except OSError as error:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
@@ -107,11 +121,9 @@ def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
     if crc32(jpeg) != row["crc32"]:
         return "its checksum is not the one in the table"
     if decode:
-        try:
-            with Image.open(io.BytesIO(jpeg)) as image:
-                size = ImageOps.exif_transpose(image).size
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"it does not decode ({error})"
+        size = size_as_it_is(jpeg)
+        if isinstance(size, Rejected):
+            return f"it {size.reason}"
         if size != (row["width"], row["height"]):
             return f"it is {size[0]} x {size[1]}, the table says {row['width']} x {row['height']}"
     return ""
@@ -136,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m data_pipeline.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
-    parser.add_argument("--decode", action="store_true", help="decode every picture as well")
+    parser.add_argument("--decode", action="store_true", help="decode every image as well")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True)
@@ -153,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     counts = ", ".join(
         f"{split}: {entry.samples} samples in {len(entry.shards)} shards" for split, entry in splits.items()
     )
-    console.print(f"{args.dest} is whole ({counts}{', all decoded' if args.decode else ''})", highlight=False)
+    console.print(f"{args.dest} is intact ({counts}{', all decoded' if args.decode else ''})", highlight=False)
     return 0
 
 

@@ -1,51 +1,68 @@
-"""Where pictures come from.
+"""Where images come from.
 
-A source is a small class that names pictures in a fixed order and says where their bytes are.
+A source is a small class that names images in a fixed order and says where their bytes are.
 """
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.errors import DataError
+from data_pipeline.archive import Entry
+from data_pipeline.errors import DataError, StorageError
+
+SHARD_BYTES = 256 * 2**20
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A picture's bytes inside a file, to be read by whichever worker gets it."""
+    """An image's bytes inside a file, to be read by whichever worker gets it."""
 
     path: str
     offset: int
     length: int
 
     def read(self) -> bytes:
-        """Read the bytes; DataError when the file has vanished, is unreadable or has become shorter."""
+        """Read the bytes; StorageError when the file has vanished, is unreadable or has become shorter."""
         try:
-            with open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M pictures is kept as text)
+            with open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
                 stream.seek(self.offset)
                 data = stream.read(self.length)
         except OSError as error:
-            raise DataError(
+            raise StorageError(
                 f"{self.path} cannot be read ({error.strerror}); make it readable and build again"
             ) from None
         if len(data) != self.length:
-            raise DataError(f"{self.path} ended early: it changed while it was read; build again from a quiet source")
+            raise StorageError(f"{self.path} ended early: it changed while it was read; build again when it is at rest")
         return data
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a source."""
+class Unusable:
+    """Stands for bytes that are not an image or cannot be assigned to a class: listed with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image of a source."""
 
     name: str
-    """Unique in its split; decides where the picture lands in the shuffled order."""
+    """Unique in its split, and UTF-8; decides where the image lands in the shuffled order."""
     class_id: str
-    data: Extent | bytes
+    data: Extent | bytes | Unusable
     """Where the bytes are, or the bytes themselves when the source can only be read once through."""
 
 
 class Source(Protocol):
-    """Something that pictures come from."""
+    """Something that images come from."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -56,13 +73,38 @@ class Source(Protocol):
         """Size that shards should have."""
 
     def describe(self) -> dict[str, Any]:
-        """Say in JSON what decides the pictures, for dataset.json and to recognise an interrupted build."""
+        """Say in JSON what decides the images, for dataset.json and to recognize an interrupted build."""
 
     def class_names(self) -> dict[str, str] | None:
-        """Return class id -> name in the order of the labels, or None: the ids that occur, sorted."""
+        """Return class id -> name in the order of the labels, or None: the ids that occur, in their order."""
 
     def count(self, split: str) -> int | None:
-        """Return the number of pictures when that is known before reading them."""
+        """Return the number of images when that is known before reading them."""
 
-    def pictures(self, split: str) -> Iterator[Picture]:
-        """Yield all pictures of a split in a fixed order; DataError when the source is not as it should be."""
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield all images of a split in a fixed order; DataError when the source is not as it should be."""
+
+
+def extent(path: Path, entry: Entry) -> Extent | Unusable:
+    """Return where the bytes of a plain archive's member are, or why it has none."""
+    return Unusable(entry.unusable) if entry.unusable else Extent(str(path), entry.offset, entry.size)
+
+
+def split_in(name: str) -> str | None:
+    """Return the split that the words of a file's or folder's name speak of, as in "imagenet-validation-0001.tar"."""
+    found = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
+    if len(found) > 1:
+        raise DataError(f"{name} names more than one split ({', '.join(sorted(found))}); rename it")
+    return found.pop() if found else None
+
+
+def held_out(names: Collection[str], count: int) -> set[str]:
+    """Choose `count` of the names by a hash of each: the same ones whatever else there is and whoever asks."""
+    return set(sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:count])
+
+
+def in_order(class_ids: Collection[str]) -> list[str]:
+    """Return class ids in the order of their labels: numbers are labels themselves, from 0 to the largest."""
+    if class_ids and all(class_id.isascii() and class_id.isdigit() for class_id in class_ids):
+        return [str(label) for label in range(max(map(int, class_ids)) + 1)]
+    return sorted(class_ids)

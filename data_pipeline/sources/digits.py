@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.normalise import encode
+from data_pipeline.acceptance import encode
 from data_pipeline.philox import permutation
-from data_pipeline.sources import Picture
+from data_pipeline.sources import SourceImage
 
 _SIDE = 64
 _INK = 16  # the scans count 0..16 dark pixels per cell
@@ -23,7 +23,7 @@ class Digits:
     shard_bytes = 512 * 1024
 
     def describe(self) -> dict[str, Any]:
-        """Say what decides the pictures."""
+        """Say what decides the images."""
         return {"source": "digits", "side": _SIDE}
 
     def class_names(self) -> dict[str, str]:
@@ -34,7 +34,7 @@ class Digits:
         """Return the number of scans in a split."""
         return {"train": 1437, "val": 360}[split]
 
-    def pictures(self, split: str) -> Iterator[Picture]:
+    def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the scans of a split."""
         # Only here: scikit-learn takes a second to import.
         from sklearn.datasets import load_digits  # noqa: PLC0415
@@ -47,4 +47,4 @@ class Digits:
         for number in np.flatnonzero(held_out == (split == "val")).tolist():
             cells = (scans[number].reshape(8, 8) * (255 / _INK)).round().astype(np.uint8)
             image = Image.fromarray(cells).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).convert("RGB")
-            yield Picture(f"scan{number:04d}", str(labels[number]), encode(image))
+            yield SourceImage(f"scan{number:04d}", str(labels[number]), encode(image))

@@ -1,53 +1,152 @@
-"""A folder of class folders: FOLDER/CLASS/**/PICTURE."""
+"""A folder of class folders, FOLDER/CLASS/**/IMAGE, or one of such folders for each split, FOLDER/train/CLASS/..."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import DataError
-from data_pipeline.sources import Extent, Picture
+from data_pipeline.errors import DataError, StorageError, printable
+from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, Extent, SourceImage, Unusable, held_out
+
+_NO_CLASSES = {"__MACOSX", "lost+found"}
 
 
 class Folder:
-    """Every file below a class folder is a picture; what does not decode is rejected with its reason."""
+    """Every file below a class folder is an image; what is none is listed with its reason.
 
-    shard_bytes = 256 * 2**20
+    Links are followed. Hidden files and folders and what lies beside the class folders are listed.
 
-    def __init__(self, root: Path, split: str) -> None:
-        self.root, self.splits = root, (split,)
-        try:
-            self._classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        except OSError as error:
-            raise DataError(f"{root} cannot be read ({error.strerror}); name a folder of class folders") from None
-        if not self._classes:
-            raise DataError(f"{root} has no class folders; pictures must lie in {root}/CLASS/")
+    Args:
+        root: the folder.
+        split: what the images of a folder of class folders become; None finds `train`, `val` and `test` in it.
+        val_fraction: share of each class's images that becomes the val split, chosen by a hash of their names.
+
+    Raises:
+        DataError: there are no class folders, or the folder comes with a val split and `val_fraction` asks for another.
+        StorageError: the folder cannot be read.
+    """
+
+    shard_bytes = SHARD_BYTES
+
+    def __init__(self, root: Path, split: str | None = None, val_fraction: float = 0.0) -> None:
+        self.root, self._fraction = root, val_fraction
+        named: dict[str, list[Path]] = {}
+        folders = _folders(root)
+        for entry in folders:
+            if entry.name.lower() in SPLIT_WORDS and _folders(entry.path):
+                named.setdefault(SPLIT_WORDS[entry.name.lower()], []).append(Path(entry.path))
+        self._roots = {split or "train": root}
+        if "train" in named and (len(named) > 1 or len(folders) == 1):
+            double = next((paths for paths in named.values() if len(paths) > 1), None)
+            if double is not None:
+                raise DataError(f"{root} has both {double[0].name} and {double[1].name}; name one of them as SOURCE")
+            if split is not None:
+                raise DataError(f"{root} comes with its own splits ({', '.join(named)}); leave --split out")
+            self._roots = {name: named[name][0] for name in ("train", "val", "test") if name in named}
+        if val_fraction and "val" in self._roots:
+            raise DataError(f"{root} comes with a val split; leave --val-fraction out")
+        self.splits = (*self._roots, *(("val",) if val_fraction else ()))
+        self._classes = {folder: _classes(folder) for folder in self._roots.values()}
+        for folder, classes in self._classes.items():
+            if not classes:
+                raise DataError(f"{folder} has no class folders with images; images must lie in {folder}/CLASS/")
 
     def describe(self) -> dict[str, Any]:
-        """Say what decides the pictures."""
-        return {"source": "folder", "root": str(self.root)}
+        """Say what decides the images."""
+        described = {"source": "folder", "root": printable(str(self.root))}
+        return described | ({"val_fraction": self._fraction} if self._fraction else {})
 
     def class_names(self) -> dict[str, str]:
         """Return the names of the class folders, sorted."""
-        return {name: name for name in self._classes}
+        names = sorted({printable(path.name) for classes in self._classes.values() for path in classes})
+        return {name: name for name in names}
 
-    def count(self, split: str) -> int:  # noqa: ARG002  (one split only)
-        """Count the files."""
-        return sum(len(files) for name in self._classes for _, _, files in os.walk(self.root / name))
+    def count(self, split: str) -> int | None:
+        """Count the files; None where a part of them is held out."""
+        if self._fraction:
+            return None
+        return sum(1 for folder in self._classes[self._roots[split]] for _ in _files(folder, set()))
 
-    def pictures(self, split: str) -> Iterator[Picture]:  # noqa: ARG002
+    def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the files, class by class, sorted by name."""
-        for name in self._classes:
-            for folder, folders, files in os.walk(self.root / name, onerror=_stop):
-                folders.sort()
-                for file in sorted(files):
-                    path = Path(folder, file)
-                    try:
-                        size = path.stat().st_size
-                    except OSError as error:
-                        raise DataError(f"{path} cannot be read ({error.strerror}); mend it and build again") from None
-                    yield Picture(path.relative_to(self.root).as_posix(), name, Extent(str(path), 0, size))
+        root = self._roots.get(split, self.root)
+        if split == self.splits[0]:
+            yield from self._beside()
+        for folder in self._classes[root]:
+            found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder, set())]
+            if self._fraction:
+                usable = [image.name for image in found if not isinstance(image.data, Unusable)]
+                chosen = held_out(usable, round(self._fraction * len(usable)))
+                found = [image for image in found if (image.name in chosen) == (split == "val")]
+            yield from found
+
+    def _beside(self) -> Iterator[SourceImage]:
+        """List what lies beside the folders of the splits and of the classes."""
+        used = {*self._roots.values(), *(path for classes in self._classes.values() for path in classes)}
+        for folder in dict.fromkeys((self.root, *self._roots.values())):
+            for entry in _scan(folder):
+                if Path(entry.path) not in used:
+                    reason = "a folder that is no class" if _is_folder(entry) else "lies in no class folder"
+                    name = printable(Path(entry.path).relative_to(self.root).as_posix())
+                    yield SourceImage(name, "", Unusable("hidden" if _hidden(entry.name) else reason))
+
+    def _image(self, root: Path, class_name: str, path: str, reason: str) -> SourceImage:
+        name, class_id = printable(Path(path).relative_to(root).as_posix()), printable(class_name)
+        if reason:
+            return SourceImage(name, class_id, Unusable(reason))
+        try:
+            info = os.stat(path)  # noqa: PTH116  (as Extent's)
+        except OSError as error:
+            if Path(path).is_symlink():
+                return SourceImage(name, class_id, Unusable("a link that leads nowhere"))
+            raise StorageError(f"{path} cannot be read ({error.strerror}); fix it and build again") from None
+        if not stat.S_ISREG(info.st_mode):
+            return SourceImage(name, class_id, Unusable("a named pipe, socket or device"))
+        return SourceImage(name, class_id, Extent(path, 0, info.st_size))
 
 
-def _stop(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read ({error.strerror}); make it readable and build again")
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _NO_CLASSES
+
+
+def _scan(folder: Path | str) -> list["os.DirEntry[str]"]:
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename} cannot be read ({error.strerror}); make it readable and build again"
+        ) from None
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
+
+
+def _folders(root: Path | str) -> list["os.DirEntry[str]"]:
+    return [entry for entry in _scan(root) if _is_folder(entry) and not _hidden(entry.name)]
+
+
+def _classes(root: Path) -> list[Path]:
+    """Return the folders that hold at least one file that may be an image."""
+    folders = (Path(entry.path) for entry in _folders(root))
+    return [folder for folder in folders if any(not reason for _, reason in _files(folder, set()))]
+
+
+def _files(folder: Path, above: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield path and reason ('' for a file that may be an image) of all below a folder; links are followed."""
+    info = folder.stat()
+    here = (info.st_dev, info.st_ino)
+    if here in above:
+        yield str(folder), "a link to a folder above it"
+        return
+    inside = []
+    for entry in _scan(folder):
+        if _hidden(entry.name):
+            yield entry.path, "hidden"
+        elif _is_folder(entry):
+            inside.append(Path(entry.path))
+        else:
+            yield entry.path, ""
+    for path in inside:
+        yield from _files(path, above | {here})

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.archive import entries
 from data_pipeline.errors import DataError
-from data_pipeline.sources import Extent, Picture
+from data_pipeline.sources import SHARD_BYTES, SourceImage, extent
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -22,7 +22,7 @@ class ImageNet1k:
     """
 
     splits = ("train", "val")
-    shard_bytes = 256 * 2**20
+    shard_bytes = SHARD_BYTES
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -32,7 +32,7 @@ class ImageNet1k:
         self._wnid_of, self._names, self._truth = _read_devkit(root / DEVKIT)
 
     def describe(self) -> dict[str, Any]:
-        """Say what decides the pictures."""
+        """Say what decides the images."""
         return {"source": "imagenet-1k", "bytes": {name: (self.root / name).stat().st_size for name in (TRAIN, VAL)}}
 
     def class_names(self) -> dict[str, str]:
@@ -40,39 +40,47 @@ class ImageNet1k:
         return dict(sorted(self._names.items()))
 
     def count(self, split: str) -> int | None:
-        """Return the number of validation pictures; the training archive does not say."""
+        """Return the number of validation images; the training archive does not say."""
         return len(self._truth) if split == "val" else None
 
-    def pictures(self, split: str) -> Iterator[Picture]:
-        """Yield the pictures in the order of the archives."""
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images in the order of the archives."""
         return self._train() if split == "train" else self._val()
 
-    def _train(self) -> Iterator[Picture]:
+    def _train(self) -> Iterator[SourceImage]:
         path = self.root / TRAIN
-        for outer in entries(path):
-            wnid = outer.name.removesuffix(".tar")
-            if wnid not in self._names:
-                raise DataError(f"{path} holds {outer.name}, which is no class of {DEVKIT}; download both again")
-            for entry in entries(path, outer.offset, outer.offset + outer.size):
-                yield Picture(f"{wnid}/{entry.name}", wnid, Extent(str(path), entry.offset, entry.size))
+        classes = {outer.name.removesuffix(".tar"): outer for outer in entries(path)}
+        strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
+        if strange:
+            raise DataError(f"{path} holds {strange[0]}, which is no class of {DEVKIT}; download both again")
+        if missing:  # before hours of work, not after
+            raise DataError(f"{path} lacks {len(missing)} classes, for example {missing[0]}; download it again")
+        for wnid, outer in classes.items():
+            found = False
+            for entry in entries(path, outer):
+                found = True
+                yield SourceImage(f"{wnid}/{entry.name}", wnid, extent(path, entry))
+            if not found:
+                raise DataError(f"{outer.name} in {path} holds no images; download it again")
 
-    def _val(self) -> Iterator[Picture]:
+    def _val(self) -> Iterator[SourceImage]:
         path = self.root / VAL
-        found = 0
+        found = set()
         for entry in entries(path):
-            found += 1
-            # The name ends with the picture's number, from 1, which is its line in the ground truth.
+            # The name ends with the image's number, from 1, which is its line in the ground truth.
             line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
             if not line.isdigit() or not 1 <= int(line) <= len(self._truth):
                 raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
-            wnid = self._wnid_of[self._truth[int(line) - 1]]
-            yield Picture(entry.name, wnid, Extent(str(path), entry.offset, entry.size))
-        if found != len(self._truth):
-            raise DataError(f"{path} holds {found} pictures, but {DEVKIT} labels {len(self._truth)}; download it again")
+            found.add(int(line))
+            yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], extent(path, entry))
+        if len(found) != len(self._truth):
+            raise DataError(
+                f"{path} holds {len(found)} images, but {DEVKIT} labels {len(self._truth)}; download it again"
+            )
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]:
-    """Return number -> WordNet id, WordNet id -> words, and the number of each validation picture."""
+    """Return number -> WordNet id, WordNet id -> words, and the number of each validation image."""
     from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
 
     try:
@@ -83,7 +91,7 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]
                 for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
             )
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        # Numbers above the leaves are inner nodes of the hierarchy, which label no picture.
+        # Numbers above the leaves are inner nodes of the hierarchy, which label no image.
         leaves = [row for row in synsets if int(row["num_children"]) == 0]
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
         names = {str(row["WNID"]): str(row["words"]) for row in leaves}

@@ -61,7 +61,7 @@ def deaths(source: Path, dest: Path, way: str) -> Iterator[int]:
 
 def main() -> None:
     source, whole, dest, way = *map(Path, sys.argv[1:4]), sys.argv[4]
-    units.UNIT_PICTURES, Folder.shard_bytes = (4, 9_000) if way == "anywhere" else (7, 40_000)
+    units.UNIT_IMAGES, Folder.shard_bytes = (4, 9_000) if way == "anywhere" else (7, 40_000)
     assert built(source, whole) == 0
     expected, kills = contents(whole), 0
     for change in deaths(source, dest, way):

@@ -70,7 +70,7 @@ def test_class_folders_become_a_dataset_and_what_cannot_be_used_is_listed_with_i
 
 def test_without_a_terminal_progress_and_remaining_time_are_logged(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_module, "TELL", 0.0)
-    monkeypatch.setattr(units, "UNIT_PICTURES", 10)
+    monkeypatch.setattr(units, "UNIT_IMAGES", 10)
     build_into(photos, tmp_path / "out")
     err = capsys.readouterr().err
     assert re.search(r"^train: decode: 50 of 62, \d:\d\d:\d\d left$", err, re.MULTILINE)
@@ -87,7 +87,7 @@ def test_further_splits_join_the_first_with_the_same_classes_also_where_their_na
     build_into(photos, dest, "--split", "val")
     assert [len(Dataset.open(dest, split)) for split in ("train-more", "train", "val")] == [61, 61, 60]
     (photos / "ant").rename(photos / "auk")
-    build_into(photos, dest, "--split", "test", status=1)
+    build_into(photos, dest, "--split", "test", status=2)
     assert "class 'auk' is not among the classes of the dataset" in capsys.readouterr().err
 
 
@@ -99,7 +99,7 @@ def test_further_splits_join_the_first_with_the_same_classes_also_where_their_na
 def test_an_unknown_source_and_a_split_that_cannot_be_a_part_of_file_names_are_refused(
     photos, tmp_path, capsys, *, source, split, message
 ):
-    build_into(source or photos, tmp_path / "out", "--split", split, status=1)
+    build_into(source or photos, tmp_path / "out", "--split", split, status=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

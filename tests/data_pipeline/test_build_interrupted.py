@@ -29,14 +29,14 @@ import sys, time
 from data_pipeline import assemble, units
 from data_pipeline.sources.folder import Folder
 from data_pipeline.build import main
-units.UNIT_PICTURES, Folder.shard_bytes = 7, 40_000
+units.UNIT_IMAGES, Folder.shard_bytes = 7, 40_000
 def slowly(function):
     def slow(*args):
         for item in function(*args):
             time.sleep(0.002)
             yield item
     return slow
-Folder.pictures, assemble.shard_jobs = slowly(Folder.pictures), slowly(assemble.shard_jobs)
+Folder.images, assemble.shard_jobs = slowly(Folder.images), slowly(assemble.shard_jobs)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -82,7 +82,7 @@ def test_a_source_that_changes_while_a_build_is_interrupted_gives_what_a_new_bui
     folder, tmp_path, monkeypatch, change, moved
 ):
     source = shutil.copytree(folder, tmp_path / "source")
-    monkeypatch.setattr(units, "UNIT_PICTURES", 20)
+    monkeypatch.setattr(units, "UNIT_IMAGES", 20)
     monkeypatch.setattr(Folder, "shard_bytes", 40_000)
     real = assemble.publish
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_clear_line_and_the_next_build_goes_on(folder, tmp_pa
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(job)
 
-    monkeypatch.setattr(units, "UNIT_PICTURES", 20)
+    monkeypatch.setattr(units, "UNIT_IMAGES", 20)
     monkeypatch.setattr(units, "make", full)
     command = [str(folder), str(tmp_path / "out"), "--workers", "1"]
     assert build(command) == 1
@@ -230,7 +230,7 @@ def test_a_source_that_vanishes_is_one_clear_line(folder, tmp_path, monkeypatch,
         shutil.rmtree(source, ignore_errors=True)
         return real(job)
 
-    monkeypatch.setattr(units, "UNIT_PICTURES", 20)
+    monkeypatch.setattr(units, "UNIT_IMAGES", 20)
     monkeypatch.setattr(units, "make", vanish)
     assert build([str(source), str(tmp_path / "out"), "--workers", "1"]) == 1
     err = capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_developm
 def test_a_missing_imagenet_1k_archive_is_named(tmp_path, capsys, name):
     imagenet_1k(tmp_path / "in", CLASSES, val=3)
     (tmp_path / "in" / name).unlink()
-    assert build([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert build([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert f"{name} does not exist; download it" in capsys.readouterr().err
 
 
@@ -55,7 +55,7 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
     imagenet_1k(tmp_path / "in", CLASSES, val=6)
     path = tmp_path / "in" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert name in capsys.readouterr().err
     assert name.endswith("val.tar") or not (tmp_path / "out" / "dataset.json").exists()
 
@@ -79,13 +79,13 @@ def test_a_class_that_the_archive_does_not_have_is_named_before_the_work_begins(
     imagenet_21k(tmp_path / "winter21.tar", CLASSES)
     (tmp_path / "p.txt").write_text("n01440764\nn00000001\n")
     command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
-    assert build(command) == 1
+    assert build(command) == 2
     assert "no pictures of 1 of the chosen classes, for example n00000001" in capsys.readouterr().err
 
 
 def test_an_archive_that_is_no_archive_of_archives_is_refused(tmp_path, capsys):
     (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
-    assert build([str(tmp_path / "flat.tar"), str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert build([str(tmp_path / "flat.tar"), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "ImageNet-21k is an archive of archives" in capsys.readouterr().err
 
 
@@ -134,7 +134,7 @@ def test_an_index_in_place_is_the_one_wds2idx_writes(tmp_path):
 def test_an_index_of_another_shard_is_refused(tmp_path, capsys):
     foreign(tmp_path / "shards")
     (tmp_path / "shards" / "x-000.idx").write_text("v1.2 1\njpg 512 100 a/000.jpg\n")
-    assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 1
+    assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 2
     assert "x-000.idx is not the index of x-000.tar" in capsys.readouterr().err
 
 

@@ -29,14 +29,14 @@ def write_digits(folder: Path, classes: range, most: int = 1000) -> Path:
     """A dataset of some digits, through the door for folders: ``most`` of each to train on, all others' to evaluate."""
     for split in ("train", "val"):
         taken = dict.fromkeys(classes, 0)
-        for picture in Digits().pictures(split):
-            digit = int(picture.class_id)
+        for image in Digits().images(split):
+            digit = int(image.class_id)
             if digit in classes and (split == "val" or taken[digit] < most):
                 taken[digit] += 1
                 place = folder / split / f"digit-{digit}"
                 place.mkdir(parents=True, exist_ok=True)
-                assert isinstance(picture.data, bytes)
-                (place / f"{picture.name}.jpg").write_bytes(picture.data)
+                assert isinstance(image.data, bytes)
+                (place / f"{image.name}.jpg").write_bytes(image.data)
         assert build([str(folder / split), str(folder / "shards"), "--split", split, "--workers", "1"]) == 0
     return folder / "shards"
 

@@ -1,0 +1,94 @@
+"""IDX files, the format of MNIST (LeCun, Cortes, Burges 1998), Fashion-MNIST, KMNIST and EMNIST, gzipped or not."""
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError, StorageError
+from data_pipeline.sources import SHARD_BYTES, SourceImage, in_order
+
+_BYTES = 0x08  # the format's code for unsigned bytes, the only type these datasets use
+_IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
+
+
+class Idx:
+    """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...`.
+
+    The test files are the val split. Images of EMNIST, which are stored transposed, are turned.
+    """
+
+    splits = ("train", "val")
+    shard_bytes = SHARD_BYTES
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        train, *more = image_files(root, "train")
+        if more:
+            raise DataError(f"{root} holds {train.name} and {more[0].name}; give each dataset a folder of its own")
+        tests = image_files(root, "val")
+        if len(tests) != 1:
+            raise DataError(f"{root} must hold one file of test images beside {train.name}, but holds {len(tests)}")
+        self._images = {"train": train, "val": tests[0]}
+        self._labels = {split: _read(_labels_of(path), 1) for split, path in self._images.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Say what decides the images."""
+        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in self._images.values()}
+        return {"source": "idx", "images": digests}
+
+    def class_names(self) -> dict[str, str]:
+        """Return the labels from 0 to the largest."""
+        return {name: name for name in in_order({str(label) for a in self._labels.values() for label in a.tolist()})}
+
+    def count(self, split: str) -> int:
+        """Return the number of images."""
+        return len(self._labels[split])
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images as PGM files, which Pillow reads."""
+        path, labels = self._images[split], self._labels[split]
+        pixels = _read(path, 3)
+        if len(pixels) != len(labels):
+            raise DataError(f"{path} holds {len(pixels)} images, but {_labels_of(path)} {len(labels)} labels")
+        if path.name.startswith("emnist"):
+            pixels = pixels.transpose(0, 2, 1)
+        head = b"P5 %d %d 255\n" % (pixels.shape[2], pixels.shape[1])
+        for number, label in enumerate(labels.tolist()):
+            yield SourceImage(f"{split}{number:06d}", str(label), head + pixels[number].tobytes())
+
+
+def image_files(root: Path, split: str) -> list[Path]:
+    """Return the files of a folder that hold a split's images; an unpacked one takes the place of its packed copy."""
+    found = [(path, _IMAGES.fullmatch(path.name)) for path in sorted(root.iterdir())]
+    named = [path for path, match in found if match is not None and (match[1] == "train") == (split == "train")]
+    return [path for path in named if path.suffix != ".gz" or path.with_suffix("") not in named]
+
+
+def _labels_of(images: Path) -> Path:
+    return images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+
+
+def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """Read an IDX file of bytes; DataError unless it is complete and has so many dimensions."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; copy it here") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); download it again") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    shape = np.frombuffer(data, ">u4", min(dimensions, max(0, len(data) - 4) // 4), offset=min(4, len(data)))
+    begin = 4 + 4 * dimensions
+    if data[:4] != bytes((0, 0, _BYTES, dimensions)) or len(data) != begin + int(np.prod(shape.astype(np.int64))):
+        raise DataError(f"{path} is no complete IDX file of bytes in {dimensions} dimensions; download it again")
+    return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)

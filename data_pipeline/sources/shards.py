@@ -1,0 +1,95 @@
+"""WebDataset shards that others made, to be converted: several layouts of samples, plain or compressed."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.archive import Entry, contents, entries, is_compressed
+from data_pipeline.errors import StorageError
+from data_pipeline.index import Labels, Member, Sample, samples_of
+from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable
+
+LABEL_MEMBERS = ("cls", "json", "txt")
+
+
+class Shards:
+    """Samples with one image and one label each; what has none is listed.
+
+    Args:
+        paths: the shards of each split.
+        labels: how the class of a sample is found.
+        class_names: class id -> name in the order of the labels; None takes the classes that occur.
+    """
+
+    shard_bytes = SHARD_BYTES
+
+    def __init__(
+        self, paths: Mapping[str, Sequence[Path]], labels: Labels, class_names: dict[str, str] | None = None
+    ) -> None:
+        self._paths, self._labels, self._class_names = paths, labels, class_names
+        self.splits = tuple(paths)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what decides the images."""
+        files = [f"{split}/{path.name}:{path.stat().st_size}" for split in self.splits for path in self._paths[split]]
+        described = {"source": "shards", "files": len(files), "label_key": self._labels.key}
+        return described | {"files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest()}
+
+    def class_names(self) -> dict[str, str] | None:
+        """Return the classes when they were stated."""
+        return self._class_names
+
+    def count(self, split: str) -> None:
+        """Return None: shards do not say."""
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the samples of a split, shard by shard."""
+        for path in self._paths[split]:
+            strays: list[str] = []
+            for sample, found in _compressed(path, strays) if is_compressed(path) else _plain(path, strays):
+                yield self._image(path, sample, found)
+            for name in strays:
+                yield SourceImage(f"{path.name}/{name}", "", Unusable("belongs to no sample: it has no extension"))
+
+    def _image(self, path: Path, sample: Sample, found: dict[str, Extent | bytes]) -> SourceImage:
+        image = sample.image()
+        if isinstance(image, str):
+            return SourceImage(f"{path.name}/{sample.key}", "", Unusable(image))
+        texts = {ext: member for ext in LABEL_MEMBERS if (member := sample.member(ext)) is not None}
+        data = {extension: found[member.name] for extension, member in texts.items() if not member.unusable}
+        class_id, reason = self._labels.of(
+            sample, {extension: part for extension, part in data.items() if isinstance(part, bytes)}
+        )
+        name = f"{path.name}/{image.name}"
+        return SourceImage(name, class_id, Unusable(reason) if reason else found[image.name])
+
+
+def _plain(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Extent | bytes]]]:
+    """Yield each sample with where its members are, and the bytes of those that may hold a label."""
+
+    def read(member: Member) -> Extent | bytes:
+        if member.extension.lower() not in LABEL_MEMBERS:
+            return Extent(str(path), member.offset, member.size)
+        stream.seek(member.offset)
+        return stream.read(member.size)
+
+    try:
+        with path.open("rb") as stream:
+            for sample in samples_of(entries(path), strays):
+                yield sample, {member.name: read(member) for member in sample.members}
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); make it readable and build again") from None
+
+
+def _compressed(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Extent | bytes]]]:
+    """Yield each sample with the bytes of its members."""
+    held: dict[str, Extent | bytes] = {}
+
+    def remembered() -> Iterator[Entry]:
+        for entry, data in contents(path):
+            held[entry.name] = data
+            yield entry
+
+    for sample in samples_of(remembered(), strays):
+        yield sample, {member.name: held.pop(member.name, b"") for member in sample.members}
