@@ -162,7 +162,8 @@ def _ends_early(data: bytes, image: Image.Image, parsed: Jpeg) -> bool:
     """Whether a JPEG that decodes lacks a part of its data before its end-of-image marker.
 
     libjpeg fills what is missing with gray and only warns. Where that may have happened, the last scan's data are put
-    behind it once more: a complete image does not change, a decoder that lacks data takes them.
+    behind it once more: a complete image does not change, a decoder that lacks data takes them. A cut inside the last
+    block of a baseline JPEG, at most 16 x 16 pixels, is not noticed.
     """
     if parsed.incomplete:
         return True

@@ -43,7 +43,7 @@ class Entry:
     """Why its bytes cannot be used, as for a link; '' for a plain file."""
 
 
-class _HeaderError(Exception):
+class _DamagedError(Exception):
     """Not a TarError, so that tarfile does not swallow it."""
 
 
@@ -55,7 +55,7 @@ class _Header(tarfile.TarInfo):
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            raise _HeaderError("it ends without its end-of-archive blocks" if not buf else str(error)) from None
+            raise _DamagedError("it ends without its end-of-archive blocks" if not buf else str(error)) from None
 
 
 class _Part:
@@ -129,7 +129,7 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
     try:
         archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
         for info in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+            archive.members = []  # or it keeps every header in memory
             if info.isdir():
                 continue
             sparse = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
@@ -139,14 +139,14 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
             def read(member: tarfile.TarInfo = info) -> bytes:
                 data = archive.extractfile(member).read()  # type: ignore[union-attr]
                 if len(data) != member.size:
-                    raise _HeaderError(f"it ends inside {printable(member.name)}")
+                    raise _DamagedError(f"it ends inside {printable(member.name)}")
                 return data
 
             yield entry, read
         _check_end(archive, stream, streamed=streamed)
-    except (_HeaderError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (_DamagedError, tarfile.TarError) as error:
         place = 0 if archive is None else archive.offset
-        raise _HeaderError(f"{error}, at byte {start + place}") from None
+        raise _DamagedError(f"{error}, at byte {start + place}") from None
 
 
 def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None:
@@ -159,10 +159,10 @@ def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None
         zeros = 0
     while chunk := source.read(_CHUNK):
         if any(chunk):
-            raise _HeaderError("data follow its end, as in two archives that were joined")
+            raise _DamagedError("data follow its end, as in two archives that were joined")
         zeros += len(chunk)
     if zeros < 2 * tarfile.BLOCKSIZE:
-        raise _HeaderError("it ends without its end-of-archive blocks")
+        raise _DamagedError("it ends without its end-of-archive blocks")
 
 
 def _decompressor(path: Path) -> Callable[..., Any] | None:
@@ -183,7 +183,9 @@ def _reported(path: Path, inside: Entry | None) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; check the path or copy it here") from None
-    except _HeaderError as error:
+    except (_DamagedError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{what} is not an intact tar archive ({error}); copy or download it again") from None
     except OSError as error:
+        if error.errno is None:  # of a decompressor
+            raise DataError(f"{what} is not an intact archive ({error}); copy or download it again") from None
         raise StorageError(f"{path} cannot be read ({error.strerror or error}); fix it and run again") from None

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -85,6 +85,10 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
         with _locked(dest):
             for split in source.splits:
                 _build_split(source, split, dest, options, console)
+    except DataError:
+        with suppress(OSError):
+            dest.rmdir()  # if nothing is in it
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise StorageError(
@@ -116,6 +120,10 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
         made = _units(jobs, pool, options.workers, _Told(progress, task))
+        if not made and split != source.splits[0]:
+            shutil.rmtree(scratch)
+            console.print(f"{dest}: warning: the source has no images for a split '{split}'; it is not built")
+            return
         if not made:
             raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
         class_ids, class_names = _classes(source, manifest, made)

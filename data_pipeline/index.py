@@ -105,7 +105,8 @@ class Labels:
             return "", f"its label is not in the list of classes: {text[:40]!r}"
         if is_number:
             return str(int(text)), ""
-        if named and text and not text.lstrip("+-").replace(".", "", 1).isdigit():
+        is_name = text.isprintable() and text and not text.lstrip("+-").replace(".", "", 1).isdigit()
+        if named and is_name:
             return text[:200], ""
         return "", f"its label is no number of at most {_MAX_LABEL_DIGITS} digits: {text[:40]!r}"
 

@@ -1,27 +1,22 @@
 """What happens to damaged input: a stated outcome for each kind, and never a hang, a crash or a silent wrong label."""
 
-import io
 import itertools
 import json
 import os
 import re
 import shutil
-import struct
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.graph import SingleDecoder
-from data_pipeline.manifest import Manifest
 from data_pipeline.transforms import AugmentConfig, InputConfig, RandomResizedCropConfig
 from tests.data_pipeline.datasets import (
-    build_into,
     evaluation,
     overwrite,
     replace_image,
@@ -31,99 +26,10 @@ from tests.data_pipeline.datasets import (
     stored,
     training,
 )
-from tests.data_pipeline.images import jpeg, tar
+from tests.data_pipeline.images import jpeg
 
 GOOD = jpeg(1, (60, 40))
 SCAN = GOOD.index(b"\xff\xda")
-
-
-def encoded(format_: str, mode: str = "RGB", **save) -> bytes:
-    """GOOD in another format or mode."""
-    out, image = io.BytesIO(), Image.open(io.BytesIO(GOOD))
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    image.save(out, format_, **save)
-    return out.getvalue()
-
-
-def oversized() -> bytes:
-    """A valid header that promises 65500 x 65500 pixels."""
-    at = GOOD.index(b"\xff\xc0")
-    return GOOD[: at + 5] + struct.pack(">HH", 65500, 65500) + GOOD[at + 9 :]
-
-
-EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-REJECTED, KEPT, ENCODED = "rejected", "kept as it is", "encoded again"
-AT_BUILD = {
-    "truncated in the scan": (GOOD[: SCAN + 200], REJECTED),
-    "truncated in the header": (GOOD[:30], REJECTED),
-    "header only": (GOOD[:SCAN], REJECTED),
-    "empty": (b"", REJECTED),
-    "text": (b"404 not found", REJECTED),
-    "html": (b"<html><body>Forbidden</body></html>", REJECTED),
-    "zeros": (bytes(5000), REJECTED),
-    "first byte gone": (GOOD[1:], REJECTED),
-    "absurd size in the header": (oversized(), REJECTED),
-    "a tar": (tar({"a.jpg": GOOD}), REJECTED),
-    "junk after the end": (GOOD + b"junk" * 50, KEPT),
-    "gray": (encoded("JPEG", "L"), KEPT),
-    "progressive": (encoded("JPEG", progressive=True), KEPT),
-    "one pixel": (jpeg(1, (1, 1)), KEPT),
-    "very wide": (jpeg(1, (3000, 2)), KEPT),
-    "cmyk": (encoded("JPEG", "CMYK"), ENCODED),
-    "exif orientation": (encoded("JPEG", exif=EXIF), ENCODED),
-    "png": (encoded("PNG"), ENCODED),
-    "palette png": (encoded("PNG", "P"), ENCODED),
-    "rgba png": (encoded("PNG", "RGBA"), ENCODED),
-    "16-bit png": (encoded("PNG", "I;16"), ENCODED),
-    "gif": (encoded("GIF", "P"), ENCODED),
-    "webp": (encoded("WEBP"), ENCODED),
-    "bmp": (encoded("BMP"), ENCODED),
-    "tiff": (encoded("TIFF"), ENCODED),
-}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("damage")
-    for name, (data, _) in AT_BUILD.items():
-        folder = root / "in" / name
-        folder.mkdir(parents=True)
-        (folder / "it.jpg").write_bytes(data)
-        (folder / "fine.jpg").write_bytes(GOOD)
-    return Dataset.open(build_into(root / "in", root / "out"), "train")
-
-
-@pytest.mark.parametrize("name", AT_BUILD)
-def test_each_kind_of_file_has_its_stated_outcome_when_shards_are_built(built, name):
-    data, outcome = AT_BUILD[name]
-    rejected = {reject.name: reject.reason for reject in Manifest.read(built.path).splits["train"].rejected}
-    own = np.flatnonzero(built.labels == built.class_names.index(name)).tolist()
-    rows = [row for row in own if built.sample_name(row).endswith("-it.jpg")]
-    if outcome == REJECTED:
-        assert rejected[f"{name}/it.jpg"]
-        assert not rows
-        return
-    assert f"{name}/it.jpg" not in rejected
-    (row,) = rows
-    found = stored(built, row)
-    assert (found == data) == (outcome == KEPT)
-    image = Image.open(io.BytesIO(found))
-    assert (image.format, image.size) == ("JPEG", (built.width[row], built.height[row]))
-    if outcome == ENCODED:
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if name == "16-bit png":
-            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-        reference = io.BytesIO()
-        upright.convert("RGB").save(reference, "JPEG", quality=95, subsampling=0)
-        assert np.array_equal(np.asarray(Image.open(reference)), np.asarray(image))
-
-
-def test_everything_that_was_built_is_decoded_by_dali(built):
-    with evaluation(built, settings(built, image_size=16), batch_size=8) as loader:
-        assert sum(int(batch.valid.sum()) for batch in loader) == len(built)
 
 
 def read_epoch(folder: Path, **changes) -> tuple[set[int], list]:
@@ -147,7 +53,7 @@ SCREENED_OUT = {
     "text": lambda data: b"no image".ljust(len(data), b"."),
     "zeros": lambda data: bytes(len(data)),
     "a JPEG without a frame": lambda data: data[:20] + bytes(len(data) - 20),
-    "a GIF": lambda data: encoded("GIF", "P")[: len(data)].ljust(len(data), b"\0"),
+    "a GIF": lambda data: b"GIF89a".ljust(len(data), b"\0"),
     "another size": lambda data: data.replace(b"\0\x40\0\x40", b"\0\x41\0\x40", 1),
 }
 # What is done to image 70, and what its report says.

@@ -1,9 +1,14 @@
+import gzip
+import io
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
@@ -15,7 +20,7 @@ from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
 
 
 def stored(folder: Path, split: str) -> dict[bytes, str]:
-    """Return class id of every picture, by its bytes."""
+    """Return class id of every image, by its bytes."""
     dataset = Dataset.open(folder, split)
     reader = Reader(dataset)
     found = {reader.read(i)[0].tobytes(): dataset.class_ids[dataset.labels[i]] for i in range(len(dataset))}
@@ -28,10 +33,10 @@ CLASSES = {"n01440764": 7, "n01443537": 5, "n01484850": 9}
 
 
 def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_development_kit(tmp_path):
-    pictures = imagenet_1k(tmp_path / "in", CLASSES, val=10)
+    images = imagenet_1k(tmp_path / "in", CLASSES, val=10)
     assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
-    val = pictures.pop("val")
-    expected = {data: wnid for wnid, members in pictures.items() for data in members.values()}
+    val = images.pop("val")
+    expected = {data: wnid for wnid, members in images.items() for data in members.values()}
     assert stored(tmp_path / "out", "train") == expected
     numbered = sorted(CLASSES, reverse=True)  # as the look-alike numbers them
     expected = {data: numbered[i % 3] for i, data in enumerate(val.values())}
@@ -64,11 +69,11 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
 def test_imagenet_21k_is_read_from_its_archive_with_a_class_filter(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(source_21k, "ENOUGH", 8)
     monkeypatch.setattr(source_21k, "HELD_OUT", 3)
-    pictures = imagenet_21k(tmp_path / "winter21.tar", {**CLASSES, "n09999999": 4}, mode)
+    images = imagenet_21k(tmp_path / "winter21.tar", {**CLASSES, "n09999999": 4}, mode)
     (tmp_path / "p.txt").write_text("\n".join(CLASSES))
     command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
     assert build([*command, "--workers", "1"]) == 0
-    expected = {data: wnid for wnid in CLASSES for data in pictures[wnid].values()}
+    expected = {data: wnid for wnid in CLASSES for data in images[wnid].values()}
     train, val = stored(tmp_path / "out", "train"), stored(tmp_path / "out", "val")
     assert train | val == expected
     assert not train.keys() & val.keys()
@@ -80,13 +85,13 @@ def test_a_class_that_the_archive_does_not_have_is_named_before_the_work_begins(
     (tmp_path / "p.txt").write_text("n01440764\nn00000001\n")
     command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
     assert build(command) == 2
-    assert "no pictures of 1 of the chosen classes, for example n00000001" in capsys.readouterr().err
+    assert "no images of 1 of the chosen classes, for example n00000001" in capsys.readouterr().err
 
 
-def test_an_archive_that_is_no_archive_of_archives_is_refused(tmp_path, capsys):
+def test_an_archive_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
     assert build([str(tmp_path / "flat.tar"), str(tmp_path / "out"), "--workers", "1"]) == 2
-    assert "ImageNet-21k is an archive of archives" in capsys.readouterr().err
+    assert "neither a shard" in capsys.readouterr().err
 
 
 def foreign(folder: Path) -> None:
@@ -97,7 +102,7 @@ def foreign(folder: Path) -> None:
     }
     second = {
         "b0.jpg": exif, "b0.cls": b" 2\n", "b0.json": b"{}",
-        "b1.jpg": jpeg(4), "b2.cls": b"1", "b2.jpg": b"no picture", "b3.jpg": jpeg(5), "b3.cls": b"cat",
+        "b1.jpg": jpeg(4), "b2.cls": b"1", "b2.jpg": b"no image", "b3.jpg": jpeg(5), "b3.cls": b"cat",
         "README": b"stray", ".hidden": b"", "b4.jpeg": jpeg(6), "b4.cls": b"0",
         "b5.jpg": jpeg(8), "b5.cls": b"999999999999",
     }  # fmt: skip
@@ -111,14 +116,19 @@ def test_shards_of_others_are_indexed_in_place(tmp_path):
     assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 0
     dataset = Dataset.open(tmp_path / "shards", "train")
     assert dataset.labels.tolist() == [0, 1, 2, 3, 4, 2, 0]
-    # DALI and the table agree on the frame of a picture with an EXIF rotation.
+    # DALI and the table agree on the frame of an image with an EXIF rotation.
     assert (dataset.width[5], dataset.height[5]) == (20, 40)
     assert all((tmp_path / "shards" / name).read_bytes() == data for name, data in before.items())
     rejected = Manifest.read(tmp_path / "shards").splits["train"].rejected
-    assert [reject.name for reject in rejected] == [f"x-001.tar:b{i}" for i in (1, 2, 3, 5)]
-    assert "needs one jpg and one cls" in rejected[0].reason
-    assert "does not decode" in rejected[1].reason
-    assert all("its label is" in reject.reason for reject in rejected[2:])
+    assert [reject.name for reject in rejected] == [f"x-001.tar:{name}" for name in ("b1", "b2", "b3", "b5", "README")]
+    reasons = (
+        "needs one image and one label",
+        "does not decode",
+        "its label is",
+        "its label is",
+        "belongs to no sample",
+    )
+    assert all(reason in reject.reason for reason, reject in zip(reasons, rejected, strict=True))
     assert verify([str(tmp_path / "shards"), "--decode", "--workers", "1"]) == 0
 
 
@@ -147,3 +157,256 @@ def test_written_shards_can_be_indexed_again_by_others(digits, tmp_path):
     ours, theirs = Dataset.open(digits, "train"), Dataset.open(tmp_path, "train")
     for column in ("labels", "offset", "length", "width", "height", "crc32", "shard"):
         assert np.array_equal(getattr(ours, column), getattr(theirs, column))
+
+
+def folders(root: Path, *names: str) -> Path:
+    """Two images in each of these folders."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            (root / name / f"{i}.jpg").write_bytes(jpeg(10 * number + i, (24, 24)))
+    return root
+
+
+def listed(folder: Path, split: str = "train") -> dict[str, str]:
+    return {reject.name: reject.reason for reject in Manifest.read(folder).splits[split].rejected}
+
+
+def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_path, capsys):
+    root = folders(tmp_path / "in[1]", "ant", "bee[2]", ".git", "__MACOSX", "lost+found")
+    (root / "empty").mkdir()
+    (root / "only hidden").mkdir()
+    (root / "only hidden" / ".DS_Store").write_bytes(b"x")
+    (root / "loose.jpg").write_bytes(jpeg(1))
+    (root / "ant" / "._0.jpg").write_bytes(b"fork")
+    (root / "ant" / ".cache").mkdir()
+    (root / "ant" / "broken.jpg").symlink_to(tmp_path / "nowhere")
+    (root / "ant" / "itself.jpg").symlink_to(root / "ant" / "itself.jpg")
+    (root / "ant" / "up").symlink_to(root / "ant")
+    (root / "ant" / "linked.jpg").symlink_to(root / "bee[2]" / "0.jpg")
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "far" / "deep" / "1.jpg").write_bytes(jpeg(77))
+    (root / "cat").symlink_to(tmp_path / "far")
+    os.mkfifo(root / "ant" / "pipe.jpg")
+    (Path(os.fsdecode(os.fsencode(root / "ant") + b"/caf\xe9.jpg"))).write_bytes(jpeg(78))
+    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.class_names == ["ant", "bee[2]", "cat"]
+    assert manifest.splits["train"].class_counts == [4, 2, 1]
+    assert set(listed(tmp_path / "out")) == {
+        ".git", "__MACOSX", "lost+found", "empty", "only hidden", "loose.jpg", "ant/._0.jpg", "ant/.cache",
+        "ant/broken.jpg", "ant/itself.jpg", "ant/up", "ant/pipe.jpg",
+    }  # fmt: skip
+    err = capsys.readouterr().err
+    assert "7 samples in 1 shards; 3 classes with 1 to 4 images (median 2)" in err
+    assert "12 left out" in err
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation", "test"), ("train",)])
+def test_a_folder_with_folders_of_splits_becomes_these_splits(names, tmp_path):
+    root = tmp_path / "in"
+    for number, split in enumerate(names):
+        folders(root / split, "ant", "bee", *(("cat",) if number == 0 else ()))
+    if len(names) > 1:
+        (root / "annotations").mkdir()
+    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert set(manifest.splits) == {{"Training": "train", "validation": "val"}.get(name, name) for name in names}
+    assert manifest.class_names == ["ant", "bee", "cat"]
+    assert [split.class_counts for split in manifest.splits.values()] == [[2, 2, 2], [2, 2, 0], [2, 2, 0]][: len(names)]
+    assert list(listed(tmp_path / "out")) == (["annotations"] if len(names) > 1 else [])
+
+
+def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
+    root = tmp_path / "in"
+    for name, count in (("ant", 10), ("bee", 21), ("cat", 3)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i}.jpg").write_bytes(jpeg(100 * count + i, (16, 16)))
+    vals = []
+    for dest in ("a", "b"):
+        assert build([str(root), str(tmp_path / dest), "--val-fraction", "0.2", "--workers", "1"]) == 0
+        manifest = Manifest.read(tmp_path / dest)
+        assert [manifest.splits[split].class_counts for split in ("train", "val")] == [[8, 17, 2], [2, 4, 1]]
+        train, val = stored(tmp_path / dest, "train"), stored(tmp_path / dest, "val")
+        assert not train.keys() & val.keys()
+        assert len(train | val) == 34
+        vals.append(set(val))
+        if dest == "a":
+            (root / "ant" / "0.jpg").rename(root / "ant" / "10.jpg")
+    assert len(vals[0] - vals[1]) <= 1  # one name that changes moves at most one image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["IN", "IN/out"], "lies in"),
+        (["IN", "IN"], "lies in"),
+        (["IN/ant", "OUT"], "has no class folders"),
+        (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "--classes does not go with a folder of images"),
+        (["IN", "OUT", "--label-key", "y"], "--label-key does not go with"),
+        (["digits", "OUT", "--val-fraction", "0.1"], "--val-fraction does not go with digits"),
+        (["IN", "OUT", "--val-fraction", "1.5"], "share of each class"),
+        (["IN", "--index", "OUT"], "--index goes with plain WebDataset shards"),
+        (["IN/ant/0.jpg", "OUT"], "not an intact tar archive"),
+        (["IN/*.tar", "OUT"], "no file matches"),
+        (["OUT"], "name SOURCE and DEST"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
+    folders(tmp_path / "in", "ant", "bee")
+    before = sorted(tmp_path.rglob("*"))
+    filled = [a.replace("IN", str(tmp_path / "in")).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    assert build([*filled, "--workers", "1"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+IMAGE = jpeg(1, (20, 20))
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(IMAGE)).save(out, "PNG")
+    return out.getvalue()
+
+
+LAYOUTS = {
+    "cls": {"0.jpg": IMAGE, "0.cls": b"2\n"},
+    "upper case and a prefix": {"0.image.JPEG": IMAGE, "0.cls": b"00002"},
+    "png": {"a/b/0.png": png(), "a/b/0.cls": b"2"},
+    "json": {"0.jpg": IMAGE, "0.json": b'{"label": 2, "width": 20}'},
+    "json, another field": {"0.jpg": IMAGE, "0.json": b'{"y": {"id": 2}}'},
+    "txt": {"0.jpg": IMAGE, "0.txt": b"2"},
+    "names": {"0.jpg": IMAGE, "0.txt": b"cat\n"},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shards_of_each_layout_are_converted(name, packed, tmp_path):
+    (tmp_path / "in").mkdir()
+    stray = {
+        "1.jpg": IMAGE,
+        "2.cls": b"1",
+        "3.cls": b"-1",
+        "3.jpg": IMAGE,
+        "4.jpg": IMAGE,
+        "4.png": IMAGE,
+        "README": b"",
+    }
+    shard = tar({**{key.replace("0", "00", 1): value for key, value in LAYOUTS[name].items()}, **stray})
+    path = tmp_path / "in" / ("x-000.tar.gz" if packed else "x-000.tar")
+    path.write_bytes(gzip.compress(shard) if packed else shard)
+    (tmp_path / "names").write_text("ant\nbee\ncat\n")
+    more = {"json, another field": ["--label-key", "y.id"], "names": ["--classes", str(tmp_path / "names")]}
+    source = str(tmp_path / "in") if packed else str(tmp_path / "in" / "x-{000..000}.tar")
+    assert build([source, str(tmp_path / "out"), "--workers", "1", *more.get(name, [])]) == 0
+    dataset = Dataset.open(tmp_path / "out", "train")
+    assert dataset.labels.tolist() == [2]
+    assert dataset.class_names == (("ant", "bee", "cat") if name == "names" else ("0", "1", "2"))
+    assert sorted(listed(tmp_path / "out")) == [f"{path.name}/{key}" for key in ("1.jpg", "2", "3.jpg", "4", "README")]
+    assert verify([str(tmp_path / "out"), "--decode", "--workers", "1"]) == 0
+
+
+def test_class_names_in_shards_become_classes_in_their_order(tmp_path):
+    members = {f"{i}.{ext}": data for i in range(4) for ext, data in (("jpg", jpeg(i)), ("cls", b"n%d" % (9 - i)))}
+    (tmp_path / "x.tar").write_bytes(tar(members))
+    assert build([str(tmp_path / "x.tar"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert Dataset.open(tmp_path / "out", "train").class_names == ("n6", "n7", "n8", "n9")
+
+
+def two_splits(root: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        members = {f"{i}.{e}": d for i in range(3) for e, d in (("jpg", jpeg(10 * number + i)), ("cls", b"%d" % i))}
+        (root / name).write_bytes(tar(members))
+
+
+@pytest.mark.parametrize(
+    ("names", "source"),
+    [
+        (("train/000.tar", "val/000.tar"), ["IN"]),
+        (("x-train-000.tar", "x-validation-000.tar"), ["IN/*.tar"]),
+        (("a/0.tar", "b/0.tar"), ["train=IN/a/*.tar", "val=IN/b/*.tar"]),
+    ],
+)
+@pytest.mark.parametrize("way", ["converted", "in place", "index elsewhere"])
+def test_shards_of_several_splits_are_converted_or_used_where_they_lie(names, source, way, tmp_path):
+    root = tmp_path / "in"
+    two_splits(root, *names)
+    before = {path: path.read_bytes() for path in root.rglob("*.tar")}
+    dest = root if way == "in place" else tmp_path / "out"
+    sources = [part.replace("IN", str(root)) for part in source]
+    assert build([*sources, *(["--index"] if way == "index elsewhere" else []), str(dest), "--workers", "1"]) == 0
+    for split in ("train", "val"):
+        assert sorted(Dataset.open(dest, split).labels.tolist()) == [0, 1, 2]
+        assert set(stored(dest, split).values()) == {"0", "1", "2"}
+    assert verify([str(dest), "--decode", "--workers", "1"]) == 0
+    assert {path: path.read_bytes() for path in root.rglob("*.tar")} == before
+    if way == "index elsewhere":
+        assert {path.suffix for path in root.rglob("*") if path.is_file()} == {".tar"}
+
+
+def test_shards_that_cannot_all_be_indexed_leave_no_index(tmp_path, capsys):
+    two_splits(tmp_path, "x-0.tar", "x-1.tar")
+    data = (tmp_path / "x-1.tar").read_bytes()
+    (tmp_path / "x-1.tar").write_bytes(data[:4000])
+    assert build([str(tmp_path / "*.tar"), str(tmp_path), "--workers", "1"]) == 2
+    assert "x-1.tar" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.tar", "x-1.tar"]
+
+
+def test_info_of_others_says_splits_and_classes_and_ours_is_as_timm_reads_it(tmp_path):
+    two_splits(tmp_path / "in", "a.tar", "b.tar")
+    splits = {name: {"name": name, "filenames": [file], "shard_lengths": [3], "num_samples": 3}
+              for name, file in (("train", "a.tar"), ("validation", "b.tar"))}  # fmt: skip
+    info = json.dumps({"splits": splits, "num_classes": 7})
+    (tmp_path / "in" / "_info.json").write_text(info)
+    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert Dataset.open(tmp_path / "out", "val").num_classes == 7
+    assert (tmp_path / "in" / "_info.json").read_text() == info
+    written = json.loads((tmp_path / "out" / "_info.json").read_text())
+    for split in ("train", "val"):
+        part = written["splits"][split]
+        assert (part["name"], part["num_samples"], sum(part["shard_lengths"])) == (split, 3, 3)
+        assert [(tmp_path / "out" / name).is_file() for name in part["filenames"]] == [True]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+        ("emnist-x-train-images-idx3-ubyte", "emnist-x-test-images-idx3-ubyte"),
+    ],
+)
+def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    root, wanted = tmp_path / "in", {}
+    root.mkdir()
+    for name, count in zip(names, (12, 5), strict=True):
+        pixels, labels = rng.integers(0, 256, (count, 8, 6), np.uint8), np.arange(count, dtype=np.uint8) % 3
+        wanted[count] = (pixels.transpose(0, 2, 1) if name.startswith("emnist") else pixels, labels)
+        for file, shape, data in ((name, pixels.shape, pixels), (name.replace("images-idx3", "labels-idx1"),
+                                                                 labels.shape, labels)):  # fmt: skip
+            content = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes() + data.tobytes()
+            (root / file).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
+    for split, count in (("train", 12), ("val", 5)):
+        dataset = Dataset.open(tmp_path / "out", split)
+        pixels, labels = wanted[count]
+        reader = Reader(dataset)
+        for sample in range(count):
+            number = int(dataset.sample_name(sample).removesuffix(".jpg")[-6:])
+            image = np.asarray(Image.open(io.BytesIO(reader.read(sample)[0].tobytes())).convert("L"), int)
+            assert dataset.labels[sample] == labels[number]
+            assert np.abs(image - pixels[number]).mean() < 6  # noise, encoded at quality 95
+        reader.close()
+    data = (root / names[0]).read_bytes()
+    for damaged in (data[:-3], data[:-3] + b"xyz" + data[-3:], b"\1" + data[1:]):
+        (root / names[0]).write_bytes(damaged)
+        assert build([str(root), str(tmp_path / "bad"), "--workers", "1"]) == 2
+        assert names[0] in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
