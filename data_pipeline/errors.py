@@ -1,4 +1,6 @@
-"""The one error that the data pipeline shows to a person."""
+"""The errors that the data pipeline reports to its user."""
+
+import errno
 
 
 class DataError(Exception):
@@ -9,3 +11,28 @@ class DataError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class StorageError(DataError):
+    """Storage or network failed, not the data: another start may succeed."""
+
+
+_LASTING = frozenset(
+    {
+        errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.EINVAL, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    }
+)  # fmt: skip
+
+
+def is_lasting(error: OSError) -> bool:
+    """Whether an error of the operating system stays until a user changes something; EIO, ESTALE and others may pass.
+
+    File systems of fsspec raise the two classes without a number.
+    """
+    return isinstance(error, FileNotFoundError | PermissionError) or error.errno in _LASTING
+
+
+def storage_error(error: OSError, message: str) -> DataError:
+    """Return what to raise in place of an error of the operating system: a StorageError where it may pass."""
+    return (DataError if is_lasting(error) else StorageError)(message)
