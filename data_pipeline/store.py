@@ -59,7 +59,7 @@ def hanging_read(seconds: float) -> str:
     """Name what this process has been reading for longest; "" when that is less than `seconds`."""
     now = time.monotonic()
     since, where = min(list(_reading.values()), default=(now, ""))
-    return f"reading {where} takes {now - since:.0f} s so far" if now - since >= seconds else ""
+    return f"reading {where} takes {now - since:.0f} s so far" if where and now - since >= seconds else ""
 
 
 class CacheConfig(BaseModel):

@@ -287,8 +287,8 @@ def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], form
     for split, fingerprint in here.items():
         if any(old.get(split, fingerprint) != fingerprint for old in recorded):
             raise UserError(
-                f"{recipe.data.path} holds other images or labels for '{split}' than when {folder.path} was started: give "
-                "the run another name with --set name=..., or put the old dataset back"
+                f"{recipe.data.path} holds other images or labels for '{split}' than when {folder.path} was started: "
+                "give the run another name with --set name=..., or put the old dataset back"
             )
 
 
