@@ -54,9 +54,9 @@ def overwrite(folder: Path, sample: int, data: bytes, at: int = 0) -> None:
         shard.write(data)
 
 
-def change_table(folder: Path, **changes) -> Path:
+def change_table(folder: Path, split: str = "train", **changes) -> Path:
     """Change ``column=(sample, value)`` in the table, whose size stays; dataset.json knows nothing of it."""
-    path = folder / "digits-train.samples.npz"
+    path = folder / f"digits-{split}.samples.npz"
     size = path.stat().st_size
     with np.load(path) as read:
         table = dict(read)
@@ -67,12 +67,12 @@ def change_table(folder: Path, **changes) -> Path:
     return path
 
 
-def retable(folder: Path, **changes) -> None:
+def retable(folder: Path, split: str = "train", **changes) -> None:
     """Change the table and dataset.json as a builder with a fault would have written them."""
-    path = change_table(folder, **changes)
+    path = change_table(folder, split, **changes)
     manifest = Manifest.read(folder)
-    split = manifest.splits["train"].model_copy(update={"table": file_of(path)})
-    manifest.model_copy(update={"splits": manifest.splits | {"train": split}}).write(folder)
+    entry = manifest.splits[split].model_copy(update={"table": file_of(path)})
+    manifest.model_copy(update={"splits": manifest.splits | {split: entry}}).write(folder)
 
 
 def replace_image(folder: Path, sample: int, data: bytes) -> None:
