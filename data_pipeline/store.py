@@ -1,4 +1,4 @@
-"""Where a dataset's files are: in a local folder, or at a URL with a cache of whole files on local disk."""
+"""Where a dataset's files are: in a local folder, or at a URL with a cache of files on local disk."""
 
 import fcntl
 import hashlib
@@ -84,7 +84,7 @@ class Store(Protocol):
         """Return dataset.json."""
 
     def file(self, file: File) -> Path:
-        """Return a local path at which the file is whole; DataError when it cannot be had."""
+        """Return a local path at which the file is complete; DataError when it cannot be had."""
 
     def where(self, name: str) -> str:
         """Name a file for a message."""
@@ -116,7 +116,7 @@ class LocalStore:
 class RemoteStore:
     """A folder at a URL that fsspec knows: s3://, gs://, http(s)://, or any other.
 
-    Files are fetched whole, checked against their checksum, and named by it, so that a cached file is never stale. A
+    Files are fetched in full, checked against their checksum, and named by it, so that a cached file is never stale. A
     file appears by renaming; one process of a machine fetches it while the others wait for its lock.
     """
 
@@ -209,7 +209,7 @@ class RemoteStore:
                 break
             if path.suffix == _PART and not _free(path.with_suffix(".lock")):
                 continue  # it is being fetched
-            if path.exists():  # else it has just become whole, and counts
+            if path.exists():  # else it has just been completed, and counts
                 path.unlink(missing_ok=True)  # a process that has it open reads on
                 total -= stat.st_size
         return total <= limit

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
+from tests.data_pipeline.datasets import change_table
 from tests.pretrain.ranks import run_ranks, start_ranks
 from tests.pretrain.test_evaluation import hand_off
 from tests.system.launching import RECIPE, changes
@@ -170,6 +172,23 @@ def test_an_evaluation_whose_storage_fails_ends_with_one_line_and_the_status_for
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert f"{name} cannot be read after 2 tries (Stale file handle)" in error
+
+
+def evaluation_of_a_changed_table(folder: Path, handoff: Path, data: Path) -> None:
+    sys.stderr = (folder / f"errors-{os.environ['RANK']}").open("w")
+    evaluate([str(handoff), "--data", str(data)])
+
+
+def test_an_evaluation_ends_when_the_rank_that_checks_its_data_refuses(tmp_path: Path, digits: Path) -> None:
+    handoff = hand_off(tmp_path / "handoff", [str(digit) for digit in range(10)])
+    data = Path(shutil.copytree(digits, tmp_path / "digits"))
+    change_table(data, "val", label=(7, 3))
+    with pytest.raises(ProcessExitedException) as ended:
+        start_ranks(2, evaluation_of_a_changed_table, tmp_path, handoff, data)
+    assert (ended.value.exit_code, ended.value.error_index) == (ExitCode.WILL_FAIL_AGAIN, 0)
+    (line,) = (tmp_path / "errors-0").read_text().splitlines()
+    assert "digits-val.samples.npz is not the file that dataset.json names" in line
+    assert not (tmp_path / "errors-1").read_text()
 
 
 def training_whose_storage_fails(name: str, folder: Path, digits: Path) -> None:
