@@ -2,6 +2,7 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FILE_NAME, Shard, Split
+from data_pipeline.manifest import FILE_NAME, File, Shard, Split, file_of
 from data_pipeline.shards import member_name, member_size
-from data_pipeline.store import CacheConfig, LocalStore, Store, open_store
+from data_pipeline.store import CacheConfig, LocalStore, Store, open_store, patiently
 
 _PROBES = 16
 
@@ -28,7 +29,7 @@ class Dataset:
     class_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     fingerprint: str
-    """Identifies the content: equal for two copies, different when a single picture or label differs."""
+    """Identifies the content: equal for two copies, different when a single image or label differs."""
     shards: tuple[Shard, ...]
     shard_sizes: NDArray[np.int64]
     """(shards,) samples of each shard."""
@@ -46,17 +47,23 @@ class Dataset:
     """Checksum of the JPEG's bytes."""
 
     @classmethod
-    def open(cls, path: Path | str, split: str, cache: CacheConfig | None = None) -> "Dataset":
+    def open(
+        cls, path: Path | str, split: str, cache: CacheConfig | None = None, *, check_files: bool = True
+    ) -> "Dataset":
         """Open a split.
 
         Args:
             path: the dataset's folder, or a URL that fsspec knows.
             split: which split.
             cache: for a URL, where files are kept on local disk.
+            check_files: compare the table with its checksum, and all shards with their sizes and with the table. Once
+                per machine is enough.
 
         Raises:
-            DataError: there is no such dataset or split, a shard is missing, has another size than dataset.json says or
-                does not hold its first and last sample where the table says, or a label lies outside the classes.
+            DataError: there is no such dataset or split, the table is not the one that dataset.json names, a shard is
+                missing, has another size than dataset.json says or does not hold its first and last sample where the
+                table says, or a label lies outside the classes.
+            StorageError: storage or network failed, also after all pauses.
         """
         store = open_store(path, cache)
         manifest = store.manifest()
@@ -64,9 +71,7 @@ class Dataset:
             there = ", ".join(f"'{name}'" for name in manifest.splits)
             raise DataError(f"{path} has no split '{split}' (there is {there}); name one of these, or build it")
         entry = manifest.splits[split]
-        if isinstance(store, LocalStore):  # a remote shard is checked against its checksum when it is fetched
-            _check_sizes(store.folder, entry)
-        table = _table(store, entry)
+        table = _table(store, entry, check=check_files)
         identity = hashlib.sha256("\0".join([entry.table.sha256, *manifest.class_ids]).encode()).hexdigest()
         dataset = cls(
             store=store,
@@ -82,8 +87,9 @@ class Dataset:
             **table,
         )
         dataset._check_table(entry)
-        if isinstance(store, LocalStore):
-            dataset._check_headers(store.folder)
+        # A remote shard is compared with its checksum when it is fetched.
+        if check_files and isinstance(store, LocalStore):
+            dataset._check_shards(store.folder)
         return dataset
 
     def __len__(self) -> int:
@@ -105,8 +111,10 @@ class Dataset:
 
     def sample_name(self, sample: int) -> str:
         """Return the name of a sample's member in its shard."""
-        with self.shard_path(int(self.shard[sample])).open("rb") as shard:
-            return member_name(shard, int(self.offset[sample])) or f"sample {sample}"
+        with suppress(OSError), self.shard_path(int(self.shard[sample])).open("rb") as shard:
+            if name := member_name(shard, int(self.offset[sample])):
+                return name
+        return f"sample {sample}"
 
     def _check_table(self, entry: Split) -> None:
         where = self.store.where(entry.table.name)
@@ -122,54 +130,62 @@ class Dataset:
             raise DataError(
                 f"sample {self.sample_name(sample)} in {self.where(int(self.shard[sample]))} has label "
                 f"{self.labels[sample]}, but the classes are 0..{self.num_classes - 1}; "
-                "mend the label or the list of classes"
+                "fix the label or the list of classes"
             )
 
-    def _check_headers(self, folder: Path) -> None:
-        """Compare the ends of every shard with the table: a file of the right size may still be another shard."""
+    def _check_shards(self, folder: Path) -> None:
+        """Check sizes, and compare the ends of every shard with the table: another shard may have the right size."""
         ends = np.cumsum(self.shard_sizes)
 
         def check(shard: int) -> None:
-            path = folder / self.shards[shard].tar.name
-            samples = (int(ends[shard] - self.shard_sizes[shard]), int(ends[shard]) - 1)
-            try:
-                with path.open("rb") as stream:
-                    sizes = [member_size(stream, int(self.offset[sample])) for sample in samples]
-            except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror}); mend the disk or copy it again") from None
-            if sizes != [int(self.length[sample]) for sample in samples]:
-                raise DataError(
-                    f"{path} does not hold its samples where the table says: "
-                    "it is not the file that was indexed; copy it again or build the dataset again"
-                )
+            record = self.shards[shard]
+            for file in (record.tar, record.idx):
+                _check_size(folder / file.name, file)
+            if record.samples:
+                self._check_ends(folder / record.tar.name, int(ends[shard]) - record.samples, int(ends[shard]) - 1)
 
         with ThreadPoolExecutor(_PROBES) as pool:  # it is waiting for a file server, if anything
-            list(pool.map(check, np.flatnonzero(self.shard_sizes).tolist()))
+            list(pool.map(check, range(len(self.shards))))
+
+    def _check_ends(self, path: Path, *samples: int) -> None:
+        def sizes() -> list[int | None]:
+            with path.open("rb") as stream:
+                return [member_size(stream, int(self.offset[sample])) for sample in samples]
+
+        try:
+            found = patiently(sizes, str(path))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); fix the disk or copy it again") from None
+        if found != [int(self.length[sample]) for sample in samples]:
+            raise DataError(
+                f"{path} does not hold its samples where the table says: "
+                "it is not the file that was indexed; copy it again or build the dataset again"
+            )
 
 
-def _check_sizes(folder: Path, entry: Split) -> None:
-    for shard in entry.shards:
-        for file in (shard.tar, shard.idx):
-            try:
-                size = (folder / file.name).stat().st_size
-            except OSError as error:
-                raise DataError(
-                    f"{folder / file.name}: {error.strerror}; copy it here or build the dataset again"
-                ) from None
-            if size != file.bytes:
-                raise DataError(
-                    f"{folder / file.name} has {size} bytes, but {FILE_NAME} says {file.bytes}: "
-                    "it is not the file that was indexed; copy it again or build the dataset again"
-                )
-
-
-def _table(store: Store, entry: Split) -> dict[str, NDArray]:
-    path = store.file(entry.table)
+def _check_size(path: Path, file: File) -> None:
     try:
-        if path.stat().st_size != entry.table.bytes:
-            raise DataError(f"{path} is not the file that {FILE_NAME} names: its size differs; copy it again")
+        size = patiently(path.stat, str(path)).st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; copy it here or build the dataset again") from None
+    if size != file.bytes:
+        raise DataError(
+            f"{path} has {size} bytes, but {FILE_NAME} says {file.bytes}: "
+            "it is not the file that was indexed; copy it again or build the dataset again"
+        )
+
+
+def _table(store: Store, entry: Split, *, check: bool) -> dict[str, NDArray]:
+    path = store.file(entry.table)
+
+    def read() -> dict[str, NDArray]:
+        if check and file_of(path).sha256 != entry.table.sha256:
+            raise DataError(f"{path} is not the file that {FILE_NAME} names: its checksum differs; copy it again")
         with np.load(path, allow_pickle=False) as stored:
-            table = {name: stored[name] for name in COLUMNS}
+            return {name: stored[name] for name in COLUMNS}
+
+    try:
+        table = patiently(read, str(path))
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  (zipfile and numpy raise a dozen kinds on damaged files)

@@ -3,7 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -17,7 +17,11 @@ from data_pipeline import graph
 from data_pipeline.batch import BadSample
 from data_pipeline.draws import Params
 from data_pipeline.gpu_memory import gpu_memory_is_full
+from data_pipeline.store import hanging_read
 from data_pipeline.transforms import InputConfig
+
+HANGS_S = 60.0
+"""A read that takes so many seconds is reported while a batch waits for it, again and again."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,11 @@ class Engine:
         """Give DALI the next batch; called by it from schedule_run, first for as many batches as it prefetches."""
         if not self._reading:
             raise StopIteration
-        prepared = self._reading.popleft()[1].result()
+        reading = self._reading.popleft()[1]
+        while not wait([reading], HANGS_S).done:
+            if found := hanging_read(HANGS_S):
+                print(f"WARNING waiting for data: {found}", file=sys.stderr)  # noqa: T201
+        prepared = reading.result()
         self._read_ahead()
         self._decoding.append(prepared)
         return [prepared.jpegs if name == "jpeg" else prepared.params[name] for name in names]

@@ -1,5 +1,7 @@
 """The errors that the data pipeline reports to a user, in one line each."""
 
+import errno
+
 
 class DataError(Exception):
     """Something about the data is wrong and will be wrong again when it is tried again.
@@ -12,7 +14,28 @@ class DataError(Exception):
 
 
 class StorageError(DataError):
-    """What storage does not give now and may give later: the same command, run again, goes on from where it stopped."""
+    """Storage or network failed, not the data: another start may succeed."""
+
+
+_LASTING = frozenset(
+    {
+        errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.EINVAL, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    }
+)  # fmt: skip
+
+
+def is_lasting(error: OSError) -> bool:
+    """Whether an error of the operating system stays until a user changes something; EIO, ESTALE and others may pass.
+
+    File systems of fsspec raise the two classes without a number.
+    """
+    return isinstance(error, FileNotFoundError | PermissionError) or error.errno in _LASTING
+
+
+def storage_error(error: OSError, message: str) -> DataError:
+    """Return what to raise in place of an error of the operating system: a StorageError where it may pass."""
+    return (DataError if is_lasting(error) else StorageError)(message)
 
 
 def printable(text: str) -> str:

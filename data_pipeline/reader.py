@@ -1,4 +1,4 @@
-"""From sample ids to the bytes of pictures, with a screen that no damaged sample passes."""
+"""From sample ids to the bytes of images, with a screen that no damaged sample passes."""
 
 import os
 import threading
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.shards import crc32, header_size
+from data_pipeline.shards import crc32
+from data_pipeline.store import patiently
 
 _OPEN_SHARDS = 256
 
@@ -30,6 +31,7 @@ class Reader:
 
         Raises:
             DataError: the shard itself cannot be read.
+            StorageError: it cannot be read now, also after all pauses.
         """
         data = self._bytes(sample)
         if sample in self.condemned:
@@ -38,8 +40,6 @@ class Reader:
             reason = f"the shard ends after {len(data)} of its {self.dataset.length[sample]} bytes"
         elif crc32(data) != self.dataset.crc32[sample]:
             reason = "its checksum differs from the one taken when the shards were built"
-        elif not self._fits(sample, header_size(data)):
-            reason = "its header is not that of a JPEG or PNG of the size in the table"
         else:
             reason = ""
         return np.frombuffer(data, np.uint8), reason
@@ -47,7 +47,7 @@ class Reader:
     def announce(self, samples: NDArray[np.int64]) -> None:
         """Let storage bring samples, (m,), all at once; `read` alone would wait for one after the other.
 
-        It is only a hint: what cannot be opened is told by `read`.
+        It is only a hint: what cannot be opened is reported by `read`.
         """
         shards = self.dataset.shard[samples]
         for shard in np.unique(shards).tolist():
@@ -61,41 +61,52 @@ class Reader:
                 finally:
                     os.close(duplicate)
 
-    def _fits(self, sample: int, size: tuple[int, int] | None) -> bool:
-        """Whether a header agrees with the table, which has the sides as they are after an EXIF rotation."""
-        expected = (int(self.dataset.width[sample]), int(self.dataset.height[sample]))
-        return size is not None and size in {expected, expected[::-1]}
-
     def _bytes(self, sample: int) -> bytes:
         dataset = self.dataset
         shard = int(dataset.shard[sample])
-        try:
+
+        def read() -> bytes:
             duplicate = self._duplicate(shard)
             try:
                 return os.pread(duplicate, int(dataset.length[sample]), int(dataset.offset[sample]))
+            except OSError:
+                self._forget(shard)  # a stale handle stays stale: the shard is opened anew
+                raise
             finally:
                 os.close(duplicate)
+
+        try:
+            return patiently(read, dataset.where(shard))
         except OSError as error:
             raise DataError(
-                f"{dataset.where(shard)} cannot be read ({error.strerror}); mend the disk or copy it again"
+                f"{dataset.where(shard)} cannot be read ({error.strerror}); fix the disk or copy it again"
             ) from None
 
     def _duplicate(self, shard: int) -> int:
-        with self._lock:  # a descriptor must not be closed while another thread reads from it
-            return os.dup(self._descriptor(shard))
+        while True:
+            with self._lock:  # a descriptor must not be closed while another thread reads from it
+                if shard in self._files:
+                    self._files.move_to_end(shard)
+                    return os.dup(self._files[shard])
+            self._open(shard)
 
-    def _descriptor(self, shard: int) -> int:
-        while shard not in self._files:
-            try:
-                self._files[shard] = os.open(self.dataset.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                if not self.dataset.store.remote:
-                    raise
-                continue  # another process dropped it from the cache just now: it is fetched again
-            if len(self._files) > _OPEN_SHARDS:
+    def _open(self, shard: int) -> None:
+        try:  # without the lock: the shard may have to be fetched
+            descriptor = os.open(self.dataset.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not self.dataset.store.remote:
+                raise
+            return  # another process dropped it from the cache just now: it is fetched again
+        with self._lock:
+            if self._files.setdefault(shard, descriptor) != descriptor:  # another thread was faster
+                os.close(descriptor)
+            elif len(self._files) > _OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
+
+    def _forget(self, shard: int) -> None:
+        with self._lock:
+            if shard in self._files:
+                os.close(self._files.pop(shard))
 
     def close(self) -> None:
         """Close all shards."""

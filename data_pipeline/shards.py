@@ -4,7 +4,6 @@ A shard is a USTAR archive in which each sample is two members, KEY.cls (the lab
 index beside it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then per sample `ext offset size name ...`.
 """
 
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ from typing import BinaryIO
 BLOCK = 512
 CLS_WIDTH = 5
 _PERMISSIONS = 0o644
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers that state a JPEG's size
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,3 @@ def _header(shard: BinaryIO, offset: int) -> tarfile.TarInfo | None:
 def crc32(data: bytes) -> int:
     """Return the checksum of an image's bytes that the dataset's table holds."""
     return zlib.crc32(data)
-
-
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) as the header of a JPEG or PNG states it, without decoding, or None when there is none."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return struct.unpack_from(">II", data, 16) if len(data) >= 24 else None
-    at, end = 2, len(data) - 9
-    if data[:2] != b"\xff\xd8":
-        return None
-    while at < end and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return None

@@ -1,27 +1,65 @@
-"""Where a dataset's files are: in a local folder, or at a URL with a cache of whole files on local disk."""
+"""Where a dataset's files are: in a local folder, or at a URL with a cache of files on local disk."""
 
 import fcntl
 import hashlib
 import os
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError, is_lasting, storage_error
 from data_pipeline.manifest import FILE_NAME, File, Manifest
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between one try and the next."""
 STALLED = 60
 """Seconds without a byte after which a try is given up."""
+T = TypeVar("T")
 _CHUNK = 8 * 2**20
 _PART = ".part"
 _WAIT = 0.05  # seconds until it is looked again whether the cache has room
+_DENIED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+
+_reading: dict[object, tuple[float, str]] = {}  # since when (time.monotonic), and what
+
+
+def patiently(read: Callable[[], T], where: str) -> T:
+    """Return what `read` returns; while storage fails in a way that may pass, try again after PAUSES.
+
+    Args:
+        read: opens what it reads, so that a stale handle is replaced.
+        where: names what is read.
+
+    Raises:
+        StorageError: it still fails after the last pause.
+        OSError: it fails in a way that lasts.
+    """
+    reason, key = "", object()
+    for pause in (*PAUSES, 0):
+        _reading[key] = (time.monotonic(), where)
+        try:
+            return read()
+        except OSError as error:
+            if is_lasting(error):
+                raise
+            reason = error.strerror or str(error)
+        finally:
+            del _reading[key]
+        time.sleep(pause)
+    raise StorageError(f"{where} cannot be read after {len(PAUSES) + 1} tries ({reason}); check the storage")
+
+
+def hanging_read(seconds: float) -> str:
+    """Name what this process has been reading for longest; "" when that is less than `seconds`."""
+    now = time.monotonic()
+    since, where = min(list(_reading.values()), default=(now, ""))
+    return f"reading {where} takes {now - since:.0f} s so far" if where and now - since >= seconds else ""
 
 
 class CacheConfig(BaseModel):
@@ -46,7 +84,7 @@ class Store(Protocol):
         """Return dataset.json."""
 
     def file(self, file: File) -> Path:
-        """Return a local path at which the file is whole; DataError when it cannot be had."""
+        """Return a local path at which the file is complete; DataError when it cannot be had."""
 
     def where(self, name: str) -> str:
         """Name a file for a message."""
@@ -62,6 +100,8 @@ class LocalStore:
 
     def manifest(self) -> Manifest:
         """Return dataset.json."""
+        with suppress(OSError):  # what lasts is an error of the next line
+            patiently((self.folder / FILE_NAME).read_bytes, self.where(FILE_NAME))
         return Manifest.read(self.folder)
 
     def file(self, file: File) -> Path:
@@ -76,7 +116,7 @@ class LocalStore:
 class RemoteStore:
     """A folder at a URL that fsspec knows: s3://, gs://, http(s)://, or any other.
 
-    Files are fetched whole, checked against their checksum, and named by it, so that a cached file is never stale. A
+    Files are fetched in full, checked against their checksum, and named by it, so that a cached file is never stale. A
     file appears by renaming; one process of a machine fetches it while the others wait for its lock.
     """
 
@@ -94,8 +134,11 @@ class RemoteStore:
                 self._fs.retries = 1  # s3fs tries five times by itself, silently, each as long as STALLED
         except ImportError as error:
             raise DataError(f"{url} needs another package ({error}); install it") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{url} cannot be opened ({error}); check the URL and the cache's folder") from None
+        except ValueError as error:
+            raise DataError(f"{url} cannot be opened ({error}); check the URL") from None
+        except OSError as error:
+            message = f"{url} cannot be opened ({error}); check the URL and the cache's folder"
+            raise storage_error(error, message) from None
 
     def where(self, name: str) -> str:
         """Name a file for a message."""
@@ -105,17 +148,33 @@ class RemoteStore:
         """Fetch dataset.json anew: it is small, and says which version of all other files is meant."""
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder = self.folder / f"{name}.{os.getpid()}"
-        folder.mkdir(exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._fetch(FILE_NAME, folder / FILE_NAME, None)
             return Manifest.read(folder)
+        except OSError as error:
+            raise _cache_error(folder, error) from None
         finally:
-            (folder / FILE_NAME).unlink(missing_ok=True)
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def file(self, file: File) -> Path:
         """Return the cached file, fetching it if it is not there; DataError after the last try."""
         path = self.folder / f"{file.sha256[:24]}-{file.name}"
+        recreated = False
+        try:
+            while not patiently(lambda: self._has(path, file), str(path)):
+                if self.folder.exists():
+                    continue  # the file was dropped by another process just now
+                if recreated:
+                    raise StorageError(f"{self.folder} vanished again after it was recreated; name a folder that stays")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                recreated = True
+        except OSError as error:
+            raise _cache_error(path, error) from None
+        return path
+
+    def _has(self, path: Path, file: File) -> bool:
+        """Fetch a file that is not in the cache, and say whether it is still there afterwards."""
         try:
             if not path.exists():
                 with _lock(path.with_name(path.name + ".lock")):
@@ -123,11 +182,9 @@ class RemoteStore:
                         self._make_room(path, file.bytes)
                         self._fetch(file.name, path, file)
             os.utime(path)  # for the order in which files are dropped
-        except FileNotFoundError:  # dropped by another process just now
-            return self.file(file)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; make room in the cache's folder, or name another") from None
-        return path
+        except FileNotFoundError:
+            return False
+        return True
 
     def _make_room(self, path: Path, size: int) -> None:
         """Drop files until one of `size` bytes fits, and reserve them; waits while fetches of others fill the cache."""
@@ -152,48 +209,55 @@ class RemoteStore:
                 break
             if path.suffix == _PART and not _free(path.with_suffix(".lock")):
                 continue  # it is being fetched
-            if path.exists():  # else it has just become whole, and counts
+            if path.exists():  # else it has just been completed, and counts
                 path.unlink(missing_ok=True)  # a process that has it open reads on
                 total -= stat.st_size
         return total <= limit
 
     def _fetch(self, name: str, path: Path, expected: File | None) -> None:
-        """Download a file, trying again after PAUSES."""
-        reason = ""
+        """Download a file, trying again after PAUSES; FileNotFoundError when the cache's folder vanished meanwhile."""
+        reason, lasting = "", True
         aside = _aside(path)
         try:
-            for pause in (*PAUSES, None):
-                try:
-                    digest = self._download(name, aside)
-                except FileNotFoundError:
-                    raise DataError(f"{self.where(name)} does not exist; check the URL") from None
-                except Exception as error:  # noqa: BLE001  (each store has errors of its own)
-                    if getattr(error, "status", None) == HTTPStatus.NOT_FOUND:
-                        raise DataError(f"{self.where(name)} does not exist; check the URL") from None
-                    reason = str(error).strip() or type(error).__name__
-                else:
-                    if expected is None or digest == expected.sha256:
-                        aside.replace(path)
-                        return
-                    reason = "its content is not what dataset.json says"
-                if pause is not None:
+            # Over the bytes that were reserved, so that they stay reserved.
+            with aside.open("r+b" if aside.exists() else "wb") as out:
+                for pause in (*PAUSES, 0):
+                    try:
+                        digest = self._download(name, out)
+                    except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+                        status = getattr(error, "status", None)
+                        if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+                            raise DataError(f"{self.where(name)} does not exist; check the URL") from None
+                        reason = str(error).strip() or type(error).__name__
+                        lasting &= status in _DENIED or (isinstance(error, OSError) and is_lasting(error))
+                    else:
+                        if expected is None or digest == expected.sha256:
+                            if not os.fstat(out.fileno()).st_nlink:  # what is there now is another process's
+                                raise FileNotFoundError(aside)
+                            aside.replace(path)
+                            return
+                        reason = "its content is not what dataset.json says"
                     time.sleep(pause)
         finally:
             aside.unlink(missing_ok=True)
-        raise DataError(
+        raise (DataError if lasting else StorageError)(
             f"{self.where(name)} cannot be fetched after {len(PAUSES) + 1} tries ({reason}); check the store"
         )
 
-    def _download(self, name: str, aside: Path) -> str:
+    def _download(self, name: str, out: BinaryIO) -> str:
         digest = hashlib.sha256()
-        remote = self._fs.open(f"{self._root}/{name}", "rb", block_size=_CHUNK, cache_type="readahead")
-        # Over the bytes that were reserved, so that they stay reserved.
-        with remote, aside.open("r+b" if aside.exists() else "wb") as out:
+        with self._fs.open(f"{self._root}/{name}", "rb", block_size=_CHUNK, cache_type="readahead") as remote:
+            out.seek(0)
             while chunk := remote.read(_CHUNK):
                 digest.update(chunk)
                 out.write(chunk)
             out.truncate()
         return digest.hexdigest()
+
+
+def _cache_error(path: Path, error: OSError) -> DataError:
+    reason = error.strerror or error
+    return storage_error(error, f"{path}: {reason}; make room in the cache's folder, or name another")
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,8 +12,15 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DataError
 from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
-from pretrain.checkpoints.checkpoint import Progress, load_newest
+from pretrain.checkpoints.checkpoint import (
+    CheckpointDamagedError,
+    Progress,
+    list_checkpoints,
+    load_newest,
+    read_manifest,
+)
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
@@ -21,7 +29,7 @@ from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import Rank, new_cpu_group
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import count_steps
-from pretrain.evaluation.probes import Probes
+from pretrain.evaluation.probes import Probes, open_probe_sets
 from pretrain.events import write_event, write_start
 from pretrain.files import lock
 from pretrain.handoff.initialize import Beginning, begin, share_weights
@@ -63,9 +71,19 @@ def assemble(
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
         DataError: the dataset is missing or damaged.
+        StorageError: storage or network failed.
     """
-    train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
-    val_set = Dataset.open(recipe.data.path, recipe.data.val_split, recipe.data.cache)
+
+    def open_sets(check_files: bool) -> tuple[Dataset, Dataset, tuple[Dataset, Dataset] | None]:
+        data, probes = recipe.data, recipe.probes
+        return (
+            Dataset.open(data.path, data.train_split, data.cache, check_files=check_files),
+            Dataset.open(data.path, data.val_split, data.cache, check_files=check_files),
+            None if probes is None else open_probe_sets(probes, check_files=check_files),
+        )
+
+    train_set, val_set, probe_sets = first_of_node_checks(rank, control, open_sets)
+    fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     classification = Classification(recipe.loss, recipe.mixing, train_set.class_ids, device)
     facts = {
         "dataset": {
@@ -83,7 +101,7 @@ def assemble(
         return begin(folder, model, recipe, train_set)
 
     def open_folder() -> tuple[RunState, Beginning]:
-        return _open_folder(folder, recipe, resolved, facts, rank=rank, begin=first_weights)
+        return _open_folder(folder, recipe, resolved, facts, fingerprints, rank=rank, begin=first_weights)
 
     state, beginning = first_rank_decides(control, open_folder)
     if beginning.initialized:
@@ -127,10 +145,9 @@ def assemble(
     )
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)
     probes = None
-    if recipe.probes is not None:
-        probes = Probes(
-            recipe.probes, recipe.data, batch_size=recipe.evaluation.batch_size, control=control, where=where
-        )
+    if recipe.probes is not None and probe_sets is not None:
+        size = recipe.evaluation.batch_size
+        probes = Probes(recipe.probes, probe_sets, recipe.data, batch_size=size, control=control, where=where)
     metrics = None
     if rank.is_first:
         state.total_steps, state.step, state.samples_seen = total_steps, progress.step, progress.samples_seen
@@ -163,7 +180,7 @@ def assemble(
             retention=Retention(
                 recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best
             ),
-            facts={"run": recipe.name},
+            facts={"run": recipe.name, "fingerprints": fingerprints},
             group=new_cpu_group(60 * recipe.watchdog.start_minutes + SPEAKS_FIRST_S),
             say=console.say,
         ),
@@ -199,11 +216,37 @@ def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
     return result
 
 
+def first_of_node_checks(rank: Rank, group: dist.ProcessGroup, open_sets: Callable[[bool], T]) -> T:
+    """Open datasets, with a check of their files by the first rank of each node only. Collective.
+
+    Args:
+        rank: this rank.
+        group: CPU group of all ranks.
+        open_sets: opens them; its argument is ``check_files`` of ``Dataset.open``.
+
+    Raises:
+        DataError: on all ranks alike where a node's first rank refuses them.
+    """
+    opened: list[T] = []
+    problem: DataError | None = None
+    if rank.local_rank == 0:
+        try:
+            opened.append(open_sets(True))
+        except DataError as error:
+            problem = error
+    problems: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(problems, problem, group=group)
+    for problem in filter(None, problems):
+        raise problem
+    return opened[0] if opened else open_sets(False)
+
+
 def _open_folder(
     folder: RunFolder,
     recipe: Recipe,
     resolved: ResolvedDeepSpeed,
     facts: dict[str, Any],
+    fingerprints: dict[str, str],
     *,
     rank: Rank,
     begin: Callable[[], Beginning],
@@ -214,13 +257,8 @@ def _open_folder(
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
         folder.check_recipe(recipe, resolved.config)
-        known = folder.read_recipe() is not None and (folder.path / "environment.json").exists()
-        if known and folder.read_dataset()["fingerprint"] != facts["dataset"]["fingerprint"]:
-            raise UserError(
-                f"{recipe.data.path} holds other images than when {folder.path} was started: give "
-                "the run another name with --set name=..., or put the old dataset back"
-            )
         former = folder.read_state()
+        _check_content(folder, recipe, fingerprints, former)
         if former is not None and former.state == "finished":
             raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")
         beginning = begin()
@@ -233,8 +271,25 @@ def _open_folder(
         world_size=rank.world_size,
         job_id=rank.job_id,
         host=rank.host,
+        fingerprints=fingerprints,
     )
     return state, beginning
+
+
+def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], former: RunState | None) -> None:
+    """Refuse splits whose content is not that of ``environment.json``, ``run.json`` and the newest checkpoint."""
+    recorded = [] if former is None else [former.fingerprints]
+    if folder.read_recipe() is not None and (folder.path / "environment.json").exists():
+        recorded.append({"train": folder.read_dataset()["fingerprint"]})
+    for path in list_checkpoints(folder.checkpoints)[:1]:
+        with suppress(CheckpointDamagedError):  # it is passed over later
+            recorded.append(read_manifest(path).get("fingerprints", {}))
+    for split, fingerprint in here.items():
+        if any(old.get(split, fingerprint) != fingerprint for old in recorded):
+            raise UserError(
+                f"{recipe.data.path} holds other images or labels for '{split}' than when {folder.path} was started: "
+                "give the run another name with --set name=..., or put the old dataset back"
+            )
 
 
 def _where(folder: RunFolder, rank: Rank, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspee
 from pretrain.evaluation.probes import open_probe_sets
 from pretrain.handoff.folder import read_handoff
 from pretrain.handoff.initialize import check_architecture
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, exit_code
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
@@ -48,7 +48,7 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
         if recipe.probes is not None:
             open_probe_sets(recipe.probes)
     except DataError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), exit_code(error)) from None
     if recipe.loss.class_tree is not None:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
     network = architecture(recipe, train_set.num_classes)
@@ -68,7 +68,7 @@ def count_parameters_here(recipe: Recipe) -> int:
     try:
         classes = open_store(recipe.data.path, recipe.data.cache).manifest().class_ids
     except DataError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), exit_code(error)) from None
     return count_parameters(architecture(recipe, len(classes)))
 
 

@@ -26,7 +26,7 @@ from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
-from pretrain.outcome import ExitCode, UserError
+from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from pretrain.survival.full_memory import tell_full_memory
@@ -60,6 +60,7 @@ def open_subject(
     batch_size: int | None = None,
     real: Path | None = None,
     by_position: bool = False,
+    check_files: bool = True,
 ) -> Subject:
     """Load the hand-off, open the data, and match their classes.
 
@@ -72,13 +73,14 @@ def open_subject(
         batch_size: per rank; None: the recipe's ``evaluation.batch_size``.
         real: file for ``RealLabels``.
         by_position: as for ``match_classes``.
+        check_files: as for ``Dataset.open``.
 
     Raises:
         UserError: the hand-off is damaged, its classes are not the data's, or ``real`` belongs to other images.
         DataError: the dataset or the split does not exist or is damaged.
     """
     model, config = load_handoff(source)
-    dataset = Dataset.open(data, split, config.input.cache)
+    dataset = Dataset.open(data, split, config.input.cache, check_files=check_files)
     classes = match_classes(config, dataset, by_position=by_position)
     size = batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
     return Subject(
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             batch_size=options.batch_size,
             real=options.real,
             by_position=options.classes_by_position,
+            check_files=rank.local_rank == 0,
         )
         control = init_distributed(device) if rank.world_size > 1 else None
         if rank.is_first:
@@ -235,11 +238,16 @@ def main(arguments: list[str] | None = None) -> int:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
     except (UserError, DataError) as error:
-        return _fail(str(error), rank, started=subject is not None)
+        return _fail(str(error), rank, started=subject is not None, code=exit_code(error))
     except (RuntimeError, MemoryError) as error:
         if not gpu_memory_is_full(error):
             raise
-        return _fail(tell_full_memory(error, "evaluating", "lower --batch-size"), rank, started=True)
+        return _fail(
+            tell_full_memory(error, "evaluating", "lower --batch-size"),
+            rank,
+            started=True,
+            code=ExitCode.WILL_FAIL_AGAIN,
+        )
     return ExitCode.FINISHED
 
 
@@ -287,24 +295,24 @@ def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any])
         subject.precision == "fp32"
         and dataset.split == recipe["data"]["val_split"]
         and train_split in dataset.store.manifest().splits
-        and Dataset.open(dataset.path, train_split, subject.config.input.cache).fingerprint
+        and Dataset.open(dataset.path, train_split, subject.config.input.cache, check_files=False).fingerprint
         == folder.read_dataset()["fingerprint"]
     ):
         record_handoff_evaluation(folder, content["top1"])
     Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
 
 
-def _fail(reason: str, rank: Rank | None, *, started: bool) -> int:
+def _fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> int:
     """Print the error. With several ranks, exit at once, since others may wait for this one in a collective."""
     flag = StopFlag()
     if not started and rank is not None and rank.local_rank > 0:
         flag.install_signal_handlers()
         if first_speaks(flag):  # rank 0 has printed the same error
-            os._exit(ExitCode.WILL_FAIL_AGAIN)
+            os._exit(code)
     print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
     if rank is not None and rank.world_size > 1:
-        os._exit(ExitCode.WILL_FAIL_AGAIN)
-    return ExitCode.WILL_FAIL_AGAIN
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

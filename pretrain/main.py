@@ -35,7 +35,7 @@ from pretrain.engine.distributed import (  # noqa: E402
     use_deterministic_algorithms,
 )
 from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
-from pretrain.outcome import ExitCode, UserError  # noqa: E402
+from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
 from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
@@ -148,7 +148,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     except (UserError, DataError, CheckpointDamagedError) as error:
         if run is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _give_up(run, str(error), error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN)
+        _give_up(run, str(error), exit_code(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         told, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
         where = f"rank {rank.rank if rank else '?'}"

@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from data_pipeline.errors import StorageError
+
 
 class ExitCode(IntEnum):
     """Exit status of ``pretrain/main.py``. Whoever starts runs decides by these alone.
@@ -24,8 +26,20 @@ class UserError(Exception):
 
     code = ExitCode.WILL_FAIL_AGAIN
 
+    def __init__(self, text: str, code: ExitCode | None = None) -> None:
+        super().__init__(text)
+        if code is not None:
+            self.code = code
+
 
 class BusyError(UserError):
     """Another process has what this one needs. On a cluster it may be a former start on a node that is not dead yet."""
 
     code = ExitCode.RETRY
+
+
+def exit_code(error: Exception) -> ExitCode:
+    """The exit status of a command that ends with this error, whose text is its one line."""
+    if isinstance(error, StorageError):
+        return ExitCode.RETRY
+    return error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN

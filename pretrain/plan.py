@@ -27,7 +27,7 @@ from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import count_steps
 from pretrain.memory_estimate import Engine, MemoryEstimate, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
-from pretrain.outcome import ExitCode, UserError
+from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.time_estimate import communicated_bytes, read_benchmark
 
@@ -147,7 +147,8 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         try:
             split = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
         except DataError as error:
-            raise UserError(f"{error}; or plan without it: --images N --classes N [--bytes-per-image N]") from None
+            without = "or plan without it: --images N --classes N [--bytes-per-image N]"
+            raise UserError(f"{error}; {without}", exit_code(error)) from None
         images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
         size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
     return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = make_plan(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return error.code
     if options.json:
         print(json.dumps(plan, indent=2))  # noqa: T201
     else:

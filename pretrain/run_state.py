@@ -1,7 +1,7 @@
 """``run.json``: how a run stands. Imports nothing heavy, since whoever watches runs reads it often."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,8 @@ class RunState:
     """Slurm's, where there is one."""
     host: str = ""
     """Where rank 0 runs."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of the content of the splits "train" and "val"; empty in runs of older versions."""
     updated: float = 0.0
     """Unix time of the last change: the heartbeat."""
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from pretrain.arguments import add_run_arguments
-from pretrain.outcome import ExitCode, UserError
+from pretrain.outcome import ExitCode, UserError, exit_code
 from slurm.folder import Launch
 from slurm.job import Job
 from slurm.local import run_here
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         return launch(options)
     except (UserError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,17 @@ class Probes:
 
     Args:
         section: the recipe's.
+        sets: what ``open_probe_sets`` gives for it.
         data: the run's own input, whose size and normalization are applied to the set.
         batch_size: images per rank and forward pass.
         control: CPU group for agreements.
         where: ranks, device and handling of bad samples, keyword arguments of ``EvalLoader``.
-
-    Raises:
-        DataError: there is no such dataset or split.
     """
 
     def __init__(
         self,
         section: ProbesSection,
+        sets: tuple[Dataset, Dataset],
         data: InputConfig,
         *,
         batch_size: int,
@@ -90,7 +89,7 @@ class Probes:
         where: dict[str, Any],
     ) -> None:
         self.section = section
-        self._train, self._val = open_probe_sets(section)
+        self._train, self._val = sets
         self._input = data.model_copy(update={"path": section.path, "cache": section.cache})
         self._batch_size, self._control, self._where = batch_size, control, where
 
@@ -155,14 +154,14 @@ class Probes:
             loader.close()
 
 
-def open_probe_sets(section: ProbesSection) -> tuple[Dataset, Dataset]:
-    """What the probes learn from and what they are measured on.
+def open_probe_sets(section: ProbesSection, *, check_files: bool = True) -> tuple[Dataset, Dataset]:
+    """What the probes learn from and what they are measured on; ``check_files`` as for ``Dataset.open``.
 
     Raises:
         DataError: there is no such dataset or split.
     """
     splits = (section.train_split, section.val_split)
-    train, val = (Dataset.open(section.path, split, section.cache) for split in splits)
+    train, val = (Dataset.open(section.path, split, section.cache, check_files=check_files) for split in splits)
     return train, val
 
 

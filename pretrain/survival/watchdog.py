@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_pipeline.store import hanging_read
 from pretrain.outcome import ExitCode
 
 TELLING_GETS_S = 20.0
@@ -65,6 +66,8 @@ class Watchdog:
 
     def _end(self, phase: str, seconds: float) -> None:
         reason = f"rank {self._rank} hangs: {phase} for {seconds:.0f} s"
+        if read := hanging_read(seconds / 2):
+            reason = f"{reason} ({read})"
         os.write(2, f"error: {reason}\n".encode())
         # In a thread of its own: what hangs may be the very storage that this writes to.
         telling = threading.Thread(target=self._tell, args=(reason,), daemon=True)

@@ -54,17 +54,25 @@ def overwrite(folder: Path, sample: int, data: bytes, at: int = 0) -> None:
         shard.write(data)
 
 
-def retable(folder: Path, **changes) -> None:
-    """Change ``column=(sample, value)`` in table and dataset.json as a builder with a fault would have written them."""
-    path = folder / "digits-train.samples.npz"
+def change_table(folder: Path, split: str = "train", **changes) -> Path:
+    """Change ``column=(sample, value)`` in the table, whose size stays; dataset.json knows nothing of it."""
+    path = folder / f"digits-{split}.samples.npz"
+    size = path.stat().st_size
     with np.load(path) as read:
         table = dict(read)
     for column, (sample, value) in changes.items():
         table[column][sample] = value
     np.savez(path, **table)
+    assert path.stat().st_size == size
+    return path
+
+
+def retable(folder: Path, split: str = "train", **changes) -> None:
+    """Change the table and dataset.json as a builder with a fault would have written them."""
+    path = change_table(folder, split, **changes)
     manifest = Manifest.read(folder)
-    split = manifest.splits["train"].model_copy(update={"table": file_of(path)})
-    manifest.model_copy(update={"splits": manifest.splits | {"train": split}}).write(folder)
+    entry = manifest.splits[split].model_copy(update={"table": file_of(path)})
+    manifest.model_copy(update={"splits": manifest.splits | {split: entry}}).write(folder)
 
 
 def replace_image(folder: Path, sample: int, data: bytes) -> None:

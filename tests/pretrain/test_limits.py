@@ -37,6 +37,25 @@ def test_a_data_stall_is_told_as_one_with_the_stack_and_ends_with_the_code_for_t
     assert "read_from_storage_that_is_gone" in stacks.read_text()
 
 
+READING = """
+import sys, threading
+from pathlib import Path
+from data_pipeline.store import patiently
+from pretrain.survival.watchdog import Watchdog
+watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=0.5, step_s=5.0)
+patiently(threading.Event().wait, "/data/digits-train-000001.tar")
+"""
+
+
+def test_a_rank_that_hangs_names_the_file_that_it_reads(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", READING, str(tmp_path)]
+    ended = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == ExitCode.RETRY
+    assert ended.stderr.startswith("error: rank 3 hangs: starting for ")
+    assert "(reading /data/digits-train-000001.tar takes " in ended.stderr
+
+
 def late_rank(control: dist.ProcessGroup) -> None:
     patient = new_cpu_group(600.0)
     limit_collectives(1.0, but=(control, patient))

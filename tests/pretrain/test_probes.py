@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from pretrain.checkpoints.checkpoint import Progress
-from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest
+from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
 from pretrain.logbook import Logbook
 from pretrain.recipe import ProbesSection
 from pretrain.run import Run
@@ -73,7 +73,7 @@ def probes_of(run: Any, digits: Path, control: dist.ProcessGroup, **fields: Any)
     where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": torch.device("cpu"),
              "on_bad_sample": None}  # fmt: skip
     section = ProbesSection(path=digits, every_epochs=1, **fields)
-    return Probes(section, run.recipe.data, batch_size=90, control=control, where=where)
+    return Probes(section, open_probe_sets(section), run.recipe.data, batch_size=90, control=control, where=where)
 
 
 def they_end_together(control: dist.ProcessGroup, digits: Path) -> None:

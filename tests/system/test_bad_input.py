@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
+from tests.data_pipeline.datasets import change_table, retable
 from tests.system.launching import ROOT, changes, launched
 
 pytestmark = pytest.mark.slow
@@ -44,17 +46,31 @@ def test_a_missing_data_folder_names_it_and_the_command_that_builds_it(tmp_path:
 
 
 def test_a_label_outside_the_classes_names_the_sample(tmp_path: Path, digits: Path) -> None:
-    import numpy as np
-
-    broken = tmp_path / "digits"
-    shutil.copytree(digits, broken)
-    table = broken / "digits-train.samples.npz"
-    with np.load(table) as file:
-        columns = dict(file)
-    columns["label"][7] = 10
-    np.savez(table, **columns)
+    broken = shutil.copytree(digits, tmp_path / "digits")
+    retable(broken, label=(7, 10))
     line = error_of(tmp_path, *changes(data__path=broken))
     assert "has label 10, but the classes are 0..9" in line
+
+
+def test_a_changed_label_table_is_refused_by_the_first_rank_of_the_node_for_all(tmp_path: Path, digits: Path) -> None:
+    broken = shutil.copytree(digits, tmp_path / "digits")
+    change_table(broken, label=(7, 3))
+    line = error_of(tmp_path, *changes(data__path=broken), ranks=2)
+    assert "digits-train.samples.npz is not the file that dataset.json names" in line
+
+
+def test_a_replaced_validation_split_is_refused_on_resume(tmp_path: Path, digits: Path) -> None:
+    data = shutil.copytree(digits, tmp_path / "digits")
+    fields = changes(data__path=data, log_every_steps=1)
+    with launched(tmp_path, *fields, ranks=0) as run:
+        run.wait_for_steps(tmp_path / "demo", 2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == ExitCode.STOPPED, run.output()
+    retable(data, "val", label=(7, 3))
+    refused = "holds other images or labels for 'val' than when"
+    assert refused in error_of(tmp_path, *fields)
+    (tmp_path / "demo/run.json").unlink()  # the checkpoint remembers it, too
+    assert refused in error_of(tmp_path, *fields)
 
 
 def test_ranks_that_do_not_divide_the_global_batch(tmp_path: Path, digits: Path) -> None:
