@@ -114,12 +114,10 @@ class Cluster:
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd."""
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
         self._order("start", name, str(self.folder / f"slurmd-{name}-output.log"), "slurmd", "-D", "-N", name)
 
     def kill_controller(self) -> None:
-        """SIGKILL slurmctld."""
         self._order("kill", "slurmctld")
 
     def kill_node(self, name: str) -> None:
@@ -139,14 +137,6 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 if process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]:
                     found += [process, *process.children(recursive=True)]
-        return found
-
-    def programs_on(self, name: str) -> set[str]:
-        """Names of what jobs run on a node."""
-        found = set()
-        for process in self.processes_on(name):
-            with contextlib.suppress(psutil.Error):
-                found.add(process.name())
         return found
 
     def set_preemption(self, *, grace: int, user_signal: bool) -> None:

@@ -12,17 +12,17 @@ from pretrain.outcome import ExitCode
 from slurm import incarnation, scheduler
 from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
-from tests.slurm.cluster import Cluster, cluster
+from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture
-def small() -> Iterator[Cluster]:
+def small(one_node: Cluster) -> Iterator[Cluster]:
     """A cluster of one node, which the commands of this process speak with."""
-    with cluster(1) as made, mock.patch.dict(os.environ, made.environment):
-        yield made
+    with mock.patch.dict(os.environ, one_node.environment):
+        yield one_node
 
 
 class Silence:

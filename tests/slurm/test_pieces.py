@@ -244,18 +244,13 @@ def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(tmp_path: Path) -> N
     assert current_job(folder, [known], {"9": theirs}) == theirs
 
 
-def test_a_job_whose_submission_was_not_written_down_finds_submitits_files(tmp_path: Path) -> None:
+def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(tmp_path: Path) -> None:
     folder = SlurmFolder(tmp_path / "demo")
-    _adopt_submission(folder, "9")
     folder.submitit.mkdir(parents=True)
     for job in ("7", "8"):
-        for kind in ("submission.sh", "submitted.pkl"):
-            (folder.submitit / f"{job}_{kind}").write_text(f"{kind} of {job}")
-    _adopt_submission(folder, "8")
+        (folder.submitit / f"{job}_submission.sh").write_text(f"of {job}")
     _adopt_submission(folder, "9")
-    assert folder.submitted() == ["7", "8", "9"]
-    assert (folder.submitit / "8_submitted.pkl").read_text() == "submitted.pkl of 8"
-    assert (folder.submitit / "9_submitted.pkl").read_text() == "submitted.pkl of 8"
+    assert (folder.submitit / "9_submission.sh").read_text() == "of 8"
 
 
 def test_where_slurm_gives_a_number_again_both_incarnations_are_told(tmp_path: Path) -> None:
