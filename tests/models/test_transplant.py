@@ -200,10 +200,9 @@ def test_attention_that_is_more_than_qkv_and_a_projection_is_refused(extra):
     assert {type(attention) for attention in attentions(vit)} == {QkvAttention}
 
 
+@pytest.mark.parametrize("vit", ["timm's layout", pytest.param("timm", marks=pytest.mark.timm)], indirect=True)
 def test_heads_of_another_width_than_the_tokens_keep_their_values(vit):
     """timm's attn_head_dim: all heads together need not be as wide as the tokens."""
-    if not hasattr(vit, "blocks"):
-        return
     for block in vit.blocks:
         block.attn.qkv, block.attn.proj = nn.Linear(WIDTH, 3 * 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         block.attn.head_dim, block.attn.attn_dim = 2 * WIDTH // HEADS, 2 * WIDTH
