@@ -19,7 +19,7 @@ from slurm import launch, release, status, stop
 from slurm.folder import SlurmFolder
 from slurm.history import Chapter, History
 from tests.slurm.cluster import Cluster
-from tests.system.launching import RECIPE, ROOT, changes
+from tests.system.launching import RECIPE, ROOT, changes, reached
 
 T = TypeVar("T")
 STEPS = 90
@@ -104,10 +104,7 @@ class ClusterRun:
         return self.cluster.wait_for(looked, what, self.output)
 
     def step(self) -> int:
-        """The newest step that the metrics tell of."""
-        with contextlib.suppress(FileNotFoundError):
-            return max((row["step"] for row in read_metrics(self.folder / "metrics.jsonl", "train")), default=0)
-        return 0
+        return reached(self.folder)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: self.step() >= step, f"step {step}")

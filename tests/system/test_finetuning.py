@@ -21,6 +21,7 @@ NETWORK = (
     "{depths: [1, 1, 2, 1], vanilla_blocks: [1, 1, 1, 1], widths: [32, 48, 64, 80], heads: [1, 2, 2, 2], "
     "patch_size: 2, drop_path: 0.0}"
 )
+COMMON = {"model__overrides": NETWORK, "model__activation_checkpointing": "none", "evaluation__every_epochs": 100}
 PICTURES_OF_EACH = 5
 pytestmark = pytest.mark.slow
 
@@ -53,12 +54,8 @@ class Course:
         """Arguments of a run on a few of all ten; ``fields`` are its changes to the budget that all of them have."""
         return changes(
             name=name, data__path=self.few, data__image_size=size, schedule__epochs=20 if size > 32 else 15,
-            schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **common(), **fields,
+            schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **COMMON, **fields,
         )  # fmt: skip
-
-
-def common() -> dict[str, Any]:
-    return {"model__overrides": NETWORK, "model__activation_checkpointing": "none", "evaluation__every_epochs": 100}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     few = write_digits(folder / "few", range(10), PICTURES_OF_EACH)
     augment = "{affine: {degrees: 15, translate: 0.2, scale: [0.8, 1.8]}}"
     fields = changes(name="half", data__path=half, data__augment=augment, schedule__epochs=14,
-                     schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **common())  # fmt: skip
+                     schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **COMMON)  # fmt: skip
     with launched(folder, *fields, ranks=0) as run:
         assert run.end() == ExitCode.FINISHED, run.output()
     return Course(folder, few, folder / "half/handoff")
@@ -93,13 +90,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def probing(course: Course) -> dict[str, Any]:
+    return {"probes__path": course.few, "probes__every_epochs": 5}
+
+
 @pytest.fixture(scope="module")
 def at_32(course: Course) -> tuple[float, float, str]:
     return tuned_and_from_scratch(course, 32, **probing(course))
-
-
-def probing(course: Course) -> dict[str, Any]:
-    return {"probes__path": course.few, "probes__every_epochs": 5}
 
 
 def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(at_32: tuple[float, float, str]) -> None:
@@ -142,7 +139,7 @@ def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouche
     crashed, untouched = folder / "tuned", course.folder / "32/tuned"
     losses, expected = ([row["loss"] for row in rows(run, "train")] for run in (crashed, untouched))
     assert losses == expected
-    probes, expected = ([without_times(row) for row in rows(run, "probe")] for run in (crashed, untouched))
+    probes, expected = (rows(run, "probe") for run in (crashed, untouched))
     assert probes == expected
     assert [row["samples_seen"] for row in probes] == [250, 500, 750]
     origins = [read_json(run / "environment.json")["initialized_from"] for run in (crashed, untouched)]
@@ -150,11 +147,8 @@ def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouche
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    return read_metrics(run / "metrics.jsonl", kind)
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("seconds", "time")}
+    found = read_metrics(run / "metrics.jsonl", kind)
+    return [{name: value for name, value in row.items() if name not in ("seconds", "time")} for row in found]
 
 
 def test_a_missing_handoff_is_told_before_anything_is_started_but_not_missed_by_a_run_under_way(
