@@ -86,10 +86,20 @@ def without_progress(number: int, cause: str = "crashed") -> list[Past]:
     return [Past(0, "preempted"), Past(100, "finished"), *[Past(200, cause) for _ in range(number)]]
 
 
-@pytest.mark.parametrize(("before", "wait"), [(0, 0), (1, 60), (2, 240)])
-def test_each_restart_without_progress_waits_longer(before: int, wait: float) -> None:
-    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
-    decision = decide(ending, without_progress(before), POLICY)
+@pytest.mark.parametrize(
+    ("ending", "past", "wait"),
+    [
+        ({}, without_progress(0), 0),
+        ({}, without_progress(1), 60),
+        ({}, without_progress(2), 240),
+        ({"saved_at": 201}, without_progress(50), 0),  # a new checkpoint starts the count anew
+        ({}, without_progress(50, "preempted"), 0),  # being preempted is never too often
+        ({"fate": "preempted", "exits": (), "status": 0}, without_progress(50, "preempted"), 0),
+    ],
+)
+def test_each_restart_without_progress_waits_longer(ending: dict[str, Any], past: list[Past], wait: float) -> None:
+    crash = {"exits": (CRASHED,), "status": 1, "begun_at": 200}
+    decision = decide(replace(ENDED, **crash | ending), past, POLICY)
     assert (decision.action, decision.wait_s) == ("requeue", wait)
 
 
@@ -103,19 +113,6 @@ def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
         decide(replace(ending, fate="requeued", node_down=True, exits=()), without_progress(3), POLICY).action
         == "cancel"
     )
-
-
-def test_a_new_checkpoint_starts_the_count_anew() -> None:
-    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200, saved_at=201)
-    decision = decide(ending, without_progress(50), POLICY)
-    assert (decision.action, decision.wait_s) == ("requeue", 0.0)
-
-
-def test_being_preempted_is_never_too_often() -> None:
-    ending = replace(ENDED, fate="preempted", begun_at=200)
-    assert decide(ending, without_progress(50, "preempted"), POLICY).action == "requeue"
-    crash = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
-    assert decide(crash, without_progress(50, "preempted"), POLICY).wait_s == 0
 
 
 def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
