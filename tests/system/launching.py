@@ -68,8 +68,12 @@ class Launched:
         self.wait_for(lambda: reached(run) >= steps, f"step {steps}")
 
     def end(self, patience_s: float = PATIENCE_S) -> int:
-        """The launcher's exit status."""
-        return self.process.wait(patience_s)
+        """The launcher's exit status; until then every rank is seen."""
+        deadline = time.monotonic() + patience_s
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.ranks()
+            time.sleep(0.2)
+        return self.process.wait(0)
 
     def assert_no_rank_stays(self) -> None:
         """Every rank that was ever seen is gone soon."""
