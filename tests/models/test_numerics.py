@@ -94,7 +94,8 @@ def test_a_less_attention_block_compiled_by_inductor_is_as_exact_as_float32_can_
         assert relative_error(result, wanted) < allowed_error(operations=20, terms=128)
 
 
-def check_scale_of_activations(name):
+@pytest.mark.parametrize("name", ["lavit_base", pytest.param("lavit_huge", marks=pytest.mark.slow)])
+def test_activations_keep_their_scale_through_the_whole_network(name):
     """The root mean square of the tokens after every block, in fp32 and in bf16, and the logits of both."""
     torch.manual_seed(0)
     model = create_model(name).eval()
@@ -115,10 +116,6 @@ def check_scale_of_activations(name):
         assert logits[dtype].abs().max() < 2
         assert diagonality.isfinite()
     assert relative_error(logits[torch.bfloat16], logits[torch.float32]) < BF16_ERROR
-
-
-def test_activations_keep_their_scale_through_the_whole_network():
-    check_scale_of_activations("lavit_base")
 
 
 def test_initial_weights_are_a_normal_cut_at_two_deviations_and_biases_zero():
