@@ -2,23 +2,15 @@
 
 import re
 import tomllib
-from pathlib import Path
 
-import pytest
-
-from models import list_models
-from pretrain.engine.deepspeed_config import read_deepspeed_config
-from pretrain.recipe import describe_fields, load_recipe
+from pretrain.recipe import describe_fields
 from tests.pages import PAGES, ROOT
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_valid_and_its_head_has_the_command(path: Path) -> None:
-    recipe = load_recipe(path)
-    assert recipe.model.name in list_models()
-    read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
-    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"--recipe recipes/{path.name}" in head
+def test_the_head_of_the_demos_recipe_has_the_command() -> None:
+    """``tests/pretrain/test_recipes.py`` starts the others."""
+    text = (ROOT / "recipes/demo.yaml").read_text()
+    assert "--recipe recipes/demo.yaml" in text.partition("\nname:")[0]
 
 
 def test_versions_are_pinned_in_constraints_alone() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import LaViT, create_model, list_models, model_config
+from models import LaViT, list_models, model_config
 from models.cost import attention_macs, count_macs, count_parameters
 
 
@@ -16,16 +16,19 @@ def counted_macs(model, image_size):
     return counter.get_total_flops() / 2
 
 
+SHAPE = {"widths": (32, 64, 160, 256), "depths": (2, 2, 3, 2), "patch_size": 4, "image_size": (64, 96),
+         "heads": (1, 2, 5, 8), "reduction_ratios": (8, 4, 2, 1)}  # fmt: skip
 OTHERS = [
     {"pool": "mean", "reduction_ratios": (4, 2, 1, 1), "vanilla_blocks": (1, 1, 2, 1)},
     {"attention_residual": False, "num_classes": 7, "in_channels": 1, "patch_size": 8, "image_size": (128, 192)},
     {"mlp_ratios": (8.0, 8.0, 4.0, 2.5), "heads": (2, 4, 5, 16), "vanilla_blocks": (1, 1, 1, 1)},
 ]
+NETWORKS = [(name, {}) for name in list_models()] + [("lavit_micro", SHAPE | changes) for changes in OTHERS]
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_formulae_agree_with_torch_for_every_named_model(name):
-    config = model_config(name)
+@pytest.mark.parametrize(("name", "overrides"), NETWORKS)
+def test_formulae_agree_with_torch_for_every_named_model_and_other_shapes(name, overrides):
+    config = model_config(name, **overrides)
     with torch.device("meta"):
         model = LaViT(config)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
@@ -50,13 +53,3 @@ def test_less_attention_saves_multiplications_where_the_family_uses_it_and_not_b
     ]
     assert [less < vanilla for vanilla, less in costs] == [False, False, True, True]
     assert [v < d for v, d in zip(config.vanilla_blocks, config.depths, strict=True)] == [False, False, True, True]
-
-
-@pytest.mark.parametrize("overrides", OTHERS)
-def test_formulae_agree_with_torch_for_other_shapes(overrides):
-    fields = {"widths": (32, 64, 160, 256), "depths": (2, 2, 3, 2), "patch_size": 4, "image_size": (64, 96),
-              "heads": (1, 2, 5, 8), "reduction_ratios": (8, 4, 2, 1)}  # fmt: skip
-    with torch.device("meta"):
-        model = create_model("lavit_micro", **fields | overrides)
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(model.config)
-    assert counted_macs(model, model.config.image_size) == count_macs(model.config)

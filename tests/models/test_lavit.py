@@ -85,19 +85,8 @@ def test_a_named_network_as_it_comes_has_no_dead_parameter_but_where_there_is_on
     assert sorted(dead_parameters(create_model(name))) == expected
 
 
-def test_less_attention_blocks_have_no_query_and_no_key_parameters():
-    for stage in small().stages:
-        for index, block in enumerate(stage.blocks):
-            owned = {name.split(".")[0] for name, _ in block.attention.named_parameters()}
-            expected = {"v", "theta", "psi", "proj"} if index >= 1 else {"q", "kv", "proj"}
-            assert owned - {"reduction"} == expected
-
-
-def test_without_less_attention_the_diagonality_is_zero_and_the_loss_trains():
-    model = create_model("lavit_micro_vanilla", num_classes=5)
-    logits, diagonality = model(torch.randn(2, 3, 32, 32), with_diagonality=True)
-    assert diagonality == 0
-    (logits.sum() + diagonality).backward()
+def test_without_less_attention_the_diagonality_is_zero():
+    assert create_model("lavit_micro_vanilla")(torch.randn(2, 3, 32, 32), with_diagonality=True)[1] == 0
 
 
 def test_given_uniforms_decide_which_paths_are_dropped():
@@ -167,24 +156,9 @@ def test_weight_decay_spares_norms_biases_layerscale_positions_and_the_class_tok
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_only_the_last_vanilla_block_keeps_scores_and_only_where_they_are_read(residual, monkeypatch):
+def test_scores_are_kept_only_where_less_attention_or_the_residual_reads_them(residual, monkeypatch):
     model = small(depths=(2, 2, 4, 2), vanilla_blocks=(2, 1, 3, 2), attention_residual=residual).eval()
-    keepers = [[getattr(block.attention, "keeps_scores", None) for block in stage.blocks] for stage in model.stages]
-    assert keepers == [[False, residual], [True, None], [False, False, True, None], [False, False]]
-    fused = []
-    original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or original(*a, **k)
-    )
-    model(torch.randn(1, 3, 32, 32))
-    # The class attention is fused, too; a block that is given the residual (the first of stages 3 and 4) is not.
-    assert len(fused) == sum(flags.count(False) for flags in keepers) + 1 - 2 * residual
-
-
-def test_scores_flow_only_along_less_attention_and_the_residual():
-    """Each block is given: the residual (first block), nothing (other vanilla blocks), its predecessor's scores."""
-    model = small(depths=(2, 2, 4, 2), vanilla_blocks=(2, 1, 3, 2)).eval()
-    given, returned = [], []
+    given, returned, fused = [], [], []
 
     def note(module, args, out):
         given.append(args[2])
@@ -193,13 +167,20 @@ def test_scores_flow_only_along_less_attention_and_the_residual():
     for stage in model.stages:
         for block in stage.blocks:
             block.register_forward_hook(note)
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or original(*a, **k)
+    )
     model(torch.randn(1, 3, 32, 32))
-    kinds = ["none", "none", "residual", "before", "residual", "none", "none", "before", "residual", "none"]
-    for index, kind in enumerate(kinds):
-        if kind == "none":
-            assert given[index] is None
-        elif kind == "before":
-            assert given[index] is returned[index - 1]
+    kept = [False, residual, True, True, False, False, True, True, False, False]
+    assert [scores is not None for scores in returned] == kept
+    # The class attention is fused, too; a block that is given the residual (the first of stages 3 and 4) is not.
+    assert len(fused) == kept.count(False) + 1 - 2 * residual
+    for index, (scores, before) in enumerate(zip(given, [None, *returned], strict=False)):
+        if index in (3, 7):  # less attention
+            assert scores is before
+        elif residual and index in (2, 4, 8):  # the first block of a stage
+            assert scores.shape[1] == {2: 2, 4: 2, 8: 3}[index]
+            assert scores is not before
         else:
-            assert given[index].shape[1] == (8, 2, 2, 3)[[2, 4, 8].index(index) + 1]
-            assert given[index] is not returned[index - 1]
+            assert scores is None

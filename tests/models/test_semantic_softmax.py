@@ -62,17 +62,6 @@ def test_with_a_single_level_it_is_cross_entropy() -> None:
     assert relative_error(loss, exact) < allowed_error(operations=6, terms=8)
 
 
-def test_a_label_pulls_its_ancestors_up_and_leaves_what_is_below_it_alone() -> None:
-    logits = torch.zeros(1, CLASSES, requires_grad=True)
-    SemanticSoftmax(ANCESTORS)(logits, F.one_hot(torch.tensor([1]), CLASSES)).backward()
-    gradient = logits.grad[0]
-    assert gradient[0] < 0, "the ancestor is not pulled up"
-    assert gradient[1] < 0
-    assert gradient[2] == 0, "nothing is known of the level below the label"
-    assert gradient[3] > 0
-    assert gradient[4] > 0
-
-
 def test_bfloat16_logits_are_computed_with_in_float32() -> None:
     logits = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = F.one_hot(torch.arange(16) % CLASSES, CLASSES)

@@ -37,11 +37,12 @@ def ours(seed=1, **options):
     return model
 
 
-def test_timm_lists_every_name():
+def test_timm_lists_every_name_and_knows_its_input():
     import timm
+    from timm.data import resolve_model_data_config
 
-    import models.timm_registration  # noqa: F401
-
+    assert resolve_model_data_config(build("lavit_tiny"))["input_size"] == (3, 224, 224)
+    assert resolve_model_data_config(build("lavit_micro"))["input_size"] == (3, 32, 32)
     assert set(timm.list_models("lavit_*")) >= set(list_models())
 
 
@@ -74,7 +75,6 @@ def test_a_checkpoint_of_ours_gives_the_same_logits_bit_for_bit(pool, tmp_path):
     model = build(num_classes=7, global_pool=pool, checkpoint_path=state_file(tmp_path, net))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images), net(images))
-    assert torch.equal(model.forward_head(model.forward_features(images)), net(images))
     assert model.forward_features(images).shape == (2, 160, 1, 1)
     assert model.forward_head(model.forward_features(images), pre_logits=True).shape == (2, 160)
     last, maps = model.forward_intermediates(images, indices=[1, 3])
@@ -148,10 +148,3 @@ def test_timms_layer_decay_counts_layers_as_ours_does():
     names = [sorted(grouped[key]) for key in sorted(grouped)]
     assert sorted(n for group in names for n in group) == sorted(n for n, _ in model.named_parameters())
     assert names == [sorted(group) for group in model.layer_groups()]
-
-
-def test_the_input_config_says_what_the_size_stands_for():
-    from timm.data import resolve_model_data_config
-
-    assert resolve_model_data_config(build("lavit_tiny"))["input_size"] == (3, 224, 224)
-    assert resolve_model_data_config(build())["input_size"] == (3, 32, 32)

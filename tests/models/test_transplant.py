@@ -23,39 +23,28 @@ class QkvAttention(nn.Module):
         super().__init__()
         self.num_heads = HEADS
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.attn_drop = nn.Dropout(0.0)
         self.proj = nn.Linear(WIDTH, WIDTH)
-        self.proj_drop = nn.Dropout(0.0)
 
-    def forward(self, x, attn_mask=None):
+    def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class QkvBlock(nn.Module):
-    def __init__(self):
+class Block(nn.Module):
+    """A block that calls its attention as timm's or as torchvision's does."""
+
+    def __init__(self, layout):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(WIDTH), QkvAttention()
-        self.norm2, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        if layout == "timm":
+            self.attn = QkvAttention()
+        else:
+            self.self_attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class MultiheadBlock(nn.Module):
-    """A block with the attribute layout of torchvision's EncoderBlock."""
-
-    def __init__(self):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(WIDTH)
-        self.self_attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.ln_2, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        y = self.ln_1(x)
-        y, _ = self.self_attention(y, y, y, need_weights=False)
-        return x + y + self.mlp(self.ln_2(x + y))
+        y = self.norm(x)
+        x = x + (self.attn(y) if hasattr(self, "attn") else self.self_attention(y, y, y, need_weights=False)[0])
+        return x + self.mlp(self.norm(x))
 
 
 class StandIn(nn.Module):
@@ -64,16 +53,16 @@ class StandIn(nn.Module):
         self.patch = nn.Linear(5, WIDTH)
         self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        blocks = nn.Sequential(*(Block(layout) for _ in range(DEPTH)))
         if layout == "timm":
-            self.blocks = nn.Sequential(*(QkvBlock() for _ in range(DEPTH)))
+            self.blocks = blocks
         else:
-            self.encoder = nn.Module()
-            self.encoder.layers = nn.Sequential(*(MultiheadBlock() for _ in range(DEPTH)))
-            self.seq_length = TOKENS
+            self.encoder, self.seq_length = nn.Module(), TOKENS
+            self.encoder.layers = blocks
 
     def forward(self, x):
         x = torch.cat([self.class_token.expand(len(x), -1, -1), self.patch(x)], 1) + self.pos_embed
-        return (self.blocks if hasattr(self, "blocks") else self.encoder.layers)(x)
+        return layers(self)(x)
 
 
 def layers(vit):
@@ -122,13 +111,10 @@ def attentions(vit):
 
 
 def test_the_vanilla_blocks_compute_what_they_did(vit):
-    changed = apply_less_attention(copy.deepcopy(vit), vanilla_blocks=2)
-    x = images_for(vit, 2)
-    outputs = []
-    for model in (vit, changed):
-        hook = layers(model)[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    x, outputs = images_for(vit, 2), []
+    for model in (vit, apply_less_attention(copy.deepcopy(vit), vanilla_blocks=2)):
+        layers(model)[1].register_forward_hook(lambda module, args, output: outputs.append(output))
         model(x)
-        hook.remove()
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
@@ -205,20 +191,18 @@ def test_what_cannot_work_is_refused_by_name_and_changes_nothing(vit):
         before[2](tokens, torch.zeros_like(tokens), tokens)
 
 
-@pytest.mark.parametrize("extra", ["gate", "q_norm", "position_bias"])
+@pytest.mark.parametrize("extra", ["gate", "q_norm"])
 def test_attention_that_is_more_than_qkv_and_a_projection_is_refused(extra):
     vit = StandIn("timm")
-    part = nn.Parameter(torch.zeros(TOKENS)) if extra == "position_bias" else nn.Linear(WIDTH, WIDTH)
-    setattr(vit.blocks[-1].attn, extra, part)
+    setattr(vit.blocks[-1].attn, extra, nn.Linear(WIDTH, WIDTH))
     with pytest.raises(ValueError, match=f"QkvAttention with .*{extra}|attention with {extra}"):
         apply_less_attention(vit, vanilla_blocks=1)
     assert {type(attention) for attention in attentions(vit)} == {QkvAttention}
 
 
+@pytest.mark.parametrize("vit", ["timm's layout", pytest.param("timm", marks=pytest.mark.timm)], indirect=True)
 def test_heads_of_another_width_than_the_tokens_keep_their_values(vit):
     """timm's attn_head_dim: all heads together need not be as wide as the tokens."""
-    if not hasattr(vit, "blocks"):
-        return
     for block in vit.blocks:
         block.attn.qkv, block.attn.proj = nn.Linear(WIDTH, 3 * 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         block.attn.head_dim, block.attn.attn_dim = 2 * WIDTH // HEADS, 2 * WIDTH

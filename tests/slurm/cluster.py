@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +23,6 @@ from slurm.incarnation import rendezvous_port
 T = TypeVar("T")
 PATIENCE_S = 200.0
 """Bound of every wait: nothing here takes so long on a quiet machine, it only keeps a hang from lasting for ever."""
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-
 GPUS = ("/dev/null", "/dev/zero")
 """Of every node, as far as Slurm is concerned."""
 
@@ -75,10 +72,6 @@ class Cluster:
     """
 
     def __init__(self, folder: Path, nodes: int) -> None:
-        missing = [program for program in PROGRAMS if shutil.which(program) is None]
-        assert not missing, (
-            f"{', '.join(missing)} missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-        )
         self.folder = folder
         network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
@@ -114,12 +107,10 @@ class Cluster:
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd."""
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
         self._order("start", name, str(self.folder / f"slurmd-{name}-output.log"), "slurmd", "-D", "-N", name)
 
     def kill_controller(self) -> None:
-        """SIGKILL slurmctld."""
         self._order("kill", "slurmctld")
 
     def kill_node(self, name: str) -> None:
@@ -139,14 +130,6 @@ class Cluster:
             with contextlib.suppress(psutil.Error):
                 if process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]:
                     found += [process, *process.children(recursive=True)]
-        return found
-
-    def programs_on(self, name: str) -> set[str]:
-        """Names of what jobs run on a node."""
-        found = set()
-        for process in self.processes_on(name):
-            with contextlib.suppress(psutil.Error):
-                found.add(process.name())
         return found
 
     def set_preemption(self, *, grace: int, user_signal: bool) -> None:
@@ -179,7 +162,7 @@ class Cluster:
                  "--wrap", "sleep 2")  # fmt: skip
 
     def ask(self, *words: str, check: bool = True) -> str:
-        """Run a Slurm command; its output, stripped."""
+        """What a Slurm command prints."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
-from tests.slurm.cluster import cluster
+from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.runs import STEPS, ClusterRun, arguments
 from tests.system.launching import ROOT
 
@@ -31,6 +31,13 @@ def run_locally(runs: Path, data: Path, steps: int = STEPS) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The run that nobody touches, with which the others are compared."""
     return run_locally(tmp_path_factory.mktemp("reference"), digits)
+
+
+@pytest.fixture(scope="module")
+def one_node() -> Iterator[Cluster]:
+    """A cluster on which the tests of a file leave no run."""
+    with cluster(1) as made:
+        yield made
 
 
 @pytest.fixture

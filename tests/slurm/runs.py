@@ -19,7 +19,7 @@ from slurm import launch, release, status, stop
 from slurm.folder import SlurmFolder
 from slurm.history import Chapter, History
 from tests.slurm.cluster import Cluster
-from tests.system.launching import RECIPE, ROOT, changes
+from tests.system.launching import RECIPE, ROOT, changes, reached
 
 T = TypeVar("T")
 STEPS = 90
@@ -58,8 +58,7 @@ class ClusterRun:
         """``python -m slurm.launch``; what it printed."""
         words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
                  *arguments(self.runs, data, steps), *more]  # fmt: skip
-        ended, text = self._call(launch.main, words)
-        assert ended == code, text
+        text = "".join(self._call(launch.main, words, code))
         for line in text.splitlines():
             if line.startswith("job  "):
                 self.job = line.split()[1]
@@ -67,21 +66,15 @@ class ClusterRun:
 
     def stop(self) -> str:
         """``python -m slurm.stop``; what it printed."""
-        ended, text = self._call(stop.main, [str(self.folder)])
-        assert ended == 0, text
-        return text
+        return "".join(self._call(stop.main, [str(self.folder)]))
 
     def release(self) -> str:
         """``python -m slurm.release`` for all runs, as cron does it; what it says that it did."""
-        ended, out, err = self._call_apart(release.main, ["--runs", str(self.runs)])
-        assert ended == 0, out + err
-        return out
+        return self._call(release.main, ["--runs", str(self.runs)])[0]
 
     def status(self) -> dict[str, Any]:
         """``python -m slurm.status RUN --json``."""
-        ended, out, err = self._call_apart(status.main, [str(self.folder), "--json"])
-        assert ended == 0, out + err
-        content: dict[str, Any] = json.loads(out)
+        content: dict[str, Any] = json.loads(self._call(status.main, [str(self.folder), "--json"])[0])
         return content
 
     def told(self, *more: str) -> str:
@@ -90,16 +83,14 @@ class ClusterRun:
         wide = self.cluster.environment | {"COLUMNS": "400"}
         return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
 
-    def _call(self, door: Any, words: list[str]) -> tuple[int, str]:
-        ended, out, err = self._call_apart(door, words)
-        return ended, out + err
-
-    def _call_apart(self, door: Any, words: list[str]) -> tuple[int, str, str]:
+    def _call(self, door: Any, words: list[str], code: int = 0) -> tuple[str, str]:
+        """What a command prints to stdout and to stderr."""
         self._capture.readouterr()
         with mock.patch.dict(os.environ, self.cluster.environment), contextlib.chdir(ROOT):
             ended = door(words)
         out, err = self._capture.readouterr()
-        return ended, out, err
+        assert ended == code, out + err
+        return out, err
 
     def wait_for(self, condition: Callable[[], T | None], what: str) -> T:
         """Poll until ``condition`` holds; what it then says."""
@@ -113,13 +104,9 @@ class ClusterRun:
         return self.cluster.wait_for(looked, what, self.output)
 
     def step(self) -> int:
-        """The newest step that the metrics tell of."""
-        with contextlib.suppress(FileNotFoundError):
-            return max((row["step"] for row in read_metrics(self.folder / "metrics.jsonl", "train")), default=0)
-        return 0
+        return reached(self.folder)
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until the run has taken so many steps."""
         self.wait_for(lambda: self.step() >= step, f"step {step}")
 
     def wait_for_checkpoint(self, step: int) -> None:
@@ -129,15 +116,9 @@ class ClusterRun:
 
     def wait_for_state(self, *states: str) -> dict[str, Any]:
         """Wait until ``slurm.status`` says one of these; what it says."""
-
-        def told() -> dict[str, Any] | None:
-            now = self.status()
-            return now if now["state"] in states else None
-
-        return self.wait_for(told, f"{states}")
+        return self.wait_for(lambda: now if (now := self.status())["state"] in states else None, f"{states}")
 
     def chapters(self) -> list[Chapter]:
-        """The history."""
         return History(self.folder / "slurm" / "history.jsonl").chapters()
 
     def wait_for_chapters(self, number: int) -> list[Chapter]:
@@ -155,12 +136,7 @@ class ClusterRun:
 
     def batch_script(self) -> psutil.Process:
         """The process of the batch script that runs now."""
-        for name in self.cluster.names:
-            for process in self.cluster.processes_on(name):
-                with contextlib.suppress(psutil.Error):
-                    if any("slurm_script" in word for word in process.cmdline()):
-                        return process
-        raise AssertionError(f"no batch script runs\n{self.output()}")
+        return next(self._processes("slurm_script"))
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of ``main.py`` of a rank that runs now."""
@@ -172,10 +148,13 @@ class ClusterRun:
 
     def ranks(self) -> Iterator[psutil.Process]:
         """All processes of ``main.py`` that run now."""
+        return self._processes("/main.py")
+
+    def _processes(self, ending: str) -> Iterator[psutil.Process]:
         for name in self.cluster.names:
             for process in self.cluster.processes_on(name):
                 with contextlib.suppress(psutil.Error):
-                    if any(word.endswith("/main.py") for word in process.cmdline()):
+                    if any(word.endswith(ending) for word in process.cmdline()):
                         yield process
 
     def finish(self) -> dict[str, Any]:

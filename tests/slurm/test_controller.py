@@ -12,33 +12,30 @@ from pretrain.outcome import ExitCode
 from slurm import incarnation, scheduler
 from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
-from tests.slurm.cluster import Cluster, cluster
+from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture
-def small() -> Iterator[Cluster]:
+def small(one_node: Cluster) -> Iterator[Cluster]:
     """A cluster of one node, which the commands of this process speak with."""
-    with cluster(1) as made, mock.patch.dict(os.environ, made.environment):
-        yield made
+    with mock.patch.dict(os.environ, one_node.environment):
+        yield one_node
 
 
-class Silence:
-    """Of the controller, until whoever waits for it has said so once."""
+def silence(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[], None], list[str]]:
+    """Of the controller, until whoever waits for it has said so once: what begins it, and what is said."""
+    silent, told = cluster.silent_controller(), []
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._silence = cluster.silent_controller()
-        self.told = ""
+    def say(text: str) -> None:
+        if not told:
+            silent.__exit__(None, None, None)
+        told.append(text)
 
-    def begin(self) -> None:
-        self._silence.__enter__()
-
-    def say(self, text: str) -> None:
-        if not self.told:
-            self._silence.__exit__(None, None, None)
-        self.told += text
+    monkeypatch.setattr(scheduler, "say", say)
+    return silent.__enter__, told
 
 
 def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
@@ -48,27 +45,25 @@ def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
     script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\n#SBATCH --requeue\nsleep 600\n")
     first = scheduler.submit(script)
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job")
-    silence = Silence(small)
-    monkeypatch.setattr(scheduler, "say", silence.say)
-    silence.begin()
+    begin, told = silence(small, monkeypatch)
+    begin()
     scheduler.requeue(first)
-    assert "trying again" in silence.told
+    assert "trying again" in "".join(told)
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job once more")
     assert small.job(first)["Restarts"] == "1"
-    silence = Silence(small)
-    monkeypatch.setattr(scheduler, "say", silence.say)
+    begin, told = silence(small, monkeypatch)
     asked, original = [], scheduler._jobs_of
 
     def then_silent(script: Path, retry_s: float) -> set[str]:
         found = original(script, retry_s)
         if not asked:
-            silence.begin()
+            begin()
         asked.append(found)
         return found
 
     monkeypatch.setattr(scheduler, "_jobs_of", then_silent)
     second = scheduler.submit(script)
-    assert "looking whether it was heard" in silence.told
+    assert "looking whether it was heard" in "".join(told)
     assert asked[0] == {first}
     assert {*scheduler.queue()} == {first, second}
 

@@ -28,6 +28,13 @@ from tests.slurm.runs import arguments
 from tests.system.launching import ROOT
 
 
+def printed_by(program: str, log: Path) -> Output:
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    output = Output(child, log, echo=False)
+    assert child.wait(30) == 0
+    return output
+
+
 @pytest.mark.parametrize(
     ("printed", "error"),
     [
@@ -40,20 +47,13 @@ from tests.system.launching import ROOT
     ],
 )
 def test_the_last_error_that_a_rank_printed_is_kept(printed: str, error: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"print({printed!r}, end='')"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE)
-    output = Output(child, tmp_path / "log", echo=False)
-    child.wait()
-    assert output.last_error() == error
+    assert printed_by(f"print({printed!r}, end='')", tmp_path / "log").last_error() == error
     assert (tmp_path / "log").read_text() == printed
 
 
-def test_a_log_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "print('x' * 1_000_000); print('error: the end')"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE)
-    output = Output(child, Path("/dev/full"), echo=False)
-    assert child.wait(30) == 0
-    assert output.last_error() == "the end"
+def test_a_log_that_cannot_be_written_does_not_stop_the_rank() -> None:
+    program = "print('x' * 1_000_000); print('error: the end')"
+    assert printed_by(program, Path("/dev/full")).last_error() == "the end"
 
 
 def start_rank(
@@ -178,8 +178,6 @@ def test_durations(text: str, seconds: int) -> None:
         ("PENDING", "launch failed requeued held", True, True),
         ("COMPLETING", "launch failed requeued held", False, False),
         ("PENDING", "job requeued in held state", True, False),
-        ("PENDING", "JobHeldUser", True, False),
-        ("PENDING", "JobHeldAdmin", True, False),
         ("PENDING", "JobHoldMaxRequeue", True, False),
         ("PENDING", "BeginTime", False, False),
     ],
@@ -244,18 +242,13 @@ def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(tmp_path: Path) -> N
     assert current_job(folder, [known], {"9": theirs}) == theirs
 
 
-def test_a_job_whose_submission_was_not_written_down_finds_submitits_files(tmp_path: Path) -> None:
+def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(tmp_path: Path) -> None:
     folder = SlurmFolder(tmp_path / "demo")
-    _adopt_submission(folder, "9")
     folder.submitit.mkdir(parents=True)
     for job in ("7", "8"):
-        for kind in ("submission.sh", "submitted.pkl"):
-            (folder.submitit / f"{job}_{kind}").write_text(f"{kind} of {job}")
-    _adopt_submission(folder, "8")
+        (folder.submitit / f"{job}_submission.sh").write_text(f"of {job}")
     _adopt_submission(folder, "9")
-    assert folder.submitted() == ["7", "8", "9"]
-    assert (folder.submitit / "8_submitted.pkl").read_text() == "submitted.pkl of 8"
-    assert (folder.submitit / "9_submitted.pkl").read_text() == "submitted.pkl of 8"
+    assert (folder.submitit / "9_submission.sh").read_text() == "of 8"
 
 
 def test_where_slurm_gives_a_number_again_both_incarnations_are_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from pretrain.outcome import ExitCode
+from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import local_command
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 from tests.system.launching import ROOT
@@ -40,9 +41,14 @@ def test_a_plain_batch_script_runs_the_same_and_submits_itself_where_requeueing_
     assert_equals(run.folder, reference)
 
 
-def test_a_dry_run_prints_the_script_and_starts_nothing(on_cluster: Maker, digits: Path) -> None:
-    run = on_cluster(1)
-    text = run.launch(
+@pytest.fixture
+def beside(one_node: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> ClusterRun:
+    """A run beside a cluster that has nothing to do but to be asked."""
+    return ClusterRun(one_node, tmp_path / "runs", capsys)
+
+
+def test_a_dry_run_prints_the_script_and_starts_nothing(beside: ClusterRun, digits: Path) -> None:
+    text = beside.launch(
         digits, "--dry-run", "--min-nodes", "2", "--partition", "big", "--account", "lab", "--qos", "high",
         "--constraint", "h100", "--time", "12:00:00", "--cpus-per-gpu", "12", "--mem", "500G", "--exclude", "bad1,bad2",
         "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
@@ -54,8 +60,8 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(on_cluster: Maker, digit
     assert "\nmodule load cuda\n" in text
     assert " apptainer exec --nv lavit.sif python3 -u -m submitit.core._submit " in text
     assert "a restart also takes 2 or 3 nodes" in text
-    assert not run.folder.exists()
-    assert not run.cluster.ask("squeue", "-h", "-t", "all")
+    assert not beside.folder.exists()
+    assert not beside.cluster.ask("squeue", "-h", "-t", "all")
 
 
 @pytest.mark.parametrize(
@@ -67,13 +73,12 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(on_cluster: Maker, digit
         (["--nodes", "5"], "cannot be divided by 5 ranks"),
     ],
 )
-def test_what_cannot_run_is_not_submitted(change: list[str], line: str, on_cluster: Maker, digits: Path) -> None:
-    run = on_cluster(1)
-    said = run.launch(digits, *change, code=ExitCode.WILL_FAIL_AGAIN)
+def test_what_cannot_run_is_not_submitted(change: list[str], line: str, beside: ClusterRun, digits: Path) -> None:
+    said = beside.launch(digits, *change, code=ExitCode.WILL_FAIL_AGAIN)
     assert line in said
     assert len([text for text in said.splitlines() if text.startswith("error: ")]) == 1
-    assert not run.folder.exists()
-    assert not run.cluster.ask("squeue", "-h", "-t", "all")
+    assert not beside.folder.exists()
+    assert not beside.cluster.ask("squeue", "-h", "-t", "all")
 
 
 def test_what_slurm_refuses_is_told_in_one_line_and_may_be_launched_otherwise(on_cluster: Maker, digits: Path) -> None:
@@ -87,9 +92,9 @@ def test_what_slurm_refuses_is_told_in_one_line_and_may_be_launched_otherwise(on
 
 
 def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
-    tmp_path: Path, digits: Path, reference: Path, on_cluster: Maker
+    tmp_path: Path, digits: Path, reference: Path, beside: ClusterRun
 ) -> None:
-    run = on_cluster(1)  # has nothing to do but to be asked by slurm.status
+    run = beside
     command = local_command(run.runs, digits)
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run.wait_for_step(6)
@@ -116,7 +121,7 @@ def test_a_killed_test_run_leaves_neither_daemons_nor_files() -> None:
     program = (
         "import json, time, psutil\nfrom tests.slurm.cluster import cluster\nwith cluster(2) as made:\n"
         "    made.ask('sbatch', '-N2', '-o', '/dev/null', '--wrap', 'srun sleep 600')\n"
-        "    made.wait_for(lambda: all('sleep' in made.programs_on(name) for name in made.names), 'the job')\n"
+        "    made.wait_for(lambda: all(len(made.processes_on(name)) > 1 for name in made.names), 'the job')\n"
         "    pids = [p.pid for p in psutil.Process().children(recursive=True)]\n"
         "    print(json.dumps([str(made.folder), pids]), flush=True)\n"
         "    time.sleep(600)"

@@ -38,7 +38,6 @@ class Launched:
         self._seen: dict[int, psutil.Process] = {}
 
     def output(self) -> str:
-        """What was printed so far."""
         return self.log.read_text(errors="replace")
 
     def ranks(self) -> list[psutil.Process]:
@@ -47,9 +46,9 @@ class Launched:
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any(word.endswith(("/main.py", "/inject.py")) for word in process.cmdline()) and not any(
-                        word == "deepspeed.launcher.launch" for word in process.cmdline()
-                    ):
+                    words = process.cmdline()
+                    trains = any(word.endswith(("/main.py", "/inject.py")) for word in words)
+                    if trains and "deepspeed.launcher.launch" not in words:
                         found.append(process)
         self._seen |= {process.pid: process for process in found}
         return sorted(found, key=lambda p: p.pid)
@@ -66,15 +65,15 @@ class Launched:
 
     def wait_for_steps(self, run: Path, steps: int) -> None:
         """Wait until ``metrics.jsonl`` of a run tells of so many steps."""
-        metrics = run / "metrics.jsonl"
-        self.wait_for(
-            lambda: metrics.exists() and any(row["step"] >= steps for row in read_metrics(metrics, "train")),
-            f"step {steps}",
-        )
+        self.wait_for(lambda: reached(run) >= steps, f"step {steps}")
 
     def end(self, patience_s: float = PATIENCE_S) -> int:
-        """Wait for the launcher to end; its exit status."""
-        return self.process.wait(patience_s)
+        """The launcher's exit status; until then every rank is seen."""
+        deadline = time.monotonic() + patience_s
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.ranks()
+            time.sleep(0.2)
+        return self.process.wait(0)
 
     def assert_no_rank_stays(self) -> None:
         """Every rank that was ever seen is gone soon."""
@@ -118,6 +117,13 @@ def launched(
         yield started
     finally:
         started.kill_all()
+
+
+def reached(run: Path) -> int:
+    """The newest step that the metrics tell of."""
+    with contextlib.suppress(FileNotFoundError):
+        return max((row["step"] for row in read_metrics(run / "metrics.jsonl", "train")), default=0)
+    return 0
 
 
 def changes(**fields: object) -> list[str]:

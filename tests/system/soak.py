@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoints.checkpoint import list_checkpoints, verify
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
-from tests.system.launching import PATIENCE_S, Launched, changes, launched
+from tests.system.launching import PATIENCE_S, Launched, changes, launched, reached
 
 INTERVAL = 4
 """Steps between checkpoints. A kill costs at most twice as many: when one is due, the one before may not be on disk."""
@@ -95,13 +95,6 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
 
 def at_stage(stage: int) -> list[str]:
     return ["--set", f"deepspeed.zero_optimization.stage={stage}"]
-
-
-def reached(run: Path) -> int:
-    """The newest step that the metrics tell of."""
-    with contextlib.suppress(FileNotFoundError):
-        return max((row["step"] for row in read_metrics(run / "metrics.jsonl", "train")), default=0)
-    return 0
 
 
 def saved_step(run: Path) -> int:

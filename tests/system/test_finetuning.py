@@ -2,7 +2,6 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ NETWORK = (
     "{depths: [1, 1, 2, 1], vanilla_blocks: [1, 1, 1, 1], widths: [32, 48, 64, 80], heads: [1, 2, 2, 2], "
     "patch_size: 2, drop_path: 0.0}"
 )
+COMMON = {"model__overrides": NETWORK, "model__activation_checkpointing": "none", "evaluation__every_epochs": 100}
 PICTURES_OF_EACH = 5
 pytestmark = pytest.mark.slow
 
@@ -41,46 +41,35 @@ def write_digits(folder: Path, classes: range, most: int = 1000) -> Path:
     return folder / "shards"
 
 
-@dataclass
-class Course:
-    """The data of all ten digits, and what was learned from half of them."""
-
-    folder: Path
-    few: Path
-    handoff: Path
-
-    def tuning(self, name: str, size: int, **fields: Any) -> list[str]:
-        """Arguments of a run on a few of all ten; ``fields`` are its changes to the budget that all of them have."""
-        return changes(
-            name=name, data__path=self.few, data__image_size=size, schedule__epochs=20 if size > 32 else 15,
-            schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **common(), **fields,
-        )  # fmt: skip
-
-
-def common() -> dict[str, Any]:
-    return {"model__overrides": NETWORK, "model__activation_checkpointing": "none", "evaluation__every_epochs": 100}
+def tuning(course: Path, name: str, size: int, **fields: Any) -> list[str]:
+    """Arguments of a run on a few of all ten; ``fields`` are its changes to the budget that all of them have."""
+    return changes(
+        name=name, data__path=course / "few/shards", data__image_size=size, schedule__epochs=20 if size > 32 else 15,
+        schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **COMMON, **fields,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the data of all ten digits, and what was learned from half of them: ``half/handoff``."""
     folder = tmp_path_factory.mktemp("course")
     half = write_digits(folder / "half", range(5))
-    few = write_digits(folder / "few", range(10), PICTURES_OF_EACH)
+    write_digits(folder / "few", range(10), PICTURES_OF_EACH)
     augment = "{affine: {degrees: 15, translate: 0.2, scale: [0.8, 1.8]}}"
     fields = changes(name="half", data__path=half, data__augment=augment, schedule__epochs=14,
-                     schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **common())  # fmt: skip
+                     schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **COMMON)  # fmt: skip
     with launched(folder, *fields, ranks=0) as run:
         assert run.end() == ExitCode.FINISHED, run.output()
-    return Course(folder, few, folder / "half/handoff")
+    return folder
 
 
-def tuned_and_from_scratch(course: Course, size: int, **fields: Any) -> tuple[float, float, str]:
+def tuned_and_from_scratch(course: Path, size: int, **fields: Any) -> tuple[float, float, str]:
     """Top-1 of both, and what the tuned one printed. They run side by side, each on one core."""
     arguments = {
-        "tuned": course.tuning("tuned", size, initialize_from__handoff=course.handoff, **fields),
-        "scratch": course.tuning("scratch", size),
+        "tuned": tuning(course, "tuned", size, initialize_from__handoff=course / "half/handoff", **fields),
+        "scratch": tuning(course, "scratch", size),
     }
-    folder = course.folder / str(size)
+    folder = course / str(size)
     with ExitStack() as stack:
         runs = [stack.enter_context(launched(folder, *words, ranks=0)) for words in arguments.values()]
         assert [run.end() for run in runs] == [ExitCode.FINISHED] * 2, [run.output() for run in runs]
@@ -93,13 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def probing(course: Path) -> dict[str, Any]:
+    return {"probes__path": course / "few/shards", "probes__every_epochs": 5}
+
+
 @pytest.fixture(scope="module")
-def at_32(course: Course) -> tuple[float, float, str]:
+def at_32(course: Path) -> tuple[float, float, str]:
     return tuned_and_from_scratch(course, 32, **probing(course))
-
-
-def probing(course: Course) -> dict[str, Any]:
-    return {"probes__path": course.few, "probes__every_epochs": 5}
 
 
 def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(at_32: tuple[float, float, str]) -> None:
@@ -108,41 +97,42 @@ def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(at_32: 
     assert "the head's rows of 5 classes are reused, of 5 there; 5 are new" in said
 
 
-def test_they_are_ahead_at_a_larger_image_size_too(course: Course) -> None:
+def test_they_are_ahead_at_a_larger_image_size_too(course: Path) -> None:
     tuned, scratch, said = tuned_and_from_scratch(course, 48)
     assert tuned > scratch + 5
     assert "tensors of the token grids resampled, 32 x 32 -> 48 x 48" in said
 
 
-def test_the_handoff_tells_what_training_began_with(course: Course, at_32: tuple[float, float, str]) -> None:
-    begun = read_json(course.handoff / "config.json")["weights_blake2"]
-    tuned = course.folder / "32/tuned/handoff"
+def test_the_handoff_tells_what_training_began_with(course: Path, at_32: tuple[float, float, str]) -> None:
+    begun = read_json(course / "half/handoff/config.json")["weights_blake2"]
+    tuned = course / "32/tuned/handoff"
     assert read_json(tuned / "config.json")["initialized_from"]["weights_blake2"] == begun
     row = f"| began with | raw weights of half, 10,080 pictures of shards, digest {begun} |"
     assert row in (tuned / "README.md").read_text()
 
 
 def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouched_one_did(
-    course: Course, at_32: tuple[float, float, str]
+    course: Path, at_32: tuple[float, float, str]
 ) -> None:
-    arguments = course.tuning(
-        "tuned", 32, initialize_from__handoff=course.handoff, checkpoint__every_steps=10, **probing(course)
+    handoff, gone = course / "half/handoff", course / "gone"
+    arguments = tuning(
+        course, "tuned", 32, initialize_from__handoff=handoff, checkpoint__every_steps=10, **probing(course)
     )
-    folder = course.folder / "crashed"
+    folder = course / "crashed"
     with launched(folder, *arguments, ranks=0, program=("tests/system/inject.py", "raise=25")) as run:
         assert run.end() == ExitCode.RETRY, run.output()
-    gone = course.handoff.rename(course.folder / "gone")
+    handoff.rename(gone)
     try:
         with launched(folder, *arguments, ranks=0) as run:
             assert run.end() == ExitCode.FINISHED, run.output()
             assert "resuming" in run.output()
             assert "initialized" not in run.output()
     finally:
-        gone.rename(course.handoff)
-    crashed, untouched = folder / "tuned", course.folder / "32/tuned"
+        gone.rename(handoff)
+    crashed, untouched = folder / "tuned", course / "32/tuned"
     losses, expected = ([row["loss"] for row in rows(run, "train")] for run in (crashed, untouched))
     assert losses == expected
-    probes, expected = ([without_times(row) for row in rows(run, "probe")] for run in (crashed, untouched))
+    probes, expected = (rows(run, "probe") for run in (crashed, untouched))
     assert probes == expected
     assert [row["samples_seen"] for row in probes] == [250, 500, 750]
     origins = [read_json(run / "environment.json")["initialized_from"] for run in (crashed, untouched)]
@@ -150,18 +140,15 @@ def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouche
 
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    return read_metrics(run / "metrics.jsonl", kind)
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("seconds", "time")}
+    found = read_metrics(run / "metrics.jsonl", kind)
+    return [{name: value for name, value in row.items() if name not in ("seconds", "time")} for row in found]
 
 
 def test_a_missing_handoff_is_told_before_anything_is_started_but_not_missed_by_a_run_under_way(
-    course: Course, at_32: tuple[float, float, str]
+    course: Path, at_32: tuple[float, float, str]
 ) -> None:
-    fields = course.tuning("new", 32, initialize_from__handoff=course.folder / "none")[1::2]
+    fields = tuning(course, "new", 32, initialize_from__handoff=course / "none")[1::2]
     recipe = load_recipe(RECIPE, fields)
     with pytest.raises(UserError, match="is not a finished hand-off"):
-        check_recipe_here(recipe, RunFolder(course.folder / "new"))
-    check_recipe_here(recipe, RunFolder(course.folder / "32/tuned"))
+        check_recipe_here(recipe, RunFolder(course / "new"))
+    check_recipe_here(recipe, RunFolder(course / "32/tuned"))

@@ -1,12 +1,17 @@
-"""TensorBoard's view of a run that was killed and resumed."""
+"""TensorBoard's view of a run that was killed and resumed, and ``--profile`` of a real run."""
 
+import gzip
+import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from pretrain.metrics import read_metrics
-from pretrain.outcome import ExitCode
+from pretrain.monitoring.profile import StepProfiler, parse_steps
+from pretrain.outcome import ExitCode, UserError
 from tests.system.launching import changes, launched
 
 
@@ -42,3 +47,45 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
     restarts = [row["restarts"] for row in read_metrics(folder / "metrics.jsonl", "train")]
     assert restarts == sorted(restarts)
     assert set(restarts) == {0, 1}
+
+
+@pytest.mark.slow
+def test_chosen_steps_of_all_ranks_are_profiled_and_the_summary_says_where_their_time_went(
+    tmp_path: Path, digits: Path
+) -> None:
+    fields = changes(data__path=digits, schedule__epochs=0.2, log_every_steps=1)
+    with launched(tmp_path, *fields, "--profile", "2:3", "--profile-ranks", "all") as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        assert run.output().count("profile of steps 2 to 3: ") == 1
+    folder = tmp_path / "demo/profile"
+    names = [f"rank-0000{rank}-steps-2-3.{kind}" for rank in (0, 1) for kind in ("trace.json.gz", "txt")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for rank in (0, 1):
+        events = json.loads(gzip.decompress((folder / f"rank-0000{rank}-steps-2-3.trace.json.gz").read_bytes()))
+        spans = [event["name"] for event in events["traceEvents"] if event.get("name", "").startswith("phase: ")]
+        assert {spans.count(f"phase: {phase}") for phase in ("data", "forward", "backward", "optimizer")} == {2}
+    summary = (folder / "rank-00000-steps-2-3.txt").read_text()
+    shares = dict(re.findall(r"^(\w+) +[\d.]+ ms +([\d.]+)%$", summary, re.MULTILINE))
+    assert shares.keys() == {"data", "forward", "backward", "optimizer", "other"}
+    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+    assert "aten::" in summary
+    assert len(read_metrics(tmp_path / "demo/metrics.jsonl", "train")) == 4
+
+
+def test_steps_that_the_run_does_not_come_to_are_refused(tmp_path: Path) -> None:
+    def profiler(first: int, last: int) -> StepProfiler:
+        return StepProfiler((first, last), step=2, total_steps=8, folder=tmp_path, rank=0, device=torch.device("cpu"))
+
+    with pytest.raises(UserError, match="--profile 3:9: the run has 8 steps; choose steps that it takes"):
+        profiler(3, 9)
+    with pytest.raises(UserError, match="--profile 2:3: the run goes on at step 3; choose steps from there on"):
+        profiler(2, 3)
+    assert "was not written" not in profiler(3, 8).abandon()
+
+
+def test_steps_are_read_or_refused_with_an_example() -> None:
+    assert parse_steps("10:13") == (10, 13)
+    assert parse_steps("7") == (7, 7)
+    for text in ("", "3:", "0:2", "5:4", "a", "1:2:3"):
+        with pytest.raises(UserError, match="for example --profile 10:13"):
+            parse_steps(text)
