@@ -129,7 +129,7 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
     try:
         archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
         for info in archive:
-            archive.members = []  # or it keeps every header in memory  # type: ignore[attr-defined]
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
             if info.isdir():
                 continue
             sparse = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
