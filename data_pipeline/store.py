@@ -159,7 +159,7 @@ class RemoteStore:
 
     def file(self, file: File) -> Path:
         """Return the cached file, fetching it if it is not there; DataError after the last try."""
-        path = self.folder / f"{file.sha256[:24]}-{file.name}"
+        path = self.folder / f"{file.sha256[:24]}-{Path(file.name).name}"
         recreated = False
         try:
             while not patiently(lambda: self._has(path, file), str(path)):
