@@ -15,8 +15,9 @@ import torch
 from models import LaViT, create_model
 from pretrain import convert as door
 from pretrain.convert import METADATA, TOLERANCE, convert, main
-from pretrain.handoff.folder import HandoffConfig, load_handoff, write_handoff
+from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import UserError
+from tests.pretrain import handoffs
 
 NAMES = ["cat", "dög", "cow, calf"]
 FEW_BLOCKS = {"depths": (1, 1, 2, 1)}
@@ -30,15 +31,8 @@ def hand_off(folder: Path, name: str, **options: Any) -> Path:
         for parameter_name, parameter in model.named_parameters():
             matters = any(part in parameter_name for part in ("psi", "theta", "gamma", "pool", "head", "bias"))
             parameter.add_(torch.randn_like(parameter), alpha=(0.3 if matters else 0.02) / parameter.shape[-1] ** 0.5)
-    content = {
-        "architecture": model.config.to_dict(), "num_classes": len(NAMES), "class_names": NAMES,
-        "class_ids": ["n1", "n2", "n3"],
-        "input": {"path": "d", "image_size": model.config.image_size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]},
-        "weights": "average", "dataset": {"name": "d", "fingerprint": "f", "samples": 9}, "recipe": {"name": "r"},
-        "metrics": {"top1": 50.0}, "samples_seen": 1,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, "card")
-    return folder
+    data = {"path": "d", "image_size": model.config.image_size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    return handoffs.hand_off(folder, model, class_names=NAMES, class_ids=["n1", "n2", "n3"], input=data)
 
 
 @pytest.fixture(scope="module")

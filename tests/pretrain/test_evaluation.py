@@ -24,30 +24,22 @@ from pretrain.evaluate import main
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import match_classes
 from pretrain.evaluation.report import Verdicts, calibration, class_table, confusion_of_worst, draw_confusion
-from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff, write_handoff
+from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff
 from pretrain.outcome import ExitCode, UserError
+from tests.pretrain import handoffs
 from tests.pretrain.ranks import start_ranks
 
 CPU = torch.device("cpu")
 
 
-def hand_off(folder: Path, class_ids: list[str], *, bias: float = 0.0, **fields: Any) -> Path:
+def hand_off(folder: Path, ids: list[str], *, bias: float = 0.0, **fields: Any) -> Path:
     """A small untrained network with distinct scores."""
     torch.manual_seed(0)
-    model = create_model("lavit_micro", num_classes=len(class_ids), image_size=32, depths=[1, 1, 1, 1],
-                         widths=[16, 32, 32, 32], heads=[1, 2, 2, 2])  # fmt: skip
+    model = create_model("lavit_micro", num_classes=len(ids), image_size=32, **handoffs.SMALL)
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.head.bias, mean=bias, std=0.3)
-    content: dict[str, Any] = {
-        "architecture": model.config.to_dict(), "num_classes": len(class_ids),
-        "class_names": class_ids, "class_ids": class_ids,
-        "input": {"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, "weights": "raw",
-        "dataset": {"name": "x", "fingerprint": "f", "samples": 1},
-        "recipe": {"name": "r", "evaluation": {"batch_size": 90}},
-        "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.0}, "samples_seen": 1,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content | fields, "")
-    return folder
+    fields = {"class_names": ids, "class_ids": ids, "recipe": {"name": "r", "evaluation": {"batch_size": 90}}} | fields
+    return handoffs.hand_off(folder, model, input={"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from models import LaViT, create_model, load_weights
 from pretrain.checkpoints.pieces import OptimizerPieces
 from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
-from pretrain.handoff.folder import CONFIG, WEIGHTS, read_handoff, write_handoff
+from pretrain.handoff.folder import CONFIG, WEIGHTS, read_handoff
 from pretrain.handoff.initialize import begin, share_weights
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, recipe_differences, validate_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.damage import flip_byte
+from tests.pretrain.handoffs import SMALL, hand_off
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import BATCH, whole_weights, zero
 
-NETWORK = {"depths": [1, 1, 2, 1], "widths": [16, 32, 32, 32], "heads": [1, 2, 2, 2]}
 INPUT = {"path": "data/x", "image_size": 32}
 KNOWN = ["n01", "n02", "n03", "n04", "n05"]
 
@@ -37,21 +37,20 @@ def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, class_ids: list[str] | None = KNOWN, seed: int = 7, lost: str = "", **content: Any) -> Path:
     torch.manual_seed(seed)
-    model = create_model("lavit_micro", num_classes=5, image_size=32, **NETWORK)
+    model = create_model("lavit_micro", num_classes=5, image_size=32, **SMALL)
     weights = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    weights.pop(lost, None)
-    fields = {
-        "architecture": model.config.to_dict(), "num_classes": 5, "class_names": list("abcde"),
-        "class_ids": class_ids, "input": INPUT, "weights": "average",
-        "dataset": {"name": "x", "fingerprint": "there", "samples": 100}, "recipe": {"name": "source"},
-        "metrics": {"top1": 50.0}, "samples_seen": 1000,
-    }  # fmt: skip
-    write_handoff(folder, weights, fields | content, "")
-    return folder
+    model.load_state_dict(weights)
+    if lost:
+        module, name = lost.split(".")
+        setattr(model.get_submodule(module), name, None)
+    return hand_off(
+        folder, model, class_ids=class_ids, weights="average", recipe={"name": "source"}, **content,
+        dataset={"name": "x", "fingerprint": "there", "samples": 100},
+    )  # fmt: skip
 
 
 def recipe(handoff: Path | str, size: int = 32, **fields: Any) -> Recipe:
-    overrides = NETWORK | fields.pop("overrides", {})
+    overrides = SMALL | fields.pop("overrides", {})
     return validate_recipe(
         {
             "name": "tuned", "data": INPUT | {"image_size": size},

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from models import create_model
-from pretrain.handoff.folder import load_handoff, write_handoff
+from pretrain.handoff.folder import load_handoff
 from pretrain.handoff.timm_model import create_timm_model
 from pretrain.outcome import UserError
 from tests.pages import snippets
+from tests.pretrain.handoffs import hand_off
 
 
 @pytest.fixture
@@ -21,15 +22,8 @@ def handoff(tmp_path: Path) -> Path:
 def written(folder: Path, name: str, *, classes: int, size: int, **overrides: Any) -> Path:
     torch.manual_seed(0)
     model = create_model(name, num_classes=classes, image_size=size, **overrides)
-    content: dict[str, Any] = {
-        "architecture": model.config.to_dict(), "num_classes": classes,
-        "class_names": [chr(ord("a") + number) for number in range(classes)],
-        "input": {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1],
-                  "interpolation": "bilinear", "eval_crop_ratio": 1.0},
-        "weights": "raw", "dataset": {"name": "d"}, "recipe": {"name": "r"}, "metrics": {}, "samples_seen": 1,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, "card")
-    return folder
+    data = {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "eval_crop_ratio": 1.0}
+    return hand_off(folder, model, input=data | {"interpolation": "bilinear"})
 
 
 @pytest.mark.timm
