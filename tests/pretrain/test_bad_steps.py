@@ -21,6 +21,7 @@ from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.stand_in import HostWaits
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
+from tests.pretrain.test_resume import state
 
 
 def no_step_reads(control: dist.ProcessGroup) -> None:
@@ -97,8 +98,11 @@ def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkey
     assert steps.settled() == [False, False]
 
 
-def scale_goes_on(control: dist.ProcessGroup) -> None:
+def test_fp16s_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
 
     def steps_of(scaler: DynamicLossScaler) -> BadSteps:
         # fp16 itself needs a GPU; its scaler does not.
@@ -127,14 +131,9 @@ def scale_goes_on(control: dist.ProcessGroup) -> None:
     assert second.loss_scale()["cur_scale"] == 1
 
 
-def test_fp16s_loss_scale_goes_on_where_it_was() -> None:
-    run_ranks(1, scale_goes_on)
-
-
 def state_of(run: Any) -> list[torch.Tensor]:
     """All that the optimizer keeps on this rank: weights, moments, step counts."""
-    optimizer = run.pieces.optimizer
-    views = [piece.view(kind, optimizer).clone() for piece in run.pieces.pieces for kind in run.pieces.kinds]
+    views = [view.clone() for view in state(run)]
     return [*views, *(torch.tensor(run.pieces.step_of(piece)) for piece in run.pieces.pieces)]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -68,25 +69,19 @@ def test_a_compiled_networks_shapes_are_static_whatever_came_first() -> None:
     run_ranks(1, no_graph_has_open_shapes)
 
 
-def stage_3_refuses_to_compile(control: dist.ProcessGroup) -> None:
-    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
-        engine_of(3, model=recipe().model.model_copy(update={"compile": True}))
-
-
-def test_compiling_at_stage_3_is_refused() -> None:
-    run_ranks(1, stage_3_refuses_to_compile)
-
-
-def no_compiler_is_told(control: dist.ProcessGroup) -> None:
+def compiling_is_refused(control: dist.ProcessGroup) -> None:
     from torch._inductor import config
 
+    compiled = recipe().model.model_copy(update={"compile": True})
+    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
+        engine_of(3, model=compiled)
     config.cpp.cxx = ("no-such-compiler",)
     with pytest.raises(UserError, match="install g\\+\\+"):
-        engine_of(1, model=recipe().model.model_copy(update={"compile": True}))
+        engine_of(1, model=compiled)
 
 
-def test_a_missing_compiler_is_told_before_training() -> None:
-    run_ranks(1, no_compiler_is_told)
+def test_compiling_at_stage_3_or_without_a_compiler_is_refused_before_training() -> None:
+    run_ranks(1, compiling_is_refused)
 
 
 def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,18 +99,17 @@ def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypa
         _require_compilers(gpu)
 
 
-def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
+def deterministic_twice(control: dist.ProcessGroup) -> None:
     chosen = recipe().model_copy(update={"deterministic": True})
-    first = trained(chosen, zero_optimization=zero(stage))
+    first, again = (trained(chosen, zero_optimization=zero(1)) for _ in range(2))
     assert torch.are_deterministic_algorithms_enabled()
-    again = trained(chosen, zero_optimization=zero(stage))
     assert first[0] == again[0]
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
 @pytest.mark.slow
 def test_a_deterministic_run_trains_with_deterministic_operations_only() -> None:
-    run_ranks(2, functools.partial(deterministic_twice, stage=1))
+    run_ranks(2, deterministic_twice)
 
 
 def no_kernel_is_probed() -> None:
@@ -123,10 +117,7 @@ def no_kernel_is_probed() -> None:
 
     from pretrain.engine.distributed import choose_device, init_distributed, read_rank
 
-    def probe() -> None:
-        raise AssertionError("DeepSpeed tries compilers")
-
-    deepspeed.ops._probe_compatible_ops = probe
+    deepspeed.ops._probe_compatible_ops = mock.Mock(side_effect=AssertionError("DeepSpeed tries compilers"))
     init_distributed(choose_device(read_rank()))
 
 

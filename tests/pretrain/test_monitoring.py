@@ -21,6 +21,7 @@ from pretrain.monitoring.pictures import CELL, LINE, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, micro_batches, recipe, training, whole_weights, zero
+from tests.pretrain.test_resume import state
 
 CPU = torch.device("cpu")
 
@@ -115,8 +116,7 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
             if watched:
                 show_everything(run, Path(folder) / str(stage))
             losses += go_on(run, 2)
-            state = [piece.view(kind, run.pieces.optimizer) for piece in run.pieces.pieces for kind in run.pieces.kinds]
-            results.append((losses, [view.clone() for view in state], whole_weights(run.engine)))
+            results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
         assert all(torch.equal(x, y) for x, y in zip(b, e, strict=True)), f"stage {stage}: weights or moments differ"
