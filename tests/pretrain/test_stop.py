@@ -1,10 +1,7 @@
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from pretrain.outcome import ExitCode
@@ -29,21 +26,6 @@ def only_rank_1_is_told(control: dist.ProcessGroup, folder: Path) -> None:
 def test_all_ranks_stop_at_the_same_boundary_though_one_is_told(tmp_path: Path) -> None:
     run_ranks(2, only_rank_1_is_told, tmp_path)
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"5 SIGTERM"}
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_only_sets_the_flag(signum: signal.Signals) -> None:
-    former = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-    try:
-        flag = StopFlag()
-        flag.install_signal_handlers()
-        assert not flag
-        os.kill(os.getpid(), signum)
-        assert flag
-        assert flag.reason == signum.name
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
