@@ -69,30 +69,22 @@ def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkey
 
 
 def test_fp16s_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 itself needs a GPU; its scaler does not."""
     from deepspeed.runtime.fp16 import loss_scaler
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    def begin(scale: int) -> tuple[Any, BadSteps]:
+        scaler = loss_scaler.DynamicLossScaler(
+            scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
+        zero = SimpleNamespace(loss_scaler=scaler, optimizer=SimpleNamespace(defaults={}))
+        return scaler, BadSteps(mock.Mock(optimizer=zero, zero_optimization_stage=lambda: 1))
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
-
-    def steps_of(scaler: DynamicLossScaler) -> BadSteps:
-        # fp16 itself needs a GPU; its scaler does not.
-        zero = SimpleNamespace(loss_scaler=scaler, optimizer=SimpleNamespace(defaults={}))
-        return BadSteps(
-            SimpleNamespace(
-                optimizer=zero, zero_optimization_stage=lambda: 1, zero_offload_optimizer=lambda: None,
-                zero_offload_param=lambda: None, fp16_enabled=lambda: True, dynamic_loss_scale=lambda: True,
-            )
-        )  # fmt: skip
-
-    overflows = [True, False, True, *[False] * 5, True]
-    scaler = DynamicLossScaler(2**8, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
-    first = steps_of(scaler)
-    for overflow in overflows[:5]:
+    (scaler, first), (other, second) = begin(2**8), begin(2**16)
+    for overflow in (True, False, True, False, False):
         scaler.update_scale(overflow)
-    other = DynamicLossScaler(2**16, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
-    second = steps_of(other)
     second.set_loss_scale(json.loads(json.dumps(first.loss_scale())))
-    for overflow in overflows[5:]:
+    for overflow in (False, False, False, True):
         scaler.update_scale(overflow)
         other.update_scale(overflow)
         assert second.loss_scale() == first.loss_scale()

@@ -191,13 +191,6 @@ def test_a_gpu_without_bfloat16_is_not_asked_for_it(section: dict[str, Any]) -> 
     assert any("the fp16 section would be faster" in note for note in notes)
 
 
-def test_the_optimizer_is_made_known_to_deepspeed() -> None:
-    assert resolved(optimizer="sgd").config["zero_allow_untested_optimizer"] is True
-    offloaded = resolved(**zero(2, offload_optimizer=CPU))
-    assert offloaded.config["zero_force_ds_cpu_optimizer"] is False
-    assert "offload_optimizer: in the CPU's memory" in offloaded.notes
-
-
 WHOLE_BYTES = 2**30
 
 

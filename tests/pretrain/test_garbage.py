@@ -24,6 +24,10 @@ class Cycle:
         self.itself = self
 
 
+def collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())
+
+
 def collections_of_a_run(control: dist.ProcessGroup, folder: Path, digits: Path) -> None:
     chosen = recipe()
     data = chosen.data.model_copy(update={"path": digits})
@@ -33,36 +37,24 @@ def collections_of_a_run(control: dist.ProcessGroup, folder: Path, digits: Path)
     run.train_loader.close()
     run.train_loader = mock.MagicMock()
     run.train_loader.__iter__.return_value = micro_batches(BATCH, last=STEPS)
-    within, between, cycles = [0] * STEPS, 0, []
-    original, in_step = train.train_step, False
-
-    def count(phase: str, _: dict[str, Any]) -> None:
-        nonlocal between
-        if phase == "start" and in_step:
-            within[run.progress.step] += 1
-        elif phase == "start":
-            between += 1
+    within, cycles, original = [], [], train.train_step
 
     def watched(*arguments: Any) -> float:
-        nonlocal in_step
-        in_step = True
-        try:
-            lr = original(*arguments)
-            cycles.append(weakref.ref(Cycle()))
-            many = [Cycle() for _ in range(2000)]  # more than Python lets pass without looking for garbage
-            del many
-        finally:
-            in_step = False
+        before = collections()
+        lr = original(*arguments)
+        cycles.append(weakref.ref(Cycle()))
+        many = [Cycle() for _ in range(2000)]  # more than Python lets pass without looking for garbage
+        del many
+        within.append(collections() - before)
         return lr
 
-    train.train_step = watched
-    gc.callbacks.append(count)
+    train.train_step, start = watched, collections()
     with contextlib.suppress(StopIteration):  # when the batches end
         train.train(run)
     assert run.progress.step == STEPS
     assert within[0] > 0, "the first step is left alone; what counts does count"
     assert within[1:] == [0] * (STEPS - 1)
-    assert between >= STEPS // EVERY
+    assert collections() - start - within[0] >= STEPS // EVERY
     last_line = STEPS // EVERY * EVERY
     assert [cycle() is None for cycle in cycles] == [step < last_line for step in range(STEPS)]
     assert gc.get_freeze_count() > 0

@@ -1,19 +1,22 @@
-"""Parameter groups, learning rates, and each optimizer against its definition."""
+"""Parameter groups, learning rates, drop path, and each optimizer against its definition."""
 
 import math
 import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pretrain.engine.optimizers import build_optimizer, parameter_groups, peak_learning_rate
-from pretrain.recipe import OptimizerSection
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
+from pretrain.recipe import OptimizerSection, ScheduleSection
 from tests.rounding import allowed_error, relative_error
 
 SPARED = {"0.bias", "1.weight", "1.bias"}
+SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)
 LAYERS = [["0.weight", "0.bias"], ["1.weight", "1.bias"], ["2.weight", "2.bias"]]
 
 
@@ -69,6 +72,38 @@ def test_the_learning_rate_follows_the_batch_it_is_meant_for(kind: Any, batch: i
     assert says in peak_learning_rate(section, batch)[1]
     assert peak_learning_rate(OptimizerSection(kind=kind, lr=1.0), batch)[0] == 1.0
     assert "nothing rescales it" in peak_learning_rate(OptimizerSection(kind=kind, lr=1.0), batch)[1]
+
+
+def at(samples: int) -> float:
+    return learning_rate(samples, peak=1.0, schedule=SCHEDULE, epoch_size=100)
+
+
+def test_the_schedule_warms_up_linearly_then_follows_a_cosine_to_its_floor() -> None:
+    assert at(50) == pytest.approx(0.25)
+    assert at(200) == pytest.approx(1.0)
+    assert at(1000) == pytest.approx(0.1)
+    assert at(1100) == pytest.approx(0.1)
+
+
+def test_the_schedule_agrees_with_torchs_cosine() -> None:
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=800, eta_min=0.1)
+    for samples in range(200, 1000):
+        assert at(samples) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+
+
+def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> None:
+    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20, global_batch=1000)
+    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20, global_batch=1000),
+                  drop_path_uniforms(8, 3, np.arange(1000), branches=20, global_batch=1000)):  # fmt: skip
+        assert not torch.equal(draws, other)
+        assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.03
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert draws.mean() == pytest.approx(0.5, abs=0.01)
 
 
 def take_five_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:

@@ -1,4 +1,3 @@
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,12 @@ def two_nodes(rank: int) -> Rank:
     return Rank(rank, 2, 0, 1, host=f"node-{'ab'[rank]}", job_id="", nodes=("node-a", "node-b"))
 
 
-@pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_finds_nobody_names_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tests/slurm/test_events.py`` has the first node, and those that do arrive."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-
-
-@pytest.mark.usefixtures("address")
-@pytest.mark.parametrize(
-    ("rank", "told"),
-    [(0, r"^node-b \(rank 1\) did not arrive within 1 s$"), (1, r"^node-a \(rank 0\) did not arrive")],
-)
-def test_a_node_that_does_not_arrive_is_named(rank: int, told: str) -> None:
-    with pytest.raises(PeersMissingError, match=told):
-        meet(two_nodes(rank), 1.0)
-
-
-@pytest.mark.usefixtures("address")
-def test_all_arrive() -> None:
-    other = threading.Thread(target=meet, args=(two_nodes(1), 20.0))
-    other.start()
-    assert meet(two_nodes(0), 20.0) == ""
-    other.join(20)
-    assert not other.is_alive()
+    with pytest.raises(PeersMissingError, match=r"^node-a \(rank 0\) did not arrive"):
+        meet(two_nodes(1), 1.0)
 
 
 def measured(control: dist.ProcessGroup, folder: Path) -> None:
