@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_iter
 from tests.pretrain.ranks import start_ranks
 
 DEVICE = torch.device("meta")
-ROOT = Path(__file__).parents[2]
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -108,6 +107,7 @@ def _as_first_of_two(function: Callable[..., None], arguments: tuple[Any, ...]) 
         setattr(accelerator, method, lambda *_, name=name: name)
     accelerator.on_accelerator = lambda tensor: tensor.device == DEVICE
     accelerator.synchronize = synchronize
+    deepspeed.ops.__compatible_ops__ = {}  # as init_distributed does it: else a kernel is compiled for a minute
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     set_accelerator(accelerator)
     # Lists of devices that torch's foreach and fused kernels are for; those of a GPU are what is looked at.

@@ -13,15 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff.folder import (
-    CARD,
-    CONFIG,
-    WEIGHTS,
-    _digest_of_fields,
-    is_handoff,
-    load_handoff,
-    read_handoff,
-)
+from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, _digest_of_fields, is_handoff, load_handoff, read_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs

@@ -14,11 +14,6 @@ from tests.pages import snippets
 from tests.pretrain.handoffs import hand_off
 
 
-@pytest.fixture
-def handoff(tmp_path: Path) -> Path:
-    return written(tmp_path / "h", "lavit_micro", classes=2, size=64, depths=(1, 2, 1, 1), drop_path=0.1)
-
-
 def written(folder: Path, name: str, *, classes: int, size: int, **overrides: Any) -> Path:
     torch.manual_seed(0)
     model = create_model(name, num_classes=classes, image_size=size, **overrides)
@@ -27,9 +22,10 @@ def written(folder: Path, name: str, *, classes: int, size: int, **overrides: An
 
 
 @pytest.mark.timm
-def test_the_same_logits_and_the_hand_offs_own_input_or_another(handoff: Path) -> None:
+def test_the_same_logits_and_the_hand_offs_own_input_or_another(tmp_path: Path) -> None:
     from timm.data import resolve_model_data_config
 
+    handoff = written(tmp_path / "h", "lavit_micro", classes=2, size=64, depths=(1, 2, 1, 1), drop_path=0.1)
     (net, _), model, images = load_handoff(handoff), create_timm_model(handoff).eval(), torch.randn(2, 3, 64, 64)
     assert torch.equal(model(images), net(images))
     found = resolve_model_data_config(model)
@@ -59,7 +55,7 @@ def test_the_snippets_of_timm_and_torchvision_run(tmp_path: Path, monkeypatch: p
     assert found["net"].stages[0].embed.conv.weight.grad.abs().sum() > 0
 
 
-def test_without_timm_the_error_says_what_is_missing(handoff: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_timm_the_error_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm and a torchvision that fits torch"):
-        create_timm_model(handoff)
+        create_timm_model(tmp_path)
