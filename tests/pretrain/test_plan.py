@@ -153,6 +153,7 @@ def test_it_is_counted_what_a_run_will_have(digits: Path) -> None:
         (["--gpus", "7"], "cannot be divided by 7 ranks"),
         (["--recipe", "recipes/none.yaml"], "no such recipe"),
         (["--set", "model.overrides={depths: [1]}"], "model: .*depths"),
+        (["--set", "model.name=lavit_micr"], "model: .*lavit_micr"),
         (["--classes", "0"], "--classes"),
         (["--mfu", "30"], "--mfu"),
         (["--headroom", "1"], "--headroom"),
