@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_iter
 from tests.pretrain.ranks import start_ranks
 
 DEVICE = torch.device("meta")
-ROOT = Path(__file__).parents[2]
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -28,24 +27,25 @@ MAKES = (torch.tensor, torch.as_tensor, torch.asarray)
 class HostWaits(TorchDispatchMode):
     """Notes what makes a host wait until its GPU has done all that was asked of it before, or fails on a GPU.
 
-    That is: reading a value of the device; a copy from host to device that is not ``non_blocking``; a tensor made on
-    the device of numbers of the host, which is such a copy (``internal_new_from_data`` in torch/csrc/utils/
-    tensor_new.cpp); and ``synchronize``. An operation on tensors of host and device fails, but for numbers (0-dim) and
-    for indices, which are copied.
+    That is reading a value of the device, a copy to it that is not ``non_blocking``, a tensor made there of numbers of
+    the host, ``synchronize``, and an operation on tensors of both, but for numbers (0-dim) and indices.
     """
+
+    current: "ClassVar[HostWaits | None]" = None
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        """What was done and where, in the order of time."""
         self._made = _Made(self)
 
     def __enter__(self) -> "HostWaits":
         super().__enter__()
         self._made.__enter__()
+        HostWaits.current = self
         return self
 
     def __exit__(self, *error: Any) -> None:
+        HostWaits.current = None
         self._made.__exit__(*error)
         super().__exit__(*error)
 
@@ -97,29 +97,19 @@ def _as_first_of_two(function: Callable[..., None], arguments: tuple[Any, ...]) 
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    class StandIn(CPU_Accelerator):
-        """Tells DeepSpeed where to compute; as on a GPU, ``synchronize`` waits."""
+    def synchronize(*_: object) -> None:  # it waits, as on a GPU
+        if HostWaits.current is not None:
+            HostWaits.current.note("synchronize()")
 
-        def device_name(self, device_index: int | None = None) -> str:
-            return DEVICE.type
-
-        def current_device_name(self) -> str:
-            return DEVICE.type
-
-        def on_accelerator(self, tensor: torch.Tensor) -> bool:
-            return tensor.device == DEVICE
-
-        def communication_backend_name(self) -> str:
-            return "fake"
-
-        def synchronize(self, device_index: int | None = None) -> None:
-            mode = next((mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-                         if isinstance(mode, HostWaits)), None)  # fmt: skip
-            if mode is not None:
-                mode.note("synchronize()")
-
+    accelerator = CPU_Accelerator()  # tells DeepSpeed where to compute
+    names = {"device_name": DEVICE.type, "current_device_name": DEVICE.type, "communication_backend_name": "fake"}
+    for method, name in names.items():
+        setattr(accelerator, method, lambda *_, name=name: name)
+    accelerator.on_accelerator = lambda tensor: tensor.device == DEVICE
+    accelerator.synchronize = synchronize
+    deepspeed.ops.__compatible_ops__ = {}  # as init_distributed does it: else a kernel is compiled for a minute
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    set_accelerator(StandIn())
+    set_accelerator(accelerator)
     # Lists of devices that torch's foreach and fused kernels are for; those of a GPU are what is looked at.
     _foreach_utils._get_foreach_kernels_supported_devices = lambda: [DEVICE.type]
     _foreach_utils._get_fused_kernels_supported_devices = lambda: [DEVICE.type]

@@ -1,4 +1,4 @@
-"""A step with gradients that are not finite changes nothing at any stage; a good one lets no host wait."""
+"""A step with gradients that are not finite changes nothing at any stage; test_norms.py has that no host waits."""
 
 import collections
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,25 +20,8 @@ from pretrain.survival.bad_steps import (
 )
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
-from tests.pretrain.stand_in import HostWaits
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
-
-
-def no_step_reads(control: dist.ProcessGroup) -> None:
-    cases = [(recipe(ema={"decay": 0.9}), zero(stage), 0) for stage in range(4)]
-    # What the host must decide is counted too: so this counter does count.
-    cases += [(recipe(kind="lamb"), zero(0), 3), (recipe(), zero(1, offload_optimizer={"device": "cpu"}), 3)]
-    for chosen, section, at_least in cases:
-        run = training(chosen, accumulation=2, zero_optimization=section)
-        batches = micro_batches(run.batch.micro_batch)
-        train_step(run, batches)
-        with HostWaits() as waits:
-            for _ in range(3):
-                train_step(run, batches)
-        assert len(waits.found) >= at_least, section
-        assert bool(waits.found) is run.bad_steps.waits is bool(at_least), f"{section}: {waits.found}"
-        assert run.bad_steps.settled(but=1) == [False] * 3
-        assert run.bad_steps.settled() == [False]
+from tests.pretrain.test_resume import state
 
 
 def test_what_stands_in_for_deepspeeds_functions_computes_the_same() -> None:
@@ -56,26 +40,13 @@ def test_what_stands_in_for_deepspeeds_functions_computes_the_same() -> None:
         assert torch.equal(*norms)
 
 
-@pytest.mark.slow
-def test_no_rank_waits_for_its_device_in_a_good_step() -> None:
-    run_ranks(2, no_step_reads)
-
-
 def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[int] = []
+    events: list[mock.Mock] = []
 
-    class Event:
-        made = 0
-
-        def __init__(self, *, blocking: bool) -> None:
-            assert blocking, "a host that spins takes a core from the decoders"
-            Event.made += 1
-            self.step = Event.made
-
-        def record(self) -> None: ...
-
-        def synchronize(self) -> None:
-            waited.append(self.step)
+    def event(*, blocking: bool) -> mock.Mock:
+        assert blocking, "a host that spins takes a core from the decoders"
+        events.append(mock.Mock())
+        return events[-1]
 
     class OnGpu(torch.Tensor):
         is_cuda = True
@@ -84,7 +55,7 @@ def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkey
             assert (device, non_blocking) == ("cpu", True)
             return self.as_subclass(torch.Tensor)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", event)
     steps = BadSteps.__new__(BadSteps)
     steps.waits, steps._flags = False, collections.deque()
     answers = []
@@ -92,33 +63,28 @@ def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkey
         steps._bad = torch.tensor(float(step == 3)).as_subclass(OnGpu)
         steps.note_step()
         answers.append(steps.settled(but=RUN_AHEAD))
-        assert waited == list(range(1, step - RUN_AHEAD + 1))
+        assert [one.synchronize.called for one in events] == [made <= step - RUN_AHEAD for made in range(1, step + 1)]
     assert answers == [[], [], [False], [False], [True], [False]]
     assert steps.settled() == [False, False]
 
 
-def scale_goes_on(control: dist.ProcessGroup) -> None:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+def test_fp16s_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 itself needs a GPU; its scaler does not."""
+    from deepspeed.runtime.fp16 import loss_scaler
 
-    def steps_of(scaler: DynamicLossScaler) -> BadSteps:
-        # fp16 itself needs a GPU; its scaler does not.
+    def begin(scale: int) -> tuple[Any, BadSteps]:
+        scaler = loss_scaler.DynamicLossScaler(
+            scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
         zero = SimpleNamespace(loss_scaler=scaler, optimizer=SimpleNamespace(defaults={}))
-        return BadSteps(
-            SimpleNamespace(
-                optimizer=zero, zero_optimization_stage=lambda: 1, zero_offload_optimizer=lambda: None,
-                zero_offload_param=lambda: None, fp16_enabled=lambda: True, dynamic_loss_scale=lambda: True,
-            )
-        )  # fmt: skip
+        return scaler, BadSteps(mock.Mock(optimizer=zero, zero_optimization_stage=lambda: 1))
 
-    overflows = [True, False, True, *[False] * 5, True]
-    scaler = DynamicLossScaler(2**8, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
-    first = steps_of(scaler)
-    for overflow in overflows[:5]:
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    (scaler, first), (other, second) = begin(2**8), begin(2**16)
+    for overflow in (True, False, True, False, False):
         scaler.update_scale(overflow)
-    other = DynamicLossScaler(2**16, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False)
-    second = steps_of(other)
     second.set_loss_scale(json.loads(json.dumps(first.loss_scale())))
-    for overflow in overflows[5:]:
+    for overflow in (False, False, False, True):
         scaler.update_scale(overflow)
         other.update_scale(overflow)
         assert second.loss_scale() == first.loss_scale()
@@ -127,14 +93,9 @@ def scale_goes_on(control: dist.ProcessGroup) -> None:
     assert second.loss_scale()["cur_scale"] == 1
 
 
-def test_fp16s_loss_scale_goes_on_where_it_was() -> None:
-    run_ranks(1, scale_goes_on)
-
-
 def state_of(run: Any) -> list[torch.Tensor]:
     """All that the optimizer keeps on this rank: weights, moments, step counts."""
-    optimizer = run.pieces.optimizer
-    views = [piece.view(kind, optimizer).clone() for piece in run.pieces.pieces for kind in run.pieces.kinds]
+    views = [view.clone() for view in state(run)]
     return [*views, *(torch.tensor(run.pieces.step_of(piece)) for piece in run.pieces.pieces)]
 
 

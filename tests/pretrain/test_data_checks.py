@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,3 +212,22 @@ def test_a_run_whose_storage_fails_ends_with_one_line_and_the_status_for_trying_
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert f"{name} cannot be read after 2 tries (Stale file handle)" in lines[0]
+
+
+READING = """
+import sys, threading
+from pathlib import Path
+from data_pipeline.store import patiently
+from pretrain.survival.watchdog import Watchdog
+watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=0.5, step_s=5.0)
+patiently(threading.Event().wait, "/data/digits-train-000001.tar")
+"""
+
+
+def test_a_rank_that_hangs_names_the_file_that_it_reads(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", READING, str(tmp_path)]
+    ended = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == ExitCode.RETRY
+    assert ended.stderr.startswith("error: rank 3 hangs: starting for ")
+    assert "(reading /data/digits-train-000001.tar takes " in ended.stderr

@@ -7,6 +7,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -79,6 +80,7 @@ COMPUTING = (
     "computing, or waiting for the other ranks (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.19 GiB)"
 )
 DRIVER = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+EVALUATING = f"evaluating ({' '.join(DRIVER.split())})"
 
 
 def full_once(where: str, folder: Path, *fields: str) -> None:
@@ -93,34 +95,28 @@ def full_once(where: str, folder: Path, *fields: str) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
         return original(run, batch)
 
-    def evaluate(*_: object, **__: object) -> None:
-        raise torch.AcceleratorError(DRIVER)
-
     def sleep(seconds: float) -> None:
         (folder / f"waits-{rank}").touch()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever has seen the other's end need not wait for this one's
         time.sleep(seconds)
 
-    train.micro_batch_loss, run.evaluate, main.time = micro_batch_loss, evaluate, types.SimpleNamespace(sleep=sleep)
+    train.micro_batch_loss, main.time = micro_batch_loss, types.SimpleNamespace(sleep=sleep)
+    run.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
     through_the_door(folder, *fields)
 
 
-FULL_AT = {
-    "step 1": (2, ExitCode.WILL_FAIL_AGAIN, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
-    "step 3": (1, ExitCode.RETRY, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
-    "evaluation": (
-        1,
-        ExitCode.WILL_FAIL_AGAIN,
-        f"evaluating ({' '.join(DRIVER.split())}): lower evaluation.batch_size",
-    ),
-}
-
-
-@pytest.mark.parametrize("where", FULL_AT)
+@pytest.mark.parametrize(
+    ("where", "ranks", "code", "told"),
+    [
+        ("step 1", 2, ExitCode.WILL_FAIL_AGAIN, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
+        ("step 3", 1, ExitCode.RETRY, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
+        ("evaluation", 1, ExitCode.WILL_FAIL_AGAIN, f"{EVALUATING}: lower evaluation.batch_size"),
+    ],
+    ids=["step 1", "step 3", "evaluation"],
+)
 def test_a_full_gpu_is_told_in_one_line_and_is_hopeless_at_what_was_never_done_before(
-    where: str, tmp_path: Path, digits: Path
+    where: str, ranks: int, code: ExitCode, told: str, *, tmp_path: Path, digits: Path
 ) -> None:
-    ranks, code, told = FULL_AT[where]
     with pytest.raises(ProcessExitedException) as ended:
         start_ranks(ranks, full_once, where, tmp_path, *changes(data__path=digits, evaluation__every_epochs=0.2))
     assert (ended.value.exit_code, ended.value.error_index) == (code, ranks - 1)
@@ -129,15 +125,12 @@ def test_a_full_gpu_is_told_in_one_line_and_is_hopeless_at_what_was_never_done_b
     assert [path.name for path in tmp_path.glob("waits-*")] == [f"waits-{rank}" for rank in range(ranks - 1)]
 
 
-@pytest.mark.parametrize(
-    ("phase", "before", "code"),
-    [
-        ("evaluating", {"evaluated_at": 64}, ExitCode.RETRY),
-        ("probing", {"evaluated_at": 64}, ExitCode.WILL_FAIL_AGAIN),
-        ("copying a checkpoint", {}, ExitCode.RETRY),
-        ("waiting for data", {}, ExitCode.RETRY),
-    ],
-)
-def test_what_fitted_before_is_tried_again(phase: str, before: dict[str, int], code: ExitCode) -> None:
-    progress = Progress(samples_seen=128, step=2, **before)
-    assert explain_full_memory(RuntimeError(DRIVER), phase, progress)[1] is code
+def test_what_fitted_before_is_tried_again() -> None:
+    for phase, evaluated_at, code in (
+        ("evaluating", 64, ExitCode.RETRY),
+        ("probing", 64, ExitCode.WILL_FAIL_AGAIN),
+        ("copying a checkpoint", 0, ExitCode.RETRY),
+        ("waiting for data", 0, ExitCode.RETRY),
+    ):
+        progress = Progress(samples_seen=128, step=2, evaluated_at=evaluated_at)
+        assert explain_full_memory(RuntimeError(DRIVER), phase, progress)[1] is code, phase

@@ -1,41 +1,36 @@
-"""Compiled and deterministic training, and what refuses them."""
+"""Compiled and deterministic training, what refuses them, and collectives that hang."""
 
 import functools
+import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.build import _require_compilers, build_engine, build_model
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.build import _require_compilers
+from pretrain.engine.distributed import limit_collectives, new_cpu_group
 from pretrain.outcome import UserError
+from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks, start_ranks
-from tests.pretrain.test_equality import BATCH, CLASSES, CPU, assert_equal, recipe, trained, zero
+from tests.pretrain.test_equality import assert_equal, recipe, trained, training, zero
 
 
-def engine_of(stage: int, **fields: Any) -> tuple[Any, list[str]]:
-    config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
-    resolved = resolve_deepspeed_config(config, world_size=dist.get_world_size(), state_bytes=0, has_bf16_gpu=False)
-    chosen = recipe().model_copy(update=fields)
-    return build_engine(build_model(chosen, CLASSES), chosen, resolved, CPU)
+def compiling(checkpointing: str = "none", **model: Any) -> Recipe:
+    eager = recipe(checkpointing)
+    return eager.model_copy(update={"model": eager.model.model_copy(update={"compile": True, **model})})
 
 
 def compiled_equals_eager(control: dist.ProcessGroup, backend: str) -> None:
+    """Run by ``tests/system/test_published_sizes.py``, which compiles kernels."""
     torch.compile = functools.partial(torch.compile, backend=backend)
-    eager = recipe("all")
-    compiled = eager.model_copy(update={"model": eager.model.model_copy(update={"compile": True})})
+    eager, compiled = recipe("all"), compiling("all")
     for stage in (0, 1):
         options = {"accumulation": 2, "zero_optimization": zero(stage)}
         mine, plain = trained(compiled, **options), trained(eager, **options)
         assert mine[1].keys() == plain[1].keys(), "compiling renamed parameters"
         assert_equal(f"compiled at stage {stage}", mine, plain, loss=5e-6, weights=1e-4)
-
-
-@pytest.mark.slow
-def test_compiled_training_equals_eager_training() -> None:
-    """What torch.compile captures, run operation by operation; `tests/system` has the compiled kernels."""
-    run_ranks(1, compiled_equals_eager, "aot_eager")
 
 
 def no_graph_has_open_shapes(control: dist.ProcessGroup) -> None:
@@ -48,10 +43,10 @@ def no_graph_has_open_shapes(control: dist.ProcessGroup) -> None:
         return graph.forward
 
     torch.compile = functools.partial(torch.compile, backend=look)
-    model = recipe().model.model_copy(update={"compile": True, "overrides": {"drop_path": 0.0}})
+    chosen = compiling(overrides={"drop_path": 0.0})
     for order in ("evaluate, train", "train, evaluate"):
         torch._dynamo.reset()
-        engine, _ = engine_of(1, model=model)
+        engine = training(chosen, zero_optimization=zero(1)).engine
         for what in order.split(", "):
             engine.train(what == "train")
             if what == "train":
@@ -68,25 +63,19 @@ def test_a_compiled_networks_shapes_are_static_whatever_came_first() -> None:
     run_ranks(1, no_graph_has_open_shapes)
 
 
-def stage_3_refuses_to_compile(control: dist.ProcessGroup) -> None:
-    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
-        engine_of(3, model=recipe().model.model_copy(update={"compile": True}))
-
-
-def test_compiling_at_stage_3_is_refused() -> None:
-    run_ranks(1, stage_3_refuses_to_compile)
-
-
-def no_compiler_is_told(control: dist.ProcessGroup) -> None:
+def compiling_is_refused(control: dist.ProcessGroup) -> None:
     from torch._inductor import config
 
+    compiled = compiling()
+    with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
+        training(compiled, zero_optimization=zero(3))
     config.cpp.cxx = ("no-such-compiler",)
     with pytest.raises(UserError, match="install g\\+\\+"):
-        engine_of(1, model=recipe().model.model_copy(update={"compile": True}))
+        training(compiled, zero_optimization=zero(1))
 
 
-def test_a_missing_compiler_is_told_before_training() -> None:
-    run_ranks(1, no_compiler_is_told)
+def test_compiling_at_stage_3_or_without_a_compiler_is_refused_before_training() -> None:
+    run_ranks(1, compiling_is_refused)
 
 
 def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,18 +93,17 @@ def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypa
         _require_compilers(gpu)
 
 
-def deterministic_twice(control: dist.ProcessGroup, *, stage: int) -> None:
+def deterministic_twice(control: dist.ProcessGroup) -> None:
     chosen = recipe().model_copy(update={"deterministic": True})
-    first = trained(chosen, zero_optimization=zero(stage))
+    first, again = (trained(chosen, zero_optimization=zero(1)) for _ in range(2))
     assert torch.are_deterministic_algorithms_enabled()
-    again = trained(chosen, zero_optimization=zero(stage))
     assert first[0] == again[0]
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
 @pytest.mark.slow
 def test_a_deterministic_run_trains_with_deterministic_operations_only() -> None:
-    run_ranks(2, functools.partial(deterministic_twice, stage=1))
+    run_ranks(2, deterministic_twice)
 
 
 def no_kernel_is_probed() -> None:
@@ -123,12 +111,24 @@ def no_kernel_is_probed() -> None:
 
     from pretrain.engine.distributed import choose_device, init_distributed, read_rank
 
-    def probe() -> None:
-        raise AssertionError("DeepSpeed tries compilers")
-
-    deepspeed.ops._probe_compatible_ops = probe
+    deepspeed.ops._probe_compatible_ops = mock.Mock(side_effect=AssertionError("DeepSpeed tries compilers"))
     init_distributed(choose_device(read_rank()))
 
 
 def test_starting_tries_no_compiler_for_kernels_that_nobody_uses() -> None:
     start_ranks(1, no_kernel_is_probed)
+
+
+def late_rank(control: dist.ProcessGroup) -> None:
+    patient = new_cpu_group(600.0)
+    limit_collectives(1.0, but=(control, patient))
+    if dist.get_rank() == 0:
+        with pytest.raises((RuntimeError, dist.DistBackendError), match=r"(?i)timed? ?out"):
+            dist.all_reduce(torch.zeros(1))
+    else:
+        time.sleep(4)  # longer than the limit: rank 0 has given up by then
+    dist.all_reduce(torch.zeros(1), group=patient)  # rank 0 waits for seconds here, and may
+
+
+def test_after_the_first_step_a_collective_that_hangs_fails_soon_but_not_where_waiting_is_right() -> None:
+    run_ranks(2, late_rank)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,30 +25,22 @@ from pretrain.evaluate import main
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import match_classes
 from pretrain.evaluation.report import Verdicts, calibration, class_table, confusion_of_worst, draw_confusion
-from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff, write_handoff
+from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff
 from pretrain.outcome import ExitCode, UserError
+from tests.pretrain import handoffs
 from tests.pretrain.ranks import start_ranks
 
 CPU = torch.device("cpu")
 
 
-def hand_off(folder: Path, class_ids: list[str], *, bias: float = 0.0, **fields: Any) -> Path:
+def hand_off(folder: Path, ids: list[str], *, bias: float = 0.0, **fields: Any) -> Path:
     """A small untrained network with distinct scores."""
     torch.manual_seed(0)
-    model = create_model("lavit_micro", num_classes=len(class_ids), image_size=32, depths=[1, 1, 1, 1],
-                         widths=[16, 32, 32, 32], heads=[1, 2, 2, 2])  # fmt: skip
+    model = create_model("lavit_micro", num_classes=len(ids), image_size=32, **handoffs.SMALL)
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.head.bias, mean=bias, std=0.3)
-    content: dict[str, Any] = {
-        "architecture": model.config.to_dict(), "num_classes": len(class_ids),
-        "class_names": class_ids, "class_ids": class_ids,
-        "input": {"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, "weights": "raw",
-        "dataset": {"name": "x", "fingerprint": "f", "samples": 1},
-        "recipe": {"name": "r", "evaluation": {"batch_size": 90}},
-        "metrics": {"top1": 50.0, "top5": 100.0, "loss": 1.0}, "samples_seen": 1,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content | fields, "")
-    return folder
+    fields = {"class_names": ids, "class_ids": ids, "recipe": {"name": "r", "evaluation": {"batch_size": 90}}} | fields
+    return handoffs.hand_off(folder, model, input={"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +115,8 @@ def test_one_two_and_three_ranks_give_the_same_report_to_the_last_bit(
 def test_a_full_gpu_is_an_error_of_one_line(
     handoff: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def examine(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
-
-    monkeypatch.setattr("pretrain.evaluate.examine", examine)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
+    monkeypatch.setattr("pretrain.evaluate.examine", mock.Mock(side_effect=full))
     error = error_of(capfd, handoff, "--data", digits)
     assert "the GPU's memory is full, evaluating (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0" in error
     assert error.strip().endswith("lower --batch-size")
@@ -285,8 +276,12 @@ def test_classes_are_matched_by_id_with_a_warning_where_anything_differs() -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "by_position", "message"),
     [
-        ((["a", "b"], "AB"), (["a", "c"], "AC"), False, "1 of the 2 classes of data/x are none .* 'c'"),
-        ((["a", "b"], "AB"), (["0", "1"], "01"), False, "--classes-by-position"),
+        (
+            (["a", "b"], "AB"),
+            (["a", "c"], "AC"),
+            False,
+            "1 of the 2 classes of data/x are .*'c'.*--classes-by-position",
+        ),
         ((["a", "b"], "AB"), (["a", "b", "c"], "ABC"), False, "none of the hand-off's 2"),
         ((None, "AB"), (["a", "b"], "BA"), False, r"another order \(class 0: 'A' in the hand-off, 'B' here\)"),
         ((None, "AB"), (["a", "b"], "AX"), False, "1 classes of data/x have other names"),

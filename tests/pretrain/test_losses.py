@@ -54,12 +54,6 @@ def test_semantic_softmax_smooths_by_itself(tree: Path) -> None:
     assert loss(100 * certain, certain) > 1, "nothing was smoothed"
 
 
-def test_plain_cross_entropy_keeps_the_recipes_mixing() -> None:
-    mixing = MixingConfig(label_smoothing=0.1)
-    loss = Classification(LossSection(), mixing, IDS, torch.device("cpu"))
-    assert (loss.name, loss.mixing, loss.levels) == ("cross_entropy", mixing, None)
-
-
 @pytest.mark.parametrize("fields", [{"classification": "semantic_softmax"}, {"class_tree": "x"}])
 def test_tree_and_semantic_softmax_go_together(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="go together"):

@@ -1,10 +1,10 @@
 import json
 import time
 import tracemalloc
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,55 +15,24 @@ from pretrain.monitoring.sinks import check_trackers
 from pretrain.outcome import UserError
 
 
+def opened(folder: Path, samples_seen: int, **options: Any) -> MetricsWriter:
+    return MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=samples_seen, **options)
+
+
 def write(folder: Path, first: int, last: int, *, resumed_at: int) -> None:
-    writer = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=resumed_at)
+    writer = opened(folder, resumed_at)
     for samples in range(first, last + 1):
         writer.write("train", samples, {"step": samples, "loss": 1.0 / samples})
     writer.close()
 
 
-def test_lines_and_tensorboard_say_the_same(tmp_path: Path) -> None:
-    write(tmp_path, 1, 5, resumed_at=0)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    points = {event.step: event.value for event in board.Scalars("train/loss")}
-    rows = read_metrics(tmp_path / "metrics.jsonl", "train")
-    assert points == pytest.approx({row["samples_seen"]: row["loss"] for row in rows})
-    assert len(points) == 5
+def board_points(folder: Path) -> dict[str, list[int]]:
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
 
-def test_a_resumed_run_leaves_no_double_points(tmp_path: Path) -> None:
-    write(tmp_path, 1, 8, resumed_at=0)  # crashed after 8, the newest checkpoint is of 5
-    write(tmp_path, 6, 9, resumed_at=5)
-    assert [row["samples_seen"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 10))
-
-
-def test_an_evaluation_that_will_be_done_again_does_not_stand_twice(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
-    for kind, samples in (
-        ("probe", 2),
-        ("eval", 4),
-        ("probe", 4),
-        ("train", 8),
-        ("eval", 8),
-    ):  # stopped in the last of each
-        writer.write(kind, samples, {"loss": 1.0})
-    writer.close()
-    MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8,
-                  done={"eval": 4, "probe": 2}).close()  # fmt: skip
-    rows = [(row["kind"], row["samples_seen"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
-    assert rows == [("probe", 2), ("eval", 4), ("train", 8)]
-
-
-def test_a_line_that_a_crash_cut_is_left_out_and_does_not_stay(tmp_path: Path) -> None:
-    write(tmp_path, 1, 3, resumed_at=0)
-    with (tmp_path / "metrics.jsonl").open("a") as handle:
-        handle.write('{"kind": "train", "samples_se')
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-    write(tmp_path, 4, 4, resumed_at=3)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["samples_seen"] for line in lines] == [1, 2, 3, 4]
+def seen(folder: Path, *kinds: str) -> list[int]:
+    return [row["samples_seen"] for row in read_metrics(folder / "metrics.jsonl", *kinds)]
 
 
 def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) -> None:
@@ -74,7 +43,7 @@ def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) 
     assert (jsonl.read_bytes(), jsonl.stat().st_ino) == (content, inode)
     jsonl.write_bytes(content[:-1])  # cut between the line and its end
     write(tmp_path, 9, 9, resumed_at=8)
-    assert [row["samples_seen"] for row in read_metrics(jsonl)] == [*range(1, 10)]
+    assert seen(tmp_path) == [*range(1, 10)]
     lines = jsonl.read_bytes().splitlines(keepends=True)
     jsonl.write_bytes(b"".join([*lines[:3], b'{"kind": "train", "samp', *lines[3:], b'{"samples_seen": 9}\n']))
     write(tmp_path, 9, 8, resumed_at=8)
@@ -86,107 +55,69 @@ def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
     jsonl = tmp_path / "metrics.jsonl"
     jsonl.write_text("".join(f'{{"kind": "train", "samples_seen": {n}, "loss": {n / 7}}}\n' for n in range(200_000)))
     tracemalloc.start()
-    MetricsWriter(jsonl, tmp_path / "tensorboard", samples_seen=150_000, done={"eval": 0}).close()
+    opened(tmp_path, 150_000, done={"eval": 0}).close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6  # bytes; the file has 12e6
-    assert read_metrics(jsonl)[-1]["samples_seen"] == 150_000
+    assert seen(tmp_path)[-1] == 150_000
 
 
-def board_points(folder: Path) -> dict[str, list[int]]:
-    board = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-
-
-def test_a_killed_writer_leaves_no_double_points_in_tensorboard_though_its_file_ends_within_a_record(
-    tmp_path: Path,
-) -> None:
+def test_a_killed_writer_leaves_no_double_points_though_both_of_its_files_end_within_a_record(tmp_path: Path) -> None:
+    jsonl = tmp_path / "metrics.jsonl"
     for start in (0, 5, 3):  # the third start goes back further than the second, past a checkpoint that was damaged
         write(tmp_path, start + 1, start + 6, resumed_at=start)
         newest = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
-        newest.write_bytes(newest.read_bytes()[:-7])
+        for file in (newest, jsonl):
+            file.write_bytes(file.read_bytes()[:-7])
+        assert seen(tmp_path) == [*range(1, start + 6)]
         time.sleep(1.1)  # event files are ordered by the second in which they were begun
     write(tmp_path, 5, 8, resumed_at=4)
     assert board_points(tmp_path) == {"train/step": [*range(1, 9)], "train/loss": [*range(1, 9)]}
-    assert [row["samples_seen"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, 9)]
+    assert [json.loads(line)["samples_seen"] for line in jsonl.read_text().splitlines()] == [*range(1, 9)]
 
 
-def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once_in_tensorboard(tmp_path: Path) -> None:
-    def start(done: int) -> MetricsWriter:
-        return MetricsWriter(
-            tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=8, done={"eval": done, "attention": done}
-        )
-
-    first = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0)
-    for kind, samples in (("train", 4), ("eval", 4), ("train", 8), ("eval", 8)):
+def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once(tmp_path: Path) -> None:
+    first = opened(tmp_path, 0)
+    for kind, samples in (("probe", 2), ("train", 4), ("eval", 4), ("probe", 4), ("train", 8), ("eval", 8)):
         first.write(kind, samples, {"loss": 1.0})
-    first.close()  # evaluated at 8 by a start that died before a checkpoint knew of it
-    second = start(done=4)
-    second.write("eval", 8, {"loss": 2.0})
-    second.close()
-    assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8]}
-    start(done=8).close()  # and once more, where nothing is measured again
-    assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8]}
-
-
-class Notebook:
-    """A sink that writes to a file, as a service would keep it: nothing in it can be taken back."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def _note(self, *line: Any) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
-        self._note(kind, samples_seen, dict(values))
-
-    def picture(self, name: str, samples_seen: int, pixels: Any) -> None:
-        self._note(name, samples_seen, pixels.shape)
-
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        self._note(name, samples_seen, markdown)
-
-    def flush(self) -> None:
-        if self._path.name == "broken":
-            raise RuntimeError("no connection")
-
-    def close(self) -> None:
-        self._note("closed")
-
-    def lines(self) -> list[list[Any]]:
-        return [json.loads(line) for line in self._path.read_text().splitlines()]
+    first.close()  # evaluated at 8 and probed at 4 by a start that died before a checkpoint knew of it
+    # The second start dies likewise; where the third one begins, nothing is measured again.
+    for done in ({"eval": 4, "probe": 2}, {"eval": 8, "probe": 8}):
+        time.sleep(1.1)  # as above
+        writer = opened(tmp_path, 8, done=done)
+        again = [kind for kind, last in done.items() if last < 8]
+        assert seen(tmp_path, "train") == [4, 8]
+        assert [seen(tmp_path, kind) for kind in done] == ([[4], [2]] if again else [[4, 8], [2, 8]])
+        for kind in again:
+            writer.write(kind, 8, {"loss": 2.0})
+        writer.close()
+        assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8], "probe/loss": [2, 8]}
 
 
 def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_path: Path) -> None:
-    book = Notebook(tmp_path / "book")
+    book = mock.Mock()
     for start, end in ((0, 8), (5, 6), (4, 9)):  # killed after 8, after 6, then finished
-        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=start,
-                               trackers={"book": book})  # fmt: skip
+        writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
         writer.picture("grid", end, np.zeros((2, 3, 3), np.uint8))
-        writer.text("run/recipe", end, "name: x")
         writer.close()
-    assert [line[1] for line in book.lines() if line[0] == "train"] == [*range(1, 10)]
-    assert [line[1:] for line in book.lines() if line[0] == "grid"] == [[8, [2, 3, 3]], [9, [2, 3, 3]]]
+    assert [call.args[:2] for call in book.scalars.call_args_list] == [("train", samples) for samples in range(1, 10)]
+    assert [call.args[:2] for call in book.picture.call_args_list] == [("grid", 8), ("grid", 9)]
 
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
     said: list[str] = []
-    books = {name: Notebook(tmp_path / name) for name in ("broken", "whole")}
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", samples_seen=0, trackers=books,
-                           say=said.append)  # fmt: skip
+    broken, whole = mock.Mock(flush=mock.Mock(side_effect=RuntimeError("no connection"))), mock.Mock()
+    writer = opened(tmp_path, 0, trackers={"broken": broken, "whole": whole}, say=said.append)
     for samples in (1, 2):
         writer.write("train", samples, {"loss": 1.0})
         writer.flush()
     writer.close()
-    assert [line[1] for line in books["broken"].lines() if line[0] == "train"] == [1]
-    assert [line[1] for line in books["whole"].lines() if line[0] == "train"] == [1, 2]
-    assert len(said) == 1
-    assert "WARNING broken takes no more measurements" in said[0]
-    assert "no connection" in said[0]
+    assert [len(sink.scalars.mock_calls) for sink in (broken, whole)] == [1, 2]
+    (line,) = said
+    assert "WARNING broken takes no more measurements" in line
+    assert "no connection" in line
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:

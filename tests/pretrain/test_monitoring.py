@@ -21,6 +21,7 @@ from pretrain.monitoring.pictures import CELL, LINE, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, micro_batches, recipe, training, whole_weights, zero
+from tests.pretrain.test_resume import state
 
 CPU = torch.device("cpu")
 
@@ -68,18 +69,13 @@ def test_the_peak_is_that_of_tf32_whichever_setting_says_so(
 
 def test_bad_samples_are_counted_once_each_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
     count = BadSampleCount(tmp_path / "bad_samples.jsonl")
-    assert count() == 0
+    counted = [count()]
     with (tmp_path / "bad_samples.jsonl").open("a") as file:
-        for text, expected in (
-            ('{"id": 3}\n', 1),
-            ('{"id": 3}\n{"id": 4}\n', 2),
-            ('{"id": 5', 2),
-            ("}\n", 3),
-            ("x\n", 3),
-        ):
+        for text in ('{"id": 3}\n', '{"id": 3}\n{"id": 4}\n', '{"id": 5', "}\n", "x\n"):
             file.write(text)
             file.flush()
-            assert count() == expected
+            counted.append(count())
+    assert counted == [0, 1, 2, 2, 3, 3]
 
 
 def test_pictures_are_shown_as_they_were_and_their_sheet_is_bounded() -> None:
@@ -88,11 +84,8 @@ def test_pictures_are_shown_as_they_were_and_their_sheet_is_bounded() -> None:
     normalised = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     shown = to_pixels(normalised, mean, std)
     assert np.abs(np.stack(shown) - 255 * plain.permute(0, 2, 3, 1).numpy()).max() <= 0.51
-    assert draw_grid(shown, ["a", "a name that is far too long for its picture", ""]).shape == (
-        CELL + LINE,
-        3 * CELL,
-        3,
-    )
+    captioned = draw_grid(shown, ["a", "a name that is far too long for its image", ""])
+    assert captioned.shape == (CELL + LINE, 3 * CELL, 3)
     many = draw_grid([np.zeros((640, 480, 3), np.uint8)] * 32, [""] * 32)
     assert many.shape == (4 * (CELL + LINE), 8 * CELL, 3)
 
@@ -115,8 +108,7 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
             if watched:
                 show_everything(run, Path(folder) / str(stage))
             losses += go_on(run, 2)
-            state = [piece.view(kind, run.pieces.optimizer) for piece in run.pieces.pieces for kind in run.pieces.kinds]
-            results.append((losses, [view.clone() for view in state], whole_weights(run.engine)))
+            results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
         assert all(torch.equal(x, y) for x, y in zip(b, e, strict=True)), f"stage {stage}: weights or moments differ"
@@ -154,13 +146,6 @@ def show_everything(run: Any, folder: Path) -> None:
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
-        assert {tag: len(board.Images(tag)) for tag in board.Tags()["images"]} == {
-            "pictures/attention": 1, "pictures/training": 1,
-        }  # fmt: skip
-        assert sum(len(board.Images(tag)[0].encoded_image_string) for tag in board.Tags()["images"]) < 500_000
     _, asked = run.monitor.measure(run.meter.timer, steps=1, images_per_second=1.0, grad_norm=1.0)
     assert not asked
     assert torch.equal(before, torch.get_rng_state())

@@ -68,7 +68,7 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
         # which bfloat16's kernels keep in float32, and for a norm over all weights.
         short = "bf16" in config
         dtype, tokens = (torch.bfloat16, 1) if short else (torch.float32, 8 * 64)
-        run = training(recipe(), accumulation=2, **config)
+        run = training(recipe(ema={"decay": 0.9}), accumulation=2, **config)
         weights = whole_weights(run.engine)
         batches = micro_batches(run.batch.micro_batch)
         train_step(run, batches)
@@ -90,6 +90,10 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
                 train_step(run, batches)
             reads.append(len(waits.found))
         assert reads[1] == reads[0], f"a host waits for the norms: {config}"
+        waits = (
+            "offload_optimizer" in config["zero_optimization"]
+        )  # where the host must decide, which counts: so it does
+        assert bool(reads[0]) is run.bad_steps.waits is waits, f"a host waits for its device in a good step: {config}"
         second = measured(run).norms
         assert second.keys() == found.keys()
         assert second != found

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,8 +64,7 @@ def the_loop_does_not_wait() -> None:
     run.train_loader = batches_on_device(steps=3)
     run.stop = SimpleNamespace(at_step_boundary=lambda: run.progress.step >= 3, reason=str)
     run.progress.train_seconds, run.total_steps, run.saved_at, run.done = 0.0, 9, 3 * BATCH, False
-    run.console = SimpleNamespace(step_done=lambda _: None, say=lambda _: None)
-    run.logbook, run.settle_save = SimpleNamespace(write_state=lambda *_: None), lambda: None
+    run.console, run.logbook, run.settle_save = mock.Mock(), mock.Mock(), mock.Mock()
     with HostWaits() as waits:
         assert train(run) is ExitCode.STOPPED
     assert asked == [RUN_AHEAD] * 3
@@ -75,18 +75,11 @@ def test_between_two_steps_the_host_asks_only_for_steps_that_it_is_ahead_of() ->
     on_stand_in(the_loop_does_not_wait)
 
 
-def batch_on_device() -> Batch:
-    rows = np.arange(4, dtype=np.int64)
-    return Batch(
-        torch.empty(4, 3, 32, 32, device=DEVICE), torch.empty(4, dtype=torch.int64, device=DEVICE), rows, rows, rows,
-        rows < 3,
-    )  # fmt: skip
-
-
 def test_evaluation_reads_nothing_until_its_end() -> None:
-    batch = batch_on_device()
+    rows = np.arange(4, dtype=np.int64)
+    images, labels = torch.empty(4, 3, 32, 32, device=DEVICE), torch.empty(4, dtype=torch.int64, device=DEVICE)
     with HostWaits() as waits:
-        _scores(batch, torch.empty(len(batch.rows), CLASSES, device=DEVICE))
+        _scores(Batch(images, labels, rows, rows, rows, rows < 3), torch.empty(4, CLASSES, device=DEVICE))
     assert waits.found == []
 
 

@@ -1,20 +1,22 @@
-"""Parameter groups, learning rates, and each optimizer against its definition."""
+"""Parameter groups, learning rates, drop path, and each optimizer against its definition."""
 
 import math
 import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models import create_model
 from pretrain.engine.optimizers import build_optimizer, parameter_groups, peak_learning_rate
-from pretrain.recipe import OptimizerSection
+from pretrain.engine.schedule import drop_path_uniforms, learning_rate
+from pretrain.recipe import OptimizerSection, ScheduleSection
 from tests.rounding import allowed_error, relative_error
 
 SPARED = {"0.bias", "1.weight", "1.bias"}
+SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)
 LAYERS = [["0.weight", "0.bias"], ["1.weight", "1.bias"], ["2.weight", "2.bias"]]
 
 
@@ -29,36 +31,20 @@ def by_name(model: nn.Module, groups: list[dict[str, Any]], field: str) -> dict[
     return {name: values[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-def test_what_must_not_decay_is_spared() -> None:
+@pytest.mark.parametrize(
+    ("layer_decay", "scales", "count"), [(1.0, [1.0] * 6, 2), (0.5, [0.25, 0.25, 0.5, 0.5, 1.0, 1.0], 4)]
+)
+def test_what_must_not_decay_is_spared_and_each_layer_learns_slower_than_the_one_above_it(
+    layer_decay: float, scales: list[float], count: int
+) -> None:
     model = network()
-    groups = parameter_groups(model, OptimizerSection(lr=1.0, weight_decay=0.3), no_decay=SPARED, layers=[])
+    section = OptimizerSection(lr=1.0, weight_decay=0.3, layer_decay=layer_decay)
+    groups = parameter_groups(model, section, no_decay=SPARED, layers=LAYERS)
     assert by_name(model, groups, "weight_decay") == {
         "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.3, "2.bias": 0.3,
     }  # fmt: skip
-    assert set(by_name(model, groups, "lr_scale").values()) == {1.0}
-    assert len(groups) == 2
-
-
-def test_each_layer_learns_slower_than_the_one_above_it() -> None:
-    model = network()
-    section = OptimizerSection(lr=1.0, weight_decay=0.3, layer_decay=0.5)
-    groups = parameter_groups(model, section, no_decay=SPARED, layers=LAYERS)
-    scales = by_name(model, groups, "lr_scale")
-    assert [scales[f"{layer}.{part}"] for layer in range(3) for part in ("weight", "bias")] == [
-        0.25, 0.25, 0.5, 0.5, 1.0, 1.0,
-    ]  # fmt: skip
-    assert by_name(model, groups, "weight_decay")["0.bias"] == 0.0
-
-
-def test_a_lavits_layers_go_from_stem_to_head() -> None:
-    model = create_model("lavit_micro", num_classes=10, image_size=32)
-    section = OptimizerSection(lr=1.0, layer_decay=0.9)
-    groups = parameter_groups(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
-    scales = by_name(model, groups, "lr_scale")
-    blocks = sum(model.config.depths)
-    assert scales["stages.0.embed.conv.weight"] == pytest.approx(0.9 ** (blocks + 1))
-    assert scales["stages.0.blocks.0.mlp.fc1.weight"] == pytest.approx(0.9**blocks)
-    assert scales["head.weight"] == 1.0
+    assert list(by_name(model, groups, "lr_scale").values()) == scales
+    assert len(groups) == count
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -88,18 +74,52 @@ def test_the_learning_rate_follows_the_batch_it_is_meant_for(kind: Any, batch: i
     assert "nothing rescales it" in peak_learning_rate(OptimizerSection(kind=kind, lr=1.0), batch)[1]
 
 
-def five_steps(section: OptimizerSection) -> tuple[nn.Module, list[list[torch.Tensor]], torch.optim.Optimizer]:
-    """The network after five steps on fixed gradients, and those gradients."""
-    model = network()
-    optimizer, _ = build_optimizer(model, section, no_decay=SPARED, layers=LAYERS)
+def at(samples: int) -> float:
+    return learning_rate(samples, peak=1.0, schedule=SCHEDULE, epoch_size=100)
+
+
+def test_the_schedule_warms_up_linearly_then_follows_a_cosine_to_its_floor() -> None:
+    assert at(50) == pytest.approx(0.25)
+    assert at(200) == pytest.approx(1.0)
+    assert at(1000) == pytest.approx(0.1)
+    assert at(1100) == pytest.approx(0.1)
+
+
+def test_the_schedule_agrees_with_torchs_cosine() -> None:
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=800, eta_min=0.1)
+    for samples in range(200, 1000):
+        assert at(samples) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+
+
+def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> None:
+    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20, global_batch=1000)
+    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20, global_batch=1000),
+                  drop_path_uniforms(8, 3, np.arange(1000), branches=20, global_batch=1000)):  # fmt: skip
+        assert not torch.equal(draws, other)
+        assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.03
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert draws.mean() == pytest.approx(0.5, abs=0.01)
+
+
+def take_five_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    """Steps on fixed gradients, which it gives back."""
     generator = torch.Generator().manual_seed(1)
     like = {"generator": generator, "dtype": torch.float64}
     gradients = [[torch.randn(p.shape, **like) for p in model.parameters()] for _ in range(5)]
     for step in gradients:
         for parameter, gradient in zip(model.parameters(), step, strict=True):
-            parameter.grad = gradient.clone()
+            parameter.grad = gradient.to(parameter, copy=True)
         optimizer.step()
-    return model, gradients, optimizer
+    return gradients
+
+
+def build(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    return build_optimizer(model, section, no_decay=SPARED, layers=LAYERS)[0]
 
 
 def assert_equal_weights(model: nn.Module, expected: list[torch.Tensor]) -> None:
@@ -115,8 +135,8 @@ def no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lamb_is_the_papers() -> None:
     # You et al. 2020, algorithm 2: the update with its decay is given the length of the weights.
     section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
-    model, gradients, _ = five_steps(section)
-    expected = []
+    model, expected = network(), []
+    gradients = take_five_steps(model, build(model, section))
     for index, (name, start) in enumerate(network().named_parameters()):
         weight, first, second = start.detach().clone(), torch.zeros_like(start), torch.zeros_like(start)
         for step in gradients:
@@ -145,31 +165,24 @@ def test_lamb_gives_the_update_the_length_of_the_weights_however_long_they_are()
     assert (model.weight - before).norm().item() == pytest.approx(0.01 * 64)
 
 
-def test_sgd_is_torchs_with_momentum() -> None:
-    model, gradients, _ = five_steps(OptimizerSection(kind="sgd", lr=0.05, weight_decay=0.1, momentum=0.8))
-    expected = []
-    for index, (name, start) in enumerate(network().named_parameters()):
-        weight, speed = start.detach().clone(), torch.zeros_like(start)
-        for step in gradients:
-            speed = 0.8 * speed + step[index] + (0.0 if name in SPARED else 0.1) * weight
-            weight = weight - 0.05 * speed
-        expected.append(weight)
-    assert_equal_weights(model, expected)
-
-
-def test_adamw_is_the_fused_one_and_the_papers() -> None:
-    model, gradients, optimizer = five_steps(OptimizerSection(lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6))
-    assert optimizer.defaults["fused"] is True
-    expected = []
-    for index, (name, start) in enumerate(network().named_parameters()):
-        weight, first, second = start.detach().clone(), torch.zeros_like(start), torch.zeros_like(start)
-        for number, step in enumerate(gradients, start=1):
-            first = 0.8 * first + 0.2 * step[index]
-            second = 0.9 * second + 0.1 * step[index] ** 2
-            update = first / (1 - 0.8**number) / ((second / (1 - 0.9**number)).sqrt() + 1e-6)
-            weight = weight - 0.05 * (update + (0.0 if name in SPARED else 0.1) * weight)
-        expected.append(weight)
-    assert_equal_weights(model, expected)
+@pytest.mark.parametrize(
+    ("kind", "settings", "plain"),
+    [
+        ("sgd", {"momentum": 0.8}, torch.optim.SGD),
+        ("adamw", {"betas": (0.8, 0.9), "eps": 1e-6}, torch.optim.AdamW),
+    ],
+)
+def test_sgd_and_adamw_are_torchs_fused_ones(kind: Any, settings: dict[str, Any], plain: Any) -> None:
+    model, other = network(), network()
+    fused = build(model, OptimizerSection(kind=kind, lr=0.05, weight_decay=0.1, **settings))
+    assert fused.defaults["fused"] is True
+    groups = [
+        {"params": [parameter], "weight_decay": 0.0 if name in SPARED else 0.1}
+        for name, parameter in other.named_parameters()
+    ]
+    take_five_steps(model, fused)
+    take_five_steps(other, plain(groups, lr=0.05, fused=False, **settings))
+    assert_equal_weights(model, [parameter.detach() for parameter in other.parameters()])
 
 
 class FusedLAMB(torch.optim.SGD):
@@ -180,52 +193,36 @@ class FusedLAMB(torch.optim.SGD):
         self.told = told
 
 
-def install_apex(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
-    apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+def without_extensions(*_: Any, **__: Any) -> None:
+    raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")
+
+
+@pytest.mark.parametrize(
+    ("apex", "fused", "said"),
+    [
+        (types.ModuleType("apex"), FusedLAMB, "apex (it is installed)"),
+        (types.ModuleType("apex"), None, "web toolkit"),  # PyPI's, which is not NVIDIA's
+        (types.ModuleType("apex"), without_extensions, "without its CUDA extensions"),
+        (None, None, "NVIDIA's apex is not installed"),
+    ],
+)
+def test_lamb_is_nvidias_where_its_apex_works_and_leaves_clipping_to_deepspeed(
+    apex: Any, fused: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "apex", apex)
     if fused is not None:
+        optimizers = types.ModuleType("apex.optimizers")
         optimizers.FusedLAMB = fused
         monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
-    monkeypatch.setitem(sys.modules, "apex", apex)
-
-
-def lamb() -> tuple[torch.optim.Optimizer, str]:
     section = OptimizerSection(kind="lamb", lr=0.1)
-    optimizer, notes = build_optimizer(network(), section, no_decay=SPARED, layers=LAYERS)
-    (note,) = notes
-    return optimizer, note
-
-
-def test_lamb_is_nvidias_where_its_apex_is_installed_and_leaves_clipping_to_deepspeed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_apex(monkeypatch, FusedLAMB)
-    optimizer, note = lamb()
-    assert isinstance(optimizer, FusedLAMB)
-    assert optimizer.told["max_grad_norm"] == math.inf
-    assert optimizer.told["bias_correction"] is False
-    assert "apex (it is installed)" in note
-
-
-def test_pypis_unrelated_apex_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_apex(monkeypatch, None)
-    optimizer, note = lamb()
-    assert type(optimizer).__module__.startswith("pytorch_optimizer")
-    assert "web toolkit" in note
-
-
-def test_an_apex_without_its_extensions_is_noticed_when_the_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")
-
-    install_apex(monkeypatch, broken)
-    optimizer, note = lamb()
-    assert type(optimizer).__module__.startswith("pytorch_optimizer")
-    assert "without its CUDA extensions" in note
-
-
-@pytest.mark.usefixtures("no_apex")
-def test_without_any_apex_the_reason_is_told() -> None:
-    assert "NVIDIA's apex is not installed" in lamb()[1]
+    optimizer, (note,) = build_optimizer(network(), section, no_decay=SPARED, layers=LAYERS)
+    assert said in note
+    if fused is FusedLAMB:
+        assert isinstance(optimizer, FusedLAMB)
+        assert optimizer.told["max_grad_norm"] == math.inf
+        assert optimizer.told["bias_correction"] is False
+    else:
+        assert type(optimizer).__module__.startswith("pytorch_optimizer")
 
 
 @pytest.mark.gpu
@@ -238,12 +235,7 @@ def test_apexs_lamb_steps_as_the_librarys() -> None:
             if hidden:
                 patch.setitem(sys.modules, "apex", None)
             model = network().float().cuda()
-            optimizer, _ = build_optimizer(model, section, no_decay=SPARED, layers=LAYERS)
-            for step in range(5):
-                for index, parameter in enumerate(model.parameters()):
-                    generator = torch.Generator().manual_seed(100 * step + index)
-                    parameter.grad = torch.randn(parameter.shape, generator=generator).cuda()
-                optimizer.step()
+            take_five_steps(model, build(model, section))
             weights.append([parameter.detach().clone() for parameter in model.parameters()])
     # Five steps of some ten operations each; the longest sums are the norms of 15 weights. Both are rounded.
     allowed = 2 * allowed_error(operations=50, terms=15)

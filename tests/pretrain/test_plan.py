@@ -1,4 +1,7 @@
-"""``pretrain.plan``: what is counted, what is measured, and what is refused."""
+"""``pretrain.plan``: what is counted, what is measured, and what is refused.
+
+``tests/system/test_planned_memory.py`` compares the memory with measured peaks.
+"""
 
 import functools
 import io
@@ -11,18 +14,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
 from torch.overrides import TorchFunctionMode
 
-from models import create_model
+from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
-from pretrain.check import architecture, checkpoint_bytes, resolve_for
+from pretrain.check import architecture, check_recipe_here, checkpoint_bytes, resolve_for
 from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
-from pretrain.memory_estimate import Engine, GpuAutocast, MemoryEstimate
+from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.memory_estimate import Engine, GpuAutocast, MemoryEstimate, NetworkTrace
 from pretrain.outcome import UserError
 from pretrain.plan import main, make_plan, parse_arguments, show
 from pretrain.recipe import load_recipe
+from pretrain.run_folder import RunFolder
 from pretrain.time_estimate import communicated_bytes
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import recipe as small_recipe
@@ -127,6 +133,18 @@ def test_a_dataset_that_is_there_is_counted(digits: Path) -> None:
     assert data["bytes_per_image"] == pytest.approx(shards / 1437)
 
 
+def test_it_is_counted_what_a_run_will_have(digits: Path) -> None:
+    fields, here = [f"data.path={digits}"], RunFolder(Path("runs/there-is-none"))
+    size = check_recipe_here(load_recipe(RECIPE, fields), here)
+    assert (size.train_samples, size.val_samples, size.classes, size.parameters) == (1437, 360, 10, 910_552)
+    assert size.checkpoint_bytes == 3 * 4 * size.parameters
+    averaged = check_recipe_here(load_recipe(RECIPE, [*fields, "ema.decay=0.9"]), here)
+    assert averaged.checkpoint_bytes == 4 * 4 * size.parameters
+    no_tree = "loss={classification: semantic_softmax, class_tree: /no/tree}"
+    with pytest.raises(UserError, match=r"^loss\.class_tree: /no/tree cannot be read"):
+        check_recipe_here(load_recipe(RECIPE, [*fields, no_tree]), here)
+
+
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
@@ -134,6 +152,8 @@ def test_a_dataset_that_is_there_is_counted(digits: Path) -> None:
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "7"], "cannot be divided by 7 ranks"),
         (["--recipe", "recipes/none.yaml"], "no such recipe"),
+        (["--set", "model.overrides={depths: [1]}"], "model: .*depths"),
+        (["--set", "model.name=lavit_micr"], "model: .*lavit_micr"),
         (["--classes", "0"], "--classes"),
         (["--mfu", "30"], "--mfu"),
         (["--headroom", "1"], "--headroom"),
@@ -155,9 +175,9 @@ def test_a_missing_dataset_is_one_line_with_the_way_around_it(capsys: pytest.Cap
     assert "--images N --classes N" in error
 
 
-def estimate(stage: int, ranks: int, **fields: Any) -> MemoryEstimate:
-    chosen = small_recipe(**fields)
-    config = {"train_batch_size": 64 * ranks, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
+def estimate(stage: int, ranks: int, section: dict[str, Any] | None = None, **fields: Any) -> MemoryEstimate:
+    chosen, zero_section = small_recipe(**fields), {"stage": stage, **(section or {})}
+    config = {"train_batch_size": 64 * ranks, "gradient_clipping": 1.0, "zero_optimization": zero_section}
     network = architecture(chosen, 10)
     resolved = resolve_for(
         chosen, config, parameters=count_parameters(network), world_size=ranks, has_gpu=False, has_bf16_gpu=False
@@ -174,6 +194,51 @@ def test_memory_falls_with_the_stage_and_the_ranks() -> None:
     assert estimate(0, 1).memory().optimizer == 2 * 4 * parameters, "weights are their own masters"
 
 
+def test_what_is_offloaded_is_in_the_memory_of_the_host() -> None:
+    here, away = (estimate(2, 8, more).memory() for more in ({}, {"offload_optimizer": {"device": "cpu"}}))
+    assert (here.host, away.optimizer) == (0, 0)
+    assert away.host > here.optimizer > 0
+    assert away.total == here.total - here.optimizer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["none", "all"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 autocast"])
+def test_on_a_gpu_a_forward_pass_keeps_what_the_plan_says(precision: str, policy: str) -> None:
+    config = model_config("lavit_small", drop_path=0.1)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = LaViT(config).to("cuda", dtype)
+    model.set_activation_checkpointing(policy)
+    images = torch.randn(16, 3, *config.image_size, device="cuda")
+    for _ in range(2):  # the first brings the workspaces of cuBLAS along
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16 autocast"):
+            logits, diagonality = model(images.to(dtype), with_diagonality=True)
+        loss = F.cross_entropy(logits.float(), torch.rand(16, config.num_classes, device="cuda")) + diagonality.float()
+        kept = torch.cuda.memory_allocated() - before + images.nbytes
+        loss.backward()
+        del logits, diagonality, loss
+    planned = NetworkTrace(config, precision, mixed=False, gpu=True).activations(policy, 16)
+    assert planned.kept == pytest.approx(kept, rel=0.1)
+
+
+def test_bf16_with_sums_in_fp32_at_stage_1_does_not_overlap() -> None:
+    """DeepSpeed's BF16_Optimizer does not read overlap_comm."""
+    wide, at_1 = {"data_types": {"grad_accum_dtype": "fp32"}}, {"stage": 1, "overlap_comm": True}
+
+    def overlaps(section: dict[str, Any], **more: Any) -> bool:
+        config = {"train_batch_size": 8, "gradient_clipping": 1.0, "zero_optimization": at_1 | section, **more}
+        return Engine(
+            small_recipe(), resolve_deepspeed_config(config, world_size=2, state_bytes=0, has_bf16_gpu=True)
+        ).overlap
+
+    assert overlaps({})
+    assert not overlaps({}, **wide)
+    assert overlaps({"offload_optimizer": {"device": "cpu"}}, **wide)  # another of its engines
+    assert overlaps({"stage": 2}, **wide)
+    assert overlaps({"stage": 3, "overlap_comm": None})  # DeepSpeed's default there
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     one, capacity = estimate(1, 2), 5 * 2**20
     largest = one.largest_micro_batch("none", capacity)
@@ -183,26 +248,28 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     assert one.largest_micro_batch("none", 1e15) == 64
 
 
-def called_under_autocast(model: torch.nn.Module) -> set[str]:
-    class Calls(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            names.add(func.__name__)
-            return func(*args, **(kwargs or {}))
+class Calls(TorchFunctionMode):
+    """Notes the names of the functions that are called."""
 
-    names: set[str] = set()
-    with torch.autocast("cpu", torch.bfloat16), Calls():
-        model(torch.randn(2, 3, 32, 32), with_diagonality=True)
-    return names
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_what_autocast_casts_on_a_gpu_is_known_of_every_function_that_the_network_calls() -> None:
     """torch's CPU build knows what is registered for GPUs, but not with which type."""
-    called = called_under_autocast(create_model("lavit_micro", image_size=32, drop_path=0.1))
+    model = create_model("lavit_micro", image_size=32, drop_path=0.1)
+    with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+        model(torch.randn(2, 3, 32, 32), with_diagonality=True)
     cast = {
         name.removeprefix("aten::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA")
-    } & called
+    } & calls.names
     wide = {func.__name__ for func in GpuAutocast.FP32 | GpuAutocast.FP32_RESULT}
     assert wide <= cast
     assert cast - wide <= {"linear", "conv2d", "matmul", "bmm", "baddbmm", "scaled_dot_product_attention"}

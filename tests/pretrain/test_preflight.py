@@ -1,6 +1,3 @@
-import threading
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,39 +12,24 @@ def two_nodes(rank: int) -> Rank:
     return Rank(rank, 2, 0, 1, host=f"node-{'ab'[rank]}", job_id="", nodes=("node-a", "node-b"))
 
 
-def test_a_node_that_does_not_arrive_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(PeersMissingError, match=r"^node-b \(rank 1\) did not arrive within 1 s$"):
-        meet(two_nodes(0), 1.0)
-
-
 def test_a_rank_that_finds_nobody_names_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tests/slurm/test_events.py`` has the first node, and those that do arrive."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(PeersMissingError, match=r"^node-a \(rank 0\) did not arrive"):
         meet(two_nodes(1), 1.0)
 
 
-def test_all_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    other = threading.Thread(target=meet, args=(two_nodes(1), 20.0))
-    other.start()
-    assert meet(two_nodes(0), 20.0) == ""
-    other.join(20)
-    assert not other.is_alive()
+def first_rank_tells(control: dist.ProcessGroup) -> None:
+    told = "\n".join(measure(two_nodes(dist.get_rank()), torch.device("cpu"), control))
+    if dist.get_rank() == 0:
+        assert told.startswith("preflight: all-reduce of 4 MiB among 2 ranks on 2 nodes in ")
+    else:
+        assert told == ""
 
 
-def measured(control: dist.ProcessGroup, folder: Path) -> None:
-    lines = measure(two_nodes(dist.get_rank()), torch.device("cpu"), control)
-    (folder / str(dist.get_rank())).write_text("\n".join(lines))
-
-
-def test_the_all_reduce_is_timed_and_told_by_rank_0(tmp_path: Path) -> None:
-    run_ranks(2, measured, tmp_path)
-    assert (tmp_path / "0").read_text().startswith("preflight: all-reduce of 4 MiB among 2 ranks on 2 nodes in ")
-    assert (tmp_path / "1").read_text() == ""
+def test_the_all_reduce_is_timed_and_told_by_rank_0() -> None:
+    run_ranks(2, first_rank_tells)
 
 
 def test_a_slow_link_and_a_slow_rank_are_named_and_links_within_a_node_are_not_compared() -> None:

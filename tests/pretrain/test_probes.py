@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from pretrain.checkpoints.checkpoint import Progress
 from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
-from pretrain.logbook import Logbook
 from pretrain.recipe import ProbesSection
 from pretrain.run import Run
 from tests.pretrain.ranks import run_ranks
@@ -126,52 +126,30 @@ def test_losses_are_bit_identical_with_and_without_probes_and_answers_the_same_o
     assert 70 < answers[0]["linear_top1"] < 100
 
 
-class Scripted:
-    """Probes that have a result, are stopped, or are too late, as they are told."""
-
-    section = ProbesSection(path="x", every_epochs=1)
-
-    def __init__(self, *outcomes: Any) -> None:
-        self.outcomes = list(outcomes)
-
-    def run(self, *_: Any, **__: Any) -> Probed:
-        outcome = self.outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-
 def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() -> None:
     """``Run``'s own methods on as much of a run as they need."""
-    said: list[str] = []
-    rows: list[tuple[Any, ...]] = []
-    writer: Any = SimpleNamespace(write=lambda *row: rows.append(row))
-    console: Any = SimpleNamespace(say=said.append, step_done=lambda *_, **__: None)
-    progress, nothing = Progress(), cast("Any", SimpleNamespace(bad_samples=None))
+    section, result = ProbesSection(path="x", every_epochs=1), Probed(50.0, 60.0, 10)
+    outcomes = [ProbesEndedError("stopped"), ProbesEndedError("too late"), result]
     run: Any = object.__new__(Run)
     run.__dict__ |= {
-        "recipe": SimpleNamespace(probes=ProbesSection(path="x", every_epochs=1), ema=None), "epoch_size": 100,
-        "total_steps": 99, "progress": progress, "engine": None, "dtype": None, "console": console,
-        "logbook": Logbook(
-            nothing, nothing, progress, metrics=writer, console=console, monitor=nothing, epoch_size=100
-        ),
-        "meter": SimpleNamespace(excluded=nullcontext), "pieces": None,
-        "watchdog": SimpleNamespace(beat=lambda *_, **__: None),
-        "probes": Scripted(ProbesEndedError("stopped"), ProbesEndedError("too late"), Probed(50.0, 60.0, 10)),
+        "recipe": SimpleNamespace(probes=section, ema=None), "epoch_size": 100, "total_steps": 99,
+        "progress": Progress(), "engine": None, "dtype": None, "pieces": None, "console": mock.Mock(),
+        "logbook": mock.Mock(), "meter": SimpleNamespace(excluded=nullcontext), "watchdog": mock.Mock(),
+        "probes": mock.Mock(section=section, run=mock.Mock(side_effect=outcomes)),
     }  # fmt: skip
     assert not run.probes_due()
     run.progress.samples_seen, run.progress.step = 128, 2
     assert run.probes_due()
     run.probe()
     assert run.probes_due(), "a stop leaves them undone"
-    assert not said
+    run.console.say.assert_not_called()
     run.probe()
     assert not run.probes_due()
-    assert said == ["WARNING probes abandoned after 10 minutes (probes.time_limit_minutes)"]
-    assert not rows
+    run.console.say.assert_called_once_with("WARNING probes abandoned after 10 minutes (probes.time_limit_minutes)")
+    run.logbook.result.assert_not_called()
     run.progress.samples_seen = 256
     assert run.probes_due()
     run.probe()
-    assert [(kind, seen, values["linear_top1"]) for kind, seen, values in rows] == [("probe", 256, 60.0)]
+    assert run.logbook.result.call_args.args == ("probe", result)
     run.progress.samples_seen, run.progress.step = 290, 99
     assert run.probes_due(), "the end is always probed"

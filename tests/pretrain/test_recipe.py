@@ -23,30 +23,24 @@ def test_set_changes_fields_and_reads_values_as_yaml() -> None:
     assert (recipe.optimizer.lr, recipe.name, recipe.data.augment.affine) == (1e-3, "other", None)
 
 
-def test_an_unknown_key_is_refused_and_the_near_one_named() -> None:
-    assert "unknown key optimizer.learning_rate" in refusal("optimizer.learning_rate=1")
-    assert "did you mean optimizer.weight_decay?" in refusal("optimizer.weight_decai=1")
-    assert "did you mean schedule?" in refusal("shedule.epochs=1")
-    assert "did you mean data.augment.affine.degrees?" in refusal("data.augment.affine.degree=1")
-
-
-def test_a_value_that_does_not_fit_is_refused_with_its_key() -> None:
-    assert "optimizer.lr" in refusal("optimizer.lr=fast")
-    assert "optimizer.lr" in refusal("optimizer.lr=-1")
-    assert "name" in refusal("name=../elsewhere")
-
-
 @pytest.mark.parametrize(
     ("assignments", "says"),
     [
+        (["optimizer.learning_rate=1"], "unknown key optimizer.learning_rate"),
+        (["optimizer.weight_decai=1"], "did you mean optimizer.weight_decay?"),
+        (["shedule.epochs=1"], "did you mean schedule?"),
+        (["data.augment.affine.degree=1"], "did you mean data.augment.affine.degrees?"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["name=../elsewhere"], "name"),
         (["optimizer.kind=adam"], "optimizer.kind"),
         (["optimizer.kind=sgd", "optimizer.eps=1.0e-3"], "eps is not read by sgd"),
         (["optimizer.momentum=0.5"], "momentum is not read by adamw"),
         (["optimizer.kind=lamb", "optimizer.weight_decay=0"], "use kind adamw"),
         (["optimizer.layer_decay=1.1"], "optimizer.layer_decay"),
+        (["optimizer.lr"], "key=value"),
     ],
 )
-def test_a_setting_that_the_optimizer_would_not_read_is_refused(assignments: list[str], says: str) -> None:
+def test_an_assignment_that_cannot_be_made_is_refused(assignments: list[str], says: str) -> None:
     assert says in refusal(*assignments)
 
 
@@ -54,10 +48,6 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     text = refusal("optimizer.lr=fast", "schedule.epochs=0")
     assert "optimizer.lr" in text
     assert "schedule.epochs" in text
-
-
-def test_an_assignment_without_value_says_how_to_write_it() -> None:
-    assert "key=value" in refusal("optimizer.lr")
 
 
 def test_a_missing_recipe_names_those_there_are(tmp_path: Path) -> None:

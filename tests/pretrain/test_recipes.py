@@ -11,7 +11,7 @@ from models.cost import count_macs, count_parameters
 from pretrain.check import resolve_for
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.optimizers import parameter_groups, peak_learning_rate
-from pretrain.engine.schedule import count_steps, learning_rate
+from pretrain.engine.schedule import count_steps
 from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +56,6 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
     steps = count_steps(schedule, epoch_size=pictures, global_batch=total)
     assert steps * total <= schedule.epochs * pictures < (steps + 1) * total
     peak = peak_learning_rate(recipe.optimizer, total)[0]
-    rates = [
-        learning_rate(samples, peak=peak, schedule=schedule, epoch_size=pictures)
-        for samples in (total, int(schedule.warmup_epochs * pictures), steps * total)
-    ]
-    assert rates[1] == pytest.approx(peak)
-    assert rates[2] == pytest.approx(schedule.min_lr, rel=1e-3)
     assert schedule.min_lr < peak
 
     head = re.sub(r"\n#\s+", " ", path.read_text().split("\nname:")[0])

@@ -7,47 +7,33 @@ import pytest
 import torch
 
 from models import create_model
-from pretrain.handoff.folder import load_handoff, write_handoff
+from pretrain.handoff.folder import load_handoff
 from pretrain.handoff.timm_model import create_timm_model
 from pretrain.outcome import UserError
 from tests.pages import snippets
-
-
-@pytest.fixture
-def handoff(tmp_path: Path) -> Path:
-    return written(tmp_path / "h", "lavit_micro", classes=2, size=64, depths=(1, 2, 1, 1), drop_path=0.1)
+from tests.pretrain.handoffs import hand_off
 
 
 def written(folder: Path, name: str, *, classes: int, size: int, **overrides: Any) -> Path:
     torch.manual_seed(0)
     model = create_model(name, num_classes=classes, image_size=size, **overrides)
-    content: dict[str, Any] = {
-        "architecture": model.config.to_dict(), "num_classes": classes,
-        "class_names": [chr(ord("a") + number) for number in range(classes)],
-        "input": {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1],
-                  "interpolation": "bilinear", "eval_crop_ratio": 1.0},
-        "weights": "raw", "dataset": {"name": "d"}, "recipe": {"name": "r"}, "metrics": {}, "samples_seen": 1,
-    }  # fmt: skip
-    write_handoff(folder, model.state_dict(), content, "card")
-    return folder
+    data = {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "eval_crop_ratio": 1.0}
+    return hand_off(folder, model, input=data | {"interpolation": "bilinear"})
 
 
 @pytest.mark.timm
-def test_the_same_logits_and_the_hand_offs_own_input(handoff: Path) -> None:
+def test_the_same_logits_and_the_hand_offs_own_input_or_another(tmp_path: Path) -> None:
     from timm.data import resolve_model_data_config
 
-    model, images = create_timm_model(handoff).eval(), torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(images), load_handoff(handoff)[0](images))
+    handoff = written(tmp_path / "h", "lavit_micro", classes=2, size=64, depths=(1, 2, 1, 1), drop_path=0.1)
+    (net, _), model, images = load_handoff(handoff), create_timm_model(handoff).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), net(images))
     found = resolve_model_data_config(model)
     assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
     assert (found["mean"], found["std"]) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
     assert model.pretrained_cfg["label_names"] == ("a", "b")
     assert "state_dict" not in model.pretrained_cfg
-
-
-@pytest.mark.timm
-def test_features_at_another_size_and_a_head_for_other_classes(handoff: Path) -> None:
-    net, images = load_handoff(handoff)[0], torch.randn(1, 3, 32, 96)
+    images = torch.randn(1, 3, 32, 96)
     maps = create_timm_model(handoff, features_only=True, img_size=(32, 96)).eval()(images)
     for ours, theirs in zip(net.forward_features(images), maps, strict=True):
         torch.testing.assert_close(theirs, ours)
@@ -69,7 +55,7 @@ def test_the_snippets_of_timm_and_torchvision_run(tmp_path: Path, monkeypatch: p
     assert found["net"].stages[0].embed.conv.weight.grad.abs().sum() > 0
 
 
-def test_without_timm_the_error_says_what_is_missing(handoff: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_timm_the_error_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm and a torchvision that fits torch"):
-        create_timm_model(handoff)
+        create_timm_model(tmp_path)
