@@ -15,6 +15,7 @@ from data_pipeline import units
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
+from data_pipeline.verify import main as verify
 from tests.data_pipeline.datasets import build_into, stored
 from tests.data_pipeline.images import class_folders
 
@@ -143,3 +144,11 @@ def test_webdataset_and_dalis_own_reader_read_the_shards(digits, train):
         pipe.set_outputs(label)
     (labels,) = pipe.run()
     assert [int(bytes(labels.at(i))) for i in range(1437)] == train.labels.tolist()
+
+
+def test_a_dataset_that_an_older_version_built_opens_with_the_same_fingerprint(tmp_path):
+    with tarfile.open(Path(__file__).with_name("dataset_built_before.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    dataset = Dataset.open(tmp_path / "old", "train")
+    assert (len(dataset), dataset.class_names, dataset.fingerprint) == (6, ("ant", "bee"), "4445ea51e4d1c218")
+    assert verify([str(tmp_path / "old"), "--decode", "--workers", "1"]) == 0

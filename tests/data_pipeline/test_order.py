@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -103,3 +105,16 @@ def test_an_order_without_samples_is_refused():
 def test_the_order_is_the_same_in_every_version():
     order = Order(np.array([5, 3, 8, 2]), 42, window=2, lanes=2, lane_block=3)
     assert order.samples(0, 18)[1].tolist() == [12, 11, 8, 2, 3, 7, 15, 5, 13, 1, 6, 4, 14, 10, 9, 0, 17, 16]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "start", "digest"),
+    [
+        ([130] * 9 + [70], (0, 4, 1, 64), 0, "f3d5de511d574e8e"),
+        ([1300] * 40, (7, 16, 1, 1024), 51_000, "9e2e2f6ad9f7b106"),
+        ([97, 5, 400, 1] * 8, (2**40 + 1, 3, 8, 16), 123_456, "d72e6997a5f617db"),
+    ],
+)
+def test_the_order_is_the_one_that_runs_of_older_versions_began_with(sizes, settings, start, digest):
+    order = np.stack(Order(np.array(sizes), *settings).samples(start, start + 5000)).astype("<i8")
+    assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == digest
