@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import webdataset.writer  # noqa: F401  (here, not in each child)
+
 from data_pipeline import units
 from data_pipeline.build import main as build
 from data_pipeline.sources.folder import Folder
