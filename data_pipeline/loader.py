@@ -64,7 +64,7 @@ class _Loader(ABC):
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
         """Say which rows count, (m,), when the samples `seen` stand in them."""
 
-    def condemn(self, sample: int, reason: str) -> None:
+    def mark_bad(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""
         self._reader.condemned[sample] = reason
 

@@ -15,7 +15,7 @@ from nvidia.dali import Pipeline, fn
 
 from data_pipeline import graph
 from data_pipeline.dataset import Dataset
-from data_pipeline.engine import Lent
+from data_pipeline.engine import InFlightBuffers
 from data_pipeline.errors import DataError
 from data_pipeline.reader import Reader
 from data_pipeline.transforms import AffineConfig, AugmentConfig, InputConfig
@@ -92,15 +92,16 @@ class Copying:
 
 
 def test_a_batch_that_is_still_copied_is_held_and_no_longer() -> None:
-    lent, events, batches = Lent(), [Copying() for _ in range(4)], [type("Batch", (), {})() for _ in range(4)]
+    in_flight, events = InFlightBuffers(), [Copying() for _ in range(4)]
+    batches = [type("Batch", (), {})() for _ in range(4)]
     held = [weakref.ref(batch) for batch in batches]
     for event in events[:3]:
-        lent.until(event, batches.pop(0))
+        in_flight.hold(event, batches.pop(0))
     assert all(one() is not None for one in held)
     events[0].over = events[2].over = True  # a stream does one thing after the other: the third's waits for the second
-    lent.until(events[3], batches.pop(0))
+    in_flight.hold(events[3], batches.pop(0))
     assert [one() is not None for one in held] == [False, True, True, True]
-    lent.settle()
+    in_flight.wait()
     assert [event.waited for event in events] == [False, True, True, True]
     assert not any(one() is not None for one in held)
 
