@@ -26,12 +26,14 @@ HANGS_S = 60.0
 
 @dataclass(frozen=True)
 class Rows:
-    """What stands in the rows of a micro-batch; every array is (m,)."""
+    """The samples in the rows of a micro-batch; every array is (m,)."""
 
     sample_ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
     rows: NDArray[np.int64]
     valid: NDArray[np.bool_]
+    step: int = 0
+    """Global batches of the plan before this one's."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Prepared:
     jpegs: list[NDArray[np.uint8]]
     params: Params
     bad: list[BadSample] = field(default_factory=list)
+    drawn: Any = None
 
 
 class Preparer(Protocol):
@@ -109,8 +112,7 @@ class Engine:
     DALI reads the inputs of a batch in place (``no_copy``). It has a reference of its own to each, which it drops as
     soon as the last operator that reads the input returns; on a GPU that work is then only queued. So the engine keeps
     the inputs until the batch's output is there, on a GPU until its event has passed, and of a pipeline that failed
-    until it is shut down. A reference that the engine drops is also cheaper: DALI would take the GIL in its own thread
-    for each image.
+    until it is shut down. So DALI's are never the last ones, for which it would take the GIL, image by image.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class Engine:
 
     def _prepare(self, rows: Rows) -> _Ready:
         prepared = self._preparer.prepare(rows)
-        arrays = {"jpeg": prepared.jpegs, **prepared.params}
+        arrays: dict[str, Any] = {"jpeg": prepared.jpegs, **prepared.params}
         return _Ready(prepared, {name: graph.in_place(values) for name, values in arrays.items()})
 
     def _take(self) -> torch.Tensor:

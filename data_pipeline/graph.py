@@ -63,7 +63,8 @@ def in_place(values: NDArray | list[NDArray[np.uint8]]) -> TensorListCPU:
         values: an array with a row for each image, or an array for each image.
     """
     if isinstance(values, list):
-        return TensorListCPU([TensorCPU(value) for value in values], contiguous=False)
+        tensors = [TensorCPU(value) for value in values]
+        return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # missing in DALI's stubs
     return TensorListCPU(values)
 
 

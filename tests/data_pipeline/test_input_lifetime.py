@@ -86,8 +86,11 @@ def test_inputs_live_until_they_are_consumed_through_recovery_stop_restart_and_c
     with training(spoiled, config, **place) as loader:
         expected = pixels(loader, 46)
     watch = Watch(monkeypatch)
-    with training(spoiled, config, **place) as loader:
-        seen = pixels(loader, 46)
+    with training(spoiled, config, draw=lambda step, _: step, **place) as loader:
+        batches = list(itertools.islice(loader, 46))
+        seen = [batch.images for batch in batches]
+        assert [batch.drawn for batch in batches] == [i // 2 for i in range(46)]
+        del batches
         assert watch.shut_down == 1, "it recovered from the bad image"
         assert watch.given - watch.released <= (2 * prefetch + 1) * 4, "consumed batches are released"
         left = iter(loader)

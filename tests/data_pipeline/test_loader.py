@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -157,6 +158,20 @@ def test_a_kept_batch_does_not_change_while_others_are_loaded(train):
     with training(train, settings(train, augment=AUGMENT), global_batch=32, micro_batch=32) as loader:
         kept = [(batch.images, batch.images.clone()) for batch in itertools.islice(loader, 40)]
     assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_each_batch_has_what_was_drawn_for_its_step_and_rows_in_another_thread(train):
+    def draw(step, rows):
+        return step, rows.tolist(), threading.current_thread()
+
+    place = {"rank": 1, "world_size": 2, "micro_batch": 16, "start_sample": 3 * 64, "start_step": 7}
+    with training(train, draw=draw, **place) as loader:
+        # More steps than are planned at a time.
+        for i, batch in enumerate(itertools.islice(loader, 2 * 130)):
+            step, rows, thread = batch.drawn
+            assert (step, rows) == (7 + i // 2, batch.rows.tolist())
+            assert thread is not threading.main_thread()
+            assert rows[0] == 32 + i % 2 * 16
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 50), (2, 64), (7, 10), (1, 400)])
