@@ -164,7 +164,7 @@ def pipeline(
             DALI reads the values in place: keep them alive until the batch's output is consumed.
         train: the training graph, else the evaluation graph.
         batch_size: images in a batch.
-        threads: CPU threads of DALI; on the CPU as many beside them resize.
+        threads: CPU threads of DALI; on the CPU as many more resize.
         device_id: the GPU, or None for the CPU.
     """
     names = (train_inputs if train else eval_inputs)(config)

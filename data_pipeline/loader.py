@@ -60,7 +60,7 @@ class _Loader(ABC):
 
     @abstractmethod
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        """Draw or compute what the graph needs for pictures of these sizes, each (m,)."""
+        """Draw or compute what the graph needs for images of these sizes, each (m,)."""
 
     @abstractmethod
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ class _Loader(ABC):
         return Prepared(planned, rows, labels, jpegs, params, bad, self._drawn(rows))
 
     def _drawn(self, rows: Rows) -> Any:  # noqa: ARG002
-        """Draw what the caller asked for beside the images."""
+        """Return what the caller wants drawn for these rows."""
         return None
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
@@ -142,7 +142,7 @@ class TrainLoader(_Loader):
 
     Args:
         dataset: the split to train on.
-        config: how pictures are read, augmented and normalised.
+        config: how images are read, augmented and normalised.
         seed: decides the order and the augmentation.
         global_batch: samples per optimizer step over all ranks.
         micro_batch: samples per yielded batch.
@@ -253,7 +253,7 @@ class EvalLoader(_Loader):
 
     Args:
         dataset: the split to evaluate on.
-        config: how pictures are read and normalised.
+        config: how images are read and normalised.
         batch_size: samples per yielded batch.
         rank: this rank.
         world_size: number of ranks.

@@ -20,11 +20,11 @@ def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch
     """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
 
     Args:
-        samples: pictures that will have been trained on after this step; counting them instead of steps keeps the
+        samples: images that will have been trained on after this step; counting them instead of steps keeps the
             schedule the same under another global batch.
         peak: learning rate at the end of the warm-up.
         schedule: lengths in epochs.
-        epoch_size: pictures in an epoch.
+        epoch_size: images in an epoch.
     """
     warmup = schedule.warmup_epochs * epoch_size
     total = schedule.epochs * epoch_size
