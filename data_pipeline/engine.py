@@ -141,7 +141,7 @@ class Engine:
             threads=threads,
             device_id=self._device_id,
         )
-        self._pipe: Any = self._build()  # None when closed
+        self._pipe: Any = self._build()  # None when closed, or while it cannot be built again
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="data-reader")
 
     def run(self, plan: Iterator[Rows]) -> Iterator[tuple[Prepared, torch.Tensor]]:
@@ -211,6 +211,7 @@ class Engine:
             stream = torch.cuda.current_stream(self._device)
             (output,) = self._pipe.share_outputs(stream)
             images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+            # Holding the inputs, too, was not run on a GPU so far.
             self._in_flight.hold(stream.record_event(), (output, self._decoding[0]))
         self._pipe.release_outputs()
         return images
@@ -240,8 +241,9 @@ class Engine:
 
     def _replace(self) -> None:
         """Build the pipeline again after an error, and release the inputs of the old one when it is shut down."""
-        graph.shut_down(self._pipe)
-        if self._device.type == "cuda":
+        failed, self._pipe = self._pipe, None
+        graph.shut_down(failed)
+        if self._device.type == "cuda":  # not run on a GPU so far
             torch.cuda.synchronize(self._device)
         self._decoding.clear()
         self._pipe = self._build()
