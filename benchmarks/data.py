@@ -2,7 +2,12 @@
 
 Each reads the same shards and does the same: random resized crop to 224 pixels, flip, normalize. They take turns, each
 turn in a fresh process. All threads and worker processes count, so that the result depends little on how busy the
-machine is otherwise. On a GPU our loader also runs with the hardware decoder's default share.
+machine is otherwise. On a GPU our loader also runs with the hardware decoder's default share. "Decoding only" is the
+limit of DALI: the same crops of JPEGs that are in memory, decoded and nothing else.
+
+`python_us` is the CPU time per image of the Python threads in the process that trains. `gil_us` is its part with the
+GIL held: without what they spend inside the calls of `GIL_FREE`, which a profiling hook times in a second pass. Both
+are upper bounds: numpy also releases the GIL for long arrays. Threads that resize are left out: a GPU needs none.
 """
 
 import argparse
@@ -10,8 +15,12 @@ import contextlib
 import io
 import itertools
 import multiprocessing
+import os
+import sys
 import tempfile
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -27,14 +36,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks import timing
+from data_pipeline import graph
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
+from data_pipeline.draws import Draws, random_resized_crop
 from data_pipeline.loader import TrainLoader
+from data_pipeline.reader import Reader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
 
 SIDE = 224
 PHOTOGRAPH = (500, 375)
 """Width and height of the images in the shards, in pixels."""
+MEASURED = ("images_per_cpu_s", "images_per_s", "python_us", "gil_us")
+GIL_FREE = (os.pread, os.preadv, os.posix_fadvise, os.dup, os.open, os.close, zlib.crc32)
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
@@ -161,6 +175,26 @@ def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> I
         yield images.to(device, non_blocking=gpu)
 
 
+def decoding(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
+    """An empty tensor for each batch that DALI only decodes, from JPEGs in memory."""
+    dataset, given = Dataset.open(folder, "train"), []
+    reader = Reader(dataset)
+    for ids in np.split(np.arange(8 * batch) % len(dataset), 8):
+        sizes = [sides[ids].astype(np.int64) for sides in (dataset.width, dataset.height)]
+        crop = random_resized_crop(RandomResizedCropConfig(), Draws(0, np.zeros_like(ids), ids), *sizes)
+        jpegs = [reader.read(sample)[0] for sample in ids.tolist()]
+        given.append([graph.in_place(values) for values in (jpegs, crop["start"], crop["shape"])])
+    source, gpu = itertools.cycle(given), device.type == "cuda"
+    pipe = Pipeline(batch, threads, 0 if gpu else None)
+    with pipe:
+        jpeg, start, shape = fn.external_source(lambda: next(source), num_outputs=3, no_copy=True)
+        where = {"device": "mixed" if gpu else "cpu", "start": start, "shape": shape, "axes": [0, 1]}
+        pipe.set_outputs(fn.decoders.image_slice(jpeg, **where))
+    while True:
+        pipe.run()
+        yield torch.empty(0)
+
+
 def cpu_seconds() -> float:
     """Processor time of this process and its living children."""
     process = psutil.Process()
@@ -168,14 +202,21 @@ def cpu_seconds() -> float:
     return sum(one.user + one.system for one in times)
 
 
-def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[float, float]:
-    """Images per CPU-second and per second over ``count`` batches."""
-    cpu, clock = cpu_seconds(), time.perf_counter()
+def python_seconds() -> float:
+    """CPU time of this process's living Python threads, without those that resize."""
+    threads = [one.native_id for one in threading.enumerate() if not one.name.startswith(("data-resize", "Dummy"))]
+    return sum(int(Path(f"/proc/self/task/{one}/schedstat").read_text().split()[0]) for one in threads) / 1e9
+
+
+def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[float, float, float]:
+    """Images per CPU-second and per second over ``count`` batches, and microseconds of Python's threads per image."""
+    cpu, clock, python = cpu_seconds(), time.perf_counter(), python_seconds()
     for images in itertools.islice(batches, count):
         last = images
     if last.is_cuda:
         torch.cuda.synchronize()
-    return count * batch / (cpu_seconds() - cpu), count * batch / (time.perf_counter() - clock)
+    python, clock, cpu = python_seconds() - python, time.perf_counter() - clock, cpu_seconds() - cpu
+    return count * batch / cpu, count * batch / clock, python / (count * batch) * 1e6
 
 
 CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
@@ -183,15 +224,29 @@ CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
     "ours, hardware decoder": partial(ours, hw_decoder_load=0.65),  # DALI's default
     "DALI's own reader": native,
     "webdataset + Pillow": pillow,
+    "decoding only": decoding,
 }
 
 
-def turn(name: str, shards: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """``measure`` one contestant; called in a fresh process."""
-    device = torch.device(options.device)
-    batches = CONTESTANTS[name](shards, device, options.batch, threads=options.threads)
-    measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
-    return measure(batches, options.batches, options.batch)
+def turn(name: str, shards: Path, options: argparse.Namespace) -> tuple[float, ...]:
+    """``measure`` one contestant, and microseconds with the GIL per image; called in a fresh process."""
+    found, spent, began = [], [], threading.local()
+
+    def hook(_frame: object, event: str, function: object) -> None:
+        if event == "c_call" and function in GIL_FREE:
+            began.at = time.thread_time()
+        elif event == "c_return" and function in GIL_FREE:
+            spent.append(time.thread_time() - began.at)
+
+    for profile in (None, hook):
+        threading.setprofile(profile)
+        sys.setprofile(profile)
+        batches = CONTESTANTS[name](shards, torch.device(options.device), options.batch, threads=options.threads)
+        measure(batches, 10, options.batch)  # buffers grow, workers start, queues fill
+        spent.clear()
+        found.append(measure(batches, options.batches, options.batch))
+        batches.close()
+    return *found[0], found[0][2] - sum(spent) / (options.batches * options.batch) * 1e6
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -203,21 +258,15 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     options = timing.parse("data", __doc__, arguments, defaults=defaults, quick={"rounds": 1, "batches": 4})
     names = [name for name in CONTESTANTS if options.device == "cuda" or "hardware" not in name]
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         shards = build_shards(Path(scratch), 200 if options.quick else 3000)
         for name, _ in timing.turns(names, options.rounds, warmup=0):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                rates = fresh.submit(turn, name, shards, options).result()
-            for values, rate in zip(found[name], rates, strict=True):
-                values.append(rate)
-    rows = [
-        {
-            "contestant": name, "images_per_cpu_s": found[name][0], "images_per_s": found[name][1],
-            "ours_per_cpu_s_over": timing.ratio(found["ours"][0], found[name][0]),
-        }
-        for name in names
-    ]  # fmt: skip
+                found[name].append(fresh.submit(turn, name, shards, options).result())
+    raw = {name: dict(zip(MEASURED, map(list, zip(*found[name], strict=True)), strict=True)) for name in names}
+    ours_over = {name: timing.ratio(raw["ours"][MEASURED[0]], raw[name][MEASURED[0]]) for name in names}
+    rows = [{"contestant": name, **raw[name], "ours_per_cpu_s_over": ours_over[name]} for name in names]
     conditions = {name: getattr(options, name) for name in ("device", "rounds", "batch", "batches", "threads")}
     timing.write(options, conditions | {"size": SIDE}, rows)
 

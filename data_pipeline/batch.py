@@ -1,6 +1,7 @@
 """What the loaders give, and how what belongs to it gets to the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ def to_device(values: NDArray | torch.Tensor, device: torch.device) -> torch.Ten
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's micro-batch of m pictures."""
+    """A rank's micro-batch of m images."""
 
     images: torch.Tensor
     """(m, 3, H, W) float32 on the device, normalised."""
@@ -34,6 +35,8 @@ class Batch:
     """(m,) the row in the global batch (training) or in the split (evaluation)."""
     valid: NDArray[np.bool_]
     """(m,) False only in evaluation: for padding, and for a bad sample, which is reported."""
+    drawn: Any = None
+    """What the loader's `draw` returned for these rows."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Everything random or computed that the DALI graph needs to know about each picture, drawn on the host.
+"""Everything random or computed that the DALI graph needs to know about each image, drawn on the host.
 
-All numbers of a picture come from a generator keyed on (seed; sample, epoch, block): each augmentation owns its
+All numbers of an image come from a generator keyed on (seed; sample, epoch, block): each augmentation owns its
 blocks of four words, so that switching one on changes no other, and the pixels do not depend on ranks, batches,
 threads or restarts.
 """
@@ -24,7 +24,7 @@ _TRIES = 10
 
 
 class Draws:
-    """Uniform numbers for a batch of n pictures."""
+    """Uniform numbers for a batch of n images."""
 
     def __init__(self, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
         self._seed, self._epochs, self._ids = seed, epochs, ids
@@ -38,7 +38,7 @@ class Draws:
 
 
 def train_params(config: InputConfig, draws: Draws, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
-    """Return the graph's inputs for training; widths and heights are (n,) pixels of the stored pictures."""
+    """Return the graph's inputs for training; widths and heights are (n,) pixels of the stored images."""
     augment = config.augment
     if augment.random_resized_crop is None:
         params = _whole(widths, heights)
@@ -79,10 +79,10 @@ def random_resized_crop(
     fits = (w >= 1) & (w <= widths[:, None]) & (h >= 1) & (h <= heights[:, None])
     first = fits.argmax(axis=1)[:, None]
     some = fits.any(axis=1)
-    # No try fits: the whole picture, cut to the nearest allowed ratio, centred.
-    picture = widths / heights
-    whole_w = np.where(picture > config.ratio[1], np.rint(heights * config.ratio[1]), widths)
-    whole_h = np.where(picture < config.ratio[0], np.rint(widths / config.ratio[0]), heights)
+    # No try fits: the whole image, cut to the nearest allowed ratio, centred.
+    ratios = widths / heights
+    whole_w = np.where(ratios > config.ratio[1], np.rint(heights * config.ratio[1]), widths)
+    whole_h = np.where(ratios < config.ratio[0], np.rint(widths / config.ratio[0]), heights)
     width = np.where(some, np.take_along_axis(w, first, 1)[:, 0], np.maximum(whole_w, 1))
     height = np.where(some, np.take_along_axis(h, first, 1)[:, 0], np.maximum(whole_h, 1))
     top = np.where(some, np.floor(u[:, -2] * (heights - height + 1)), (heights - height) // 2)
@@ -119,7 +119,7 @@ def color_jitter(config: ColorJitterConfig, draws: Draws) -> Params:
 
 
 def random_erasing(config: RandomErasingConfig, draws: Draws, size: tuple[int, int]) -> Params:
-    """Draw boxes by timm's rule: the first of ten tries that is smaller than the picture.
+    """Draw boxes by timm's rule: the first of ten tries that is smaller than the image.
 
     Returns:
         erase_start and erase_shape, each (n, 2) float32: top and left, height and width, which are 0 to erase nothing.
@@ -144,7 +144,7 @@ def random_erasing(config: RandomErasingConfig, draws: Draws, size: tuple[int, i
 def eval_params(config: InputConfig, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
     """Return the graph's inputs for evaluation: torchvision's Resize and CenterCrop, with their rounding.
 
-    The picture is resized so that it covers image size / eval_crop_ratio, then its centre is cut out.
+    The image is resized so that it covers image size / eval_crop_ratio, then its centre is cut out.
     """
     target = np.floor(np.array(config.size) / config.eval_crop_ratio + 1e-6)
     scale = np.maximum(target[0] / heights, target[1] / widths)

@@ -26,12 +26,14 @@ HANGS_S = 60.0
 
 @dataclass(frozen=True)
 class Rows:
-    """What stands in the rows of a micro-batch; every array is (m,)."""
+    """The samples in the rows of a micro-batch; every array is (m,)."""
 
     sample_ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
     rows: NDArray[np.int64]
     valid: NDArray[np.bool_]
+    step: int = 0
+    """Global batches of the plan before this one's."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Prepared:
     jpegs: list[NDArray[np.uint8]]
     params: Params
     bad: list[BadSample] = field(default_factory=list)
+    drawn: Any = None
 
 
 class Preparer(Protocol):
@@ -54,49 +57,62 @@ class Preparer(Protocol):
     def prepare(self, rows: Rows) -> Prepared:
         """Return the batch, ready for the graph; called in threads."""
 
-    def condemn(self, sample: int, reason: str) -> None:
+    def mark_bad(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""
 
 
-class Over(Protocol):
-    """What ``torch.cuda.Event`` tells of the work before it."""
+class CudaEvent(Protocol):
+    """The part of ``torch.cuda.Event`` that is used here."""
 
     def query(self) -> bool:
-        """Whether it is over."""
+        """Return whether all work before the event is done."""
 
     def synchronize(self) -> None:
         """Wait for it."""
 
 
-class Lent:
-    """DALI's batches that a GPU has still to copy from.
+class InFlightBuffers:
+    """Memory that work queued on a GPU still reads: DALI's outputs, and the inputs that they were decoded from.
 
-    DALI orders the reuse of a batch's memory behind its own work only, even if the batch is bound to another stream
-    (its ``Executor2::Outputs`` pops outputs without setting their order). Let go before the copy is done, it would be
-    filled with another batch's pixels, as that copy may be queued behind a whole step of training.
+    DALI orders the reuse of an output's memory behind its own work only, even if the output is bound to another stream
+    (its ``Executor2::Outputs`` pops outputs without setting their order). Released before the copy is done, it would be
+    filled with another batch's pixels, as that copy may be queued behind a whole step of training. Inputs in pageable
+    memory DALI releases as soon as an operator has queued its work.
     """
 
     def __init__(self) -> None:
-        self._held: deque[tuple[Over, object]] = deque()
+        self._held: deque[tuple[CudaEvent, object]] = deque()
 
-    def until(self, event: Over, batch: object) -> None:
-        """Hold a batch until the event is over; let go of those whose event is."""
-        self._held.append((event, batch))
+    def hold(self, event: CudaEvent, buffers: object) -> None:
+        """Keep buffers alive until the event has passed; release those whose event has."""
+        self._held.append((event, buffers))
         while self._held and self._held[0][0].query():
             self._held.popleft()
 
-    def settle(self) -> None:
-        """Wait for all events and let go of everything."""
+    def wait(self) -> None:
+        """Wait for all events and release everything."""
         while self._held:
             self._held.popleft()[0].synchronize()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    prepared: Prepared
+    inputs: dict[str, Any]
+    """What DALI reads, by name; it owns the memory."""
 
 
 class Engine:
     """Keeps `prefetch` micro-batches being read and as many being decoded.
 
     Reading happens in threads (it waits for disks), decoding in DALI. Nothing here has a state that a restart would
-    need. A picture that passes the screen but not the decoder costs DALI the whole pipeline: it is then found by
-    decoding one by one, condemned, and the batches on their way are prepared again without it.
+    need. An image that passes the screen but not the decoder costs DALI the whole pipeline: it is then found by
+    decoding one by one, marked as bad, and the batches on their way are prepared again without it.
+
+    DALI reads the inputs of a batch in place (``no_copy``). It has a reference of its own to each, which it drops as
+    soon as the last operator that reads the input returns; on a GPU that work is then only queued. So the engine keeps
+    the inputs until the batch's output is there, on a GPU until its event has passed, and of a pipeline that failed
+    until it is shut down. So DALI's are never the last ones, for which it would take the GIL, image by image.
     """
 
     def __init__(
@@ -112,9 +128,9 @@ class Engine:
         self._config, self._device, self._preparer, self._depth = config, device, preparer, config.prefetch
         self._device_id = None if device.type == "cpu" else device.index or 0
         self._plan: Iterator[Rows] = iter(())
-        self._reading: deque[tuple[Rows, Future[Prepared]]] = deque()
-        self._decoding: deque[Prepared] = deque()
-        self._copied = Lent()
+        self._reading: deque[tuple[Rows, Future[_Ready]]] = deque()
+        self._decoding: deque[_Ready] = deque()
+        self._in_flight = InFlightBuffers()
         self._runs = 0
         self._build = partial(
             graph.pipeline,
@@ -125,11 +141,11 @@ class Engine:
             threads=threads,
             device_id=self._device_id,
         )
-        self._pipe: Any = self._build()  # None when closed
+        self._pipe: Any = self._build()  # None when closed, or while it cannot be built again
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="data-reader")
 
     def run(self, plan: Iterator[Rows]) -> Iterator[tuple[Prepared, torch.Tensor]]:
-        """Yield each planned micro-batch with its pictures, (m, 3, H, W) on the device; ends an earlier run."""
+        """Yield each planned micro-batch with its images, (m, 3, H, W) on the device; ends an earlier run."""
         self._stop()
         self._runs += 1
         current, self._plan = self._runs, plan
@@ -138,7 +154,7 @@ class Engine:
             while self._decoding:
                 try:
                     images = self._take()
-                    prepared = self._decoding.popleft()
+                    prepared = self._decoding.popleft().prepared
                     self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
                 except RuntimeError as error:
                     self._recover(error)
@@ -168,17 +184,22 @@ class Engine:
         while not wait([reading], HANGS_S).done:
             if found := hanging_read(HANGS_S):
                 print(f"WARNING waiting for data: {found}", file=sys.stderr)  # noqa: T201
-        prepared = reading.result()
+        ready = reading.result()
         self._read_ahead()
-        self._decoding.append(prepared)
-        return [prepared.jpegs if name == "jpeg" else prepared.params[name] for name in names]
+        self._decoding.append(ready)
+        return [ready.inputs[name] for name in names]
 
     def _read_ahead(self) -> None:
         while len(self._reading) < self._depth:
             rows = next(self._plan, None)
             if rows is None:
                 return
-            self._reading.append((rows, self._readers.submit(self._preparer.prepare, rows)))
+            self._reading.append((rows, self._readers.submit(self._prepare, rows)))
+
+    def _prepare(self, rows: Rows) -> _Ready:
+        prepared = self._preparer.prepare(rows)
+        arrays: dict[str, Any] = {"jpeg": prepared.jpegs, **prepared.params}
+        return _Ready(prepared, {name: graph.in_place(values) for name, values in arrays.items()})
 
     def _take(self) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -190,47 +211,57 @@ class Engine:
             stream = torch.cuda.current_stream(self._device)
             (output,) = self._pipe.share_outputs(stream)
             images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
-            self._copied.until(stream.record_event(), output)
+            # Holding the inputs, too, was not run on a GPU so far.
+            self._in_flight.hold(stream.record_event(), (output, self._decoding[0]))
         self._pipe.release_outputs()
         return images
 
     def _recover(self, error: RuntimeError) -> None:
-        """Condemn the samples that DALI cannot decode and begin again at the first batch that was not yielded."""
-        if gpu_memory_is_full(error):  # which says nothing about a picture
+        """Mark the samples that DALI cannot decode as bad and begin again at the first batch that was not yielded."""
+        if gpu_memory_is_full(error):  # which says nothing about an image
             raise error
-        suspects = {
+        given = [ready.prepared for ready in self._decoding]
+        candidates = {
             int(sample): (jpeg, prepared.params["start"][row], prepared.params["shape"][row])
-            for prepared in self._decoding
+            for prepared in given
             for row, (sample, jpeg) in enumerate(zip(prepared.rows.sample_ids, prepared.jpegs, strict=True))
         }
         alone = graph.SingleDecoder(self._config, self._device_id)
-        reasons = {sample: alone.why_not(*inputs) for sample, inputs in suspects.items()}
-        guilty = {sample: reason for sample, reason in reasons.items() if reason}
-        if not guilty or len(guilty) == len(suspects):
-            raise error  # not the fault of a picture
-        for sample, reason in guilty.items():
-            self._preparer.condemn(sample, reason)
-        again = [prepared.planned for prepared in self._decoding] + [rows for rows, _ in self._reading]
+        reasons = {sample: alone.why_not(*inputs) for sample, inputs in candidates.items()}
+        bad = {sample: reason for sample, reason in reasons.items() if reason}
+        if not bad or len(bad) == len(candidates):
+            raise error  # no image is the cause
+        for sample, reason in bad.items():
+            self._preparer.mark_bad(sample, reason)
+        again = [prepared.planned for prepared in given] + [rows for rows, _ in self._reading]
         self._plan = chain(again, self._plan)
         self._reading.clear()
+        self._replace()
+        self._start()
+
+    def _replace(self) -> None:
+        """Build the pipeline again after an error, and release the inputs of the old one when it is shut down."""
+        failed, self._pipe = self._pipe, None
+        graph.shut_down(failed)
+        if self._device.type == "cuda":  # not run on a GPU so far
+            torch.cuda.synchronize(self._device)
         self._decoding.clear()
         self._pipe = self._build()
-        self._start()
 
     def _stop(self) -> None:
         """Throw away what is on its way and make the pipeline ready for another run."""
         self._plan = iter(())
         while self._reading:
             self._reading.popleft()[1].cancel()
-        self._decoding.clear()
-        self._copied.settle()
+        self._in_flight.wait()
         if self._pipe is None:
             return
         try:
             while not self._pipe.empty():
-                self._pipe.share_outputs()
+                self._pipe.share_outputs()  # waits for the batch, also on a GPU
                 self._pipe.release_outputs()
             self._pipe.schedule_run()  # finds no batch: the end, after which DALI can be reset
             self._pipe.reset()
         except RuntimeError:  # it failed on a batch that nobody will see
-            self._pipe = self._build()
+            self._replace()
+        self._decoding.clear()

@@ -1,4 +1,4 @@
-"""The DALI graphs. They hold no random operator: whatever differs from picture to picture comes in as an argument.
+"""The DALI graphs. They hold no random operator: whatever differs from image to image comes in as an argument.
 
 One graph serves both devices: with a GPU the decoder is "mixed" (bytes on the host, pixels on the device) and
 everything after it follows the pixels; without one it is "cpu", and torch resizes.
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from data_pipeline import auto_augment, resize
 from data_pipeline.gpu_memory import gpu_memory_is_full
@@ -19,7 +20,7 @@ from data_pipeline.transforms import InputConfig
 
 Source = Callable[..., list[Any]]
 
-# Dimensions and type of a picture's inputs, as DALI wants them.
+# Dimensions and type of an image's inputs, as DALI wants them.
 _INPUTS = {
     "jpeg": (1, types.UINT8),
     "start": (1, types.INT32),
@@ -43,12 +44,36 @@ _INPUTS = {
 
 @do_not_convert  # type: ignore[untyped-decorator]
 def _inputs(names: list[str], source: Source) -> dict[str, Any]:
-    """Return the node of each input; `source` is called for every batch and returns their values in this order."""
+    """Return the node of each input; `source` is called for every batch and returns their values in this order.
+
+    DALI reads them in place: the caller keeps them alive until the batch's output is consumed.
+    """
     kinds = [_INPUTS[name] for name in names]
     nodes = fn.external_source(
-        source, num_outputs=len(names), ndim=[ndim for ndim, _ in kinds], dtype=[dtype for _, dtype in kinds]
-    )
+        source, num_outputs=len(names), ndim=[ndim for ndim, _ in kinds], dtype=[dtype for _, dtype in kinds],
+        no_copy=True,
+    )  # fmt: skip
     return dict(zip(names, nodes, strict=True))
+
+
+def in_place(values: NDArray | list[NDArray[np.uint8]]) -> TensorListCPU:
+    """Wrap the values of a batch's input for DALI without a copy; the result keeps the arrays alive.
+
+    Args:
+        values: an array with a row for each image, or an array for each image.
+    """
+    if isinstance(values, list):
+        tensors = [TensorCPU(value) for value in values]
+        return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # missing in DALI's stubs
+    return TensorListCPU(values)
+
+
+def shut_down(pipe: Pipeline) -> None:
+    """End a pipeline, also one that failed, when its operators have returned; as DALI does when it is deleted.
+
+    Deleting it is not enough, as an exception refers to it.
+    """
+    pipe._shutdown()  # noqa: SLF001  (what its __del__ calls)
 
 
 def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) -> Any:
@@ -98,7 +123,7 @@ def _has_policy(config: InputConfig) -> bool:
 
 
 def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
-    """Return the node that gives (3, H, W) float32 training pictures."""
+    """Return the node that gives (3, H, W) float32 training images."""
     images = _resize(_decode(inputs, config, device_id), config.size, config, threads, device_id)
     if config.augment.affine is not None:
         images = fn.warp_affine(
@@ -123,7 +148,7 @@ def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_in
 
 
 def eval_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
-    """Return the node that gives (3, H, W) float32 evaluation pictures."""
+    """Return the node that gives (3, H, W) float32 evaluation images."""
     images = _resize(_decode(inputs, config, device_id), inputs["resize"], config, threads, device_id)
     return _normalise(images, config, crop=config.size, crop_pos_x=inputs["crop_x"], crop_pos_y=inputs["crop_y"])
 
@@ -136,9 +161,10 @@ def pipeline(
     Args:
         config: what the graph does.
         source: called for every batch with the names of the inputs; returns their values, or raises StopIteration.
+            DALI reads the values in place: keep them alive until the batch's output is consumed.
         train: the training graph, else the evaluation graph.
-        batch_size: pictures in a batch.
-        threads: CPU threads of DALI; on the CPU as many beside them resize.
+        batch_size: images in a batch.
+        threads: CPU threads of DALI; on the CPU as many more resize.
         device_id: the GPU, or None for the CPU.
     """
     names = (train_inputs if train else eval_inputs)(config)
@@ -165,7 +191,7 @@ def pipeline(
 
 
 class SingleDecoder:
-    """Decodes pictures one by one, to find those that cannot be decoded.
+    """Decodes images one by one, to find those that cannot be decoded.
 
     It is made anew behind each of those only: on a GPU making a decoder takes far longer than decoding with it.
     """
@@ -176,7 +202,7 @@ class SingleDecoder:
         self._pipe: Pipeline | None = None
 
     def why_not(self, jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32]) -> str:
-        """Decode a box of a picture and return DALI's reason when it cannot, else ''."""
+        """Decode a box of an image and return DALI's reason when it cannot, else ''."""
         self._values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
         pipe = self._pipe = self._pipe or self._built()
         try:

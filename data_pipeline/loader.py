@@ -4,7 +4,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +60,13 @@ class _Loader(ABC):
 
     @abstractmethod
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        """Draw or compute what the graph needs for pictures of these sizes, each (m,)."""
+        """Draw or compute what the graph needs for images of these sizes, each (m,)."""
 
     @abstractmethod
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
         """Say which rows count, (m,), when the samples `seen` stand in them."""
 
-    def condemn(self, sample: int, reason: str) -> None:
+    def mark_bad(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""
         self._reader.condemned[sample] = reason
 
@@ -84,8 +86,13 @@ class _Loader(ABC):
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
         # Drawn for the sample that should stand here, so that its replacement looks other than where it stands itself.
         params = self._params(rows, *sizes)
-        rows = Rows(seen, rows.epochs, rows.rows, self._valid(rows, seen))
-        return Prepared(planned, rows, self._dataset.labels[seen].astype(np.int64), jpegs, params, bad)
+        rows = replace(rows, sample_ids=seen, valid=self._valid(rows, seen))
+        labels = self._dataset.labels[seen].astype(np.int64)
+        return Prepared(planned, rows, labels, jpegs, params, bad, self._drawn(rows))
+
+    def _drawn(self, rows: Rows) -> Any:  # noqa: ARG002
+        """Return what the caller wants drawn for these rows."""
+        return None
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
         """Return the next good sample of the same shard: the same one whoever asks."""
@@ -112,7 +119,7 @@ class _Loader(ABC):
                 self._report(bad)
             labels = to_device(prepared.labels, self._device)
             rows = prepared.rows
-            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid)
+            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn)
 
     def _report(self, bad: BadSample) -> None:
         self._bad.add(bad.id)
@@ -135,7 +142,7 @@ class TrainLoader(_Loader):
 
     Args:
         dataset: the split to train on.
-        config: how pictures are read, augmented and normalised.
+        config: how images are read, augmented and normalised.
         seed: decides the order and the augmentation.
         global_batch: samples per optimizer step over all ranks.
         micro_batch: samples per yielded batch.
@@ -145,6 +152,9 @@ class TrainLoader(_Loader):
         start_sample: samples seen before.
         local_ranks: ranks that share this machine's cores.
         on_bad_sample: called for each sample that had to be replaced.
+        draw: called for each micro-batch, in threads and ahead, with its optimizer step and its (m,) rows of the global
+            batch; its result is the batch's `drawn`.
+        start_step: optimizer step that `start_sample` belongs to.
 
     Raises:
         DataError: the global batch cannot be divided as asked, or a remote dataset's cache is too small for the shards
@@ -165,6 +175,8 @@ class TrainLoader(_Loader):
         start_sample: int = 0,
         local_ranks: int = 1,
         on_bad_sample: OnBadSample | None = None,
+        draw: Callable[[int, Int64], Any] | None = None,
+        start_step: int = 0,
     ) -> None:
         if global_batch % (world_size * micro_batch):
             raise DataError(
@@ -173,7 +185,7 @@ class TrainLoader(_Loader):
             )
         if global_batch % config.lanes:
             raise DataError(f"lanes ({config.lanes}) must divide the global batch ({global_batch}); choose other lanes")
-        self._seed, self._start = seed, start_sample
+        self._seed, self._start, self._draw, self._start_step = seed, start_sample, draw, start_step
         self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
         self._first_row = rank * self._share
         if isinstance(dataset.store, RemoteStore):
@@ -208,7 +220,9 @@ class TrainLoader(_Loader):
                 if self._fetcher is not None and low % self._share == 0:
                     self._fetcher.want(self._shards_ahead(step + low // self._share * self._global))
                 part, row = slice(low, low + self._micro), self._first_row + low % self._share
-                yield Rows(ids[part], epochs[part], np.arange(row, row + self._micro), np.ones(self._micro, bool))
+                rows, valid = np.arange(row, row + self._micro), np.ones(self._micro, bool)
+                done = (step - self._start) // self._global + low // self._share
+                yield Rows(ids[part], epochs[part], rows, valid, done)
             step += self._global * len(steps)
 
     def _shards_ahead(self, step: int) -> list[int]:
@@ -223,6 +237,9 @@ class TrainLoader(_Loader):
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
         return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
 
+    def _drawn(self, rows: Rows) -> Any:
+        return None if self._draw is None else self._draw(self._start_step + rows.step, rows.rows)
+
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:  # noqa: ARG002
         return rows.valid
 
@@ -236,7 +253,7 @@ class EvalLoader(_Loader):
 
     Args:
         dataset: the split to evaluate on.
-        config: how pictures are read and normalised.
+        config: how images are read and normalised.
         batch_size: samples per yielded batch.
         rank: this rank.
         world_size: number of ranks.

@@ -2,8 +2,11 @@
 
 Row 2i of the global batch is mixed with row 2i + 1 and the other way round, with one draw for both, so that partners
 always share a rank and a micro-batch. The draws are keyed on (seed, step, pair): a batch is mixed in the same way on
-any number of ranks and after any restart. Erasing and flipping are done before, by DALI.
+any number of ranks and after any restart. They need no image, so a thread can make them ahead.
+Erasing and flipping are done before, by DALI.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,14 +22,14 @@ _STREAM = 1 << 31  # apart from the order's streams and the augmentation's block
 
 
 class MixingConfig(BaseModel):
-    """How the pictures of a batch are mixed and how their labels become targets."""
+    """How the images of a batch are mixed and how their labels become targets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of the share that a picture keeps; 0 switches mixup off."""
+    """Alpha of the Beta distribution of the share that an image keeps; 0 switches mixup off."""
     cutmix: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of the area that a picture keeps; 0 switches CutMix off."""
+    """Alpha of the Beta distribution of the area that an image keeps; 0 switches CutMix off."""
     switch_probability: float = Field(0.5, ge=0, le=1)
     """Share of CutMix where both are on."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -36,6 +39,45 @@ class MixingConfig(BaseModel):
     def in_pairs(self) -> bool:
         """Whether images are mixed with their neighbours, so that micro-batches must be even."""
         return bool(self.mixup or self.cutmix)
+
+
+@dataclass(frozen=True)
+class MixingDraw:
+    """How the m rows of a micro-batch are mixed, each with its partner."""
+
+    keep: NDArray[np.float32]
+    """(m,) share of itself that a row keeps."""
+    boxes: NDArray[np.int64]
+    """(m, 4) box that a row takes from its partner, in pixels: top, bottom, left, right; empty to blend the two."""
+
+
+def draw_mixing(
+    config: MixingConfig, *, seed: int, step: int, rows: NDArray[np.int64], size: tuple[int, int]
+) -> MixingDraw | None:
+    """Draw how a micro-batch is mixed.
+
+    Args:
+        config: how to mix.
+        seed: the run's seed.
+        step: optimizer step, from 0, that the global batch belongs to.
+        rows: (m,) rows of the global batch, as in `Batch.rows`.
+        size: height and width of the images.
+
+    Returns:
+        the draw, or None where mixing is off.
+
+    Raises:
+        DataError: the rows are not whole pairs (2i, 2i + 1).
+    """
+    if not config.in_pairs:
+        return None
+    if len(rows) % 2 or rows[0] % 2 or (np.diff(rows) != 1).any():
+        raise DataError(
+            f"mixup and cutmix need whole pairs of rows, but a micro-batch holds {len(rows)} rows from row {rows[0]}; "
+            "choose an even micro-batch"
+        )
+    keep, boxes = _draw(config, seed, step, rows[::2] // 2, size)
+    return MixingDraw(keep.astype(np.float32).repeat(2), boxes.repeat(2, axis=0))
 
 
 def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -53,41 +95,38 @@ def mix(
     num_classes: int,
     seed: int,
     step: int,
+    drawn: MixingDraw | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix a micro-batch.
 
     Args:
         images: (m, 3, H, W) on any device; left as they are.
         labels: (m,) int64 on the same device.
-        rows: (m,) rows of the global batch, as `Batch.rows` says.
+        rows: (m,) rows of the global batch, as in `Batch.rows`.
         config: how to mix.
         num_classes: width of the targets.
         seed: the run's seed.
         step: optimizer step, from 0, that the global batch belongs to.
+        drawn: what `draw_mixing` returns for these arguments, if it was called before.
 
     Returns:
-        Mixed pictures of the same shape and type, and (m, num_classes) float32 targets.
+        Mixed images of the same shape and type, and (m, num_classes) float32 targets.
 
     Raises:
         DataError: mixing is on and the rows are not whole pairs (2i, 2i + 1).
     """
     targets = soft_targets(labels, num_classes, config.label_smoothing)
-    if not config.in_pairs:
-        return images, targets
-    if len(rows) % 2 or rows[0] % 2 or (np.diff(rows) != 1).any():
-        raise DataError(
-            f"mixup and cutmix need whole pairs of rows, but a micro-batch holds {len(rows)} rows from row {rows[0]}; "
-            "choose an even micro-batch"
-        )
     height, width = images.shape[-2:]
-    keep, boxes = _draw(config, seed, step, rows // 2, (height, width))
+    drawn = drawn or draw_mixing(config, seed=seed, step=step, rows=rows, size=(height, width))
+    if drawn is None:
+        return images, targets
     partner = torch.arange(len(rows), device=images.device) ^ 1
-    top, bottom, left, right = to_device(boxes, images.device).T[:, :, None, None, None]
+    top, bottom, left, right = to_device(drawn.boxes, images.device).T[:, :, None, None, None]
     y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
     x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    share = to_device(keep.astype(np.float32), images.device)
-    # A pair either has a box or is blended; without a box, `blend` is the share that a picture keeps.
+    share = to_device(drawn.keep, images.device)
+    # A pair either has a box or is blended; without a box, `blend` is the share that an image keeps.
     blend = torch.where(bottom > top, 1.0, share.view(-1, 1, 1, 1)).to(images.dtype)
     other = images[partner]
     mixed = torch.where(inside, other, blend * images + (1 - blend) * other)
@@ -97,7 +136,7 @@ def mix(
 def _draw(
     config: MixingConfig, seed: int, step: int, pairs: NDArray[np.int64], size: tuple[int, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what each row keeps, (m,), and the box it takes from its partner, (m, 4): top, bottom, left, right."""
+    """Return for n pairs what each row keeps, (n,), and the box it takes from its partner, (n, 4)."""
     u = uniform(philox(seed, pairs, step, step >> 32, _STREAM))
     cut = u[:, 0] < (config.switch_probability if config.mixup and config.cutmix else float(config.cutmix > 0))
     # Half a step of the generator from 0 and 1, where the inverse of a Beta distribution is degenerate.

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import Rank, new_cpu_group
 from pretrain.engine.precision import input_dtype
-from pretrain.engine.schedule import count_steps
+from pretrain.engine.schedule import count_steps, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
 from pretrain.events import write_event, write_start
 from pretrain.files import lock
@@ -141,6 +142,8 @@ def assemble(
         global_batch=batch.global_batch,
         micro_batch=batch.micro_batch,
         start_sample=progress.samples_seen,
+        start_step=progress.step,
+        draw=partial(draw_step, recipe, model),
         **where,
     )
     eval_loader = EvalLoader(val_set, recipe.data, batch_size=recipe.evaluation.batch_size, **where)

@@ -8,7 +8,7 @@ import torch
 from data_pipeline.batch import Batch, to_device
 from data_pipeline.mixing import mix
 from pretrain.engine.optimizers import peak_learning_rate
-from pretrain.engine.schedule import drop_path_uniforms, learning_rate
+from pretrain.engine.schedule import StepDraw, draw_step, learning_rate
 from pretrain.losses import diagonality_weight
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
@@ -114,16 +114,8 @@ def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, to
         the scalar to minimise, and its unweighted parts.
     """
     recipe, model = run.recipe, run.engine.module
-    uniforms = None
-    if model.config.drop_path > 0:
-        drawn = drop_path_uniforms(
-            recipe.seed,
-            run.progress.step,
-            batch.rows,
-            branches=model.num_drop_paths,
-            global_batch=run.batch.global_batch,
-        )
-        uniforms = to_device(drawn, run.device)
+    drawn: StepDraw = batch.drawn or draw_step(recipe, model, run.progress.step, batch.rows)
+    uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, run.device)
     images, targets = mix(
         batch.images,
         batch.labels,
@@ -132,6 +124,7 @@ def micro_batch_loss(run: Run, batch: Batch) -> tuple[torch.Tensor, dict[str, to
         num_classes=model.config.num_classes,
         seed=recipe.seed,
         step=run.progress.step,
+        drawn=drawn.mixing,
     )
     logits, diagonality = run.engine(images.to(run.dtype), drop_path_uniforms=uniforms, with_diagonality=True)
     classification = run.classification(logits, targets)

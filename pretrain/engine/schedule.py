@@ -1,11 +1,14 @@
-"""Learning-rate schedule and the keyed draws of drop path."""
+"""Learning-rate schedule, and what is drawn for a step: mixing and drop path."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pretrain.recipe import ScheduleSection
+from data_pipeline.mixing import MixingDraw, draw_mixing
+from models import LaViT
+from pretrain.recipe import Recipe, ScheduleSection
 
 
 def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int) -> int:
@@ -17,11 +20,11 @@ def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch
     """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
 
     Args:
-        samples: pictures that will have been trained on after this step; counting them instead of steps keeps the
+        samples: images that will have been trained on after this step; counting them instead of steps keeps the
             schedule the same under another global batch.
         peak: learning rate at the end of the warm-up.
         schedule: lengths in epochs.
-        epoch_size: pictures in an epoch.
+        epoch_size: images in an epoch.
     """
     warmup = schedule.warmup_epochs * epoch_size
     total = schedule.epochs * epoch_size
@@ -31,16 +34,44 @@ def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch
     return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def drop_path_uniforms(seed: int, step: int, rows: np.ndarray, *, branches: int, global_batch: int) -> torch.Tensor:
-    """Uniforms in [0, 1) that decide which residual branches a picture skips: (branches, len(rows)), fp32.
+def drop_path_uniforms(seed: int, step: int, rows: np.ndarray, *, branches: int) -> torch.Tensor:
+    """Uniforms in [0, 1) that decide which residual branches an image skips: (branches, len(rows)), fp32.
 
-    They are a pure function of (seed, step, row of the global batch), drawn for the whole batch by Philox (Salmon et
-    al. 2011) and then indexed, so they do not depend on how the batch is split over ranks and micro-batches.
+    They are a pure function of (seed, step, row of the global batch), by numpy's Philox4x64 (Salmon et al. 2011): row r
+    has the numbers r * branches and following of a step's stream. Only the rows' part of it is generated, so the cost
+    does not depend on the global batch.
     """
+    first, last = int(rows.min()), int(rows.max())
+    block, skipped = divmod(first * branches, 8)  # a counter gives eight numbers of 32 bits
     generator = np.random.Generator(
         np.random.Philox(
-            key=np.array([seed, 0x64726F70], dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64)
+            key=np.array([seed, 0x64726F70], dtype=np.uint64), counter=np.array([block, 0, 0, step], dtype=np.uint64)
         )
     )
-    draws = generator.random((global_batch, branches), dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(draws[rows].T))
+    numbers = generator.random((last + 1) * branches - 8 * block, dtype=np.float32)[skipped:]
+    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(-1, branches)[rows - first].T))
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """What is drawn for a micro-batch of m images."""
+
+    mixing: MixingDraw | None
+    drop_path: torch.Tensor | None
+    """(branches, m), as `drop_path_uniforms` returns it."""
+
+
+def draw_step(recipe: Recipe, model: LaViT, step: int, rows: np.ndarray) -> StepDraw:
+    """Draw mixing and drop path; a function of recipe, network, step and rows of the global batch only.
+
+    Args:
+        recipe: with seed, mixing and image size.
+        model: the network whose residual branches may be skipped.
+        step: optimizer step, from 0.
+        rows: (m,) rows of the global batch.
+    """
+    uniforms = None
+    if model.config.drop_path > 0:
+        uniforms = drop_path_uniforms(recipe.seed, step, rows, branches=model.num_drop_paths)
+    mixing = draw_mixing(recipe.mixing, seed=recipe.seed, step=step, rows=rows, size=recipe.data.size)
+    return StepDraw(mixing, uniforms)

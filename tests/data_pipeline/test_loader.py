@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from nvidia.dali import Pipeline, fn
 
 from data_pipeline import graph
 from data_pipeline.dataset import Dataset
-from data_pipeline.engine import Lent
+from data_pipeline.engine import InFlightBuffers
 from data_pipeline.errors import DataError
 from data_pipeline.reader import Reader
 from data_pipeline.transforms import AffineConfig, AugmentConfig, InputConfig
@@ -92,15 +93,16 @@ class Copying:
 
 
 def test_a_batch_that_is_still_copied_is_held_and_no_longer() -> None:
-    lent, events, batches = Lent(), [Copying() for _ in range(4)], [type("Batch", (), {})() for _ in range(4)]
+    in_flight, events = InFlightBuffers(), [Copying() for _ in range(4)]
+    batches = [type("Batch", (), {})() for _ in range(4)]
     held = [weakref.ref(batch) for batch in batches]
     for event in events[:3]:
-        lent.until(event, batches.pop(0))
+        in_flight.hold(event, batches.pop(0))
     assert all(one() is not None for one in held)
     events[0].over = events[2].over = True  # a stream does one thing after the other: the third's waits for the second
-    lent.until(events[3], batches.pop(0))
+    in_flight.hold(events[3], batches.pop(0))
     assert [one() is not None for one in held] == [False, True, True, True]
-    lent.settle()
+    in_flight.wait()
     assert [event.waited for event in events] == [False, True, True, True]
     assert not any(one() is not None for one in held)
 
@@ -156,6 +158,20 @@ def test_a_kept_batch_does_not_change_while_others_are_loaded(train):
     with training(train, settings(train, augment=AUGMENT), global_batch=32, micro_batch=32) as loader:
         kept = [(batch.images, batch.images.clone()) for batch in itertools.islice(loader, 40)]
     assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_each_batch_has_what_was_drawn_for_its_step_and_rows_in_another_thread(train):
+    def draw(step, rows):
+        return step, rows.tolist(), threading.current_thread()
+
+    place = {"rank": 1, "world_size": 2, "micro_batch": 16, "start_sample": 3 * 64, "start_step": 7}
+    with training(train, draw=draw, **place) as loader:
+        # More steps than are planned at a time.
+        for i, batch in enumerate(itertools.islice(loader, 2 * 130)):
+            step, rows, thread = batch.drawn
+            assert (step, rows) == (7 + i // 2, batch.rows.tolist())
+            assert thread is not threading.main_thread()
+            assert rows[0] == 32 + i % 2 * 16
 
 
 @pytest.mark.parametrize(("world", "size"), [(1, 50), (2, 64), (7, 10), (1, 400)])

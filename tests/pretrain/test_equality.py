@@ -92,7 +92,7 @@ def plain_loop(
         images, labels = global_batch(step)
         rows = np.arange(BATCH, dtype=np.int64)
         images, targets = mix(images, labels, rows, config=recipe.mixing, num_classes=CLASSES, seed=3, step=step)
-        uniforms = drop_path_uniforms(3, step, rows, branches=model.num_drop_paths, global_batch=BATCH)
+        uniforms = drop_path_uniforms(3, step, rows, branches=model.num_drop_paths)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
         loss = F.cross_entropy(logits.float(), targets) + 0.01 * diagonality

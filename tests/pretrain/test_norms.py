@@ -34,7 +34,7 @@ def plain_gradients(recipe: Recipe) -> dict[str, torch.Tensor]:
     """Of the first global batch, by torch alone in float64 in one process; not clipped."""
     model, rows = build_model(recipe, CLASSES).double(), np.arange(BATCH, dtype=np.int64)
     images, targets = mix(*global_batch(0), rows, config=recipe.mixing, num_classes=CLASSES, seed=3, step=0)
-    uniforms = drop_path_uniforms(3, 0, rows, branches=model.num_drop_paths, global_batch=BATCH)
+    uniforms = drop_path_uniforms(3, 0, rows, branches=model.num_drop_paths)
     logits, diagonality = model(images.double(), drop_path_uniforms=uniforms, with_diagonality=True)
     (F.cross_entropy(logits, targets) + 0.01 * diagonality).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -95,10 +95,20 @@ def test_the_schedule_agrees_with_torchs_cosine() -> None:
         cosine.step()
 
 
+def test_drop_path_draws_are_the_rows_of_one_stream_for_the_global_batch() -> None:
+    """Which is what runs have drawn from, so that a run that resumes sees the same masks."""
+    for seed, step, size, branches in ((7, 3, 24, 5), (2**40, 2**33, 100, 36), (0, 0, 64, 1)):
+        key, counter = np.array([seed, 0x64726F70], np.uint64), np.array([0, 0, 0, step], np.uint64)
+        stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        whole = stream.random((size, branches), dtype=np.float32).T
+        for rows in (*np.split(np.arange(size), 4), np.array([size - 1]), np.array([5, 3, 9])):
+            assert np.array_equal(drop_path_uniforms(seed, step, rows, branches=branches), whole[:, rows])
+
+
 def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> None:
-    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20, global_batch=1000)
-    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20, global_batch=1000),
-                  drop_path_uniforms(8, 3, np.arange(1000), branches=20, global_batch=1000)):  # fmt: skip
+    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20)
+    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20),
+                  drop_path_uniforms(8, 3, np.arange(1000), branches=20)):  # fmt: skip
         assert not torch.equal(draws, other)
         assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.03
     assert draws.min() >= 0

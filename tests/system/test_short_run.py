@@ -54,7 +54,7 @@ def test_two_ranks_of_zero_1_equal_a_plain_torch_loop(straight: Path, digits: Pa
     rows = train_rows(straight)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for step, batch in zip(range(STEPS), loader, strict=False):
-        uniforms = drop_path_uniforms(0, step, batch.rows, branches=model.num_drop_paths, global_batch=64)
+        uniforms = drop_path_uniforms(0, step, batch.rows, branches=model.num_drop_paths)
         images, targets = mix(batch.images, batch.labels, batch.rows, config=recipe.mixing, num_classes=10, seed=0,
                               step=step)  # fmt: skip
         logits, diagonality = model(images, drop_path_uniforms=uniforms, with_diagonality=True)
