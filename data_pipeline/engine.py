@@ -154,14 +154,19 @@ class Engine:
             while self._decoding:
                 try:
                     images = self._take()
-                    prepared = self._decoding.popleft().prepared
-                    self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
                 except RuntimeError as error:
                     self._recover(error)
                     continue
+                prepared, failed = self._decoding.popleft().prepared, None
+                try:
+                    self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
+                except RuntimeError as error:
+                    failed = error  # of a later batch: this one is not lost
                 yield prepared, images
                 if self._runs != current:
                     raise RuntimeError("another iteration of this loader was begun; go on with that one")
+                if failed is not None:
+                    self._recover(failed)
         finally:
             if self._runs == current and not sys.is_finalizing():  # then DALI has ended before us
                 self._stop()

@@ -68,7 +68,7 @@ class _Loader(ABC):
 
     def mark_bad(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""
-        self._reader.condemned[sample] = reason
+        self._reader.bad_samples[sample] = reason
 
     def prepare(self, rows: Rows) -> Prepared:
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""

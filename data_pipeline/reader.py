@@ -21,7 +21,7 @@ class Reader:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.condemned: dict[int, str] = {}
+        self.bad_samples: dict[int, str] = {}
         """Samples that passed the screen but not the decoder, with the reason."""
         self._files: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
@@ -34,8 +34,8 @@ class Reader:
             StorageError: it cannot be read now, also after all pauses.
         """
         data = self._bytes(sample)
-        if sample in self.condemned:
-            reason = self.condemned[sample]
+        if sample in self.bad_samples:
+            reason = self.bad_samples[sample]
         elif len(data) != self.dataset.length[sample]:
             reason = f"the shard ends after {len(data)} of its {self.dataset.length[sample]} bytes"
         elif crc32(data) != self.dataset.crc32[sample]:

@@ -194,3 +194,23 @@ def test_a_shard_that_vanishes_while_training_is_an_error_of_one_line(copy):
     (copy / "digits-train-000002.tar").unlink()
     with training(dataset) as loader, pytest.raises(DataError, match=r"000002.tar cannot be read \(No such file"):
         list(itertools.islice(loader, 24))
+
+
+def test_a_batch_is_not_lost_when_the_next_one_cannot_be_scheduled(train, monkeypatch):
+    with training(train) as loader:
+        expected = [batch.sample_ids.tolist() for batch in itertools.islice(loader, 6)]
+    with training(train) as loader:
+        engine, batches = loader._engine, iter(loader)
+        found = [next(batches).sample_ids.tolist()]
+        real, errors = engine._pipe.schedule_run, [RuntimeError("failed")]
+
+        def schedule_run() -> None:
+            if errors:
+                raise errors.pop()
+            real()
+
+        monkeypatch.setattr(engine._pipe, "schedule_run", schedule_run)
+        monkeypatch.setattr(engine, "_recover", lambda error: schedule_run())
+        found += [next(batches).sample_ids.tolist() for _ in range(5)]
+    assert not errors
+    assert found == expected

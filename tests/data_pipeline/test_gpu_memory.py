@@ -41,7 +41,7 @@ def test_a_full_gpu_is_told_from_other_errors(said: str) -> None:
     assert gpu_memory_is_full({**FULL, **NOT_FULL}[said]) is (said in FULL)
 
 
-def test_no_picture_is_condemned_where_the_gpu_was_full(tmp_path: Path, digits: Path) -> None:
+def test_no_image_is_marked_as_bad_where_the_gpu_was_full(tmp_path: Path, digits: Path) -> None:
     copy = Path(shutil.copytree(digits, tmp_path / "digits"))
     spoil_scan(copy)  # would be found guilty if anybody looked
     config = InputConfig(path=copy, image_size=32, threads=1, max_bad_fraction=0.01)

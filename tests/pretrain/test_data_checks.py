@@ -189,7 +189,8 @@ def test_an_evaluation_ends_when_the_rank_that_checks_its_data_refuses(tmp_path:
     assert (ended.value.exit_code, ended.value.error_index) == (ExitCode.WILL_FAIL_AGAIN, 0)
     (line,) = (tmp_path / "errors-0").read_text().splitlines()
     assert "digits-val.samples.npz is not the file that dataset.json names" in line
-    assert not (tmp_path / "errors-1").read_text()
+    other = tmp_path / "errors-1"
+    assert not other.exists() or not other.read_text()  # it may have been ended before it began
 
 
 def training_whose_storage_fails(name: str, folder: Path, digits: Path) -> None:
