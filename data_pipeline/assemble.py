@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +21,44 @@ from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import File, Reject, Shard, file_of
 from data_pipeline.shards import crc32, index_text, sample_bytes, write_shard
 
-_OF_A_JOB = ("label", "length", "crc32", "unit", "unit_offset", "name")
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
+"""What readers need of every sample: see `data_pipeline.dataset.Dataset`."""
+Table = dict[str, NDArray[Any]]
+"""Columns of the images of a split in their final order, each (n,): COLUMNS, and the unit that holds an image, where in
+it, and the image's original name."""
 
 
-def save_table(path: Path, columns: dict[str, NDArray[Any]]) -> None:
+def save_table(path: Path, table: Table) -> None:
     """Write NAME-split.samples.npz atomically; every column is (samples,), in the order of the shards."""
     with replacing(path) as out:
-        np.savez(out, allow_pickle=False, **{field: columns[field] for field in COLUMNS})
-
-
-@dataclass(frozen=True)
-class Table:
-    """All images of a split in their final order; every array is (n,)."""
-
-    label: NDArray[np.int32]
-    shard: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    length: NDArray[np.int32]
-    width: NDArray[np.uint16]
-    height: NDArray[np.uint16]
-    crc32: NDArray[np.uint32]
-    unit: NDArray[np.int32]
-    unit_offset: NDArray[np.int64]
-    name: NDArray[np.bytes_]
-
-    def save(self, path: Path) -> None:
-        """Write what readers need as NAME-split.samples.npz, atomically."""
-        save_table(path, {field: getattr(self, field) for field in COLUMNS})
+        np.savez(out, allow_pickle=False, **{field: table[field] for field in COLUMNS})
 
 
 @dataclass(frozen=True)
 class ShardJob:
     """One shard to be written to scratch."""
 
-    stem: Path
+    path: Path
+    """Where its files go, without an extension."""
     units: Path
     first: int
-    label: NDArray[np.int32]
-    length: NDArray[np.int32]
-    crc32: NDArray[np.uint32]
-    unit: NDArray[np.int32]
-    unit_offset: NDArray[np.int64]
-    name: NDArray[np.bytes_]
+    rows: Table
+
+    @property
+    def images(self) -> int:
+        """How many images it holds."""
+        return len(self.rows["label"])
 
     @property
     def record(self) -> Path:
         """Where it is written that the shard is complete."""
-        return self.stem.with_suffix(".json")
+        return self.path.with_suffix(".json")
 
     def digest(self) -> str:
         """Identify what the shard holds: its images, their names and labels, and where it begins."""
         total = hashlib.sha256(str(self.first).encode())
-        for column in (self.label, self.length, self.crc32, self.name):
-            total.update(column.tobytes())
+        for column in ("label", "length", "crc32", "name"):
+            total.update(self.rows[column].tobytes())
         return total.hexdigest()
 
 
@@ -112,38 +97,39 @@ def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> 
     shard = (begin * -(-total // shard_bytes) // total).astype(np.int32)
     start_of_shard = begin[np.searchsorted(shard, np.arange(shard[-1] + 1))]
     offset = begin - start_of_shard[shard] + sample_bytes(0)
-    return Table(shard=shard, offset=offset, **merged)
+    return {"shard": shard, "offset": offset, **merged}
 
 
 def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator[ShardJob]:
     """Yield the shards to write; `folder` is where they go, `units` where the images are."""
-    bounds = np.searchsorted(table.shard, np.arange(table.shard[-1] + 2))
-    for number, (low, high) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        part = {f: getattr(table, f)[low:high] for f in _OF_A_JOB}
-        yield ShardJob(folder / f"{prefix}-{number:06d}", units, low, **part)
+    bounds = np.searchsorted(table["shard"], np.arange(table["shard"][-1] + 2)).tolist()
+    for number, (low, high) in enumerate(pairwise(bounds)):
+        rows = {field: column[low:high] for field, column in table.items()}
+        yield ShardJob(folder / f"{prefix}-{number:06d}", units, low, rows)
 
 
 def write(job: ShardJob) -> Shard:
     """Write one shard, its index and then its record, whose presence says that both are complete."""
     job.record.unlink(missing_ok=True)  # an older one, of other images, says nothing of what is written now
     images: dict[int, bytes] = {}
-    for unit in np.unique(job.unit).tolist():
-        rows = np.flatnonzero(job.unit == unit)
-        low = int(job.unit_offset[rows[0]])
-        high = int(job.unit_offset[rows[-1]] + job.length[rows[-1]])
+    of = job.rows
+    for unit in np.unique(of["unit"]).tolist():
+        rows = np.flatnonzero(of["unit"] == unit)
+        low = int(of["unit_offset"][rows[0]])
+        high = int(of["unit_offset"][rows[-1]] + of["length"][rows[-1]])
         path = job.units / f"unit-{unit:06d}.bin"
         with path.open("rb") as stream:
             stream.seek(low)
             data = memoryview(stream.read(high - low))
         for row in rows.tolist():
-            at = int(job.unit_offset[row]) - low
-            images[row] = bytes(data[at : at + int(job.length[row])])
-            if crc32(images[row]) != job.crc32[row]:
+            at = int(of["unit_offset"][row]) - low
+            images[row] = bytes(data[at : at + int(of["length"][row])])
+            if crc32(images[row]) != of["crc32"][row]:
                 raise StorageError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
-    keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(job.name.tolist()))
-    tar, idx = job.stem.with_suffix(".tar"), job.stem.with_suffix(".idx")
+    keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(of["name"].tolist()))
+    tar, idx = job.path.with_suffix(".tar"), job.path.with_suffix(".idx")
     with replacing(tar) as out:
-        samples = ((key, int(job.label[row]), images.pop(row)) for row, key in enumerate(keys))
+        samples = ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys))
         written = write_shard(out, samples)
     write_atomically(idx, index_text(entry.index for entry in written).encode())
     shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))

@@ -26,14 +26,14 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -52,11 +52,13 @@ from data_pipeline import acceptance, assemble, units
 from data_pipeline.errors import DataError, StorageError
 from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
-from data_pipeline.manifest import FILE_NAME, Manifest, Shard, Split, file_of, publish
+from data_pipeline.manifest import FILE_NAME, Manifest, Split, file_of, publish
 from data_pipeline.sources import Source, in_order
 from data_pipeline.sources.find import Wanted, find_source
 from data_pipeline.workers import Advance, run_all, workers_pool
 
+J = TypeVar("J", units.Job, assemble.ShardJob)
+R = TypeVar("R")
 SHUFFLE_SEED = 0
 TELL = 60.0
 """Seconds between lines that tell how far it is, where there is no terminal to draw a bar on."""
@@ -119,27 +121,31 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     with _left_for_the_next_build(scratch), _progress(console) as progress, workers_pool(options.workers) as pool:
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
-        made = _units(jobs, pool, options.workers, _Told(progress, task))
+        told = _Told(progress, task)
+        made = list(_resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, told=told))
         if not made and split != source.splits[0]:
             shutil.rmtree(scratch)
             console.print(f"{dest}: warning: the source has no images for a split '{split}'; it is not built")
             return
         if not made:
             raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
-        class_ids, class_names = _classes(source, manifest, made)
-        if not any(_images_in(path) for path in made):
+        found = assemble.classes_of(made)
+        if not found:
             first = assemble.rejects(made)[0]
             raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
+        class_ids, class_names = _classes(source, manifest, found)
         table = assemble.merge(made, class_ids, source.shard_bytes)
-        task = progress.add_task(f"{split}: write shards", total=len(table.label))
-        jobs_left = assemble.shard_jobs(table, scratch, scratch, prefix)
-        shards = _shards(jobs_left, pool, options.workers, _Told(progress, task))
+        task = progress.add_task(f"{split}: write shards", total=len(table["label"]))
+        left = assemble.shard_jobs(table, scratch, scratch, prefix)
+        told = _Told(progress, task)
+        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=options.workers, told=told)
+        shards = list(written.values())
     assemble.publish(shards, scratch, dest, prefix)
     table_path = dest / f"{prefix}.samples.npz"
-    table.save(table_path)
+    assemble.save_table(table_path, table)
     entry = Split(
-        samples=len(table.label),
-        class_counts=np.bincount(table.label, minlength=len(class_ids)).tolist(),
+        samples=len(table["label"]),
+        class_counts=np.bincount(table["label"], minlength=len(class_ids)).tolist(),
         shards=shards,
         table=file_of(table_path),
         rejected=assemble.rejects(made),
@@ -205,50 +211,38 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
         console.print(f"{dest}: going on with an interrupted build")
 
 
-def _units(jobs: Iterable[units.Job], pool: Executor, workers: int, advance: Advance) -> list[Path]:
-    """Make the units that an earlier build has not made, and return them all."""
+def _resumed(
+    jobs: Iterable[J],
+    work: Callable[[J], R],
+    known: Callable[[J], R | None],
+    *,
+    pool: Executor,
+    ahead: int,
+    told: Advance,
+) -> dict[Path, R]:
+    """Do the jobs that an earlier build has not done, and return the results of all, in the order of the jobs."""
+    results: dict[Path, R | None] = {}
 
-    def missing() -> Iterator[units.Job]:
+    def missing() -> Iterator[J]:
         for job in jobs:
-            paths.append(job.path)
-            if job.complete():
-                advance(len(job.images))
-            else:
-                yield job
-
-    paths: list[Path] = []
-    for job, _ in run_all(pool, units.make, missing(), workers):
-        advance(len(job.images))
-    return paths
-
-
-def _shards(jobs: Iterable[assemble.ShardJob], pool: Executor, workers: int, advance: Advance) -> list[Shard]:
-    """Write the shards that an earlier build has not written, and return them all."""
-
-    def missing() -> Iterator[assemble.ShardJob]:
-        for job in jobs:
-            known = assemble.written(job)
-            if known is None:
+            results[job.path] = known(job)
+            if results[job.path] is None:
                 yield job
             else:
-                records[job.stem] = known
-                advance(known.samples)
+                told(_count(job))
 
-    records: dict[Path, Shard] = {}
-    for job, shard in run_all(pool, assemble.write, missing(), workers):
-        records[job.stem] = shard
-        advance(shard.samples)
-    return [records[stem] for stem in sorted(records)]
+    for job, result in run_all(pool, work, missing(), ahead):
+        results[job.path] = result
+        told(_count(job))
+    return {path: result for path, result in results.items() if result is not None}
 
 
-def _images_in(unit: Path) -> int:
-    with np.load(unit) as table:
-        return len(table["key"])
+def _count(job: units.Job | assemble.ShardJob) -> int:
+    return job.images if isinstance(job, assemble.ShardJob) else len(job.images)
 
 
-def _classes(source: Source, manifest: Manifest | None, made: list[Path]) -> tuple[list[str], list[str]]:
+def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> tuple[list[str], list[str]]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
-    found = assemble.classes_of(made)
     stated = source.class_names() or {class_id: class_id for class_id in in_order(found)}
     if manifest is not None:
         known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))

@@ -46,12 +46,13 @@ class Job:
             total.update(f"{image.name}\0{image.class_id}\0{_size(image)}\n".encode())
         return total.hexdigest()
 
-    def complete(self) -> bool:
-        """Whether an earlier build has made this unit, from the same images."""
-        if not self.path.exists():
-            return False
-        with np.load(self.path) as table:
-            return str(table["digest"]) == self.digest()
+
+def made(job: Job) -> int | None:
+    """Return how many images the unit holds if an earlier build has made it, from the same images."""
+    if not job.path.exists():
+        return None
+    with np.load(job.path) as table:
+        return len(table["key"]) if str(table["digest"]) == job.digest() else None
 
 
 def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
@@ -80,8 +81,8 @@ def _normalized(image: SourceImage, max_side: int | None) -> Accepted | Rejected
     return normalize(image.data.read() if isinstance(image.data, Extent) else image.data, max_side)
 
 
-def make(job: Job) -> tuple[int, int]:
-    """Make one unit and return how many images it holds and how many were rejected."""
+def make(job: Job) -> int:
+    """Make one unit and return how many images it holds."""
     kept, rejected = [], []
     for image in job.images:
         result = _normalized(image, job.max_side)
@@ -112,7 +113,7 @@ def make(job: Job) -> tuple[int, int]:
         )
         # Before the table, whose presence says that the unit is complete.
         write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
-    return len(kept), len(rejected)
+    return len(kept)
 
 
 def _key(seed: int, name: str) -> int:
