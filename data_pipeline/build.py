@@ -346,9 +346,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 when the dataset is complete, 2 or 1 with one line when it cannot be built."""
     parser = argparse.ArgumentParser(
-        "python -m data_pipeline.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("paths", metavar="SOURCE ... DEST", nargs="+", help=f"{_SOURCES}; and the dataset's folder")
+        "python -m data_pipeline.build", usage="%(prog)s SOURCE [SOURCE ...] DEST [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("paths", metavar="SOURCE, DEST", nargs="+", help=f"{_SOURCES}; last, the dataset's folder")
     parser.add_argument("--split", help="name of the split that a folder or shards become (default: by their names)")
     parser.add_argument(
         "--val-fraction", type=float, default=0.0, metavar="SHARE",
