@@ -1,6 +1,7 @@
 """The errors that the data pipeline reports to a user, in one line each."""
 
 import errno
+import re
 
 
 class DataError(Exception):
@@ -39,5 +40,8 @@ def storage_error(error: OSError, message: str) -> DataError:
 
 
 def printable(text: str) -> str:
-    """Escape what cannot be encoded as UTF-8, such as the bytes of a file name that are not."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Escape what is not UTF-8, such as bytes of a file name, and control characters, which a terminal would obey."""
+    if text.isprintable():
+        return text
+    encoded = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", encoded)

@@ -189,17 +189,19 @@ def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_p
     (root / "cat").symlink_to(tmp_path / "far")
     os.mkfifo(root / "ant" / "pipe.jpg")
     (Path(os.fsdecode(os.fsencode(root / "ant") + b"/caf\xe9.jpg"))).write_bytes(jpeg(78))
+    (root / "ant" / "\x1b[2J\n.jpg").write_bytes(b"a terminal would be cleared")
     assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.class_names == ["ant", "bee[2]", "cat"]
     assert manifest.splits["train"].class_counts == [4, 2, 1]
     assert set(listed(tmp_path / "out")) == {
         ".git", "__MACOSX", "lost+found", "empty", "only hidden", "loose.jpg", "ant/._0.jpg", "ant/.cache",
-        "ant/broken.jpg", "ant/itself.jpg", "ant/up", "ant/pipe.jpg",
+        "ant/broken.jpg", "ant/itself.jpg", "ant/up", "ant/pipe.jpg", "ant/\\x1b[2J\\x0a.jpg",
     }  # fmt: skip
     err = capsys.readouterr().err
     assert "7 samples in 1 shards; 3 classes with 1 to 4 images (median 2)" in err
-    assert "12 left out" in err
+    assert "13 left out" in err
+    assert "\x1b" not in err
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation", "test"), ("train",)])
