@@ -49,6 +49,8 @@ def _missing(marker: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files first, so that no worker is left alone with one of them at the end.
+    items.sort(key=lambda item: item.path.stem not in {"test_soak", "test_planned_memory", "test_short_run"})
     for item in items:
         for marker in ("gpu", "slurm", *NEEDS):
             if item.get_closest_marker(marker) and (reason := _missing(marker)):

@@ -84,13 +84,13 @@ CONFIGURATIONS = (
     Configuration("lavit_tiny", 96, 16, 2, "bf16", FIRST),
     Configuration("lavit_tiny", 96, 16, 0, "bf16 autocast"),
     Configuration("lavit_tiny", 96, 8, 2, contiguous=True),
-    Configuration("lavit_small", 224, 2, 1, ema=True),
-    Configuration("lavit_small", 224, 4, 1, "bf16 autocast", FIRST, accumulation=2),
-    Configuration("lavit_small", 224, 4, 2, "bf16", "all"),
+    Configuration("lavit_small", 128, 2, 1, ema=True),
+    Configuration("lavit_small", 128, 4, 1, "bf16 autocast", FIRST, accumulation=2),
+    Configuration("lavit_small", 128, 4, 2, "bf16", "all"),
     # All run in the same processes, in which the first engine at stage 3 replaces torch.nn.functional.linear for good.
     Configuration("lavit_tiny", 96, 16, 3),
     Configuration("lavit_tiny", 96, 2, 3, "bf16"),
-    Configuration("lavit_base", 224, 2, 3, policy="all"),
+    Configuration("lavit_base", 128, 2, 3, policy="all"),
 )
 
 
