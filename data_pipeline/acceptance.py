@@ -1,7 +1,7 @@
 """The one rule of which images can be used; build, in-place indexing, `verify --decode` and training follow it.
 
 Every image is fully decoded once, by Pillow. Training sees the pixels that Pillow gives for the upright image
-(`ImageOps.exif_transpose`, wherever the orientation is stored).
+(as `ImageOps.exif_transpose` turns it, wherever the orientation is stored).
 
 - Used as it is: a JPEG (baseline or progressive) in gray or YCbCr with 8 bits, or a PNG with at most 8 bits per
   channel, whose structure is without fault and whose orientation, if any, is an EXIF tag of the standard's type.
@@ -14,22 +14,28 @@ Every image is fully decoded once, by Pillow. Training sees the pixels that Pill
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.formats import Jpeg, parse_jpeg, png_obstacle
+from data_pipeline.formats import HUFFMAN, Structure, parse_jpeg, parse_png, with_scans_twice
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """What Pillow may open: none of these runs another program."""
 MAX_PIXELS = 100_000_000
-MAX_SIDE = 65_535
+MAX_SIDE = 65_500
+"""Of libjpeg; the table would hold 65,535."""
 QUALITY = 95
 _UPRIGHT = 1
-_ORIENTATIONS = range(2, 9)
 _ORIENTATION = 0x0112
-_EXIF = b"Exif\0\0"
-_SHORT = 3
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What makes an image upright, by its orientation; as `ImageOps.exif_transpose`, which also writes the EXIF data again
+and fails where they are odd."""
 
 
 @dataclass(frozen=True)
@@ -119,67 +125,55 @@ def encode(image: Image.Image) -> bytes:
 
 
 def _examined(data: bytes, image: Image.Image) -> Decoded | Rejected:
-    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65_535):  # type: ignore[operator]
+    if image.mode == "F" or (image.mode == "I" and image.format not in {"PNG", "PPM"}):
         return Rejected("floating-point or 32-bit pixels, whose range is not known; store 8 or 16 bits")
-    obstacle, exif_segments = f"{image.format}, which is neither JPEG nor PNG", 1
     if image.format in {"JPEG", "MPO"}:
-        parsed = parse_jpeg(data)
-        if _ends_early(data, image, parsed):
-            return Rejected(f"does not decode: {parsed.incomplete or 'it ends early, and the rest of it is gray'}")
-        obstacle, exif_segments = parsed.obstacle, parsed.exif_segments
+        found = parse_jpeg(data)
         if image.mode not in {"L", "RGB"}:
-            obstacle = f"{image.mode} colors"
+            found.hinder(f"{image.mode} colors")
+        if not found.incomplete and _ends_early(data, image, found):
+            found.incomplete = "a part of its data is missing, and gray takes its place"
     elif image.format == "PNG":
-        obstacle = png_obstacle(data)
+        found = parse_png(data)
+    else:
+        found = Structure(f"{image.format}, which is neither JPEG nor PNG")
+    if found.incomplete:
+        return Rejected(f"does not decode: {found.incomplete}")
     try:
         orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
-        stored = _type_of_orientation(image.info.get("exif", b""))
     except Exception:  # noqa: BLE001  (as above)
-        return Decoded(image, _UPRIGHT, obstacle or "damaged EXIF data")
-    if orientation not in _ORIENTATIONS:
+        found.hinder("damaged EXIF data")
         orientation = _UPRIGHT
-    if exif_segments > 1:
-        obstacle = obstacle or "more than one EXIF segment"
-    if stored is not None and stored != _SHORT:
-        obstacle = obstacle or "an EXIF orientation of another type than the standard has"
-    elif stored is None and orientation != _UPRIGHT:
-        obstacle = obstacle or "an orientation that is not in its EXIF data"
-    return Decoded(image, orientation, obstacle)
+    stored = found.orientation()
+    if stored is None:
+        found.hinder("EXIF data or an orientation that are not as the standard has them")
+    elif _turn(stored) != _turn(orientation):
+        found.hinder("an orientation that is not in its EXIF data")
+    return Decoded(image, orientation if _turn(orientation) is not None else _UPRIGHT, found.obstacle)
 
 
-def _type_of_orientation(exif: bytes) -> int | None:
-    """Return TIFF's number for the type of the orientation in EXIF data, or None where there is none."""
-    if not exif.startswith(_EXIF):
-        return None
-    stream = io.BytesIO(exif[len(_EXIF) :])
-    directory = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
-    stream.seek(directory.next)
-    directory.load(stream)
-    return directory.tagtype[_ORIENTATION] if _ORIENTATION in directory else None
+def _turn(orientation: Any) -> Image.Transpose | None:
+    return _TURNS.get(orientation)  # which may be of any type, such as a rational number
 
 
-def _ends_early(data: bytes, image: Image.Image, parsed: Jpeg) -> bool:
-    """Whether a JPEG that decodes lacks a part of its data before its end-of-image marker.
+def _ends_early(data: bytes, image: Image.Image, found: Structure) -> bool:
+    """Whether a JPEG that decodes lacks a part of its data.
 
-    libjpeg fills what is missing with gray and only warns. Where that may have happened, the last scan's data are put
-    behind it once more: a complete image does not change, a decoder that lacks data takes them. A cut inside the last
-    block of a baseline JPEG, at most 16 x 16 pixels, is not noticed.
+    libjpeg fills what is missing with gray and only warns. Where that may have happened, the scans' data are put behind
+    themselves once more: a complete image does not change. Not noticed is a cut inside the last block of a baseline
+    JPEG, at most 16 x 16 pixels, and data that were replaced by others.
     """
-    if parsed.incomplete:
-        return True
-    if not parsed.scans:
-        return False
     last = image.getpixel((image.width - 1, image.height - 1))
     gray = all(value in {127, 128} for value in (last if isinstance(last, tuple) else (last,)))
-    if not gray and len(parsed.scans) == 1:
+    if found.frame not in HUFFMAN or (not gray and len(found.scans) == 1 and not found.interval):
         return False
-    begin, end = parsed.scans[-1]
-    with Image.open(io.BytesIO(data[:end] + data[begin:end] + data[end:]), formats=("JPEG",)) as again:
+    with Image.open(io.BytesIO(with_scans_twice(data, found.scans)), formats=("JPEG",)) as again:
         return not np.array_equal(np.asarray(again), np.asarray(image))
 
 
 def _upright(decoded: Decoded) -> Image.Image:
-    return ImageOps.exif_transpose(decoded.image) if decoded.orientation != _UPRIGHT else decoded.image
+    turn = _turn(decoded.orientation)
+    return decoded.image if turn is None else decoded.image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
