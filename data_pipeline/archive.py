@@ -53,9 +53,12 @@ class _Header(tarfile.TarInfo):
         if len(buf) == tarfile.BLOCKSIZE and not any(buf):
             return super().frombuf(buf, encoding, errors)  # an end-of-archive block: tarfile ends here
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             raise _DamagedError("it ends without its end-of-archive blocks" if not buf else str(error)) from None
+        if header.size < 0:  # tarfile would go round in a circle
+            raise _DamagedError("a negative size")
+        return header
 
 
 class _Part:
@@ -130,6 +133,8 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
         archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
         for info in archive:
             archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+            if info.size < 0 or not info.name:
+                raise _DamagedError("a header without a name or with a negative size")
             if info.isdir():
                 continue
             sparse = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
@@ -144,7 +149,7 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
 
             yield entry, read
         _check_end(archive, stream, streamed=streamed)
-    except (_DamagedError, tarfile.TarError) as error:
+    except (_DamagedError, tarfile.TarError, ValueError, LookupError, TypeError, OverflowError) as error:
         place = 0 if archive is None else archive.offset
         raise _DamagedError(f"{error}, at byte {start + place}") from None
 

@@ -49,12 +49,13 @@ from rich.progress import (
 )
 
 from data_pipeline import acceptance, assemble, units
-from data_pipeline.errors import DataError, StorageError
+from data_pipeline.errors import DataError, StorageError, printable
 from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
 from data_pipeline.manifest import FILE_NAME, Manifest, Split, file_of, publish
-from data_pipeline.sources import Source, in_order
+from data_pipeline.sources import Source
 from data_pipeline.sources.find import Wanted, find_source
+from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all, workers_pool
 
 J = TypeVar("J", units.Job, assemble.ShardJob)
@@ -82,8 +83,8 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
     Raises:
         DataError: the source or the destination is not as it should be, or the disk is full.
     """
+    _make(dest)
     try:
-        dest.mkdir(parents=True, exist_ok=True)
         with _locked(dest):
             for split in source.splits:
                 _build_split(source, split, dest, options, console)
@@ -101,6 +102,17 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
             f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
         ) from None
     return Manifest.read(dest)
+
+
+def _make(dest: Path) -> None:
+    """Make the dataset's folder."""
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        str(dest.resolve()).encode()
+    except OSError as error:
+        raise DataError(f"{dest} cannot be made ({error.strerror}); name another DEST") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
 
 
 def _build_split(source: Source, split: str, dest: Path, options: Options, console: Console) -> None:
@@ -122,18 +134,18 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
         told = _Told(progress, task)
-        made = list(_resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, told=told))
+        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, told=told)
+        made = list(counts)
         if not made and split != source.splits[0]:
             shutil.rmtree(scratch)
             console.print(f"{dest}: warning: the source has no images for a split '{split}'; it is not built")
             return
         if not made:
             raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
-        found = assemble.classes_of(made)
-        if not found:
+        if not any(counts.values()):
             first = assemble.rejects(made)[0]
             raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
-        class_ids, class_names = _classes(source, manifest, found)
+        class_ids, class_names = _classes(source, manifest, assemble.classes_of(made))
         table = assemble.merge(made, class_ids, source.shard_bytes)
         task = progress.add_task(f"{split}: write shards", total=len(table["label"]))
         left = assemble.shard_jobs(table, scratch, scratch, prefix)
@@ -243,10 +255,13 @@ def _count(job: units.Job | assemble.ShardJob) -> int:
 
 def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> tuple[list[str], list[str]]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
-    stated = source.class_names() or {class_id: class_id for class_id in in_order(found)}
+    stated = source.class_names(found)
     if manifest is not None:
         known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
         strange = sorted((found | set(stated)) - known.keys())
+        renamed = next((name for class_id, name in stated.items() if known.get(class_id, name) != name), None)
+        if renamed is not None:
+            raise DataError(f"class '{renamed}' has another label in the dataset; give the classes in the same order")
         if strange:
             raise DataError(
                 f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source"
@@ -303,42 +318,49 @@ class _Told:
         self._progress.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
 
 
-def _index(shards: dict[str, list[Path]], dest: Path, workers: int, console: Console, *, beside: bool) -> None:
+def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside: bool) -> None:
     """Index shards where they lie."""
+    _make(dest)
     try:
-        dest.mkdir(parents=True, exist_ok=True)
-        with _locked(dest), workers_pool(workers) as pool:
-            for split, paths in shards.items():
-                with _progress(console) as progress:
-                    told = _Told(progress, progress.add_task(f"{split}: index", total=len(paths)))
-                    index_in_place(paths, dest, split, pool, told, beside=beside)
+        with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
+            count = sum(len(paths) for paths in source.paths.values())
+            told = _Told(progress, progress.add_task("index", total=count))
+            made = index_in_place(source, dest, pool, told, beside=beside)
+        for split in source.paths:
+            if split in made:
                 print_summary(console, dest, split)
+            else:
+                console.print(f"{dest}: split '{split}' is complete; nothing to do")
     except OSError as error:
         advice = "write the index elsewhere: --index FOLDER" if beside else "fix it"
         raise DataError(f"{error.filename or dest}: {error.strerror}; {advice}") from None
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    *names, dest = args.paths if args.index is None else [*args.paths, args.index]
-    if not names:
+    *names, place = args.paths if args.index is None else [*args.paths, args.index]
+    if not names or not place or "" in names:
         raise DataError("name SOURCE and DEST; see python -m data_pipeline.build --help")
-    dest = Path(dest)
+    dest = Path(place)
+    if args.max_side is not None and args.max_side < 1:
+        raise DataError(f"--max-side is a number of pixels, but is {args.max_side}")
     if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.split):
         raise DataError(f"--split {args.split!r} becomes a part of file names; use letters, digits, - and _")
     if not 0 <= args.val_fraction < 1:
         raise DataError(f"--val-fraction is a share of each class, such as 0.1, but is {args.val_fraction}")
     workers = max(1, args.workers or len(os.sched_getaffinity(0)))
     wanted = Wanted(names, args.split, args.classes, args.label_key, args.val_fraction)
-    source, shards = find_source(wanted)
-    files = [path.resolve() for paths in shards.values() for path in paths]
-    if files and (args.index is not None or all(path.is_relative_to(dest.resolve()) for path in files)):
-        if args.classes is not None or args.label_key is not None or args.max_side is not None:
-            raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
-        _index(shards, dest, workers, console, beside=args.index is None)
-        return
+    source = find_source(wanted)
+    here = dest.absolute()
+    if isinstance(source, Shards):
+        files = [path.absolute() for paths in source.paths.values() for path in paths]
+        if args.index is not None or all(path.is_relative_to(here) for path in files):
+            if args.classes is not None or args.label_key is not None or args.max_side is not None:
+                raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
+            _index(source, dest, workers, console, beside=args.index is None)
+            return
     if args.index is not None:
         raise DataError("--index goes with plain WebDataset shards only; name DEST in its place")
-    if not files and Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
+    if Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
         raise DataError(f"{dest} lies in {names[0]}, which is read; name a DEST elsewhere")
     build(source, dest, Options(workers, args.max_side), console)
 
@@ -371,6 +393,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         console.print(f"error: {error}")
         return 1 if isinstance(error, StorageError) else 2
+    except OSError as error:  # of a path that cannot even be looked at
+        console.print(f"error: {printable(str(error.filename))[:200]}: {error.strerror}; check the path")
+        return 2
     return 0
 
 

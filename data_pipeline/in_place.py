@@ -5,8 +5,8 @@ accept as it is, and every sample without exactly one image and one label, is le
 dataset.json.
 """
 
+import hashlib
 import io
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from data_pipeline.acceptance import Rejected, size_as_it_is
 from data_pipeline.archive import entries, is_compressed
 from data_pipeline.assemble import save_table
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
 from data_pipeline.index import Labels, Sample, samples_of
-from data_pipeline.manifest import FILE_NAME, File, Manifest, Reject, Shard, Split, file_of, publish
+from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Reject, Shard, Split, file_of, publish
 from data_pipeline.shards import crc32, index_text
+from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
 
 _COLUMNS = ("label", "offset", "length", "width", "height", "crc32")
@@ -43,15 +44,15 @@ class Job:
     @property
     def name(self) -> str:
         """The shard's name in dataset.json: relative to the dataset's folder if it lies in it."""
-        tar, dest = self.tar.resolve(), self.dest.resolve()
+        tar, dest = self.tar.absolute(), self.dest.absolute()
         return str(tar.relative_to(dest) if tar.is_relative_to(dest) else tar)
 
     @property
     def idx(self) -> Path:
         """The index."""
-        return (
-            self.tar.with_suffix(".idx") if self.beside else self.dest / f"{self.name.strip('/').replace('/', '_')}.idx"
-        )
+        if self.beside:
+            return self.tar.with_suffix(".idx")
+        return self.dest / f"{self.tar.stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}.idx"
 
     def files(self) -> tuple[File, File]:
         """Describe the shard and its index as dataset.json names them."""
@@ -62,75 +63,94 @@ class Job:
         )
 
 
-def index_in_place(
-    paths: Sequence[Path], dest: Path, split: str, pool: Executor, advance: Advance, *, beside: bool = True
-) -> None:
-    """Index shards and add them as a split to dest/dataset.json.
+def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance, *, beside: bool = True) -> list[str]:
+    """Index shards and add them to dest/dataset.json, all splits at once.
 
     Args:
-        paths: the shards, plain tar archives.
+        source: the shards, plain tar archives.
         dest: the dataset's folder.
-        split: what they become.
         pool: where shards are indexed.
         advance: called for each shard that is done.
         beside: write each index beside its shard; else into `dest`.
+
+    Returns:
+        the splits that were added; others were there before, with the same shards.
 
     Raises:
         DataError: a shard is damaged, an index is not its own, or nothing can be used. No index is left behind then.
     """
     manifest = Manifest.read(dest) if (dest / FILE_NAME).exists() else None
-    if manifest is not None and split in manifest.splits:
-        raise DataError(f"{dest} already holds a split '{split}'; name another with --split, or remove {FILE_NAME}")
-    packed = next((path for path in paths if is_compressed(path)), None)
-    if packed is not None:
-        raise DataError(f"{packed} is compressed and cannot be read in place; convert the shards: name another DEST")
-    jobs = [Job(path, dest, beside) for path in paths]
-    new = [job.idx for job in jobs if not job.idx.exists()]
+    jobs = {split: [Job(path, dest, beside) for path in paths] for split, paths in source.paths.items()}
+    for job in (job for group in jobs.values() for job in group):
+        if is_compressed(job.tar):
+            raise DataError(
+                f"{job.tar} is compressed and cannot be read in place; convert the shards: name another DEST"
+            )
+        if printable(job.name) != job.name:
+            raise DataError(f"{job.tar} has a name that is not UTF-8; rename it")
+    for split in manifest.splits if manifest is not None else ():
+        there = [(shard.tar.name, shard.tar.bytes) for shard in manifest.splits[split].shards] if manifest else []
+        if [(job.name, job.tar.stat().st_size) for job in jobs.pop(split, [])] not in ([], there):
+            raise DataError(f"{dest} already holds a split '{split}'; name another with --split, or remove {FILE_NAME}")
+    left = [job for group in jobs.values() for job in group]
+    new = [job.idx for job in left if not job.idx.exists()]
     results = {}
     try:
-        for job, result in run_all(pool, index_shard, jobs, len(jobs)):
-            results[job.tar] = result
+        for job, result in run_all(pool, index_shard, left, len(left)):
+            results[job] = result
             advance(1)
-        _added([results[path] for path in paths], manifest, dest, split)
+        _add({split: [results[job] for job in group] for split, group in jobs.items()}, source, manifest, dest)
     except BaseException:
         for path in new:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
+    return list(jobs)
 
 
-def _added(
-    results: Sequence[tuple[NDArray[np.int64], list[Reject], Shard]], manifest: Manifest | None, dest: Path, split: str
+def _add(
+    results: dict[str, list[tuple[NDArray[np.int64], list[Reject], Shard]]],
+    source: Shards,
+    manifest: Manifest | None,
+    dest: Path,
 ) -> None:
-    """Write the table and dataset.json."""
-    table = np.concatenate(
-        [np.column_stack([rows, np.full(len(rows), number)]) for number, (rows, _, _) in enumerate(results)]
-    )
-    rejected = [reject for _, rejects, _ in results for reject in rejects]
-    if not len(table):
-        first = rejected[0]
-        raise DataError(f"no sample can be used in place; the first, {first.name}: {first.reason}")
-    columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(zip(_COLUMNS, _TYPES, strict=True))}
-    classes = list(manifest.class_ids) if manifest else [str(i) for i in range(int(columns["label"].max()) + 1)]
-    if columns["label"].max() >= len(classes):
-        raise DataError(
-            f"the shards have label {columns['label'].max()}, but {dest / FILE_NAME} knows {len(classes)} classes; "
-            "index the split with all the classes first"
+    """Write the tables and dataset.json."""
+    if not results:
+        return
+    tables, rejected = {}, {}
+    for split, shards in results.items():
+        tables[split] = np.concatenate(
+            [np.column_stack([rows, np.full(len(rows), number)]) for number, (rows, _, _) in enumerate(shards)]
         )
-    prefix = f"{dest.resolve().name}-{split}"
-    table_path = dest / f"{prefix}.samples.npz"
-    save_table(table_path, columns | {"shard": table[:, -1].astype(np.int32)})
-    entry = Split(
-        samples=len(table),
-        class_counts=np.bincount(columns["label"], minlength=len(classes)).tolist(),
-        shards=[shard for _, _, shard in results],
-        table=file_of(table_path),
-        rejected=rejected,
-        built={"source": "shards in place", "pillow": PIL.__version__},
-    )
-    names = list(manifest.class_names) if manifest else classes
-    splits = (manifest.splits if manifest else {}) | {split: entry}
-    publish(Manifest(name=dest.resolve().name, class_ids=classes, class_names=names, splits=splits), dest)
+        rejected[split] = [reject for _, rejects, _ in shards for reject in rejects]
+        if not len(tables[split]):
+            first = rejected[split][0]
+            raise DataError(f"no sample of split '{split}' can be used in place; {first.name}: {first.reason}")
+    largest = max(int(table[:, 0].max()) for table in tables.values())
+    if manifest is not None:
+        names = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
+    else:
+        names = source.class_names({str(largest)})
+    if largest >= len(names):
+        raise DataError(
+            f"the shards have label {largest}, but there are {len(names)} classes; index the split with all of them "
+            f"first, or correct {INFO_NAME}"
+        )
+    splits = dict(manifest.splits) if manifest is not None else {}
+    for split, table in tables.items():
+        columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(zip(_COLUMNS, _TYPES, strict=True))}
+        path = dest / f"{dest.resolve().name}-{split}.samples.npz"
+        save_table(path, columns | {"shard": table[:, -1].astype(np.int32)})
+        splits[split] = Split(
+            samples=len(table),
+            class_counts=np.bincount(columns["label"], minlength=len(names)).tolist(),
+            shards=[shard for _, _, shard in results[split]],
+            table=file_of(path),
+            rejected=rejected[split],
+            built={"source": "shards in place", "pillow": PIL.__version__},
+        )
+    classes = {"class_ids": list(names), "class_names": list(names.values())}
+    publish(Manifest(name=dest.resolve().name, splits=splits, **classes), dest)
 
 
 def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
@@ -142,7 +162,7 @@ def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
     text = index_text(sample.line for sample in samples)
     if not job.idx.exists():
         write_atomically(job.idx, text.encode())
-    elif job.idx.read_text() != text:
+    elif job.idx.read_bytes() != text.encode():
         raise DataError(f"{job.idx} is not the index of {job.tar.name}; remove it and it will be made again")
     rows, rejected = [], []
     with job.tar.open("rb") as stream:

@@ -8,7 +8,7 @@ from data_pipeline.archive import Entry
 from data_pipeline.errors import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-_MAX_LABEL_DIGITS = 5
+_MAX_LABEL_DIGITS, _MAX_NAME = 5, 200
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ class Labels:
             sample: the sample.
             contents: the bytes of its members `cls`, `json` and `txt`, by extension.
         """
+        texts = {name: data.strip().decode("utf-8", "backslashreplace") for name, data in contents.items()}
         if self.key is None and "cls" in contents:
-            return self._class_of(contents["cls"].decode("utf-8", "backslashreplace").strip(), named=True)
+            return self._class_of(texts["cls"], named=True)
         if "json" in contents:
             try:
                 value = json.loads(contents["json"])
@@ -92,7 +93,7 @@ class Labels:
             else:
                 return self._class_of(printable(str(value)), named=isinstance(value, str))
         if self.key is None and "txt" in contents:
-            return self._class_of(contents["txt"].decode("utf-8", "backslashreplace").strip(), named=False)
+            return self._class_of(texts["txt"], named=False)
         return "", sample.incomplete()
 
     def _class_of(self, text: str, *, named: bool) -> tuple[str, str]:
@@ -105,10 +106,12 @@ class Labels:
             return "", f"its label is not in the list of classes: {text[:40]!r}"
         if is_number:
             return str(int(text)), ""
-        is_name = text.isprintable() and text and not text.lstrip("+-").replace(".", "", 1).isdigit()
+        is_name = (
+            text.isprintable() and 0 < len(text) <= _MAX_NAME and not text.lstrip("+-").replace(".", "", 1).isdigit()
+        )
         if named and is_name:
-            return text[:200], ""
-        return "", f"its label is no number of at most {_MAX_LABEL_DIGITS} digits: {text[:40]!r}"
+            return text, ""
+        return "", f"its label is no number of at most {_MAX_LABEL_DIGITS} digits and no short name: {text[:40]!r}"
 
 
 def samples_of(members: Iterable[Entry], strays: list[str]) -> Iterator[Sample]:
@@ -117,9 +120,7 @@ def samples_of(members: Iterable[Entry], strays: list[str]) -> Iterator[Sample]:
     sample = None
     for entry in members:
         stem, dot, extension = entry.name.rpartition("/")[2].partition(".")
-        if not stem:
-            continue  # a hidden file
-        if not dot:
+        if not stem or not dot:
             strays.append(entry.name)
             continue
         key = entry.name[: len(entry.name) - len(extension) - 1]

@@ -110,7 +110,7 @@ def info_text(manifest: Manifest) -> str:
 def publish(manifest: Manifest, folder: Path) -> None:
     """Write _info.json, unless another program has written one, and dataset.json."""
     path = folder / INFO_NAME
-    if not path.exists() or f'"{_WRITER}"' in path.read_text():
+    if not path.exists() or f'"{_WRITER}"'.encode() in path.read_bytes():
         write_atomically(path, info_text(manifest).encode())
     manifest.write(folder)
 

@@ -95,7 +95,8 @@ def make(job: Job) -> int:
     # On the disk before the table, also when the power fails.
     with replacing(job.path.with_suffix(".bin")) as out:
         out.writelines(result.jpeg for _, _, result in kept)
-    classes = sorted({image.class_id for _, image, _ in kept})
+    # Also of images that cannot be used, so that a class of such images only is seen to have none.
+    classes = sorted({image.class_id for image in job.images if image.class_id})
     number_of = {class_id: number for number, class_id in enumerate(classes)}
     with replacing(job.path) as out:
         np.savez(

@@ -75,8 +75,8 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """Say in JSON what decides the images, for dataset.json and to recognize an interrupted build."""
 
-    def class_names(self) -> dict[str, str] | None:
-        """Return class id -> name in the order of the labels, or None: the ids that occur, in their order."""
+    def class_names(self, found: Collection[str]) -> dict[str, str]:
+        """Return class id -> name in the order of the labels, for a source in which the ids `found` occur."""
 
     def count(self, split: str) -> int | None:
         """Return the number of images when that is known before reading them."""
@@ -101,10 +101,3 @@ def split_in(name: str) -> str | None:
 def held_out(names: Collection[str], count: int) -> set[str]:
     """Choose `count` of the names by a hash of each: the same ones whatever else there is and whoever asks."""
     return set(sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:count])
-
-
-def in_order(class_ids: Collection[str]) -> list[str]:
-    """Return class ids in the order of their labels: numbers are labels themselves, from 0 to the largest."""
-    if class_ids and all(class_id.isascii() and class_id.isdigit() for class_id in class_ids):
-        return [str(label) for label in range(max(map(int, class_ids)) + 1)]
-    return sorted(class_ids)

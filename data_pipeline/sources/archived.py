@@ -1,7 +1,7 @@
 """An archive of class folders, (SPLIT/)CLASS/IMAGE, such as the processed ImageNet-21k-P; never unpacked to disk."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,8 +33,9 @@ class Archived:
         """Say what decides the images."""
         return {"source": "archive of class folders", "bytes": self.path.stat().st_size}
 
-    def class_names(self) -> None:
-        """Return None: the classes are those that occur."""
+    def class_names(self, found: Collection[str]) -> dict[str, str]:
+        """Return the names of the class folders that occur, sorted."""
+        return {name: name for name in sorted(found)}
 
     def count(self, split: str) -> int:
         """Return the number of files."""
@@ -59,5 +60,5 @@ class Archived:
 
 def _place(name: str) -> tuple[str, str]:
     """Return the split ('' when no folder's name speaks of one) and the class of a member."""
-    folder = PurePosixPath(name).parent
-    return split_in(str(folder.parent)) or "", folder.name
+    *above, folder = ("", *PurePosixPath(name).parent.parts)
+    return next(filter(None, map(split_in, above)), ""), folder

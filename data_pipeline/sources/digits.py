@@ -1,6 +1,6 @@
 """Handwritten digits: 1,797 scans that come with scikit-learn (UCI ML, Alpaydin & Kaynak 1998)."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class Digits:
         """Say what decides the images."""
         return {"source": "digits", "side": _SIDE}
 
-    def class_names(self) -> dict[str, str]:
+    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (always the same)
         """Return the ten digits."""
         return {str(digit): str(digit) for digit in range(10)}
 

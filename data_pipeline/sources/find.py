@@ -2,8 +2,9 @@
 
 import glob
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 from data_pipeline.archive import entries
 from data_pipeline.errors import DataError
-from data_pipeline.index import Labels, samples_of
+from data_pipeline.index import IMAGE_EXTENSIONS, Labels, samples_of
 from data_pipeline.manifest import INFO_NAME
-from data_pipeline.sources import Source, imagenet1k, split_in
+from data_pipeline.sources import SPLIT_WORDS, Source, imagenet1k, split_in
 from data_pipeline.sources.archived import Archived
 from data_pipeline.sources.digits import Digits
 from data_pipeline.sources.folder import Folder
@@ -22,7 +23,10 @@ from data_pipeline.sources.imagenet1k import ImageNet1k
 from data_pipeline.sources.imagenet21k import ImageNet21k
 from data_pipeline.sources.shards import LABEL_MEMBERS, Shards
 
-_TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$")
+_TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+_OTHER_TAR = re.compile(r"\.(tar\.[a-z0-9]+|tzst)$", re.IGNORECASE)
+_SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
+_MAX_CLASSES = 100_000
 _PEEKED = 64
 
 
@@ -37,8 +41,8 @@ class Wanted:
     val_fraction: float = 0.0
 
 
-def find_source(wanted: Wanted) -> tuple[Source, dict[str, list[Path]]]:
-    """Return the source, and the files of each split where it is shards.
+def find_source(wanted: Wanted) -> Source:
+    """Return the source that SOURCE names.
 
     Raises:
         DataError: it is nothing we know, or an option does not go with it.
@@ -55,10 +59,10 @@ def find_source(wanted: Wanted) -> tuple[Source, dict[str, list[Path]]]:
         shards = {wanted.split or split_in(path.name) or "train": [path]}
     if shards:
         _refuse(wanted, "shards", "val_fraction")
-        return _shards(shards, wanted), shards
+        return _shards(shards, wanted)
     if path.is_dir() and not (path / imagenet1k.TRAIN).exists() and not image_files(path, "train"):
         _refuse(wanted, "a folder of images", "classes", "label_key")
-        return Folder(path, wanted.split, wanted.val_fraction), {}
+        return Folder(path, wanted.split, wanted.val_fraction)
     if path.is_file() and _kind_of(path) == "archive of archives":
         _refuse(wanted, "ImageNet-21k", "label_key", "val_fraction")
         source = ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes))
@@ -66,11 +70,13 @@ def find_source(wanted: Wanted) -> tuple[Source, dict[str, list[Path]]]:
         _refuse(wanted, name, "classes", "label_key", "val_fraction")
         if path.is_dir():
             source = ImageNet1k(path) if (path / imagenet1k.TRAIN).exists() else Idx(path)
+        elif path.exists() and not path.is_file():
+            raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
         else:
             source = Archived(path) if path.is_file() else Digits()
     if wanted.split is not None:
         raise DataError(f"{name} comes with its own splits ({', '.join(source.splits)}); leave --split out")
-    return source, {}
+    return source
 
 
 def _refuse(wanted: Wanted, what: str, *options: str) -> None:
@@ -82,12 +88,15 @@ def _refuse(wanted: Wanted, what: str, *options: str) -> None:
 def _kind_of(path: Path) -> str:
     """Say what an archive holds, by its first members."""
     first = list(islice(entries(path), _PEEKED))
-    if any(entry.name.endswith(".tar") for entry in first):
+    if first and all(entry.name.endswith(".tar") for entry in first):
         return "archive of archives"
-    samples = list(samples_of(first, []))
-    if any(sample.member(label) is not None for sample in samples for label in LABEL_MEMBERS):
+    samples = [sample for sample in samples_of(first, []) if any(member.is_image for member in sample.members)]
+    folders = any("/" in entry.name.removeprefix("./") for entry in first)
+    # A text beside an image in a folder may be its caption.
+    labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
+    if any(sample.member(label) is not None for sample in samples for label in labels):
         return "shard"
-    if any("/" in entry.name.removeprefix("./") for entry in first):
+    if folders:
         return "archive of class folders"
     raise DataError(
         f"{path} is neither a shard (images with cls, json or txt members) nor an archive of class folders or of class "
@@ -99,56 +108,86 @@ def _matching(wanted: Wanted) -> dict[str, list[Path]]:
     """Return the shards that patterns match, by split; a pattern may be given as SPLIT=PATTERN."""
     found: dict[str, list[Path]] = {}
     for name in wanted.names:
-        split, _, pattern = name.rpartition("=") if re.match(r"[A-Za-z0-9_-]+=", name) else ("", "", name)
-        paths = [path for part in _expanded(pattern) for path in _globbed(part)]
+        split, pattern, paths = wanted.split, name, _expanded(name)
+        named = _SPLIT_AND_PATTERN.fullmatch(name)
+        if not paths and named is not None:
+            split, pattern = named[1], named[2]
+            paths = _expanded(pattern)
         if not paths and not any(character in pattern for character in "*?[{"):
             raise DataError(f"{name} is not 'digits', a folder, an archive or a pattern of shards; check the path")
         if not paths:
             raise DataError(f"no file matches {pattern}; quote the pattern and check the path")
-        for key, group in _by_split(paths, split or wanted.split).items():
+        for key, group in _by_split(paths, split).items():
             found.setdefault(key, []).extend(group)
     return found
 
 
-def _expanded(pattern: str) -> list[str]:
+def _expanded(pattern: str) -> list[Path]:
+    """Return the files that a pattern matches; DataError where one that it names by braces is missing."""
     from braceexpand import braceexpand  # noqa: PLC0415  (webdataset's)
 
     if Path(pattern).exists():
-        return [pattern]
+        return [Path(pattern)]
     try:
-        return list(braceexpand(pattern))
+        parts = list(braceexpand(pattern))
     except ValueError as error:
         raise DataError(f"{pattern} is no pattern ({error}); check its braces") from None
+    found = [_globbed(part) for part in parts]
+    missing = next((part for part, paths in zip(parts, found, strict=True) if not paths), None)
+    if missing is not None and any(found):
+        raise DataError(f"{missing}, which {pattern} names, does not exist; copy it here or correct the pattern")
+    return [path for paths in found for path in paths]
 
 
 def _globbed(part: str) -> list[Path]:
-    return [Path(part)] if Path(part).exists() else sorted(Path(path) for path in glob.glob(part))  # noqa: PTH207
+    path = Path(part)
+    if path.exists():
+        return [path]
+    # A folder's name may have brackets.
+    pattern = f"{glob.escape(str(path.parent))}/{path.name}" if path.parent.is_dir() else part
+    return sorted(Path(found) for found in glob.glob(pattern))  # noqa: PTH207  (the pattern may be absolute)
 
 
 def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """Return the shards of a folder by split; none when it is a folder of another kind."""
     if (folder / imagenet1k.TRAIN).exists():
         return {}
-    named = _info(folder).get("splits", {})
-    if named and split is None:
-        return {split_in(name) or name: [folder / file for file in part["filenames"]] for name, part in named.items()}
-    paths = [path for path in _tars(folder) if path.is_file()]
-    return _by_split(paths, split) if paths else {}
-
-
-def _tars(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield from (inner for inner in sorted(path.iterdir()) if _TAR.search(inner.name))
-        elif _TAR.search(path.name):
-            yield path
+    found: dict[str, list[Path]] = {}
+    for name, part in _info(folder).get("splits", {}).items() if split is None else ():
+        key = SPLIT_WORDS.get(name.lower(), name)
+        if key in found or not re.fullmatch(r"[A-Za-z0-9_-]+", key):
+            raise DataError(f"{folder / INFO_NAME} has a split {name!r}, which is there twice or no name; correct it")
+        found[key] = [folder / file for file in part["filenames"]]
+    if found:
+        return found
+    shards: list[Path] = []
+    image = other = None
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(name for name in files if not name.startswith(".")):
+            if _TAR.search(file):
+                shards.append(Path(parent, file))
+            elif _OTHER_TAR.search(file):
+                other = Path(parent, file)
+            elif image is None and file.lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
+                image = Path(parent, file)
+    if shards and image is not None:
+        raise DataError(
+            f"{folder} holds shards such as {shards[0]} and images such as {image}; name the shards by a pattern, or "
+            "take them away"
+        )
+    if other is not None and image is None:
+        raise DataError(f"{other} is compressed in a way that is not read; use gzip, bzip2 or xz, or none")
+    return _by_split(shards, split) if shards else {}
 
 
 def _by_split(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
     """Group shards by the split that their names, or their folders' names, speak of."""
     found: dict[str, list[Path]] = {}
     unnamed = None
-    for path in paths:
+    for path in dict.fromkeys(paths):
+        if not path.is_file():
+            raise DataError(f"{path} is no file; name shards")
         named = split or split_in(path.name) or split_in(path.parent.name)
         unnamed = unnamed or (path if named is None else None)
         found.setdefault(named or "train", []).append(path)
@@ -159,14 +198,20 @@ def _by_split(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]
 
 def _shards(paths: dict[str, list[Path]], wanted: Wanted) -> Shards:
     """Return the source that converts shards."""
+    seen: dict[Path, str] = {}
+    for split, group in paths.items():
+        for path in group:
+            if seen.setdefault(path.resolve(), split) != split:
+                raise DataError(f"{path} is in two splits, {seen[path.resolve()]} and {split}; name it once")
+    unique = {split: list({path.resolve(): path for path in group}.values()) for split, group in paths.items()}
     stated = None
     if wanted.classes is not None:
         stated = {str(number): name for number, name in enumerate(_lines(wanted.classes))}
     count = _info(next(iter(paths.values()))[0].parent).get("num_classes")
-    if stated is None and isinstance(count, int):
+    if stated is None and isinstance(count, int) and 0 < count <= _MAX_CLASSES:
         stated = {str(number): str(number) for number in range(count)}
     by_name = None if wanted.classes is None or stated is None else {name: number for number, name in stated.items()}
-    return Shards(paths, Labels(wanted.label_key, by_name), stated)
+    return Shards(unique, Labels(wanted.label_key, by_name), stated)
 
 
 def _info(folder: Path) -> dict[str, Any]:
@@ -179,6 +224,8 @@ def _info(folder: Path) -> dict[str, Any]:
         missing = [name for name in missing if not (folder / name).is_file()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a description of shards ({error}); fix it or take it away") from None
+    if not all(part["filenames"] for part in info.get("splits", {}).values()):
+        raise DataError(f"{path} has a split without files; correct it or take it away")
     if missing:
         raise DataError(f"{folder / missing[0]} does not exist, but {path} names it; copy it here")
     return dict(info)
@@ -186,7 +233,7 @@ def _info(folder: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); name a list of classes, one a line") from None
     names = [line for line in lines if line]

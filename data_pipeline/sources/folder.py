@@ -2,14 +2,16 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError, StorageError, printable
+from data_pipeline.index import IMAGE_EXTENSIONS
 from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, Extent, SourceImage, Unusable, held_out
 
 _NO_CLASSES = {"__MACOSX", "lost+found"}
+_IMAGES = {f".{extension}" for extension in IMAGE_EXTENSIONS}
 
 
 class Folder:
@@ -19,7 +21,7 @@ class Folder:
 
     Args:
         root: the folder.
-        split: what the images of a folder of class folders become; None finds `train`, `val` and `test` in it.
+        split: what the images become, each folder being a class; None finds `train`, `val` and `test` in the folder.
         val_fraction: share of each class's images that becomes the val split, chosen by a hash of their names.
 
     Raises:
@@ -31,19 +33,8 @@ class Folder:
 
     def __init__(self, root: Path, split: str | None = None, val_fraction: float = 0.0) -> None:
         self.root, self._fraction = root, val_fraction
-        named: dict[str, list[Path]] = {}
-        folders = _folders(root)
-        for entry in folders:
-            if entry.name.lower() in SPLIT_WORDS and _folders(entry.path):
-                named.setdefault(SPLIT_WORDS[entry.name.lower()], []).append(Path(entry.path))
-        self._roots = {split or "train": root}
-        if "train" in named and (len(named) > 1 or len(folders) == 1):
-            double = next((paths for paths in named.values() if len(paths) > 1), None)
-            if double is not None:
-                raise DataError(f"{root} has both {double[0].name} and {double[1].name}; name one of them as SOURCE")
-            if split is not None:
-                raise DataError(f"{root} comes with its own splits ({', '.join(named)}); leave --split out")
-            self._roots = {name: named[name][0] for name in ("train", "val", "test") if name in named}
+        splits = {} if split is not None else _splits_in(root)
+        self._roots = splits or {split or "train": root}
         if val_fraction and "val" in self._roots:
             raise DataError(f"{root} comes with a val split; leave --val-fraction out")
         self.splits = (*self._roots, *(("val",) if val_fraction else ()))
@@ -57,7 +48,7 @@ class Folder:
         described = {"source": "folder", "root": printable(str(self.root))}
         return described | ({"val_fraction": self._fraction} if self._fraction else {})
 
-    def class_names(self) -> dict[str, str]:
+    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return the names of the class folders, sorted."""
         names = sorted({printable(path.name) for classes in self._classes.values() for path in classes})
         return {name: name for name in names}
@@ -66,7 +57,7 @@ class Folder:
         """Count the files; None where a part of them is held out."""
         if self._fraction:
             return None
-        return sum(1 for folder in self._classes[self._roots[split]] for _ in _files(folder, set()))
+        return sum(1 for folder in self._classes[self._roots[split]] for _ in _files(folder))
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the files, class by class, sorted by name."""
@@ -74,7 +65,7 @@ class Folder:
         if split == self.splits[0]:
             yield from self._beside()
         for folder in self._classes[root]:
-            found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder, set())]
+            found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder)]
             if self._fraction:
                 usable = [image.name for image in found if not isinstance(image.data, Unusable)]
                 chosen = held_out(usable, round(self._fraction * len(usable)))
@@ -106,6 +97,28 @@ class Folder:
         return SourceImage(name, class_id, Extent(path, 0, info.st_size))
 
 
+def _splits_in(root: Path) -> dict[str, Path]:
+    """Return the folders of splits, if there are any; DataError where they may as well be classes."""
+    named: dict[str, list[Path]] = {}
+    others = []
+    for entry in _folders(root):
+        split = SPLIT_WORDS.get(entry.name.lower())
+        if split is not None and _classes(Path(entry.path)):
+            named.setdefault(split, []).append(Path(entry.path))
+        elif split is None and any(Path(path).suffix.lower() in _IMAGES for path, _ in _files(Path(entry.path))):
+            others.append(entry.name)
+    double = next((paths for paths in named.values() if len(paths) > 1), None)
+    if double is not None:
+        raise DataError(f"{root} has both {double[0].name} and {double[1].name}; name one of them as SOURCE")
+    if named and others:
+        split = next(iter(named))
+        raise DataError(
+            f"{root} has {named[split][0].name} with folders as in a split, and {others[0]} with images as in a class; "
+            "name one of them as SOURCE, or say with --split what all of them as classes become"
+        )
+    return {name: named[name][0] for name in ("train", "val", "test") if name in named}
+
+
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name in _NO_CLASSES
 
@@ -130,13 +143,19 @@ def _folders(root: Path | str) -> list["os.DirEntry[str]"]:
 def _classes(root: Path) -> list[Path]:
     """Return the folders that hold at least one file that may be an image."""
     folders = (Path(entry.path) for entry in _folders(root))
-    return [folder for folder in folders if any(not reason for _, reason in _files(folder, set()))]
+    return [folder for folder in folders if any(not reason for _, reason in _files(folder))]
 
 
-def _files(folder: Path, above: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield path and reason ('' for a file that may be an image) of all below a folder; links are followed."""
+def _identity(folder: Path) -> tuple[int, int]:
     info = folder.stat()
-    here = (info.st_dev, info.st_ino)
+    return info.st_dev, info.st_ino
+
+
+def _files(folder: Path, above: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield path and reason ('' for a file that may be an image) of all below a folder; links are followed."""
+    here = _identity(folder)
+    if above is None:
+        above = {_identity(parent) for parent in folder.absolute().parents}
     if here in above:
         yield str(folder), "a link to a folder above it"
         return

@@ -2,9 +2,10 @@
 
 import gzip
 import hashlib
+import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, StorageError
-from data_pipeline.sources import SHARD_BYTES, SourceImage, in_order
+from data_pipeline.sources import SHARD_BYTES, SourceImage
 
 _BYTES = 0x08  # the format's code for unsigned bytes, the only type these datasets use
 _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
@@ -43,9 +44,10 @@ class Idx:
         digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in self._images.values()}
         return {"source": "idx", "images": digests}
 
-    def class_names(self) -> dict[str, str]:
+    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return the labels from 0 to the largest."""
-        return {name: name for name in in_order({str(label) for a in self._labels.values() for label in a.tolist()})}
+        largest = max(int(labels.max(initial=0)) for labels in self._labels.values())
+        return {str(label): str(label) for label in range(largest + 1)}
 
     def count(self, split: str) -> int:
         """Return the number of images."""
@@ -72,7 +74,10 @@ def image_files(root: Path, split: str) -> list[Path]:
 
 
 def _labels_of(images: Path) -> Path:
-    return images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    """Return the file of the labels, which may be packed where the images are not."""
+    path = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(path.name + ".gz")
+    return other if other.exists() and not path.exists() else path
 
 
 def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -89,6 +94,6 @@ def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise StorageError(f"{path} cannot be read ({error.strerror}); make it readable") from None
     shape = np.frombuffer(data, ">u4", min(dimensions, max(0, len(data) - 4) // 4), offset=min(4, len(data)))
     begin = 4 + 4 * dimensions
-    if data[:4] != bytes((0, 0, _BYTES, dimensions)) or len(data) != begin + int(np.prod(shape.astype(np.int64))):
+    if data[:4] != bytes((0, 0, _BYTES, dimensions)) or len(data) != begin + math.prod(shape.tolist()):
         raise DataError(f"{path} is no complete IDX file of bytes in {dimensions} dimensions; download it again")
     return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)

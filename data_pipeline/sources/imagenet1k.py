@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class ImageNet1k:
         """Say what decides the images."""
         return {"source": "imagenet-1k", "bytes": {name: (self.root / name).stat().st_size for name in (TRAIN, VAL)}}
 
-    def class_names(self) -> dict[str, str]:
+    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return WordNet id -> words."""
         return dict(sorted(self._names.items()))
 
@@ -49,7 +49,10 @@ class ImageNet1k:
 
     def _train(self) -> Iterator[SourceImage]:
         path = self.root / TRAIN
-        classes = {outer.name.removesuffix(".tar"): outer for outer in entries(path)}
+        outers = list(entries(path))
+        classes = {outer.name.rpartition("/")[2].removesuffix(".tar"): outer for outer in outers}
+        if len(classes) < len(outers):
+            raise DataError(f"{path} holds a class twice; download it again")
         strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
         if strange:
             raise DataError(f"{path} holds {strange[0]}, which is no class of {DEVKIT}; download both again")
@@ -65,18 +68,17 @@ class ImageNet1k:
 
     def _val(self) -> Iterator[SourceImage]:
         path = self.root / VAL
-        found = set()
+        found, count = set(), 0
         for entry in entries(path):
+            count += 1
             # The name ends with the image's number, from 1, which is its line in the ground truth.
             line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
-            if not line.isdigit() or not 1 <= int(line) <= len(self._truth):
+            if not (line.isascii() and line.isdigit()) or not 1 <= int(line) <= len(self._truth):
                 raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
             found.add(int(line))
             yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], extent(path, entry))
-        if len(found) != len(self._truth):
-            raise DataError(
-                f"{path} holds {len(found)} images, but {DEVKIT} labels {len(self._truth)}; download it again"
-            )
+        if not len(found) == count == len(self._truth):
+            raise DataError(f"{path} holds {count} images, but {DEVKIT} labels {len(self._truth)}; download it again")
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]:

@@ -1,7 +1,7 @@
 """ImageNet-21k (winter21 or fall11): one archive of an archive for each class, never unpacked to disk."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class ImageNet21k:
         described = {"source": "imagenet-21k", "bytes": self.path.stat().st_size, "classes_sha256": chosen}
         return described | {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
 
-    def class_names(self) -> dict[str, str] | None:
-        """Return the chosen WordNet ids; the archive does not hold their words."""
-        return None if self._classes is None else {wnid: wnid for wnid in self._classes}
+    def class_names(self, found: Collection[str]) -> dict[str, str]:
+        """Return the chosen WordNet ids, or those that occur; the archive does not hold their words."""
+        return {wnid: wnid for wnid in self._classes or sorted(found)}
 
     def count(self, split: str) -> None:
         """Return None: the archive does not say."""

@@ -1,12 +1,13 @@
 """WebDataset shards that others made, to be converted: several layouts of samples, plain or compressed."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.archive import Entry, contents, entries, is_compressed
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.index import Labels, Member, Sample, samples_of
 from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable
 
@@ -27,25 +28,35 @@ class Shards:
     def __init__(
         self, paths: Mapping[str, Sequence[Path]], labels: Labels, class_names: dict[str, str] | None = None
     ) -> None:
-        self._paths, self._labels, self._class_names = paths, labels, class_names
+        self.paths, self._labels, self.stated = paths, labels, class_names
         self.splits = tuple(paths)
 
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
-        files = [f"{split}/{path.name}:{path.stat().st_size}" for split in self.splits for path in self._paths[split]]
-        described = {"source": "shards", "files": len(files), "label_key": self._labels.key}
-        return described | {"files_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest()}
+        named = {
+            split: [(str(path.absolute()), path.stat().st_size) for path in self.paths[split]] for split in self.splits
+        }
+        decided = json.dumps([named, self._labels.key, self.stated], sort_keys=True)
+        files = sum(len(paths) for paths in self.paths.values())
+        return {"source": "shards", "files": files, "sha256": hashlib.sha256(decided.encode()).hexdigest()}
 
-    def class_names(self) -> dict[str, str] | None:
-        """Return the classes when they were stated."""
-        return self._class_names
+    def class_names(self, found: Collection[str]) -> dict[str, str]:
+        """Return the classes that were stated, else those that occur: numbers are labels, from 0 to the largest."""
+        if self.stated is not None:
+            return self.stated
+        numbers = sorted(int(class_id) for class_id in found if class_id.isdigit())
+        if numbers and len(numbers) < len(found):
+            name = next(class_id for class_id in sorted(found) if not class_id.isdigit())
+            raise DataError(f"some labels of the shards are numbers, others are names such as {name!r}; give --classes")
+        names = [str(label) for label in range(numbers[-1] + 1)] if numbers else sorted(found)
+        return {name: name for name in names}
 
     def count(self, split: str) -> None:
         """Return None: shards do not say."""
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the samples of a split, shard by shard."""
-        for path in self._paths[split]:
+        for path in self.paths[split]:
             strays: list[str] = []
             for sample, found in _compressed(path, strays) if is_compressed(path) else _plain(path, strays):
                 yield self._image(path, sample, found)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +121,10 @@ def test_shards_of_others_are_indexed_in_place(tmp_path):
     assert (dataset.width[5], dataset.height[5]) == (20, 40)
     assert all((tmp_path / "shards" / name).read_bytes() == data for name, data in before.items())
     rejected = Manifest.read(tmp_path / "shards").splits["train"].rejected
-    assert [reject.name for reject in rejected] == [f"x-001.tar:{name}" for name in ("b1", "b2", "b3", "b5", "README")]
-    reasons = (
-        "needs one image and one label",
-        "does not decode",
-        "its label is",
-        "its label is",
-        "belongs to no sample",
-    )
+    assert [reject.name for reject in rejected] == [
+        f"x-001.tar:{name}" for name in ("b1", "b2", "b3", "b5", "README", ".hidden")
+    ]
+    reasons = ["needs one image and one label", "does not decode", *["its label is"] * 2, *["belongs to no sample"] * 2]
     assert all(reason in reject.reason for reason, reject in zip(reasons, rejected, strict=True))
     assert verify([str(tmp_path / "shards"), "--decode", "--workers", "1"]) == 0
 
@@ -412,3 +409,145 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
         assert build([str(root), str(tmp_path / "bad"), "--workers", "1"]) == 2
         assert names[0] in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
+
+
+def shard(path: Path, labels: list[bytes], first: int = 0) -> Path:
+    """A shard of samples with these labels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = {f"{i}.{e}": d for i, label in enumerate(labels) for e, d in (("jpg", jpeg(first + i)), ("cls", label))}
+    path.write_bytes(tar(members))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return build([*map(str, arguments), "--workers", "1"])
+
+
+@pytest.mark.parametrize(
+    ("folder_names", "loose", "expected"),
+    [
+        (("train/ant", "train/bee"), "test/1.jpg", {"train"}),
+        (("val/ant", "val/bee"), None, {"val"}),
+        (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
+        (("train/ant", "Train/ant"), None, "both"),
+        (("train/ant", "cow", "dog"), None, "images as in a class"),
+        (("test", "train"), None, {"train"}),
+    ],
+)
+def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose, expected, tmp_path, capsys):
+    root = folders(tmp_path / "in", *folder_names)
+    if loose is not None:
+        (root / loose).parent.mkdir(exist_ok=True)
+        (root / loose).write_bytes(jpeg(5))
+    status = run(root, tmp_path / "out")
+    if isinstance(expected, str):
+        assert status == 2
+        assert expected in capsys.readouterr().err
+        return
+    manifest = Manifest.read(tmp_path / "out")
+    assert (status, set(manifest.splits)) == (0, expected)
+    assert manifest.class_names == (["test", "train"] if folder_names == ("test", "train") else sorted(
+        {name.split("/")[1] for name in folder_names}))  # fmt: skip
+    assert run(root, tmp_path / "forced", "--split", "train") == 0
+
+
+def test_a_shard_that_braces_name_must_exist_and_none_is_used_twice(tmp_path, capsys):
+    for number in (0, 1, 3):
+        shard(tmp_path / "in" / f"x-{number:03d}.tar", [b"0", b"1"], 10 * number)
+    assert run(tmp_path / "in" / "x-{000..003}.tar", tmp_path / "out") == 2
+    assert "x-002.tar" in capsys.readouterr().err
+    (tmp_path / "in" / "again.tar").symlink_to("x-000.tar")
+    assert run(tmp_path / "in" / "*.tar", tmp_path / "in" / "x-000.tar", tmp_path / "out") == 0
+    assert len(Dataset.open(tmp_path / "out", "train")) == 6
+    assert run(f"train={tmp_path}/in/x-000.tar", f"val={tmp_path}/in/*.tar", tmp_path / "two") == 2
+    assert "is in two splits" in capsys.readouterr().err
+
+
+def test_labels_mean_the_same_in_all_splits_or_the_build_is_refused(tmp_path, capsys):
+    shard(tmp_path / "train.tar", [b"ant", b"bee"])
+    shard(tmp_path / "val.tar", [b"ant", b"bee"], 5)
+    (tmp_path / "one").write_text("\ufeffant\nbee\n", encoding="utf-8")
+    (tmp_path / "other").write_text("bee\nant\n")
+    assert run(tmp_path / "train.tar", tmp_path / "out", "--classes", tmp_path / "one") == 0
+    assert Dataset.open(tmp_path / "out", "train").class_names == ("ant", "bee")
+    assert not listed(tmp_path / "out")
+    assert run(tmp_path / "val.tar", tmp_path / "out", "--classes", tmp_path / "other") == 2
+    assert "has another label" in capsys.readouterr().err
+    assert run(tmp_path / "train.tar", tmp_path / "out", "--classes", tmp_path / "other") == 2
+    shard(tmp_path / "b" / "train.tar", [b"bee", b"ant"])  # of the same name and size
+    assert run(tmp_path / "b" / "train.tar", tmp_path / "out", "--classes", tmp_path / "one") == 2
+    shard(tmp_path / "mixed.tar", [b"0", b"11", b"unknown"])
+    assert run(tmp_path / "mixed.tar", tmp_path / "mixed") == 2
+    assert "'unknown'" in capsys.readouterr().err
+
+
+def test_splits_in_place_are_added_together_and_again_is_nothing_to_do(tmp_path, capsys):
+    root = tmp_path / "in"
+    shard(root / "blobs" / "1", [b"0", "\u00a01".encode()])
+    shard(root / "blobs" / "2", [b"2"], 7)
+    for split, blob in (("train", "1"), ("val", "2")):
+        (root / f"x-{split}.tar").symlink_to(f"blobs/{blob}")
+    data = (root / "blobs" / "2").read_bytes()
+    (root / "blobs" / "2").write_bytes(data[:1000])
+    assert run(root / "*.tar", root) == 2
+    assert sorted(path.name for path in root.iterdir()) == ["blobs", "x-train.tar", "x-val.tar"]
+    (root / "blobs" / "2").write_bytes(data)
+    for expected in ("1 samples in 1 shards", "split 'val' is complete; nothing to do"):
+        capsys.readouterr()
+        assert run(root / "*.tar", root) == 0
+        assert expected in capsys.readouterr().err
+    assert Dataset.open(root, "val").num_classes == 3
+    assert list(listed(root)) == ["x-train.tar:1"]  # Unicode's spaces are no digits
+    assert verify([str(root), "--decode", "--workers", "1"]) == 0
+
+
+def test_folders_below_shards_are_searched_and_what_is_ambiguous_is_refused(tmp_path, capsys):
+    shard(tmp_path / "in" / "x.tar", [b"0"])
+    shard(tmp_path / "in" / "a" / "b" / "y.TAR", [b"1"], 5)
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert len(Dataset.open(tmp_path / "out", "train")) == 2
+    (tmp_path / "in" / "a" / "0.jpg").write_bytes(jpeg(1))
+    assert run(tmp_path / "in", tmp_path / "more") == 2
+    assert "holds shards such as" in capsys.readouterr().err
+    (tmp_path / "zst" / "a").mkdir(parents=True)
+    (tmp_path / "zst" / "a" / "x.tar.zst").write_bytes(b"x")
+    assert run(tmp_path / "zst", tmp_path / "more") == 2
+    assert "compressed in a way that is not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["y=1/x.tar", "train=y=1/x.tar", "y[1]/*.tar", "y[1]/x.tar"])
+def test_names_with_signs_of_patterns_are_names(name, tmp_path, monkeypatch):
+    shard(tmp_path / "y=1" / "x.tar", [b"0"])
+    shard(tmp_path / "y[1]" / "x.tar", [b"0"])
+    monkeypatch.chdir(tmp_path)
+    assert run(name, "out") == 0
+
+
+def test_class_folders_in_an_archive_may_be_numbers_and_have_other_files_beside(tmp_path):
+    members = {"README.txt": b"x", "labels.json": b"{}"}
+    for i, folder in enumerate(("00000", "00000", "20160001", "20160001")):
+        members |= {f"d/{folder}/{i}.jpg": jpeg(i), f"d/{folder}/{i}.txt": b"a caption"}
+    members["d/none/0.jpg"] = b"no image"
+    (tmp_path / "x.tar").write_bytes(tar(members))
+    assert run(tmp_path / "x.tar", tmp_path / "out") == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.class_names == ["00000", "20160001", "none"]
+    assert manifest.splits["train"].class_counts == [2, 2, 0]
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "x.tar")
+    for source in (tmp_path / "x.tar", tmp_path / "*.tar", "/dev/null"):
+        assert run(source, tmp_path / "out") == 2
+    header = tarfile.TarInfo("a/1.jpg").tobuf(tarfile.GNU_FORMAT)
+    negative = header[:124] + b"\xff" * 10 + b"\xfe\x00" + header[136:148] + b"        " + header[156:]
+    total = sum(negative)
+    (tmp_path / "n.tar").write_bytes(negative[:148] + b"%06o\0 " % total + negative[156:] + bytes(1024))
+    assert run(tmp_path / "n.tar", tmp_path / "out") == 2
+    assert "negative size" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    for dest in (tmp_path / "file", tmp_path / "file" / "out", ""):
+        assert run("digits", dest) == 2
+    assert run("digits", tmp_path / "out", "--max-side", "0") == 2
+    assert run("x" * 5000, tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("\n") == 5
