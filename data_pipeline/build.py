@@ -194,11 +194,11 @@ def print_summary(console: Console, dest: Path, split: str) -> None:
 
 @contextmanager
 def _left_for_the_next_build(scratch: Path) -> Iterator[None]:
-    """Remove the scratch folder of a build that was refused before anything was made from which to resume."""
+    """Remove the scratch folder of a build that was refused, unless much was made from which to resume."""
     try:
         yield
-    except DataError:
-        if not any(scratch.glob("unit-*.npz")):
+    except DataError as error:
+        if not isinstance(error, StorageError) and len(list(scratch.glob("unit-*.npz"))) <= 1:
             shutil.rmtree(scratch)
         raise
 

@@ -51,7 +51,7 @@ def find_source(wanted: Wanted) -> Source:
     path = Path(name)
     shards: dict[str, list[Path]] = {}
     source: Source
-    if len(wanted.names) > 1 or not (path.exists() or name == "digits"):
+    if len(wanted.names) > 1 or not (_exists(path) or name == "digits"):
         shards = _matching(wanted)
     elif path.is_dir():
         shards = _shards_in(path, wanted.split)
@@ -126,7 +126,7 @@ def _expanded(pattern: str) -> list[Path]:
     """Return the files that a pattern matches; DataError where one that it names by braces is missing."""
     from braceexpand import braceexpand  # noqa: PLC0415  (webdataset's)
 
-    if Path(pattern).exists():
+    if _exists(Path(pattern)):
         return [Path(pattern)]
     try:
         parts = list(braceexpand(pattern))
@@ -139,9 +139,16 @@ def _expanded(pattern: str) -> list[Path]:
     return [path for paths in found for path in paths]
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a pattern may be too long for a name
+        return False
+
+
 def _globbed(part: str) -> list[Path]:
     path = Path(part)
-    if path.exists():
+    if _exists(path):
         return [path]
     # A folder's name may have brackets.
     pattern = f"{glob.escape(str(path.parent))}/{path.name}" if path.parent.is_dir() else part

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.archive import Entry, contents, entries, is_compressed
-from data_pipeline.errors import DataError, StorageError
+from data_pipeline.errors import DataError, StorageError, printable
 from data_pipeline.index import Labels, Member, Sample, samples_of
 from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable
 
@@ -34,7 +34,8 @@ class Shards:
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
         named = {
-            split: [(str(path.absolute()), path.stat().st_size) for path in self.paths[split]] for split in self.splits
+            split: [(printable(str(path.absolute())), path.stat().st_size) for path in paths]
+            for split, paths in self.paths.items()
         }
         decided = json.dumps([named, self._labels.key, self.stated], sort_keys=True)
         files = sum(len(paths) for paths in self.paths.values())
@@ -61,18 +62,20 @@ class Shards:
             for sample, found in _compressed(path, strays) if is_compressed(path) else _plain(path, strays):
                 yield self._image(path, sample, found)
             for name in strays:
-                yield SourceImage(f"{path.name}/{name}", "", Unusable("belongs to no sample: it has no extension"))
+                yield SourceImage(
+                    f"{printable(path.name)}/{name}", "", Unusable("belongs to no sample: it has no extension")
+                )
 
     def _image(self, path: Path, sample: Sample, found: dict[str, Extent | bytes]) -> SourceImage:
         image = sample.image()
         if isinstance(image, str):
-            return SourceImage(f"{path.name}/{sample.key}", "", Unusable(image))
+            return SourceImage(f"{printable(path.name)}/{sample.key}", "", Unusable(image))
         texts = {ext: member for ext in LABEL_MEMBERS if (member := sample.member(ext)) is not None}
         data = {extension: found[member.name] for extension, member in texts.items() if not member.unusable}
         class_id, reason = self._labels.of(
             sample, {extension: part for extension, part in data.items() if isinstance(part, bytes)}
         )
-        name = f"{path.name}/{image.name}"
+        name = f"{printable(path.name)}/{image.name}"
         return SourceImage(name, class_id, Unusable(reason) if reason else found[image.name])
 
 
