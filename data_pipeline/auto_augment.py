@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al. 2019) and TrivialAugment (Müller and Hutter 2021) with DALI's operations and our draws.
 
-DALI's own `rand_augment` draws inside the graph, so a picture would depend on its neighbours; here which operation, how
+DALI's own `rand_augment` draws inside the graph, so an image would depend on its neighbors; here which operation, how
 strongly and in which direction are inputs. RandAugment's operations and strengths are those of timm's
 `rand-m9-mstd0.5-inc1` family, whose magnitude runs from 0 to 10 and which applies each operation with probability 0.5;
 TrivialAugment's are those of torchvision's TrivialAugmentWide. Strength is rounded to one of 31 steps.
@@ -17,7 +17,7 @@ from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from data_pipeline.transforms import AugmentConfig, RandAugmentConfig
 
 STEPS = 31
-_FILL = 128  # gray, where a picture has been moved away
+_FILL = 128  # gray, where an image has been moved away
 _MAX_MAGNITUDE = 10
 
 RAND_AUGMENT = [
@@ -36,7 +36,7 @@ RAND_AUGMENT = [
     ops.shear_y.augmentation((0, 0.3), True),
     ops.translate_x.augmentation((0, 0.45), True),
     ops.translate_y.augmentation((0, 0.45), True),
-    ops.identity,  # for the half of the pictures that an operation is not applied to
+    ops.identity,  # for the half of the images that an operation is not applied to
 ]
 TRIVIAL_AUGMENT = get_trivial_augment_wide_suite(max_translate_abs=32)
 

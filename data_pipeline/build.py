@@ -61,8 +61,8 @@ from data_pipeline.workers import Advance, run_all, workers_pool
 J = TypeVar("J", units.Job, assemble.ShardJob)
 R = TypeVar("R")
 SHUFFLE_SEED = 0
-TELL = 60.0
-"""Seconds between lines that tell how far it is, where there is no terminal to draw a bar on."""
+LOG_EVERY_S = 60.0
+"""Seconds between lines with the progress, where there is no terminal to draw a bar on."""
 _SHOWN = 5
 _SOURCES = """'digits'; a folder of class folders, or of one such folder for each split; a folder with the three
 ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a folder with IDX files, such as MNIST;
@@ -96,7 +96,7 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
         if error.errno == errno.ENOSPC:
             raise StorageError(
                 f"no space left for {dest}; building needs twice the size of the dataset for a while. "
-                "Make room and run the same command again: it goes on from here"
+                "Make room and run the same command again: it resumes from here"
             ) from None
         raise StorageError(
             f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
@@ -133,8 +133,8 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     with _left_for_the_next_build(scratch), _progress(console) as progress, workers_pool(options.workers) as pool:
         task = progress.add_task(f"{split}: decode", total=source.count(split))
         jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
-        told = _Told(progress, task)
-        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, told=told)
+        report = _Reporter(progress, task)
+        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, report=report)
         made = list(counts)
         if not made and split != source.splits[0]:
             shutil.rmtree(scratch)
@@ -149,8 +149,8 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         table = assemble.merge(made, class_ids, source.shard_bytes)
         task = progress.add_task(f"{split}: write shards", total=len(table["label"]))
         left = assemble.shard_jobs(table, scratch, scratch, prefix)
-        told = _Told(progress, task)
-        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=options.workers, told=told)
+        report = _Reporter(progress, task)
+        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=options.workers, report=report)
         shards = list(written.values())
     assemble.publish(shards, scratch, dest, prefix)
     table_path = dest / f"{prefix}.samples.npz"
@@ -220,7 +220,7 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
         scratch.mkdir()
         write_atomically(plan, text)
     elif any(scratch.glob("unit-*.npz")):
-        console.print(f"{dest}: going on with an interrupted build")
+        console.print(f"{dest}: resuming an interrupted build")
 
 
 def _resumed(
@@ -230,7 +230,7 @@ def _resumed(
     *,
     pool: Executor,
     ahead: int,
-    told: Advance,
+    report: Advance,
 ) -> dict[Path, R]:
     """Do the jobs that an earlier build has not done, and return the results of all, in the order of the jobs."""
     results: dict[Path, R | None] = {}
@@ -241,11 +241,11 @@ def _resumed(
             if results[job.path] is None:
                 yield job
             else:
-                told(_count(job))
+                report(_count(job))
 
     for job, result in run_all(pool, work, missing(), ahead):
         results[job.path] = result
-        told(_count(job))
+        report(_count(job))
     return {path: result for path, result in results.items() if result is not None}
 
 
@@ -300,7 +300,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-class _Told:
+class _Reporter:
     """Advances a bar; in a batch job's log, a line now and then."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
@@ -309,7 +309,7 @@ class _Told:
 
     def __call__(self, done: float) -> None:
         self._progress.advance(self._task.id, done)
-        if not self._progress.disable or time.monotonic() - self._silent_since < TELL:
+        if not self._progress.disable or time.monotonic() - self._silent_since < LOG_EVERY_S:
             return
         self._silent_since = time.monotonic()
         task = self._task
@@ -324,8 +324,8 @@ def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside
     try:
         with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
             count = sum(len(paths) for paths in source.paths.values())
-            told = _Told(progress, progress.add_task("index", total=count))
-            made = index_in_place(source, dest, pool, told, beside=beside)
+            report = _Reporter(progress, progress.add_task("index", total=count))
+            made = index_in_place(source, dest, pool, report, beside=beside)
         for split in source.paths:
             if split in made:
                 print_summary(console, dest, split)

@@ -66,7 +66,7 @@ def _whole(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
 def random_resized_crop(
     config: RandomResizedCropConfig, draws: Draws, widths: NDArray[np.int64], heights: NDArray[np.int64]
 ) -> Params:
-    """Draw boxes by torchvision's rule: the first of ten tries that fits, else a centred box as large as can be.
+    """Draw boxes by torchvision's rule: the first of ten tries that fits, else a centered box as large as can be.
 
     Returns:
         start and shape, each (n, 2) int32: top and left, height and width.
@@ -79,7 +79,7 @@ def random_resized_crop(
     fits = (w >= 1) & (w <= widths[:, None]) & (h >= 1) & (h <= heights[:, None])
     first = fits.argmax(axis=1)[:, None]
     some = fits.any(axis=1)
-    # No try fits: the whole image, cut to the nearest allowed ratio, centred.
+    # No try fits: the whole image, cut to the nearest allowed ratio, centered.
     ratios = widths / heights
     whole_w = np.where(ratios > config.ratio[1], np.rint(heights * config.ratio[1]), widths)
     whole_h = np.where(ratios < config.ratio[0], np.rint(widths / config.ratio[0]), heights)
@@ -101,8 +101,8 @@ def affine(config: AffineConfig, draws: Draws, size: tuple[int, int]) -> NDArray
     zoom = config.scale[0] + u[:, 3] * (config.scale[1] - config.scale[0])
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     linear = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], axis=1)
-    centre = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's centre lies at +0.5
-    offset = centre - np.einsum("nij,nj->ni", linear, centre + shift)
+    center = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's center lies at +0.5
+    offset = center - np.einsum("nij,nj->ni", linear, center + shift)
     return np.concatenate([linear, offset[:, :, None]], axis=2).astype(np.float32)
 
 
@@ -144,7 +144,7 @@ def random_erasing(config: RandomErasingConfig, draws: Draws, size: tuple[int, i
 def eval_params(config: InputConfig, widths: NDArray[np.int64], heights: NDArray[np.int64]) -> Params:
     """Return the graph's inputs for evaluation: torchvision's Resize and CenterCrop, with their rounding.
 
-    The image is resized so that it covers image size / eval_crop_ratio, then its centre is cut out.
+    The image is resized so that it covers image size / eval_crop_ratio, then its center is cut out.
     """
     target = np.floor(np.array(config.size) / config.eval_crop_ratio + 1e-6)
     scale = np.maximum(target[0] / heights, target[1] / widths)

@@ -1,4 +1,4 @@
-"""Files that are absent, old or whole, whatever happens."""
+"""Files that are absent, old or complete, whatever happens."""
 
 import os
 from collections.abc import Iterator

@@ -138,11 +138,11 @@ class TrainLoader(_Loader):
 
     Global batch g covers the stream positions start_sample + g * global_batch and following; rank r takes the
     contiguous rows r * global_batch / world_size and following, in micro-batches of consecutive rows. The state is
-    one integer: the samples seen, from which another loader, of any world size, goes on.
+    one integer: the samples seen, from which another loader, of any world size, resumes.
 
     Args:
         dataset: the split to train on.
-        config: how images are read, augmented and normalised.
+        config: how images are read, augmented and normalized.
         seed: decides the order and the augmentation.
         global_batch: samples per optimizer step over all ranks.
         micro_batch: samples per yielded batch.
@@ -189,7 +189,7 @@ class TrainLoader(_Loader):
         self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
         self._first_row = rank * self._share
         if isinstance(dataset.store, RemoteStore):
-            # The ranks of a machine are neighbours, and share its cache.
+            # The ranks of a machine are neighbors, and share its cache.
             low = rank // local_ranks * local_ranks * self._share
             high = min(low + local_ranks * self._share, global_batch)
             block = global_batch // config.lanes
@@ -253,7 +253,7 @@ class EvalLoader(_Loader):
 
     Args:
         dataset: the split to evaluate on.
-        config: how images are read and normalised.
+        config: how images are read and normalized.
         batch_size: samples per yielded batch.
         rank: this rank.
         world_size: number of ranks.

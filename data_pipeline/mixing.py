@@ -37,7 +37,7 @@ class MixingConfig(BaseModel):
 
     @property
     def in_pairs(self) -> bool:
-        """Whether images are mixed with their neighbours, so that micro-batches must be even."""
+        """Whether images are mixed with their neighbors, so that micro-batches must be even."""
         return bool(self.mixup or self.cutmix)
 
 
@@ -148,9 +148,9 @@ def _draw(
     boxes = np.zeros((len(pairs), 4), np.int64)
     side = np.sqrt(1 - keep)
     for axis, length in enumerate(size):
-        centre, half = np.floor(u[:, 2 + axis] * length), np.floor(side * length) // 2
-        boxes[:, 2 * axis] = np.where(cut, np.clip(centre - half, 0, length), 0)
-        boxes[:, 2 * axis + 1] = np.where(cut, np.clip(centre + half, 0, length), 0)
+        center, half = np.floor(u[:, 2 + axis] * length), np.floor(side * length) // 2
+        boxes[:, 2 * axis] = np.where(cut, np.clip(center - half, 0, length), 0)
+        boxes[:, 2 * axis + 1] = np.where(cut, np.clip(center + half, 0, length), 0)
     # A box that the border has cut off is smaller than drawn: the label follows the pixels.
     area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
     return np.where(cut, 1 - area / (size[0] * size[1]), keep), boxes

@@ -23,11 +23,11 @@ _DALI = {
 
 
 def by_dali(images: Any, size: Any, interpolation: str) -> Any:
-    """Return the node that resizes on the device where the pictures are.
+    """Return the node that resizes on the device where the images are.
 
     Args:
-        images: node of (h, w, 3) uint8 pictures.
-        size: (height, width) for all pictures, or a node of one (2,) float32 each.
+        images: node of (h, w, 3) uint8 images.
+        size: (height, width) for all images, or a node of one (2,) float32 each.
         interpolation: "bilinear", "bicubic" or "lanczos".
     """
     return fn.resize(images, size=size, interp_type=_DALI[interpolation], antialias=True)
@@ -49,7 +49,7 @@ def by_torch(images: Any, size: Any, interpolation: str, threads: int) -> Any:
 
 @torch.inference_mode()
 def _resized(image: NDArray[np.uint8], size: Any, mode: str) -> NDArray[np.uint8]:
-    """Resize one picture, (h, w, 3) -> (height, width, 3)."""
+    """Resize one image, (h, w, 3) -> (height, width, 3)."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last in memory, as torch's fast kernel wants it
     resized = F.interpolate(pixels, size=[int(side) for side in size], mode=mode, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""What is done to a picture: the `data:` section of a recipe.
+"""What is done to an image: the `data:` section of a recipe.
 
 Every field is documented where it is declared. Lengths are in pixels, angles in degrees, fractions between 0 and 1.
 """
@@ -38,13 +38,13 @@ class RandomResizedCropConfig(_Config):
     """Cut out a random box and resize it to the image size (Szegedy et al. 2014, with torchvision's rule)."""
 
     scale: Range = (0.08, 1.0)
-    """The box's share of the picture's area, drawn uniformly."""
+    """The box's share of the image's area, drawn uniformly."""
     ratio: Range = (3 / 4, 4 / 3)
     """The box's width over its height, drawn uniformly in the logarithm."""
 
 
 class AffineConfig(_Config):
-    """A small random rotation, shift and zoom about the centre of the resized picture; what comes in is black."""
+    """A small random rotation, shift and zoom about the center of the resized image; what comes in is black."""
 
     degrees: float = Field(0.0, ge=0, le=180)
     """Rotation, drawn uniformly from [-degrees, degrees]."""
@@ -58,7 +58,7 @@ class RandAugmentConfig(_Config):
     """RandAugment, with the meaning of timm's `rand-m9-mstd0.5-inc1`."""
 
     operations: int = Field(2, ge=1, le=4)
-    """Operations drawn for each picture, one after the other."""
+    """Operations drawn for each image, one after the other."""
     magnitude: float = Field(9.0, ge=0, le=10)
     """How strong they are: 0 is not at all (nearly, for some), 10 is the most."""
     magnitude_std: float = Field(0.5, ge=0)
@@ -77,14 +77,14 @@ class ColorJitterConfig(_Config):
     saturation: Fraction = 0.0
     """A factor from [1 - saturation, 1 + saturation]."""
     hue: float = Field(0.0, ge=0, le=0.5)
-    """A turn of the colour circle from [-hue, hue]; 0.5 is half of it."""
+    """A turn of the color circle from [-hue, hue]; 0.5 is half of it."""
 
 
 class RandomErasingConfig(_Config):
-    """Random erasing (Zhong et al. 2017): a box of the normalised picture becomes 0, the mean colour."""
+    """Random erasing (Zhong et al. 2017): a box of the normalized image becomes 0, the mean color."""
 
     probability: Fraction = 0.25
-    """Share of the pictures that lose a box."""
+    """Share of the images that lose a box."""
     scale: Range = (0.02, 1 / 3)
     """The box's share of the area, drawn uniformly."""
     ratio: Range = (0.3, 1 / 0.3)
@@ -92,18 +92,18 @@ class RandomErasingConfig(_Config):
 
 
 class AugmentConfig(_Config):
-    """What makes a training picture differ from epoch to epoch. Each part is off where it is not named."""
+    """What makes a training image differ from epoch to epoch. Each part is off where it is not named."""
 
     random_resized_crop: RandomResizedCropConfig | None = None
-    """None resizes the whole picture."""
+    """None resizes the whole image."""
     horizontal_flip: Fraction = 0.0
     """Probability of mirroring left to right."""
     affine: AffineConfig | None = None
-    """Meant for small pictures such as digits."""
+    """Meant for small images such as digits."""
     rand_augment: RandAugmentConfig | None = None
     """At most one of this and trivial_augment."""
     trivial_augment: bool = False
-    """One operation of any strength for each picture, as torchvision's TrivialAugmentWide."""
+    """One operation of any strength for each image, as torchvision's TrivialAugmentWide."""
     color_jitter: ColorJitterConfig | None = None
     """Applied before RandAugment or TrivialAugment."""
     random_erasing: RandomErasingConfig | None = None
@@ -117,7 +117,7 @@ class AugmentConfig(_Config):
 
 
 class InputConfig(_Config):
-    """The way from shards on disk to a normalised batch on the device."""
+    """The way from shards on disk to a normalized batch on the device."""
 
     path: Annotated[Path | str, BeforeValidator(as_location)]
     """The dataset's folder, as written by `python -m data_pipeline.build`; or a URL that fsspec knows."""
@@ -136,11 +136,11 @@ class InputConfig(_Config):
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     """How training and evaluation resize; always with antialiasing, as Pillow does it."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Type of the pictures' values."""
+    """Type of the images' values."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of the training split."""
     eval_crop_ratio: float = Field(0.875, gt=0, le=1)
-    """Evaluation resizes the short side to image size / this ratio, then crops the centre; 0.875 is 256 -> 224."""
+    """Evaluation resizes the short side to image size / this ratio, then crops the center; 0.875 is 256 -> 224."""
     shuffle_window: int = Field(16, ge=1)
     """Samples are shuffled within this many shards at a time; one shard is read almost sequentially, more mix
     better."""
@@ -153,12 +153,12 @@ class InputConfig(_Config):
     """Micro-batches that are prepared ahead."""
     hw_decoder_load: float = Field(0.0, ge=0, le=1)
     """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one a
-    picture gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
+    image gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
     device_memory_padding: NonNegativeInt = 16 * 2**20
-    """Bytes of a GPU's memory that DALI takes ahead for each thread that decodes, so that a picture larger than all
+    """Bytes of a GPU's memory that DALI takes ahead for each thread that decodes, so that an image larger than all
     before it needs no allocation during training. DALI's default."""
     preallocate_hint: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
-    """Height and width of the largest picture, so that a GPU's JPEG engine takes the memory for a batch of such ahead.
+    """Height and width of the largest image, so that a GPU's JPEG engine takes the memory for a batch of such ahead.
     Only where hw_decoder_load is above 0. (0, 0), DALI's default, hints at nothing."""
     max_bad_fraction: Fraction = 0.001
     """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from data_pipeline.errors import DataError
 
 Advance = Callable[[float], None]
-"""Told how much more is done, for a progress bar."""
+"""Called with how much more is done, for a progress bar."""
 J = TypeVar("J")
 R = TypeVar("R")
 _PR_SET_PDEATHSIG = 1

@@ -91,7 +91,7 @@ def extent(path: Path, entry: Entry) -> Extent | Unusable:
 
 
 def split_in(name: str) -> str | None:
-    """Return the split that the words of a file's or folder's name speak of, as in "imagenet-validation-0001.tar"."""
+    """Return the split that a word in a file's or folder's name names, as in "imagenet-validation-0001.tar"."""
     found = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
     if len(found) > 1:
         raise DataError(f"{name} names more than one split ({', '.join(sorted(found))}); rename it")

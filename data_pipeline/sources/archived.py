@@ -12,7 +12,7 @@ from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable, ex
 class Archived:
     """A tar, or a compressed tar, in which each image lies in a folder named as its class.
 
-    A folder above that one whose name speaks of train, val or test says which split it belongs to. Where there are
+    A folder above that one whose name contains the word train, val or test is its split. Where there are
     such folders, what lies in none of them is counted and listed; where there are none, all are the train split. A
     compressed archive is read through once to find the splits and once for each split.
     """
@@ -59,6 +59,6 @@ class Archived:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Return the split ('' when no folder's name speaks of one) and the class of a member."""
+    """Return the split ('' when no folder's name has one) and the class of a member."""
     *above, folder = ("", *PurePosixPath(name).parent.parts)
     return next(filter(None, map(split_in, above)), ""), folder

@@ -189,7 +189,7 @@ def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
 
 
 def _by_split(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
-    """Group shards by the split that their names, or their folders' names, speak of."""
+    """Group shards by the split that their names, or their folders' names, contain."""
     found: dict[str, list[Path]] = {}
     unnamed = None
     for path in dict.fromkeys(paths):

@@ -70,7 +70,7 @@ def test_class_folders_become_a_dataset_and_what_cannot_be_used_is_listed_with_i
 
 
 def test_without_a_terminal_progress_and_remaining_time_are_logged(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build_module, "TELL", 0.0)
+    monkeypatch.setattr(build_module, "LOG_EVERY_S", 0.0)
     monkeypatch.setattr(units, "UNIT_IMAGES", 10)
     build_into(photos, tmp_path / "out")
     err = capsys.readouterr().err
