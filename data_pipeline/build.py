@@ -350,10 +350,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     workers = max(1, args.workers or len(os.sched_getaffinity(0)))
     wanted = Wanted(names, args.split, args.classes, args.label_key, args.val_fraction)
     source = find_source(wanted)
-    here = dest.absolute()
     if isinstance(source, Shards):
-        files = [path.absolute() for paths in source.paths.values() for path in paths]
-        if args.index is not None or all(path.is_relative_to(here) for path in files):
+        folders = {path.parent.resolve() for paths in source.paths.values() for path in paths}
+        if args.index is not None or all(folder.is_relative_to(dest.resolve()) for folder in folders):
             if args.classes is not None or args.label_key is not None or args.max_side is not None:
                 raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
             _index(source, dest, workers, console, beside=args.index is None)
@@ -393,6 +392,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         console.print(f"error: {error}")
         return 1 if isinstance(error, StorageError) else 2
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command resumes the build")
+        return 1
     except OSError as error:  # of a path that cannot even be looked at
         console.print(f"error: {printable(str(error.filename))[:200]}: {error.strerror}; check the path")
         return 2

@@ -44,7 +44,7 @@ class Job:
     @property
     def name(self) -> str:
         """The shard's name in dataset.json: relative to the dataset's folder if it lies in it."""
-        tar, dest = self.tar.absolute(), self.dest.absolute()
+        tar, dest = self.tar.parent.resolve() / self.tar.name, self.dest.resolve()  # the shard itself may be a link
         return str(tar.relative_to(dest) if tar.is_relative_to(dest) else tar)
 
     @property

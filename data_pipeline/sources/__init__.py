@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.archive import Entry
-from data_pipeline.errors import DataError, StorageError
+from data_pipeline.errors import StorageError
+from data_pipeline.index import IMAGE_EXTENSIONS
 
 SHARD_BYTES = 256 * 2**20
+IMAGE_SUFFIXES = tuple(
+    f".{extension}" for extension in (*IMAGE_EXTENSIONS, "gif", "ppm", "pgm", "avif", "jp2", "jfif", "mpo")
+)
+_NO_CLASSES = {"__MACOSX", "lost+found", "@eaDir"}
 SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
@@ -93,9 +98,26 @@ def extent(path: Path, entry: Entry) -> Extent | Unusable:
 def split_in(name: str) -> str | None:
     """Return the split that a word in a file's or folder's name names, as in "imagenet-validation-0001.tar"."""
     found = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS}
-    if len(found) > 1:
-        raise DataError(f"{name} names more than one split ({', '.join(sorted(found))}); rename it")
-    return found.pop() if found else None
+    return found.pop() if len(found) == 1 else None
+
+
+def splits_among(names: Collection[str]) -> dict[str, str]:
+    """Return the split of each of some folders side by side, or {} where their names are those of classes.
+
+    One class may be called test_tube: several splits must be named, or all folders name one.
+    """
+    found = {name: split for name in names if (split := split_in(name)) is not None}
+    return found if len(set(found.values())) > 1 or len(found) == len(names) else {}
+
+
+def may_be_image(name: str) -> bool:
+    """Whether a file's name is that of an image, or says nothing about it."""
+    return name.lower().endswith(IMAGE_SUFFIXES) or "." not in name
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file's or folder's name is of a kind that holds no images of a user's."""
+    return name.startswith(".") or name in _NO_CLASSES
 
 
 def held_out(names: Collection[str], count: int) -> set[str]:

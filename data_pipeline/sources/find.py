@@ -24,6 +24,7 @@ from data_pipeline.sources.imagenet21k import ImageNet21k
 from data_pipeline.sources.shards import LABEL_MEMBERS, Shards
 
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+_NOT_READ = re.compile(r"\.(zip|7z|rar|zst|lz4|parquet|tfrecord|jpe?g|png)$", re.IGNORECASE)
 _OTHER_TAR = re.compile(r"\.(tar\.[a-z0-9]+|tzst)$", re.IGNORECASE)
 _SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
 _MAX_CLASSES = 100_000
@@ -69,12 +70,14 @@ def find_source(wanted: Wanted) -> Source:
         source = ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes))
     else:
         _refuse(wanted, name, "classes", "label_key", "val_fraction")
+        if path.is_file():
+            return Archived(path, wanted.split)
         if path.is_dir():
             source = ImageNet1k(path) if (path / imagenet1k.TRAIN).exists() else Idx(path)
         elif path.exists() and not path.is_file():
             raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
         else:
-            source = Archived(path) if path.is_file() else Digits()
+            source = Digits()
     if wanted.split is not None:
         raise DataError(f"{name} comes with its own splits ({', '.join(source.splits)}); leave --split out")
     return source
@@ -88,6 +91,8 @@ def _refuse(wanted: Wanted, what: str, *options: str) -> None:
 
 def _kind_of(path: Path) -> str:
     """Say what an archive holds, by its first members."""
+    if _NOT_READ.search(path.name):
+        raise DataError(f"{path} is not read as it is; unpack it, and name the folder")
     first = list(islice(entries(path), _PEEKED))
     if first and all(entry.name.endswith(".tar") for entry in first):
         return "archive of archives"
@@ -190,17 +195,18 @@ def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
         )
     if other is not None and image is None:
         raise DataError(f"{other} is compressed in a way that is not read; use gzip, bzip2 or xz, or none")
-    return _by_split(shards, split) if shards else {}
+    return _by_split(shards, split, folder) if shards else {}
 
 
-def _by_split(paths: Sequence[Path], split: str | None) -> dict[str, list[Path]]:
-    """Group shards by the split that their names, or their folders' names, contain."""
+def _by_split(paths: Sequence[Path], split: str | None, root: Path | None = None) -> dict[str, list[Path]]:
+    """Group shards by the split that their names, or their folders' names below `root`, contain."""
     found: dict[str, list[Path]] = {}
     unnamed = None
     for path in dict.fromkeys(paths):
         if not path.is_file():
             raise DataError(f"{path} is no file; name shards")
-        named = split or split_in(path.name) or split_in(path.parent.name)
+        above = reversed(path.parent.relative_to(root).parts) if root is not None else (path.parent.name,)
+        named = split or next(filter(None, map(split_in, (path.name, *above))), None)
         unnamed = unnamed or (path if named is None else None)
         found.setdefault(named or "train", []).append(path)
     if unnamed is not None and len(found) > 1:

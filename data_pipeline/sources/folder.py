@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError, StorageError, printable
-from data_pipeline.index import IMAGE_EXTENSIONS
-from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, Extent, SourceImage, Unusable, held_out
-
-_NO_CLASSES = {"__MACOSX", "lost+found"}
-_IMAGES = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+from data_pipeline.sources import (
+    SHARD_BYTES,
+    SPLIT_WORDS,
+    Extent,
+    SourceImage,
+    Unusable,
+    held_out,
+    is_hidden,
+    may_be_image,
+    splits_among,
+)  # fmt: skip
 
 
 class Folder:
@@ -39,9 +45,17 @@ class Folder:
             raise DataError(f"{root} comes with a val split; leave --val-fraction out")
         self.splits = (*self._roots, *(("val",) if val_fraction else ()))
         self._classes = {folder: _classes(folder) for folder in self._roots.values()}
-        for folder, classes in self._classes.items():
-            if not classes:
+        names = {folder: {path.name for path in classes} for folder, classes in self._classes.items()}
+        for folder, found in names.items():
+            if not found:
                 raise DataError(f"{folder} has no class folders with images; images must lie in {folder}/CLASS/")
+            if not found & next(iter(names.values())):
+                raise DataError(
+                    f"{folder} has no class folder of the training split: its labels lie elsewhere; sort its images "
+                    "into class folders, or name the training split's folder as SOURCE"
+                )
+        if split is None and not splits:
+            _refuse_odd(root, self._classes[root])
 
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
@@ -61,14 +75,15 @@ class Folder:
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the files, class by class, sorted by name."""
-        root = self._roots.get(split, self.root)
+        fraction = self._fraction if split in {self.splits[0], "val"} else 0.0
+        root = self._roots[self.splits[0] if fraction else split]
         if split == self.splits[0]:
             yield from self._beside()
         for folder in self._classes[root]:
             found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder)]
-            if self._fraction:
-                usable = [image.name for image in found if not isinstance(image.data, Unusable)]
-                chosen = held_out(usable, round(self._fraction * len(usable)))
+            if fraction:
+                usable = [i.name for i in found if not isinstance(i.data, Unusable) and may_be_image(i.name)]
+                chosen = held_out(usable, round(fraction * len(usable)))
                 found = [image for image in found if (image.name in chosen) == (split == "val")]
             yield from found
 
@@ -80,7 +95,7 @@ class Folder:
                 if Path(entry.path) not in used:
                     reason = "a folder that is no class" if _is_folder(entry) else "lies in no class folder"
                     name = printable(Path(entry.path).relative_to(self.root).as_posix())
-                    yield SourceImage(name, "", Unusable("hidden" if _hidden(entry.name) else reason))
+                    yield SourceImage(name, "", Unusable("hidden" if is_hidden(entry.name) else reason))
 
     def _image(self, root: Path, class_name: str, path: str, reason: str) -> SourceImage:
         name, class_id = printable(Path(path).relative_to(root).as_posix()), printable(class_name)
@@ -99,13 +114,17 @@ class Folder:
 
 def _splits_in(root: Path) -> dict[str, Path]:
     """Return the folders of splits, if there are any; DataError where they may as well be classes."""
+    folders = [
+        entry for entry in _folders(root) if any(may_be_image(Path(path).name) for path, _ in _files(Path(entry.path)))
+    ]
+    words = splits_among([entry.name for entry in folders])
     named: dict[str, list[Path]] = {}
     others = []
-    for entry in _folders(root):
-        split = SPLIT_WORDS.get(entry.name.lower())
+    for entry in folders:
+        split = words.get(entry.name, SPLIT_WORDS.get(entry.name.lower()))
         if split is not None and _classes(Path(entry.path)):
             named.setdefault(split, []).append(Path(entry.path))
-        elif split is None and any(Path(path).suffix.lower() in _IMAGES for path, _ in _files(Path(entry.path))):
+        elif split is None:
             others.append(entry.name)
     double = next((paths for paths in named.values() if len(paths) > 1), None)
     if double is not None:
@@ -119,8 +138,18 @@ def _splits_in(root: Path) -> dict[str, Path]:
     return {name: named[name][0] for name in ("train", "val", "test") if name in named}
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in _NO_CLASSES
+def _refuse_odd(root: Path, classes: list[Path]) -> None:
+    """Refuse folders that are hardly classes: all are called as splits, or one holds only folders."""
+    if all(path.name.lower() in SPLIT_WORDS for path in classes):
+        raise DataError(
+            f"{root} has images in {classes[0].name} that lie in no class folder; sort them into class folders"
+        )
+    inside = _scan(classes[0])
+    if len(classes) == 1 and all(_is_folder(entry) for entry in inside) and len(inside) > 1:
+        raise DataError(
+            f"{root} has one folder, {classes[0].name}, with folders in it; name {classes[0]} as SOURCE, or take it as "
+            "one class with --split train"
+        )
 
 
 def _scan(folder: Path | str) -> list["os.DirEntry[str]"]:
@@ -137,13 +166,13 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _folders(root: Path | str) -> list["os.DirEntry[str]"]:
-    return [entry for entry in _scan(root) if _is_folder(entry) and not _hidden(entry.name)]
+    return [entry for entry in _scan(root) if _is_folder(entry) and not is_hidden(entry.name)]
 
 
 def _classes(root: Path) -> list[Path]:
     """Return the folders that hold at least one file that may be an image."""
     folders = (Path(entry.path) for entry in _folders(root))
-    return [folder for folder in folders if any(not reason for _, reason in _files(folder))]
+    return [folder for folder in folders if any(not r and may_be_image(Path(f).name) for f, r in _files(folder))]
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -161,7 +190,7 @@ def _files(folder: Path, above: set[tuple[int, int]] | None = None) -> Iterator[
         return
     inside = []
     for entry in _scan(folder):
-        if _hidden(entry.name):
+        if is_hidden(entry.name):
             yield entry.path, "hidden"
         elif _is_folder(entry):
             inside.append(Path(entry.path))

@@ -38,11 +38,18 @@ class Idx:
             raise DataError(f"{root} must hold one file of test images beside {train.name}, but holds {len(tests)}")
         self._images = {"train": train, "val": tests[0]}
         self._labels = {split: _read(_labels_of(path), 1) for split, path in self._images.items()}
+        self._pixels = {split: _read(path, 3) for split, path in self._images.items()}
+        for split, path in self._images.items():
+            if len(self._pixels[split]) != len(self._labels[split]):
+                raise DataError(
+                    f"{path} holds {len(self._pixels[split])} images, but {_labels_of(path)} "
+                    f"{len(self._labels[split])} labels; download both again"
+                )
 
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
-        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in self._images.values()}
-        return {"source": "idx", "images": digests}
+        files = [file for path in self._images.values() for file in (path, _labels_of(path))]
+        return {"source": "idx", "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}}
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return the labels from 0 to the largest."""
@@ -55,10 +62,7 @@ class Idx:
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images as PGM files, which Pillow reads."""
-        path, labels = self._images[split], self._labels[split]
-        pixels = _read(path, 3)
-        if len(pixels) != len(labels):
-            raise DataError(f"{path} holds {len(pixels)} images, but {_labels_of(path)} {len(labels)} labels")
+        path, labels, pixels = self._images[split], self._labels[split], self._pixels[split]
         if path.name.startswith("emnist"):
             pixels = pixels.transpose(0, 2, 1)
         head = b"P5 %d %d 255\n" % (pixels.shape[2], pixels.shape[1])
@@ -68,7 +72,7 @@ class Idx:
 
 def image_files(root: Path, split: str) -> list[Path]:
     """Return the files of a folder that hold a split's images; an unpacked one takes the place of its packed copy."""
-    found = [(path, _IMAGES.fullmatch(path.name)) for path in sorted(root.iterdir())]
+    found = [(path, _IMAGES.fullmatch(path.name)) for path in sorted(root.iterdir()) if path.is_file()]
     named = [path for path, match in found if match is not None and (match[1] == "train") == (split == "train")]
     return [path for path in named if path.suffix != ".gz" or path.with_suffix("") not in named]
 

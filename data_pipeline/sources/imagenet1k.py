@@ -56,7 +56,9 @@ class ImageNet1k:
         strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
         if strange:
             raise DataError(f"{path} holds {strange[0]}, which is no class of {DEVKIT}; download both again")
-        if missing:  # before hours of work, not after
+        for _ in self._val():  # also to be refused before hours of work, not after
+            pass
+        if missing:
             raise DataError(f"{path} lacks {len(missing)} classes, for example {missing[0]}; download it again")
         for wnid, outer in classes.items():
             found = False

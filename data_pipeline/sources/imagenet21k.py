@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.archive import contents, entries, entries_of, is_compressed
 from data_pipeline.errors import DataError
-from data_pipeline.sources import SHARD_BYTES, SourceImage, Unusable, extent, held_out
+from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, SourceImage, Unusable, extent, held_out
 
 HELD_OUT = 50
 ENOUGH = 500
@@ -69,6 +69,8 @@ class ImageNet21k:
         if not name.endswith(".tar"):
             raise DataError(f"{self.path} holds {name}, but ImageNet-21k is an archive of archives; check the file")
         wnid = name.rpartition("/")[2].removesuffix(".tar")
+        if wnid in SPLIT_WORDS:
+            raise DataError(f"{self.path} holds archives of splits, such as {name}; unpack it, and build from them")
         return wnid if self._classes is None or wnid in self._classes else None
 
     def _plain_classes(self) -> Iterator[tuple[str, list[SourceImage]]]:

@@ -247,7 +247,7 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         (["digits", "OUT", "--val-fraction", "0.1"], "--val-fraction does not go with digits"),
         (["IN", "OUT", "--val-fraction", "1.5"], "share of each class"),
         (["IN", "--index", "OUT"], "--index goes with plain WebDataset shards"),
-        (["IN/ant/0.jpg", "OUT"], "not an intact tar archive"),
+        (["IN/ant/0.jpg", "OUT"], "is not read as it is"),
         (["IN/*.tar", "OUT"], "no file matches"),
         (["OUT"], "name SOURCE and DEST"),
     ],
@@ -431,7 +431,11 @@ def run(*arguments: object) -> int:
         (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
         (("train/ant", "Train/ant"), None, "both"),
         (("train/ant", "cow", "dog"), None, "images as in a class"),
-        (("test", "train"), None, {"train"}),
+        (("test", "train"), None, "lie in no class folder"),
+        (("training_set/ant", "test_set/ant"), None, {"train", "test"}),
+        (("train_station", "test-tube", "cup"), None, {"train"}),
+        (("ds/train/ant", "ds/val/ant"), None, "name"),
+        (("train/ant/images", "val/images"), None, "no class folder of the training split"),
     ],
 )
 def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose, expected, tmp_path, capsys):
@@ -446,8 +450,7 @@ def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose,
         return
     manifest = Manifest.read(tmp_path / "out")
     assert (status, set(manifest.splits)) == (0, expected)
-    assert manifest.class_names == (["test", "train"] if folder_names == ("test", "train") else sorted(
-        {name.split("/")[1] for name in folder_names}))  # fmt: skip
+    assert manifest.class_names == sorted({name.split("/")[-1] for name in folder_names})
     assert run(root, tmp_path / "forced", "--split", "train") == 0
 
 
@@ -551,3 +554,63 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsy
     assert run("digits", tmp_path / "out", "--max-side", "0") == 2
     assert run("x" * 5000, tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 5
+
+
+def archive(path: Path, *names: str) -> Path:
+    path.write_bytes(tar({name: jpeg(i) if name.endswith("jpg") else b"x" for i, name in enumerate(names)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (["ant/2019/0.jpg", "ant/2020/1.jpg", "bee/2019/2.jpg"], [], {"train": {"ant": 2, "bee": 1}}),
+        (["d/ant/0.jpg", "d/bee/1.jpg", "d/README.txt", "d/._ant", "d/ant/._0.jpg"], [],
+         {"train": {"ant": 1, "bee": 1}}),
+        (["d/meta/classes.txt", "d/images/ant/0.jpg", "d/images/bee/1.jpg"], [], {"train": {"ant": 1, "bee": 1}}),
+        (["d/training_data/train/ant/0.jpg", "d/training_data/val/ant/1.jpg"], [],
+         {"train": {"ant": 1}, "val": {"ant": 1}}),
+        (["p/train_station/0.jpg", "p/cup/1.jpg"], [], {"train": {"cup": 1, "train_station": 1}}),
+        (["ant/0.jpg"], ["--split", "val"], {"val": {"ant": 1}}),
+        (["train/ant/0.jpg", "train/bee/1.jpg", "val/ant/2.jpg", "val/cow/3.jpg"], [],
+         {"train": {"ant": 1, "bee": 1, "cow": 0}, "val": {"ant": 1, "bee": 0, "cow": 1}}),
+        (["train/ant/images/0.jpg", "val/images/1.jpg"], [], None),
+    ],
+)  # fmt: skip
+def test_splits_and_classes_of_an_archive_are_those_of_the_folders_in_it(names, options, expected, tmp_path):
+    assert run(archive(tmp_path / "x.tar", *names), tmp_path / "out", *options) == (2 if expected is None else 0)
+    if expected is None:
+        assert not (tmp_path / "out").exists()
+        return
+    manifest = Manifest.read(tmp_path / "out")
+    found = {k: dict(zip(manifest.class_names, v.class_counts, strict=True)) for k, v in manifest.splits.items()}
+    assert found == expected
+
+
+def test_a_fraction_is_of_the_images_of_the_training_split(tmp_path):
+    for split in ("train", "test"):
+        folders(tmp_path / "in" / split, "ant", "bee")
+        for i in range(2, 10):
+            (tmp_path / "in" / split / "ant" / f"{i}.jpg").write_bytes(jpeg(i))
+            (tmp_path / "in" / split / "ant" / f"{i}.txt").write_text("a caption")
+    assert run(tmp_path / "in", tmp_path / "out", "--val-fraction", "0.2") == 0
+    splits = Manifest.read(tmp_path / "out").splits
+    assert {name: split.class_counts for name, split in splits.items()} == {
+        "train": [8, 2], "test": [10, 2], "val": [2, 0]
+    }  # fmt: skip
+
+
+def test_shards_below_folders_of_splits_and_other_ways_to_name_the_same_folder(tmp_path, monkeypatch):
+    shard(tmp_path / "in" / "train" / "p0" / "0.tar", [b"0"])
+    shard(tmp_path / "in" / "val" / "p0" / "1.tar", [b"0"], 5)
+    assert run(tmp_path / "in", tmp_path / "out") == 0
+    assert set(Manifest.read(tmp_path / "out").splits) == {"train", "val"}
+    shard(tmp_path / "a" / "x.tar", [b"0"])
+    monkeypatch.chdir(tmp_path / "a")
+    assert run("*.tar", "../a") == 0
+    written = ["_info.json", "a-train.samples.npz", "dataset.json", "x.idx", "x.tar"]
+    assert sorted(path.name for path in Path().iterdir()) == written
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    assert run("../in/train/p0/*.tar", ".") == 0
+    assert not list((tmp_path / "in").rglob("*.idx"))
