@@ -63,7 +63,7 @@ R = TypeVar("R")
 SHUFFLE_SEED = 0
 LOG_EVERY_S = 60.0
 """Seconds between lines with the progress, where there is no terminal to draw a bar on."""
-_SHOWN = 5
+_SHOWN, _LONGEST_NAME = 5, 100
 _SOURCES = """'digits'; a folder of class folders, or of one such folder for each split; a folder with the three
 ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a folder with IDX files, such as MNIST;
 WebDataset shards: a folder, a quoted pattern such as 'SHARDS/train-{0000..0146}.tar', or several SPLIT=PATTERN"""
@@ -106,9 +106,13 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
 
 def _make(dest: Path) -> None:
     """Make the dataset's folder."""
+    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME:
+        raise DataError(
+            f"{dest} has a name of more than {_LONGEST_NAME} bytes, and shards are named after it; shorten it"
+        )
     try:
-        dest.mkdir(parents=True, exist_ok=True)
         str(dest.resolve()).encode()
+        dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{dest} cannot be made ({error.strerror}); name another DEST") from None
     except UnicodeEncodeError:
@@ -343,8 +347,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     dest = Path(place)
     if args.max_side is not None and args.max_side < 1:
         raise DataError(f"--max-side is a number of pixels, but is {args.max_side}")
-    if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.split):
-        raise DataError(f"--split {args.split!r} becomes a part of file names; use letters, digits, - and _")
+    if args.split is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", args.split):
+        raise DataError(f"--split {args.split[:40]!r} becomes a part of file names; use few letters, digits, - and _")
     if not 0 <= args.val_fraction < 1:
         raise DataError(f"--val-fraction is a share of each class, such as 0.1, but is {args.val_fraction}")
     workers = max(1, args.workers or len(os.sched_getaffinity(0)))

@@ -552,8 +552,10 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsy
     for dest in (tmp_path / "file", tmp_path / "file" / "out", ""):
         assert run("digits", dest) == 2
     assert run("digits", tmp_path / "out", "--max-side", "0") == 2
+    assert run("digits", tmp_path / ("x" * 200)) == 2
     assert run("x" * 5000, tmp_path / "out") == 2
-    assert capsys.readouterr().err.count("\n") == 5
+    assert capsys.readouterr().err.count("\n") == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "n.tar", "x.tar"]
 
 
 def archive(path: Path, *names: str) -> Path:
