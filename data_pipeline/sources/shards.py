@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,18 @@ class Shards:
         """Return the classes that were stated, else those that occur: numbers are labels, from 0 to the largest."""
         if self.stated is not None:
             return self.stated
+        if len(self.splits) > 1:
+            found = self._in_any_split
         numbers = sorted(int(class_id) for class_id in found if class_id.isdigit())
         if numbers and len(numbers) < len(found):
             name = next(class_id for class_id in sorted(found) if not class_id.isdigit())
             raise DataError(f"some labels of the shards are numbers, others are names such as {name!r}; give --classes")
         names = [str(label) for label in range(numbers[-1] + 1)] if numbers else sorted(found)
         return {name: name for name in names}
+
+    @cached_property
+    def _in_any_split(self) -> set[str]:
+        return {image.class_id for split in self.splits for image in self.images(split) if image.class_id}
 
     def count(self, split: str) -> None:
         """Return None: shards do not say."""

@@ -605,8 +605,10 @@ def test_a_fraction_is_of_the_images_of_the_training_split(tmp_path):
 def test_shards_below_folders_of_splits_and_other_ways_to_name_the_same_folder(tmp_path, monkeypatch):
     shard(tmp_path / "in" / "train" / "p0" / "0.tar", [b"0"])
     shard(tmp_path / "in" / "val" / "p0" / "1.tar", [b"0"], 5)
+    shard(tmp_path / "in" / "val" / "p1" / "2.tar", [b"2"], 6)  # a class that train does not have
     assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert set(Manifest.read(tmp_path / "out").splits) == {"train", "val"}
+    splits = Manifest.read(tmp_path / "out").splits
+    assert {name: split.class_counts for name, split in splits.items()} == {"train": [1, 0, 0], "val": [1, 0, 1]}
     shard(tmp_path / "a" / "x.tar", [b"0"])
     monkeypatch.chdir(tmp_path / "a")
     assert run("*.tar", "../a") == 0
