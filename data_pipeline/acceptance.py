@@ -130,7 +130,7 @@ def _examined(data: bytes, image: Image.Image) -> Decoded | Rejected:
     if image.format in {"JPEG", "MPO"}:
         found = parse_jpeg(data)
         if image.mode not in {"L", "RGB"}:
-            found.hinder(f"{image.mode} colors")
+            found.add_obstacle(f"{image.mode} colors")
         if not found.incomplete and _ends_early(data, image, found):
             found.incomplete = "a part of its data is missing, and gray takes its place"
     elif image.format == "PNG":
@@ -142,13 +142,13 @@ def _examined(data: bytes, image: Image.Image) -> Decoded | Rejected:
     try:
         orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
     except Exception:  # noqa: BLE001  (as above)
-        found.hinder("damaged EXIF data")
+        found.add_obstacle("damaged EXIF data")
         orientation = _UPRIGHT
     stored = found.orientation()
     if stored is None:
-        found.hinder("EXIF data or an orientation that are not as the standard has them")
+        found.add_obstacle("EXIF data or an orientation that are not as the standard has them")
     elif _turn(stored) != _turn(orientation):
-        found.hinder("an orientation that is not in its EXIF data")
+        found.add_obstacle("an orientation that is not in its EXIF data")
     return Decoded(image, orientation if _turn(orientation) is not None else _UPRIGHT, found.obstacle)
 
 

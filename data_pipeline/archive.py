@@ -56,7 +56,7 @@ class _Header(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             raise _DamagedError("it ends without its end-of-archive blocks" if not buf else str(error)) from None
-        if header.size < 0:  # tarfile would go round in a circle
+        if header.size < 0:  # tarfile would loop forever
             raise _DamagedError("a negative size")
         return header
 
@@ -81,7 +81,8 @@ class _Part:
 
 def is_compressed(path: Path) -> bool:
     """Whether the file begins as a gzip, bzip2 or xz file does."""
-    return _decompressor(path) is not None
+    with _opened(path) as (_, compressed):
+        return compressed
 
 
 def entries(path: Path, inside: Entry | None = None) -> Iterator[Entry]:
@@ -95,8 +96,8 @@ def entries(path: Path, inside: Entry | None = None) -> Iterator[Entry]:
         DataError: the archive is damaged or incomplete.
         StorageError: it cannot be read.
     """
-    with _reported(path, inside), _opened(path) as stream:
-        if _decompressor(path) is not None:
+    with _reported(path, inside), _opened(path) as (stream, compressed):
+        if compressed:
             yield from (entry for entry, _ in _members(stream, 0, streamed=True))
             return
         start, size = (inside.offset, inside.size) if inside is not None else (0, path.stat().st_size)
@@ -115,7 +116,7 @@ def contents(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iter
         DataError: the archive is damaged or incomplete.
         StorageError: it cannot be read.
     """
-    with _reported(path, None), _opened(path) as stream:
+    with _reported(path, None), _opened(path) as (stream, _):
         for entry, read in _members(stream, 0, streamed=True):
             yield entry, read() if not entry.unusable and wanted(entry.name) else b""
 
@@ -170,14 +171,18 @@ def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None
         raise _DamagedError("it ends without its end-of-archive blocks")
 
 
-def _decompressor(path: Path) -> Callable[..., Any] | None:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
+    """Give a stream of the decompressed file, and whether it is compressed."""
     with path.open("rb") as stream:
         begin = stream.read(8)
-    return next((opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic)), None)
-
-
-def _opened(path: Path) -> Any:
-    return (_decompressor(path) or Path.open)(path, "rb")
+        stream.seek(0)
+        opener = next((opener for magic, opener in _DECOMPRESSORS.items() if begin.startswith(magic)), None)
+        if opener is None:
+            yield stream, False
+            return
+        with opener(stream, "rb") as decompressed:
+            yield decompressed, True
 
 
 @contextmanager

@@ -77,8 +77,8 @@ class Options:
     max_side: int | None = None
 
 
-def build(source: Source, dest: Path, options: Options, console: Console) -> Manifest:
-    """Build all splits of a source into `dest` and return what the dataset holds.
+def build(source: Source, dest: Path, options: Options, console: Console) -> None:
+    """Build all splits of a source into `dest`.
 
     Raises:
         DataError: the source or the destination is not as it should be, or the disk is full.
@@ -101,7 +101,6 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Man
         raise StorageError(
             f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
         ) from None
-    return Manifest.read(dest)
 
 
 def _make(dest: Path) -> None:
@@ -168,14 +167,14 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         built=built,
     )
     splits = (manifest.splits if manifest is not None else {}) | {split: entry}
-    publish(Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits), dest)
+    whole = Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits)
+    publish(whole, dest)
     shutil.rmtree(scratch)
-    print_summary(console, dest, split)
+    print_summary(console, dest, whole, split)
 
 
-def print_summary(console: Console, dest: Path, split: str) -> None:
+def print_summary(console: Console, dest: Path, manifest: Manifest, split: str) -> None:
     """Print the size of a split, its classes, and what was left out."""
-    manifest = Manifest.read(dest)
     entry = manifest.splits[split]
     counts = np.array(entry.class_counts)
     present = counts[counts > 0]
@@ -218,9 +217,9 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
                 (dest / record.name).with_suffix(suffix).unlink(missing_ok=True)
         shutil.rmtree(scratch)
     if not scratch.exists():
-        strangers = assemble.shards_in(dest, prefix)
-        if strangers:
-            raise DataError(f"{strangers[0]} exists but belongs to no dataset built here; name another folder")
+        foreign = assemble.shards_in(dest, prefix)
+        if foreign:
+            raise DataError(f"{foreign[0]} exists but belongs to no dataset built here; name another folder")
         scratch.mkdir()
         write_atomically(plan, text)
     elif any(scratch.glob("unit-*.npz")):
@@ -330,9 +329,10 @@ def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside
             count = sum(len(paths) for paths in source.paths.values())
             report = _Reporter(progress, progress.add_task("index", total=count))
             made = index_in_place(source, dest, pool, report, beside=beside)
+        manifest = Manifest.read(dest)
         for split in source.paths:
             if split in made:
-                print_summary(console, dest, split)
+                print_summary(console, dest, manifest, split)
             else:
                 console.print(f"{dest}: split '{split}' is complete; nothing to do")
     except OSError as error:

@@ -42,7 +42,7 @@ class Structure:
     scans: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end of each of a JPEG's scans of entropy-coded data."""
 
-    def hinder(self, why: str) -> None:
+    def add_obstacle(self, why: str) -> None:
         """Note an obstacle; the first one stays."""
         self.obstacle = self.obstacle or why
 
@@ -68,7 +68,7 @@ def parse_jpeg(data: bytes) -> Structure:
             if marker == _EOI:
                 break
             if marker is None or marker <= 0x01 or 0xD0 <= marker <= _SOI:
-                found.hinder(f"bytes that belong to no segment, at byte {begin}")
+                found.add_obstacle(f"bytes that belong to no segment, at byte {begin}")
                 at = _next_marker(data, begin + 1)
                 continue
             end = at + 1 + struct.unpack_from(">H", data, at + 1)[0]
@@ -133,11 +133,11 @@ def _restarts(frame: bytes, scan: bytes, interval: int) -> int:
 
 def _note_frame(found: Structure, segment: bytes, adobe: bytes) -> None:
     if found.frame not in HUFFMAN:
-        found.hinder("a coding that is neither baseline nor progressive Huffman")
+        found.add_obstacle("a coding that is neither baseline nor progressive Huffman")
     if segment[0] != 8:
-        found.hinder(f"{segment[0]} bits per channel")
+        found.add_obstacle(f"{segment[0]} bits per channel")
     if segment[6:13:3] == b"RGB" or (adobe and segment[5] == 3 and adobe[11:12] != b"\x01"):
-        found.hinder("colors that are stored as RGB")
+        found.add_obstacle("colors that are stored as RGB")
 
 
 def _note_scan(segment: bytes, left: dict[int, list[int]], *, progressive: bool) -> None:
@@ -184,22 +184,22 @@ def parse_png(data: bytes) -> Structure:
         if at > len(data):
             break
         if zlib.crc32(data[begin - 4 : at - 4]) != struct.unpack_from(">I", data, at - 4)[0]:
-            found.hinder(f"a wrong checksum of its chunk {kind.decode('ascii', 'backslashreplace')}")
+            found.add_obstacle(f"a wrong checksum of its chunk {kind.decode('ascii', 'backslashreplace')}")
         kinds.append(kind)
         if kind == b"IDAT":
             pixels.append(data[begin : at - 4])
         elif kind == b"eXIf":
             found.exif.append(data[begin : at - 4])
     if kinds[-1:] != [b"IEND"]:
-        found.hinder("no IEND chunk: it ends early")
+        found.add_obstacle("no IEND chunk: it ends early")
     if data[24] == 16:
-        found.hinder("16 bits per channel")
+        found.add_obstacle("16 bits per channel")
     _note_chunks(found, kinds, palette=data[25] == 3)
     size = _pixel_bytes(data)
     if size and not _holds(pixels, size):
         found.incomplete = "its compressed pixels end early"
     if any(data[26:28]) or data[28] > 1:
-        found.hinder("a compression, filter or interlacing that the standard does not have")
+        found.add_obstacle("a compression, filter or interlacing that the standard does not have")
     return found
 
 
@@ -212,11 +212,11 @@ def _note_chunks(found: Structure, kinds: list[bytes], *, palette: bool) -> None
     head = [b"IHDR", b"PLTE"] if palette else [b"IHDR"]
     in_order = critical[:first] in (head, [b"IHDR", b"PLTE"]) and set(critical[first:last]) == {b"IDAT"}
     if not in_order or critical[last:] not in ([b"IEND"], []):
-        found.hinder("critical chunks that are missing, repeated, unknown or out of order")
+        found.add_obstacle("critical chunks that are missing, repeated, unknown or out of order")
     if b"acTL" in kinds:
-        found.hinder("an animation")
+        found.add_obstacle("an animation")
     if b"eXIf" in kinds and kinds.index(b"eXIf") > kinds.index(b"IDAT"):
-        found.hinder("EXIF data behind its pixels")
+        found.add_obstacle("EXIF data behind its pixels")
 
 
 def _pixel_bytes(data: bytes) -> int:

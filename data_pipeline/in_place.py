@@ -1,4 +1,4 @@
-"""Shards that others made, used where they lie: an index, a table and dataset.json are written, the shards stay as are.
+"""Shards that others made, used where they lie: an index, a table and dataset.json are written, no shard is changed.
 
 Samples must have a `cls` member with a number. Every image is fully decoded; what `data_pipeline.acceptance` does not
 accept as it is, and every sample without exactly one image and one label, is left out of the table and listed in
@@ -21,7 +21,7 @@ from data_pipeline.archive import entries, is_compressed
 from data_pipeline.assemble import save_table
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
-from data_pipeline.index import Labels, Sample, samples_of
+from data_pipeline.index import STRAY, Labels, Sample, samples_of
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Reject, Shard, Split, file_of, publish
 from data_pipeline.shards import crc32, index_text
 from data_pipeline.sources.shards import Shards
@@ -172,7 +172,7 @@ def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
                 rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
             else:
                 rows.append(row)
-    rejected += [Reject(name=f"{job.tar.name}:{name}", reason="belongs to no sample") for name in strays]
+    rejected += [Reject(name=f"{job.tar.name}:{name}", reason=STRAY) for name in strays]
     tar, idx = job.files()
     return (
         np.array(rows, np.int64).reshape(len(rows), len(_COLUMNS)),

@@ -8,6 +8,8 @@ from data_pipeline.archive import Entry
 from data_pipeline.errors import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+STRAY = "belongs to no sample: it is hidden or has no extension"
+"""Why a member of a shard is left out that `samples_of` puts among the strays."""
 _MAX_LABEL_DIGITS, _MAX_NAME = 5, 200
 
 
@@ -79,9 +81,8 @@ class Labels:
             sample: the sample.
             contents: the bytes of its members `cls`, `json` and `txt`, by extension.
         """
-        texts = {name: data.strip().decode("utf-8", "backslashreplace") for name, data in contents.items()}
         if self.key is None and "cls" in contents:
-            return self._class_of(texts["cls"], named=True)
+            return self._class_of(_text(contents["cls"]), named=True)
         if "json" in contents:
             try:
                 value = json.loads(contents["json"])
@@ -93,7 +94,7 @@ class Labels:
             else:
                 return self._class_of(printable(str(value)), named=isinstance(value, str))
         if self.key is None and "txt" in contents:
-            return self._class_of(texts["txt"], named=False)
+            return self._class_of(_text(contents["txt"]), named=False)
         return "", sample.incomplete()
 
     def _class_of(self, text: str, *, named: bool) -> tuple[str, str]:
@@ -112,6 +113,10 @@ class Labels:
         if named and is_name:
             return text, ""
         return "", f"its label is no number of at most {_MAX_LABEL_DIGITS} digits and no short name: {text[:40]!r}"
+
+
+def _text(data: bytes) -> str:
+    return data.strip().decode("utf-8", "backslashreplace")
 
 
 def samples_of(members: Iterable[Entry], strays: list[str]) -> Iterator[Sample]:

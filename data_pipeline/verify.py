@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="decode every image as well")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(arguments)
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
         workers = args.workers or len(os.sched_getaffinity(0))
         problems = verify(args.dest, console, workers=workers, decode=args.decode)
@@ -159,13 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         problems = [str(error)]
     for problem in problems:
-        console.print(f"error: {problem}", markup=False, highlight=False)
+        console.print(f"error: {problem}")
     if problems:
         return 1
     counts = ", ".join(
         f"{split}: {entry.samples} samples in {len(entry.shards)} shards" for split, entry in splits.items()
     )
-    console.print(f"{args.dest} is intact ({counts}{', all decoded' if args.decode else ''})", highlight=False)
+    console.print(f"{args.dest} is intact ({counts}{', all decoded' if args.decode else ''})")
     return 0
 
 

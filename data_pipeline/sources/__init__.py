@@ -116,10 +116,10 @@ def may_be_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file's or folder's name is of a kind that holds no images of a user's."""
+    """Whether a file or folder is hidden, or made by a system, such as __MACOSX."""
     return name.startswith(".") or name in _NO_CLASSES
 
 
 def held_out(names: Collection[str], count: int) -> set[str]:
-    """Choose `count` of the names by a hash of each: the same ones whatever else there is and whoever asks."""
+    """Choose `count` of the names by a hash of each; adding or removing a name changes at most one choice."""
     return set(sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:count])

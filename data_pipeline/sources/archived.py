@@ -48,10 +48,10 @@ class Archived:
         )
         shared = os.path.commonpath([str(folder) for folder in folders]) if folders else ""
         above = PurePosixPath(shared).parts
-        if PurePosixPath(shared) in folders:  # one class only
-            above = above[:-1]
+        below = {folder.parts[len(above)] for folder in folders if len(folder.parts) > len(above)}
+        if PurePosixPath(shared) in folders and len(below) <= 1:  # one class; else images beside the class folders
+            below, above = set(above[-1:]), above[:-1]
         self._depth = len(above)
-        below = {folder.parts[self._depth] for folder in folders if len(folder.parts) > self._depth}
         self._split_of = {} if split is not None else splits_among(below)
         named = next((SPLIT_WORDS[part.lower()] for part in reversed(above) if part.lower() in SPLIT_WORDS), None)
         self._split = split or named or split_in(path.name) or "train"
@@ -60,9 +60,10 @@ class Archived:
         for folder, count in folders.items():
             found, class_id = self._place(folder)
             self._counts[found] += count
-            classes.setdefault(found, set()).add(class_id)
+            classes.setdefault(found, set()).update({class_id} - {""})
         self.splits = tuple(name for name in ("train", "val", "test") if name in self._counts) or (self._split,)
-        self._classes = sorted(set().union(*(classes[name] for name in classes if name)))
+        names = set().union(*(found for split, found in classes.items() if split))
+        self._classes = {name: name for name in sorted(names)}
         for name in self.splits[1:]:
             if not classes[name] & classes[self.splits[0]]:
                 raise DataError(
@@ -76,7 +77,7 @@ class Archived:
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return the names of the class folders, sorted."""
-        return {name: name for name in self._classes}
+        return self._classes
 
     def count(self, split: str) -> int:
         """Return the number of images."""

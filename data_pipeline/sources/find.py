@@ -51,35 +51,44 @@ def find_source(wanted: Wanted) -> Source:
     """
     name = wanted.names[0]
     path = Path(name)
-    shards: dict[str, list[Path]] = {}
-    source: Source
     if len(wanted.names) > 1 or not (_exists(path) or name == "digits"):
-        shards = _matching(wanted)
-    elif path.is_dir():
-        shards = _shards_in(path, wanted.split)
-    elif path.is_file() and _kind_of(path) == "shard":
-        shards = {wanted.split or split_in(path.name) or "train": [path]}
+        return _shards(_matching(wanted), wanted)
+    if path.is_file():
+        return _in_file(path, wanted)
+    if path.is_dir():
+        return _in_folder(path, wanted)
+    if _exists(path):
+        raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
+    return _with_own_splits(Digits(), wanted, "classes")
+
+
+def _in_file(path: Path, wanted: Wanted) -> Source:
+    kind = _kind_of(path)
+    if kind == "shard":
+        return _shards({wanted.split or split_in(path.name) or "train": [path]}, wanted)
+    if kind == "archive of archives":
+        return _with_own_splits(ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes)), wanted)
+    _refuse(wanted, str(path), "classes", "label_key", "val_fraction")
+    return Archived(path, wanted.split)
+
+
+def _in_folder(path: Path, wanted: Wanted) -> Source:
+    if (path / imagenet1k.TRAIN).exists():
+        return _with_own_splits(ImageNet1k(path), wanted, "classes")
+    if image_files(path, "train"):
+        return _with_own_splits(Idx(path), wanted, "classes")
+    shards = _shards_in(path, wanted.split)
     if shards:
-        _refuse(wanted, "shards", "val_fraction")
         return _shards(shards, wanted)
-    if path.is_dir() and not (path / imagenet1k.TRAIN).exists() and not image_files(path, "train"):
-        _refuse(wanted, "a folder of images", "classes", "label_key")
-        return Folder(path, wanted.split, wanted.val_fraction)
-    if path.is_file() and _kind_of(path) == "archive of archives":
-        _refuse(wanted, "ImageNet-21k", "label_key", "val_fraction")
-        source = ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes))
-    else:
-        _refuse(wanted, name, "classes", "label_key", "val_fraction")
-        if path.is_file():
-            return Archived(path, wanted.split)
-        if path.is_dir():
-            source = ImageNet1k(path) if (path / imagenet1k.TRAIN).exists() else Idx(path)
-        elif path.exists() and not path.is_file():
-            raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
-        else:
-            source = Digits()
+    _refuse(wanted, "a folder of images", "classes", "label_key")
+    return Folder(path, wanted.split, wanted.val_fraction)
+
+
+def _with_own_splits(source: Source, wanted: Wanted, *refused: str) -> Source:
+    """Return a source whose splits are fixed; DataError where the command line asks for others."""
+    _refuse(wanted, wanted.names[0], *refused, "label_key", "val_fraction")
     if wanted.split is not None:
-        raise DataError(f"{name} comes with its own splits ({', '.join(source.splits)}); leave --split out")
+        raise DataError(f"{wanted.names[0]} comes with its own splits ({', '.join(source.splits)}); leave --split out")
     return source
 
 
@@ -163,8 +172,6 @@ def _globbed(part: str) -> list[Path]:
 
 def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """Return the shards of a folder by split; none when it is a folder of another kind."""
-    if (folder / imagenet1k.TRAIN).exists():
-        return {}
     found: dict[str, list[Path]] = {}
     for name, part in _info(folder).get("splits", {}).items() if split is None else ():
         key = SPLIT_WORDS.get(name.lower(), name)
@@ -191,7 +198,7 @@ def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
     if shards and image is not None:
         raise DataError(
             f"{folder} holds shards such as {shards[0]} and images such as {image}; name the shards by a pattern, or "
-            "take them away"
+            "remove them"
         )
     if other is not None and image is None:
         raise DataError(f"{other} is compressed in a way that is not read; use gzip, bzip2 or xz, or none")
@@ -216,6 +223,7 @@ def _by_split(paths: Sequence[Path], split: str | None, root: Path | None = None
 
 def _shards(paths: dict[str, list[Path]], wanted: Wanted) -> Shards:
     """Return the source that converts shards."""
+    _refuse(wanted, "shards", "val_fraction")
     seen: dict[Path, str] = {}
     for split, group in paths.items():
         for path in group:
@@ -241,9 +249,9 @@ def _info(folder: Path) -> dict[str, Any]:
         missing = [name for part in info.get("splits", {}).values() for name in part["filenames"]]
         missing = [name for name in missing if not (folder / name).is_file()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a description of shards ({error}); fix it or take it away") from None
+        raise DataError(f"{path} is not a description of shards ({error}); correct or remove it") from None
     if not all(part["filenames"] for part in info.get("splits", {}).values()):
-        raise DataError(f"{path} has a split without files; correct it or take it away")
+        raise DataError(f"{path} has a split without files; correct or remove it")
     if missing:
         raise DataError(f"{folder / missing[0]} does not exist, but {path} names it; copy it here")
     return dict(info)

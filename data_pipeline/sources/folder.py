@@ -51,8 +51,8 @@ class Folder:
                 raise DataError(f"{folder} has no class folders with images; images must lie in {folder}/CLASS/")
             if not found & next(iter(names.values())):
                 raise DataError(
-                    f"{folder} has no class folder of the training split: its labels lie elsewhere; sort its images "
-                    "into class folders, or name the training split's folder as SOURCE"
+                    f"{folder} has no class folder of the training split, so its labels must be elsewhere; sort its "
+                    "images into class folders, or name the training split's folder as SOURCE"
                 )
         if split is None and not splits:
             _refuse_odd(root, self._classes[root])
@@ -133,13 +133,13 @@ def _splits_in(root: Path) -> dict[str, Path]:
         split = next(iter(named))
         raise DataError(
             f"{root} has {named[split][0].name} with folders as in a split, and {others[0]} with images as in a class; "
-            "name one of them as SOURCE, or say with --split what all of them as classes become"
+            "name one of them as SOURCE, or take every folder as a class with --split train"
         )
     return {name: named[name][0] for name in ("train", "val", "test") if name in named}
 
 
 def _refuse_odd(root: Path, classes: list[Path]) -> None:
-    """Refuse folders that are hardly classes: all are called as splits, or one holds only folders."""
+    """Refuse folders that are not likely to be classes: all have names of splits, or one holds only folders."""
     if all(path.name.lower() in SPLIT_WORDS for path in classes):
         raise DataError(
             f"{root} has images in {classes[0].name} that lie in no class folder; sort them into class folders"
@@ -175,17 +175,9 @@ def _classes(root: Path) -> list[Path]:
     return [folder for folder in folders if any(not r and may_be_image(Path(f).name) for f, r in _files(folder))]
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    info = folder.stat()
-    return info.st_dev, info.st_ino
-
-
-def _files(folder: Path, above: set[tuple[int, int]] | None = None) -> Iterator[tuple[str, str]]:
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield path and reason ('' for a file that may be an image) of all below a folder; links are followed."""
-    here = _identity(folder)
-    if above is None:
-        above = {_identity(parent) for parent in folder.absolute().parents}
-    if here in above:
+    if folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents):
         yield str(folder), "a link to a folder above it"
         return
     inside = []
@@ -197,4 +189,4 @@ def _files(folder: Path, above: set[tuple[int, int]] | None = None) -> Iterator[
         else:
             yield entry.path, ""
     for path in inside:
-        yield from _files(path, above | {here})
+        yield from _files(path)

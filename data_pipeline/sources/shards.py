@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.archive import Entry, contents, entries, is_compressed
 from data_pipeline.errors import DataError, StorageError, printable
-from data_pipeline.index import Labels, Member, Sample, samples_of
+from data_pipeline.index import STRAY, Labels, Member, Sample, samples_of
 from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable
 
 LABEL_MEMBERS = ("cls", "json", "txt")
@@ -57,6 +57,7 @@ class Shards:
 
     @cached_property
     def _in_any_split(self) -> set[str]:
+        """The class ids of all splits, for which the shards are read through once more."""
         return {image.class_id for split in self.splits for image in self.images(split) if image.class_id}
 
     def count(self, split: str) -> None:
@@ -69,9 +70,7 @@ class Shards:
             for sample, found in _compressed(path, strays) if is_compressed(path) else _plain(path, strays):
                 yield self._image(path, sample, found)
             for name in strays:
-                yield SourceImage(
-                    f"{printable(path.name)}/{name}", "", Unusable("belongs to no sample: it has no extension")
-                )
+                yield SourceImage(f"{printable(path.name)}/{name}", "", Unusable(STRAY))
 
     def _image(self, path: Path, sample: Sample, found: dict[str, Extent | bytes]) -> SourceImage:
         image = sample.image()

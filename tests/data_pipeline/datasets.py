@@ -10,6 +10,7 @@ from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, TrainLoader
 from data_pipeline.manifest import Manifest, file_of
+from data_pipeline.reader import Reader
 from data_pipeline.shards import crc32
 from data_pipeline.transforms import InputConfig
 
@@ -86,3 +87,23 @@ def spoil_scan(folder: Path) -> None:
     data = stored(Dataset.open(folder, "train"), 70)
     scan = data.index(b"\xff\xda")
     replace_image(folder, 70, data[: scan + 12] + b"\xff\xd8" + bytes(len(data) - scan - 14))
+
+
+def classes_by_bytes(folder: Path, split: str) -> dict[bytes, str]:
+    """Return class id of every image, by its bytes."""
+    dataset = Dataset.open(folder, split)
+    reader = Reader(dataset)
+    found = {reader.read(i)[0].tobytes(): dataset.class_ids[dataset.labels[i]] for i in range(len(dataset))}
+    reader.close()
+    assert len(found) == len(dataset)
+    return found
+
+
+def listed(folder: Path, split: str = "train") -> dict[str, str]:
+    """What a build left out, by name with the reason."""
+    return {reject.name: reject.reason for reject in Manifest.read(folder).splits[split].rejected}
+
+
+def run_build(*arguments: object) -> int:
+    """Build with these arguments and one worker in this process; return the exit status."""
+    return build([*map(str, arguments), "--workers", "1"])

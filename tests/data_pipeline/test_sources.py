@@ -1,9 +1,6 @@
 import gzip
 import io
-import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,19 +13,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Reader
 from data_pipeline.sources import imagenet21k as source_21k
-from data_pipeline.verify import main as verify
+from tests.data_pipeline.datasets import classes_by_bytes, listed, run_build
 from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
-
-
-def stored(folder: Path, split: str) -> dict[bytes, str]:
-    """Return class id of every image, by its bytes."""
-    dataset = Dataset.open(folder, split)
-    reader = Reader(dataset)
-    found = {reader.read(i)[0].tobytes(): dataset.class_ids[dataset.labels[i]] for i in range(len(dataset))}
-    reader.close()
-    assert len(found) == len(dataset)
-    return found
-
 
 CLASSES = {"n01440764": 7, "n01443537": 5, "n01484850": 9}
 
@@ -38,10 +24,10 @@ def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_developm
     assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
     val = images.pop("val")
     expected = {data: wnid for wnid, members in images.items() for data in members.values()}
-    assert stored(tmp_path / "out", "train") == expected
+    assert classes_by_bytes(tmp_path / "out", "train") == expected
     numbered = sorted(CLASSES, reverse=True)  # as the look-alike numbers them
     expected = {data: numbered[i % 3] for i, data in enumerate(val.values())}
-    assert stored(tmp_path / "out", "val") == expected
+    assert classes_by_bytes(tmp_path / "out", "val") == expected
     dataset = Dataset.open(tmp_path / "out", "train")
     assert dataset.class_ids == tuple(sorted(CLASSES))
     assert dataset.class_names[0] == "words of n01440764"
@@ -75,7 +61,7 @@ def test_imagenet_21k_is_read_from_its_archive_with_a_class_filter(tmp_path, mon
     command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
     assert build([*command, "--workers", "1"]) == 0
     expected = {data: wnid for wnid in CLASSES for data in images[wnid].values()}
-    train, val = stored(tmp_path / "out", "train"), stored(tmp_path / "out", "val")
+    train, val = classes_by_bytes(tmp_path / "out", "train"), classes_by_bytes(tmp_path / "out", "val")
     assert train | val == expected
     assert not train.keys() & val.keys()
     assert list(val.values()) == ["n01484850"] * 3  # the only class with enough
@@ -93,56 +79,6 @@ def test_an_archive_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
     assert build([str(tmp_path / "flat.tar"), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "neither a shard" in capsys.readouterr().err
-
-
-def foreign(folder: Path) -> None:
-    folder.mkdir()
-    exif = jpeg(3, (40, 20), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
-    first = {
-        f"a/{i:03d}.{ext}": data for i in range(5) for ext, data in (("cls", b"%d" % i), ("jpg", jpeg(i, (30, 20))))
-    }
-    second = {
-        "b0.jpg": exif, "b0.cls": b" 2\n", "b0.json": b"{}",
-        "b1.jpg": jpeg(4), "b2.cls": b"1", "b2.jpg": b"no image", "b3.jpg": jpeg(5), "b3.cls": b"cat",
-        "README": b"stray", ".hidden": b"", "b4.jpeg": jpeg(6), "b4.cls": b"0",
-        "b5.jpg": jpeg(8), "b5.cls": b"999999999999",
-    }  # fmt: skip
-    (folder / "x-000.tar").write_bytes(tar(first))
-    (folder / "x-001.tar").write_bytes(tar(second))
-
-
-def test_shards_of_others_are_indexed_in_place(tmp_path):
-    foreign(tmp_path / "shards")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
-    assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 0
-    dataset = Dataset.open(tmp_path / "shards", "train")
-    assert dataset.labels.tolist() == [0, 1, 2, 3, 4, 2, 0]
-    # DALI and the table agree on the frame of an image with an EXIF rotation.
-    assert (dataset.width[5], dataset.height[5]) == (20, 40)
-    assert all((tmp_path / "shards" / name).read_bytes() == data for name, data in before.items())
-    rejected = Manifest.read(tmp_path / "shards").splits["train"].rejected
-    assert [reject.name for reject in rejected] == [
-        f"x-001.tar:{name}" for name in ("b1", "b2", "b3", "b5", "README", ".hidden")
-    ]
-    reasons = ["needs one image and one label", "does not decode", *["its label is"] * 2, *["belongs to no sample"] * 2]
-    assert all(reason in reject.reason for reason, reject in zip(reasons, rejected, strict=True))
-    assert verify([str(tmp_path / "shards"), "--decode", "--workers", "1"]) == 0
-
-
-def test_an_index_in_place_is_the_one_wds2idx_writes(tmp_path):
-    foreign(tmp_path / "shards")
-    (tmp_path / "shards" / "x-001.tar").unlink()  # wds2idx invents a key for a file without an extension
-    assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 0
-    tool = Path(sys.executable).with_name("wds2idx")
-    subprocess.run([tool, tmp_path / "shards" / "x-000.tar", tmp_path / "idx"], check=True, capture_output=True)
-    assert (tmp_path / "shards" / "x-000.idx").read_bytes() == (tmp_path / "idx").read_bytes()
-
-
-def test_an_index_of_another_shard_is_refused(tmp_path, capsys):
-    foreign(tmp_path / "shards")
-    (tmp_path / "shards" / "x-000.idx").write_text("v1.2 1\njpg 512 100 a/000.jpg\n")
-    assert build([str(tmp_path / "shards" / "*.tar"), str(tmp_path / "shards"), "--workers", "1"]) == 2
-    assert "x-000.idx is not the index of x-000.tar" in capsys.readouterr().err
 
 
 def test_written_shards_can_be_indexed_again_by_others(digits, tmp_path):
@@ -163,10 +99,6 @@ def folders(root: Path, *names: str) -> Path:
         for i in range(2):
             (root / name / f"{i}.jpg").write_bytes(jpeg(10 * number + i, (24, 24)))
     return root
-
-
-def listed(folder: Path, split: str = "train") -> dict[str, str]:
-    return {reject.name: reject.reason for reject in Manifest.read(folder).splits[split].rejected}
 
 
 def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_path, capsys):
@@ -227,7 +159,7 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         assert build([str(root), str(tmp_path / dest), "--val-fraction", "0.2", "--workers", "1"]) == 0
         manifest = Manifest.read(tmp_path / dest)
         assert [manifest.splits[split].class_counts for split in ("train", "val")] == [[8, 17, 2], [2, 4, 1]]
-        train, val = stored(tmp_path / dest, "train"), stored(tmp_path / dest, "val")
+        train, val = classes_by_bytes(tmp_path / dest, "train"), classes_by_bytes(tmp_path / dest, "val")
         assert not train.keys() & val.keys()
         assert len(train | val) == 34
         vals.append(set(val))
@@ -261,117 +193,6 @@ def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, 
     assert message in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
-
-
-IMAGE = jpeg(1, (20, 20))
-
-
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.open(io.BytesIO(IMAGE)).save(out, "PNG")
-    return out.getvalue()
-
-
-LAYOUTS = {
-    "cls": {"0.jpg": IMAGE, "0.cls": b"2\n"},
-    "upper case and a prefix": {"0.image.JPEG": IMAGE, "0.cls": b"00002"},
-    "png": {"a/b/0.png": png(), "a/b/0.cls": b"2"},
-    "json": {"0.jpg": IMAGE, "0.json": b'{"label": 2, "width": 20}'},
-    "json, another field": {"0.jpg": IMAGE, "0.json": b'{"y": {"id": 2}}'},
-    "txt": {"0.jpg": IMAGE, "0.txt": b"2"},
-    "names": {"0.jpg": IMAGE, "0.txt": b"cat\n"},
-}
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_shards_of_each_layout_are_converted(name, packed, tmp_path):
-    (tmp_path / "in").mkdir()
-    stray = {
-        "1.jpg": IMAGE,
-        "2.cls": b"1",
-        "3.cls": b"-1",
-        "3.jpg": IMAGE,
-        "4.jpg": IMAGE,
-        "4.png": IMAGE,
-        "README": b"",
-    }
-    shard = tar({**{key.replace("0", "00", 1): value for key, value in LAYOUTS[name].items()}, **stray})
-    path = tmp_path / "in" / ("x-000.tar.gz" if packed else "x-000.tar")
-    path.write_bytes(gzip.compress(shard) if packed else shard)
-    (tmp_path / "names").write_text("ant\nbee\ncat\n")
-    more = {"json, another field": ["--label-key", "y.id"], "names": ["--classes", str(tmp_path / "names")]}
-    source = str(tmp_path / "in") if packed else str(tmp_path / "in" / "x-{000..000}.tar")
-    assert build([source, str(tmp_path / "out"), "--workers", "1", *more.get(name, [])]) == 0
-    dataset = Dataset.open(tmp_path / "out", "train")
-    assert dataset.labels.tolist() == [2]
-    assert dataset.class_names == (("ant", "bee", "cat") if name == "names" else ("0", "1", "2"))
-    assert sorted(listed(tmp_path / "out")) == [f"{path.name}/{key}" for key in ("1.jpg", "2", "3.jpg", "4", "README")]
-    assert verify([str(tmp_path / "out"), "--decode", "--workers", "1"]) == 0
-
-
-def test_class_names_in_shards_become_classes_in_their_order(tmp_path):
-    members = {f"{i}.{ext}": data for i in range(4) for ext, data in (("jpg", jpeg(i)), ("cls", b"n%d" % (9 - i)))}
-    (tmp_path / "x.tar").write_bytes(tar(members))
-    assert build([str(tmp_path / "x.tar"), str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert Dataset.open(tmp_path / "out", "train").class_names == ("n6", "n7", "n8", "n9")
-
-
-def two_splits(root: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        members = {f"{i}.{e}": d for i in range(3) for e, d in (("jpg", jpeg(10 * number + i)), ("cls", b"%d" % i))}
-        (root / name).write_bytes(tar(members))
-
-
-@pytest.mark.parametrize(
-    ("names", "source"),
-    [
-        (("train/000.tar", "val/000.tar"), ["IN"]),
-        (("x-train-000.tar", "x-validation-000.tar"), ["IN/*.tar"]),
-        (("a/0.tar", "b/0.tar"), ["train=IN/a/*.tar", "val=IN/b/*.tar"]),
-    ],
-)
-@pytest.mark.parametrize("way", ["converted", "in place", "index elsewhere"])
-def test_shards_of_several_splits_are_converted_or_used_where_they_lie(names, source, way, tmp_path):
-    root = tmp_path / "in"
-    two_splits(root, *names)
-    before = {path: path.read_bytes() for path in root.rglob("*.tar")}
-    dest = root if way == "in place" else tmp_path / "out"
-    sources = [part.replace("IN", str(root)) for part in source]
-    assert build([*sources, *(["--index"] if way == "index elsewhere" else []), str(dest), "--workers", "1"]) == 0
-    for split in ("train", "val"):
-        assert sorted(Dataset.open(dest, split).labels.tolist()) == [0, 1, 2]
-        assert set(stored(dest, split).values()) == {"0", "1", "2"}
-    assert verify([str(dest), "--decode", "--workers", "1"]) == 0
-    assert {path: path.read_bytes() for path in root.rglob("*.tar")} == before
-    if way == "index elsewhere":
-        assert {path.suffix for path in root.rglob("*") if path.is_file()} == {".tar"}
-
-
-def test_shards_that_cannot_all_be_indexed_leave_no_index(tmp_path, capsys):
-    two_splits(tmp_path, "x-0.tar", "x-1.tar")
-    data = (tmp_path / "x-1.tar").read_bytes()
-    (tmp_path / "x-1.tar").write_bytes(data[:4000])
-    assert build([str(tmp_path / "*.tar"), str(tmp_path), "--workers", "1"]) == 2
-    assert "x-1.tar" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.tar", "x-1.tar"]
-
-
-def test_info_of_others_says_splits_and_classes_and_ours_is_as_timm_reads_it(tmp_path):
-    two_splits(tmp_path / "in", "a.tar", "b.tar")
-    splits = {name: {"name": name, "filenames": [file], "shard_lengths": [3], "num_samples": 3}
-              for name, file in (("train", "a.tar"), ("validation", "b.tar"))}  # fmt: skip
-    info = json.dumps({"splits": splits, "num_classes": 7})
-    (tmp_path / "in" / "_info.json").write_text(info)
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert Dataset.open(tmp_path / "out", "val").num_classes == 7
-    assert (tmp_path / "in" / "_info.json").read_text() == info
-    written = json.loads((tmp_path / "out" / "_info.json").read_text())
-    for split in ("train", "val"):
-        part = written["splits"][split]
-        assert (part["name"], part["num_samples"], sum(part["shard_lengths"])) == (split, 3, 3)
-        assert [(tmp_path / "out" / name).is_file() for name in part["filenames"]] == [True]
 
 
 @pytest.mark.parametrize(
@@ -411,18 +232,6 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
     assert not (tmp_path / "bad").exists()
 
 
-def shard(path: Path, labels: list[bytes], first: int = 0) -> Path:
-    """A shard of samples with these labels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    members = {f"{i}.{e}": d for i, label in enumerate(labels) for e, d in (("jpg", jpeg(first + i)), ("cls", label))}
-    path.write_bytes(tar(members))
-    return path
-
-
-def run(*arguments: object) -> int:
-    return build([*map(str, arguments), "--workers", "1"])
-
-
 @pytest.mark.parametrize(
     ("folder_names", "loose", "expected"),
     [
@@ -443,7 +252,7 @@ def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose,
     if loose is not None:
         (root / loose).parent.mkdir(exist_ok=True)
         (root / loose).write_bytes(jpeg(5))
-    status = run(root, tmp_path / "out")
+    status = run_build(root, tmp_path / "out")
     if isinstance(expected, str):
         assert status == 2
         assert expected in capsys.readouterr().err
@@ -451,79 +260,7 @@ def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose,
     manifest = Manifest.read(tmp_path / "out")
     assert (status, set(manifest.splits)) == (0, expected)
     assert manifest.class_names == sorted({name.split("/")[-1] for name in folder_names})
-    assert run(root, tmp_path / "forced", "--split", "train") == 0
-
-
-def test_a_shard_that_braces_name_must_exist_and_none_is_used_twice(tmp_path, capsys):
-    for number in (0, 1, 3):
-        shard(tmp_path / "in" / f"x-{number:03d}.tar", [b"0", b"1"], 10 * number)
-    assert run(tmp_path / "in" / "x-{000..003}.tar", tmp_path / "out") == 2
-    assert "x-002.tar" in capsys.readouterr().err
-    (tmp_path / "in" / "again.tar").symlink_to("x-000.tar")
-    assert run(tmp_path / "in" / "*.tar", tmp_path / "in" / "x-000.tar", tmp_path / "out") == 0
-    assert len(Dataset.open(tmp_path / "out", "train")) == 6
-    assert run(f"train={tmp_path}/in/x-000.tar", f"val={tmp_path}/in/*.tar", tmp_path / "two") == 2
-    assert "is in two splits" in capsys.readouterr().err
-
-
-def test_labels_mean_the_same_in_all_splits_or_the_build_is_refused(tmp_path, capsys):
-    shard(tmp_path / "train.tar", [b"ant", b"bee"])
-    shard(tmp_path / "val.tar", [b"ant", b"bee"], 5)
-    (tmp_path / "one").write_text("\ufeffant\nbee\n", encoding="utf-8")
-    (tmp_path / "other").write_text("bee\nant\n")
-    assert run(tmp_path / "train.tar", tmp_path / "out", "--classes", tmp_path / "one") == 0
-    assert Dataset.open(tmp_path / "out", "train").class_names == ("ant", "bee")
-    assert not listed(tmp_path / "out")
-    assert run(tmp_path / "val.tar", tmp_path / "out", "--classes", tmp_path / "other") == 2
-    assert "has another label" in capsys.readouterr().err
-    assert run(tmp_path / "train.tar", tmp_path / "out", "--classes", tmp_path / "other") == 2
-    shard(tmp_path / "b" / "train.tar", [b"bee", b"ant"])  # of the same name and size
-    assert run(tmp_path / "b" / "train.tar", tmp_path / "out", "--classes", tmp_path / "one") == 2
-    shard(tmp_path / "mixed.tar", [b"0", b"11", b"unknown"])
-    assert run(tmp_path / "mixed.tar", tmp_path / "mixed") == 2
-    assert "'unknown'" in capsys.readouterr().err
-
-
-def test_splits_in_place_are_added_together_and_again_is_nothing_to_do(tmp_path, capsys):
-    root = tmp_path / "in"
-    shard(root / "blobs" / "1", [b"0", "\u00a01".encode()])
-    shard(root / "blobs" / "2", [b"2"], 7)
-    for split, blob in (("train", "1"), ("val", "2")):
-        (root / f"x-{split}.tar").symlink_to(f"blobs/{blob}")
-    data = (root / "blobs" / "2").read_bytes()
-    (root / "blobs" / "2").write_bytes(data[:1000])
-    assert run(root / "*.tar", root) == 2
-    assert sorted(path.name for path in root.iterdir()) == ["blobs", "x-train.tar", "x-val.tar"]
-    (root / "blobs" / "2").write_bytes(data)
-    for expected in ("1 samples in 1 shards", "split 'val' is complete; nothing to do"):
-        capsys.readouterr()
-        assert run(root / "*.tar", root) == 0
-        assert expected in capsys.readouterr().err
-    assert Dataset.open(root, "val").num_classes == 3
-    assert list(listed(root)) == ["x-train.tar:1"]  # Unicode's spaces are no digits
-    assert verify([str(root), "--decode", "--workers", "1"]) == 0
-
-
-def test_folders_below_shards_are_searched_and_what_is_ambiguous_is_refused(tmp_path, capsys):
-    shard(tmp_path / "in" / "x.tar", [b"0"])
-    shard(tmp_path / "in" / "a" / "b" / "y.TAR", [b"1"], 5)
-    assert run(tmp_path / "in", tmp_path / "out") == 0
-    assert len(Dataset.open(tmp_path / "out", "train")) == 2
-    (tmp_path / "in" / "a" / "0.jpg").write_bytes(jpeg(1))
-    assert run(tmp_path / "in", tmp_path / "more") == 2
-    assert "holds shards such as" in capsys.readouterr().err
-    (tmp_path / "zst" / "a").mkdir(parents=True)
-    (tmp_path / "zst" / "a" / "x.tar.zst").write_bytes(b"x")
-    assert run(tmp_path / "zst", tmp_path / "more") == 2
-    assert "compressed in a way that is not read" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["y=1/x.tar", "train=y=1/x.tar", "y[1]/*.tar", "y[1]/x.tar"])
-def test_names_with_signs_of_patterns_are_names(name, tmp_path, monkeypatch):
-    shard(tmp_path / "y=1" / "x.tar", [b"0"])
-    shard(tmp_path / "y[1]" / "x.tar", [b"0"])
-    monkeypatch.chdir(tmp_path)
-    assert run(name, "out") == 0
+    assert run_build(root, tmp_path / "forced", "--split", "train") == 0
 
 
 def test_class_folders_in_an_archive_may_be_numbers_and_have_other_files_beside(tmp_path):
@@ -532,7 +269,7 @@ def test_class_folders_in_an_archive_may_be_numbers_and_have_other_files_beside(
         members |= {f"d/{folder}/{i}.jpg": jpeg(i), f"d/{folder}/{i}.txt": b"a caption"}
     members["d/none/0.jpg"] = b"no image"
     (tmp_path / "x.tar").write_bytes(tar(members))
-    assert run(tmp_path / "x.tar", tmp_path / "out") == 0
+    assert run_build(tmp_path / "x.tar", tmp_path / "out") == 0
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.class_names == ["00000", "20160001", "none"]
     assert manifest.splits["train"].class_counts == [2, 2, 0]
@@ -541,19 +278,19 @@ def test_class_folders_in_an_archive_may_be_numbers_and_have_other_files_beside(
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "x.tar")
     for source in (tmp_path / "x.tar", tmp_path / "*.tar", "/dev/null"):
-        assert run(source, tmp_path / "out") == 2
+        assert run_build(source, tmp_path / "out") == 2
     header = tarfile.TarInfo("a/1.jpg").tobuf(tarfile.GNU_FORMAT)
     negative = header[:124] + b"\xff" * 10 + b"\xfe\x00" + header[136:148] + b"        " + header[156:]
     total = sum(negative)
     (tmp_path / "n.tar").write_bytes(negative[:148] + b"%06o\0 " % total + negative[156:] + bytes(1024))
-    assert run(tmp_path / "n.tar", tmp_path / "out") == 2
+    assert run_build(tmp_path / "n.tar", tmp_path / "out") == 2
     assert "negative size" in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
     for dest in (tmp_path / "file", tmp_path / "file" / "out", ""):
-        assert run("digits", dest) == 2
-    assert run("digits", tmp_path / "out", "--max-side", "0") == 2
-    assert run("digits", tmp_path / ("x" * 200)) == 2
-    assert run("x" * 5000, tmp_path / "out") == 2
+        assert run_build("digits", dest) == 2
+    assert run_build("digits", tmp_path / "out", "--max-side", "0") == 2
+    assert run_build("digits", tmp_path / ("x" * 200)) == 2
+    assert run_build("x" * 5000, tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "n.tar", "x.tar"]
 
@@ -574,13 +311,16 @@ def archive(path: Path, *names: str) -> Path:
          {"train": {"ant": 1}, "val": {"ant": 1}}),
         (["p/train_station/0.jpg", "p/cup/1.jpg"], [], {"train": {"cup": 1, "train_station": 1}}),
         (["ant/0.jpg"], ["--split", "val"], {"val": {"ant": 1}}),
+        (["d/loose.jpg", "d/ant/0.jpg", "d/bee/1.jpg"], [], {"train": {"ant": 1, "bee": 1}}),
+        (["train/loose.jpg", "train/ant/0.jpg", "val/loose.jpg", "val/ant/1.jpg"], [],
+         {"train": {"ant": 1}, "val": {"ant": 1}}),
         (["train/ant/0.jpg", "train/bee/1.jpg", "val/ant/2.jpg", "val/cow/3.jpg"], [],
          {"train": {"ant": 1, "bee": 1, "cow": 0}, "val": {"ant": 1, "bee": 0, "cow": 1}}),
         (["train/ant/images/0.jpg", "val/images/1.jpg"], [], None),
     ],
 )  # fmt: skip
 def test_splits_and_classes_of_an_archive_are_those_of_the_folders_in_it(names, options, expected, tmp_path):
-    assert run(archive(tmp_path / "x.tar", *names), tmp_path / "out", *options) == (2 if expected is None else 0)
+    assert run_build(archive(tmp_path / "x.tar", *names), tmp_path / "out", *options) == (2 if expected is None else 0)
     if expected is None:
         assert not (tmp_path / "out").exists()
         return
@@ -595,26 +335,8 @@ def test_a_fraction_is_of_the_images_of_the_training_split(tmp_path):
         for i in range(2, 10):
             (tmp_path / "in" / split / "ant" / f"{i}.jpg").write_bytes(jpeg(i))
             (tmp_path / "in" / split / "ant" / f"{i}.txt").write_text("a caption")
-    assert run(tmp_path / "in", tmp_path / "out", "--val-fraction", "0.2") == 0
+    assert run_build(tmp_path / "in", tmp_path / "out", "--val-fraction", "0.2") == 0
     splits = Manifest.read(tmp_path / "out").splits
     assert {name: split.class_counts for name, split in splits.items()} == {
         "train": [8, 2], "test": [10, 2], "val": [2, 0]
     }  # fmt: skip
-
-
-def test_shards_below_folders_of_splits_and_other_ways_to_name_the_same_folder(tmp_path, monkeypatch):
-    shard(tmp_path / "in" / "train" / "p0" / "0.tar", [b"0"])
-    shard(tmp_path / "in" / "val" / "p0" / "1.tar", [b"0"], 5)
-    shard(tmp_path / "in" / "val" / "p1" / "2.tar", [b"2"], 6)  # a class that train does not have
-    assert run(tmp_path / "in", tmp_path / "out") == 0
-    splits = Manifest.read(tmp_path / "out").splits
-    assert {name: split.class_counts for name, split in splits.items()} == {"train": [1, 0, 0], "val": [1, 0, 1]}
-    shard(tmp_path / "a" / "x.tar", [b"0"])
-    monkeypatch.chdir(tmp_path / "a")
-    assert run("*.tar", "../a") == 0
-    written = ["_info.json", "a-train.samples.npz", "dataset.json", "x.idx", "x.tar"]
-    assert sorted(path.name for path in Path().iterdir()) == written
-    (tmp_path / "b").mkdir()
-    monkeypatch.chdir(tmp_path / "b")
-    assert run("../in/train/p0/*.tar", ".") == 0
-    assert not list((tmp_path / "in").rglob("*.idx"))
