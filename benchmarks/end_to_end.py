@@ -24,7 +24,7 @@ from benchmarks import timing
 from benchmarks.data import PHOTOGRAPH, build_shards, pillow_loader
 from benchmarks.trainer import CLASSES, Stepper, bare_loop, fixed_batches, join, recipe_of, start_ranks, trainer_run
 from data_pipeline.batch import Batch
-from pretrain.engine.build import build_model
+from pretrain.engine.engine import build_model
 from pretrain.recipe import Recipe
 from pretrain.train import train
 

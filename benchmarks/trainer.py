@@ -32,15 +32,15 @@ from data_pipeline.batch import Batch
 from models import LaViT
 from pretrain.assemble import assemble
 from pretrain.check import count_parameters_here, resolve_for
-from pretrain.engine.build import build_model, compile_forward
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
+from pretrain.engine.engine import build_model, compile_forward
+from pretrain.fault_tolerance.signals import StopFlag
+from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
-from pretrain.survival.signals import StopFlag
-from pretrain.survival.watchdog import Watchdog
 from pretrain.train import train
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"

@@ -3,6 +3,18 @@
 import argparse
 from pathlib import Path
 
+from pretrain.outcome import ExitCode
+from pretrain.recipe import describe_fields
+
+DESCRIPTION = """\
+Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it resumes from its newest checkpoint.
+
+  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     two processes on this machine
+  deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
+
+Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
+"""
+
 
 def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = None) -> None:
     """Add ``--recipe``, ``--deepspeed_config`` and ``--set``, and ``--runs`` where ``runs`` says what it is.
@@ -27,3 +39,34 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
     )
     if runs is not None:
         parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help=f"{runs} (default: runs)")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of ``pretrain/main.py``."""
+    epilog = "\n".join(
+        [
+            "exit status:",
+            *(f"  {code.value:<3} {code.name.lower().replace('_', ' ')}" for code in ExitCode),
+            "",
+            "fields of a recipe, for --set:",
+            *describe_fields(),
+        ]
+    )
+    parser = argparse.ArgumentParser(
+        prog="deepspeed pretrain/main.py",
+        description=DESCRIPTION,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_run_arguments(parser, runs="folder of the run folders")
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="profile these steps: trace, summary and on a GPU a memory snapshot in runs/NAME/profile/",
+    )
+    parser.add_argument(
+        "--profile-ranks", choices=("first", "all"), default="first", help="which ranks are profiled (default: first)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="let through all that DeepSpeed prints while it starts")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
+    return parser.parse_args(arguments)

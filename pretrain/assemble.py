@@ -17,21 +17,24 @@ from data_pipeline.errors import DataError
 from data_pipeline.loader import BadSample, EvalLoader, TrainLoader
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
-    Progress,
     list_checkpoints,
     load_newest,
     read_manifest,
 )
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
-from pretrain.engine.build import build_engine, build_model
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import Rank, new_cpu_group
+from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import count_steps, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
 from pretrain.events import write_event, write_start
+from pretrain.fault_tolerance.bad_steps import BadSteps
+from pretrain.fault_tolerance.signals import StopFlag
+from pretrain.fault_tolerance.stop import StopAgreement
+from pretrain.fault_tolerance.watchdog import SPEAKS_FIRST_S, Watchdog
 from pretrain.files import lock
 from pretrain.handoff.initialize import Beginning, begin, share_weights
 from pretrain.losses import Classification
@@ -43,10 +46,7 @@ from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
-from pretrain.survival.bad_steps import BadSteps
-from pretrain.survival.signals import StopFlag
-from pretrain.survival.stop import StopAgreement
-from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog
+from pretrain.state import TrainState
 
 T = TypeVar("T")
 LOCK_WAIT_S = 90.0
@@ -109,9 +109,9 @@ def assemble(
         share_weights(model, device)
 
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
-    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
-    loaded = load_newest(folder.checkpoints, pieces, group=control)
-    progress, warnings = loaded or (Progress(), [])
+    shards = OptimizerShards(engine, average=recipe.ema is not None)
+    loaded = load_newest(folder.checkpoints, shards, group=control)
+    progress, warnings = loaded or (TrainState(), [])
     bad_steps = BadSteps(engine)
     bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
@@ -158,7 +158,7 @@ def assemble(
         _write_start(folder, state, warnings)
     monitor = Monitor(
         engine,
-        pieces,
+        shards,
         device=device,
         precision=resolved.precision,
         attention_pictures=recipe.watch.attention_pictures,
@@ -175,11 +175,11 @@ def assemble(
         device=device,
         engine=engine,
         dtype=input_dtype(resolved.precision),
-        pieces=pieces,
+        optimizer_shards=shards,
         bad_steps=bad_steps,
         writer=CheckpointWriter(
             folder.checkpoints,
-            pieces,
+            shards,
             retention=Retention(
                 recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best
             ),
@@ -313,7 +313,7 @@ def _where(folder: RunFolder, rank: Rank, device: torch.device) -> dict[str, Any
     }
 
 
-def _open_metrics(recipe: Recipe, folder: RunFolder, progress: Progress, console: RunConsole) -> MetricsWriter:
+def _open_metrics(recipe: Recipe, folder: RunFolder, progress: TrainState, console: RunConsole) -> MetricsWriter:
     """Go on writing metrics behind what the checkpoint knows of."""
     return MetricsWriter(
         folder.metrics,

@@ -24,13 +24,13 @@ from pretrain.engine.distributed import Rank, choose_device, init_distributed, r
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
+from pretrain.fault_tolerance.full_memory import tell_full_memory
+from pretrain.fault_tolerance.signals import StopFlag, first_speaks
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
-from pretrain.survival.full_memory import tell_full_memory
-from pretrain.survival.signals import StopFlag, first_speaks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict
 
-from pretrain.checkpoints.checkpoint import Progress
 from pretrain.console import RunConsole
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
@@ -13,6 +12,7 @@ from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.monitoring.monitor import Measured, Monitor, describe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
+from pretrain.state import TrainState
 
 
 class Logbook:
@@ -32,7 +32,7 @@ class Logbook:
         self,
         folder: RunFolder,
         state: RunState,
-        progress: Progress,
+        progress: TrainState,
         *,
         metrics: MetricsWriter | None,
         console: RunConsole,

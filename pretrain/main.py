@@ -1,17 +1,16 @@
 """The door to training: ``deepspeed pretrain/main.py --recipe recipes/demo.yaml``."""
 
-import argparse
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn
 
 # The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.survival.signals import StopFlag, first_speaks, watch_launcher  # noqa: E402
+from pretrain.fault_tolerance.signals import StopFlag, first_speaks, watch_launcher  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
@@ -21,7 +20,7 @@ import torch.distributed as dist  # noqa: E402
 
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
-from pretrain.arguments import add_run_arguments  # noqa: E402
+from pretrain.arguments import parse_arguments  # noqa: E402
 from pretrain.assemble import assemble  # noqa: E402
 from pretrain.check import count_parameters_here, resolve_for  # noqa: E402
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
@@ -34,59 +33,20 @@ from pretrain.engine.distributed import (  # noqa: E402
     read_rank,
     use_deterministic_algorithms,
 )
-from pretrain.monitoring.profile import Ranks, StepProfiler, parse_steps  # noqa: E402
+from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
+from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
+from pretrain.fault_tolerance.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
+from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
-from pretrain.recipe import describe_fields, load_recipe  # noqa: E402
+from pretrain.recipe import load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
-from pretrain.survival.full_memory import explain_full_memory  # noqa: E402
-from pretrain.survival.preflight import measure, meet  # noqa: E402
-from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
 from pretrain.train import train  # noqa: E402
 
 FIRST_GOES_FIRST_S = 3.0
 """A rank that fails since another one did ends so much later: the launcher takes the exit status of whom it sees first,
 and looks once a second."""
-DESCRIPTION = """\
-Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it goes on from its newest checkpoint.
-
-  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     two processes on this machine
-  deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
-
-Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
-"""
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    epilog = "\n".join(
-        [
-            "exit status:",
-            *(f"  {code.value:<3} {code.name.lower().replace('_', ' ')}" for code in ExitCode),
-            "",
-            "fields of a recipe, for --set:",
-            *describe_fields(),
-        ]
-    )
-    parser = argparse.ArgumentParser(
-        prog="deepspeed pretrain/main.py",
-        description=DESCRIPTION,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run_arguments(parser, runs="folder of the run folders")
-    parser.add_argument(
-        "--profile",
-        metavar="FIRST:LAST",
-        help="profile these steps: trace, summary and on a GPU a memory snapshot in runs/NAME/profile/",
-    )
-    parser.add_argument(
-        "--profile-ranks", choices=get_args(Ranks), default="first", help="which ranks are profiled (default: first)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="let through all that DeepSpeed prints while it starts")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
-    return parser.parse_args(arguments)
 
 
 def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:

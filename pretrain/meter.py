@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from pretrain.fault_tolerance.spikes import LossLevel
 from pretrain.monitoring.step_timer import StepTimer
-from pretrain.survival.spikes import LossLevel
 
 
 class Meter:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from data_pipeline.loader import EvalLoader, TrainLoader
 from pretrain import garbage
-from pretrain.checkpoints.checkpoint import Progress, load_newest
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.checkpoint import load_newest
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.engine.deepspeed_config import BatchPlan
@@ -20,6 +20,9 @@ from pretrain.engine.distributed import limit_collectives
 from pretrain.evaluation.accuracy import evaluate
 from pretrain.evaluation.probes import Probes, ProbesEndedError
 from pretrain.export import export_run
+from pretrain.fault_tolerance.bad_steps import BadSteps
+from pretrain.fault_tolerance.stop import StopAgreement
+from pretrain.fault_tolerance.watchdog import SPEAKS_FIRST_S, Watchdog
 from pretrain.logbook import Logbook
 from pretrain.losses import Classification
 from pretrain.meter import Meter
@@ -30,10 +33,8 @@ from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
+from pretrain.state import TrainState
 from pretrain.summary import write_summary
-from pretrain.survival.bad_steps import BadSteps
-from pretrain.survival.stop import StopAgreement
-from pretrain.survival.watchdog import SPEAKS_FIRST_S, Watchdog
 
 FAILED_SAVES_ALLOWED = 1
 """A checkpoint that could not be written is tolerated once in a row: by the next interval there may be space again."""
@@ -52,7 +53,7 @@ class Run:
     engine: Any
     dtype: torch.dtype
     """What the engine computes in."""
-    pieces: OptimizerPieces
+    optimizer_shards: OptimizerShards
     bad_steps: BadSteps
     writer: CheckpointWriter
     classification: Classification
@@ -67,7 +68,7 @@ class Run:
     stop: StopAgreement
     control: dist.ProcessGroup
     """CPU group for small objects."""
-    progress: Progress
+    progress: TrainState
     watchdog: Watchdog
     monitor: Monitor
     profiler: StepProfiler | None = None
@@ -129,7 +130,7 @@ class Run:
         with self._beside_training():
             complete = self._evaluate("eval")
             if complete and self.recipe.ema is not None:
-                with self.pieces.averaged_weights():
+                with self.optimizer_shards.averaged_weights():
                     complete = self._evaluate("eval_average")
             if complete:
                 self._show_attention(self.logbook.where())
@@ -162,7 +163,7 @@ class Run:
         assert self.probes is not None
         began = time.monotonic()
         self.watchdog.beat("probing", patient=self.first_step)
-        average = self.pieces.averaged_weights() if self.recipe.ema is not None else nullcontext()
+        average = self.optimizer_shards.averaged_weights() if self.recipe.ema is not None else nullcontext()
         with self._beside_training():
             try:
                 with average:
@@ -260,7 +261,10 @@ class Run:
         self.settle_save()
         self.watchdog.beat("going back to a checkpoint", patient=True)
         loaded = load_newest(
-            self.folder.checkpoints, self.pieces, group=self.control, good=lambda found: not found.skipped_in_a_row
+            self.folder.checkpoints,
+            self.optimizer_shards,
+            group=self.control,
+            good=lambda found: not found.skipped_in_a_row,
         )
         if loaded is None:
             raise UserError(f"{why}, and there is no checkpoint to go back to: {cure}")

@@ -9,11 +9,11 @@ from data_pipeline.batch import Batch, to_device
 from data_pipeline.mixing import mix
 from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.engine.schedule import StepDraw, draw_step, learning_rate
+from pretrain.fault_tolerance.bad_steps import RUN_AHEAD
+from pretrain.fault_tolerance.spikes import write_spikes
 from pretrain.losses import diagonality_weight
 from pretrain.outcome import ExitCode
 from pretrain.run import Run
-from pretrain.survival.bad_steps import RUN_AHEAD
-from pretrain.survival.spikes import write_spikes
 
 
 def train(run: Run) -> ExitCode:
@@ -89,7 +89,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> float:
         run.meter.add({"loss": loss, **parts})
     run.bad_steps.note_step()
     if recipe.ema is not None:
-        run.pieces.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
+        run.optimizer_shards.update_average(min(recipe.ema.decay, (1 + progress.step) / (10 + progress.step)))
     enter("other")
     run.meter.steps += 1
     return lr

@@ -1,1 +1,1 @@
-"""Checkpoints: pieces of the state keyed by name, files that are whole or not there, written beside training."""
+"""Checkpoints: shards of the state keyed by name, files that are whole or not there, written beside training."""

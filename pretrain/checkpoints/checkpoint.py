@@ -13,7 +13,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,42 +20,13 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from pretrain.checkpoints.pieces import AVERAGE, OptimizerPieces
+from pretrain.checkpoints.optimizer_shards import AVERAGE, OptimizerShards
 from pretrain.files import digest, digest_of_file
 from pretrain.outcome import UserError
+from pretrain.state import TrainState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-@dataclass
-class Progress:
-    """How far a run is. ``samples_seen`` is the position; the others only say what has been done on the way."""
-
-    samples_seen: int = 0
-    """Pictures trained on, counted over all epochs: the position in the global order."""
-    step: int = 0
-    """Optimizer steps."""
-    evaluated_at: int = 0
-    """``samples_seen`` of the last finished evaluation."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """Its result for the weights that are handed off: top1 and top5 in percent, loss, samples."""
-    probed_at: int = 0
-    """``samples_seen`` of the last probes that were finished or abandoned."""
-    best_top1: float = -1.0
-    """The highest top-1 of all evaluations so far, in percent."""
-    best_at: int = 0
-    """``samples_seen`` of that evaluation."""
-    skipped_steps: int = 0
-    """Steps that left the weights as they were, because a gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """Of these, the ones just before this point."""
-    rollbacks: int = 0
-    """How often the weights went back to a checkpoint because of such steps."""
-    loss_scale: dict[str, float] = field(default_factory=dict)
-    """State of fp16's dynamic loss scale; empty in other precisions."""
-    train_seconds: float = 0.0
-    """Wall-clock time of the training loop over all incarnations, without what was lost to a crash."""
 
 
 class CheckpointDamagedError(Exception):
@@ -70,11 +40,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_newest(
     folder: Path,
-    pieces: OptimizerPieces,
+    shards: OptimizerShards,
     *,
     group: dist.ProcessGroup,
-    good: Callable[[Progress], bool] = lambda _: True,
-) -> tuple[Progress, list[str]] | None:
+    good: Callable[[TrainState], bool] = lambda _: True,
+) -> tuple[TrainState, list[str]] | None:
     """Fill the engine from the newest checkpoint that is whole and ``good``. Collective.
 
     Returns:
@@ -98,10 +68,10 @@ def load_newest(
         dist.all_gather_object(problems, problem, group=group)
         problem = next((p for p in problems if p), "")
         if not problem:
-            progress = Progress(**read_manifest(path)["progress"])
+            progress = TrainState(**read_manifest(path)["progress"])
             if not good(progress):
                 continue
-            _fill(path, pieces)
+            _fill(path, shards)
             if rank == 0:
                 for other in damaged:  # it must neither count as kept nor be found again when it is older history
                     other.rename(other.with_name(f"damaged-{other.name}"))
@@ -140,15 +110,15 @@ def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor
         average: take the moving average of the weights, which the run must have kept.
 
     Raises:
-        CheckpointDamagedError: the pieces do not cover every parameter exactly once.
+        CheckpointDamagedError: the shards do not cover every parameter exactly once.
     """
-    index, kind = _PieceIndex(path), AVERAGE if average else "parameter"
+    index, kind = _ShardIndex(path), AVERAGE if average else "parameter"
     return {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
 
 
-def _fill(path: Path, pieces: OptimizerPieces) -> None:
-    index = _PieceIndex(path)
-    wanted = {p.name: p.shape for p in pieces.pieces}
+def _fill(path: Path, shards: OptimizerShards) -> None:
+    index = _ShardIndex(path)
+    wanted = {p.name: p.shape for p in shards.shards}
     if unknown := sorted(wanted.keys() - index.shapes.keys()):
         raise UserError(f"{path} holds another model: it has no {', '.join(unknown[:3])}; give this run another name")
     for name, shape in wanted.items():
@@ -157,12 +127,12 @@ def _fill(path: Path, pieces: OptimizerPieces) -> None:
                 f"{path} holds another model: {name} is {tuple(index.shapes[name])} there and {shape} "
                 "here; give this run another name"
             )
-    for piece in pieces.pieces:
-        for kind in pieces.kinds:
-            piece.view(kind, pieces.optimizer).copy_(index.read(piece.name, kind, piece.offset, piece.length))
-    pieces.set_steps(index.steps)
-    pieces.share_stage0_state()
-    pieces.refresh_model()
+    for shard in shards.shards:
+        for kind in shards.kinds:
+            shard.view(kind, shards.optimizer).copy_(index.read(shard.name, kind, shard.offset, shard.length))
+    shards.set_steps(index.steps)
+    shards.share_stage0_state()
+    shards.refresh_model()
 
 
 class Stretch(NamedTuple):
@@ -189,7 +159,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], stretches: Iterable[Stretc
             raise CheckpointDamagedError(f"{where}: {name} ends at element {end} of {math.prod(shapes[name])}")
 
 
-class _PieceIndex:
+class _ShardIndex:
     """Where every stretch of every parameter lies in the files of a checkpoint."""
 
     def __init__(self, path: Path) -> None:

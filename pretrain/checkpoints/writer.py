@@ -1,6 +1,6 @@
 """Writes checkpoints while training goes on: the loop waits for a copy in memory, a thread does the rest.
 
-Every rank copies the pieces that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
+Every rank copies the shards that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
 then agree, over a process group of their own, and rank 0 publishes the checkpoint and removes old ones. Whether it
 worked is told at once, but asked for at points that all ranks reach together (``settle``), so that they never differ.
 """
@@ -22,15 +22,15 @@ from pretrain.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     CheckpointDamagedError,
-    Progress,
     Stretch,
     check_tiling,
     list_checkpoints,
     read_manifest,
     seal,
 )
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.files import digest_of_file, fsync, write_json
+from pretrain.state import TrainState
 
 PAUSES_S = (5.0, 30.0)
 """A checkpoint that cannot be written is tried again after these pauses, from the same copy."""
@@ -53,7 +53,7 @@ class CheckpointWriter:
 
     Args:
         folder: the run's ``checkpoints`` folder, on storage that all ranks share.
-        pieces: what this rank owns.
+        shards: what this rank owns.
         retention: which ones stay.
         facts: further JSON for the manifests.
         group: CPU group over all ranks that nothing else uses.
@@ -63,14 +63,14 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
-        pieces: OptimizerPieces,
+        shards: OptimizerShards,
         *,
         retention: Retention,
         facts: dict[str, Any],
         group: dist.ProcessGroup,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._folder, self._pieces, self._retention, self._facts = folder, pieces, retention, facts
+        self._folder, self._shards, self._retention, self._facts = folder, shards, retention, facts
         self.group, self._say = group, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._buffers: dict[str, torch.Tensor] = {}
@@ -88,11 +88,11 @@ class CheckpointWriter:
         """Whether this rank's thread is still at work on it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, progress: Progress) -> None:
-        """Copy this rank's pieces and begin to write them; the one before must be settled."""
+    def start(self, progress: TrainState) -> None:
+        """Copy this rank's shards and begin to write them; the one before must be settled."""
         assert self._thread is None, "settle the checkpoint before first"
-        self._copy_pieces()
-        index = [(p.name, p.shape, p.offset, p.length, self._pieces.step_of(p)) for p in self._pieces.pieces]
+        self._copy_shards()
+        index = [(p.name, p.shape, p.offset, p.length, self._shards.step_of(p)) for p in self._shards.shards]
         self._hurry.clear()
         arguments = (asdict(progress), index)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
@@ -116,19 +116,19 @@ class CheckpointWriter:
             raise self._outcome
         return self._outcome
 
-    def _copy_pieces(self) -> None:
-        optimizer, pieces = self._pieces.optimizer, self._pieces.pieces
-        total = sum(piece.length for piece in pieces)
-        on_gpu = bool(pieces) and pieces[0].owner.is_cuda
-        for kind in self._pieces.kinds:
+    def _copy_shards(self) -> None:
+        optimizer, shards = self._shards.optimizer, self._shards.shards
+        total = sum(shard.length for shard in shards)
+        on_gpu = bool(shards) and shards[0].partition.is_cuda
+        for kind in self._shards.kinds:
             if kind not in self._buffers:
                 self._buffers[kind] = torch.empty(total, dtype=torch.float32, pin_memory=on_gpu)
             at = 0
-            for piece in pieces:
-                self._buffers[kind][at : at + piece.length].copy_(piece.view(kind, optimizer), non_blocking=on_gpu)
-                at += piece.length
+            for shard in shards:
+                self._buffers[kind][at : at + shard.length].copy_(shard.view(kind, optimizer), non_blocking=on_gpu)
+                at += shard.length
         if on_gpu:
-            torch.cuda.current_stream(pieces[0].owner.device).synchronize()
+            torch.cuda.current_stream(shards[0].partition.device).synchronize()
 
     def _run(self, progress: dict[str, Any], index: list[Any]) -> None:
         try:
@@ -172,7 +172,7 @@ class CheckpointWriter:
                 _check_index([report[2] for report in reports], final)
                 all_files = {name: entry for report in reports for name, entry in report[1].items()}
                 manifest = {"format": FORMAT, "progress": progress, **self._facts, "world_size": self._world}
-                _publish(draft, final, manifest | {"zero_stage": self._pieces.stage, "files": all_files})
+                _publish(draft, final, manifest | {"zero_stage": self._shards.stage, "files": all_files})
                 _prune(self._folder, self._retention)
         except (OSError, CheckpointDamagedError) as error:
             problem = f"rank 0: {error}"
@@ -182,7 +182,7 @@ class CheckpointWriter:
 
 
 def _check_index(indices: list[list[Any]], where: Path) -> None:
-    """Check that the ranks' pieces make up every parameter: else the checkpoint could never be read."""
+    """Check that the ranks' shards make up every parameter: else the checkpoint could never be read."""
     shapes = {name: shape for index in indices for name, shape, *_ in index}
     stretches = [Stretch(name, offset, length) for index in indices for name, _, offset, length, _ in index]
     check_tiling(shapes, stretches, where)

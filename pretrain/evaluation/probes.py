@@ -21,9 +21,9 @@ from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
 from models import LaViT
 from pretrain.engine.distributed import gather_rows
+from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.outcome import UserError
 from pretrain.recipe import ProbesSection
-from pretrain.survival.stop import StopAgreement
 
 ITERATIONS_AT_A_TIME = 10
 """Of L-BFGS, between two checks of the time limit and the stop flag."""

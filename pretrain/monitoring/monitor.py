@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data_pipeline.batch import Batch
 from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.attention import AttentionWatch
@@ -47,7 +47,7 @@ class Monitor:
 
     Args:
         engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
-        pieces: of the engine.
+        shards: of the engine.
         device: of this rank.
         precision: what the engine computes in.
         attention_pictures: pictures whose attention is looked at; 0 for none.
@@ -60,7 +60,7 @@ class Monitor:
     def __init__(
         self,
         engine: Any,
-        pieces: OptimizerPieces,
+        shards: OptimizerShards,
         *,
         device: torch.device,
         precision: Precision,
@@ -72,7 +72,7 @@ class Monitor:
     ) -> None:
         self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
         self._first = dist.get_rank() == 0
-        self.norms = PartNorms(pieces)
+        self.norms = PartNorms(shards)
         self._flops, self._peak = model_flops_per_image(count_macs(engine.module.config)), peak_of(device, precision)
         self._attention = AttentionWatch(attention_pictures)
         self._names, self._request = class_names, request

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoints.pieces import OptimizerPieces, Piece
+from pretrain.checkpoints.optimizer_shards import OptimizerShard, OptimizerShards
 
 EMBED, HEAD = "embed", "head"
 
@@ -22,27 +22,27 @@ def part_of(name: str) -> str:
 
 
 class PartNorms:
-    """Sums of squares over the pieces that this rank owns, so that adding the ranks' sums gives those of the network.
+    """Sums of squares over the shards that this rank owns, so that adding the ranks' sums gives those of the network.
 
     Gradients are looked at just before the optimizer steps, when they are averaged, in fp32 and in its partitions at
     every stage. They are clipped there: all by one factor, so the norm before clipping, which DeepSpeed tells, restores
     them. No host waits for the device here.
 
     Args:
-        pieces: all pieces of the engine.
+        shards: all shards of the engine.
     """
 
-    def __init__(self, pieces: OptimizerPieces) -> None:
-        self._pieces = pieces
+    def __init__(self, shards: OptimizerShards) -> None:
+        self._shards = shards
         self.due: Callable[[], bool] = lambda: False
         """Asked before each step of the optimizer; only where it says so are gradients looked at."""
-        self.parts = [EMBED, *sorted({part_of(name) for name in pieces.names} - {EMBED, HEAD}), HEAD]
+        self.parts = [EMBED, *sorted({part_of(name) for name in shards.names} - {EMBED, HEAD}), HEAD]
         """Names of the parts, in the order of the network."""
-        self._by_owner: dict[int, list[Piece]] = {}
-        for piece in pieces.pieces:
-            self._by_owner.setdefault(id(piece.owner), []).append(piece)
+        self._by_partition: dict[int, list[OptimizerShard]] = {}
+        for shard in shards.shards:
+            self._by_partition.setdefault(id(shard.partition), []).append(shard)
         self._gradients: torch.Tensor | None = None
-        pieces.optimizer.register_step_pre_hook(self._look)
+        shards.optimizer.register_step_pre_hook(self._look)
 
     @torch.no_grad()
     def squares(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,8 +50,8 @@ class PartNorms:
 
         Those of the gradients are NaN where the optimizer took no step when it was due. They are forgotten.
         """
-        weights = [piece.view("parameter", self._pieces.optimizer) for piece in self._pieces.pieces]
-        by_part = self._sums(weights, self._pieces.pieces, device)
+        weights = [shard.view("parameter", self._shards.optimizer) for shard in self._shards.shards]
+        by_part = self._sums(weights, self._shards.shards, device)
         gradients, self._gradients = self._gradients, None
         if gradients is None:
             return torch.full_like(by_part, torch.nan), by_part
@@ -63,20 +63,22 @@ class PartNorms:
         if not self.due():
             return
         found = [
-            (owner.grad.view(-1).narrow(0, piece.owner_offset, piece.length), piece)
+            (partition.grad.view(-1).narrow(0, shard.partition_offset, shard.length), shard)
             for group in optimizer.param_groups
-            for owner in group["params"]
-            if owner.grad is not None
-            for piece in self._by_owner.get(id(owner), ())
+            for partition in group["params"]
+            if partition.grad is not None
+            for shard in self._by_partition.get(id(partition), ())
         ]
-        squares = self._sums([view for view, _ in found], [piece for _, piece in found], None)
+        squares = self._sums([view for view, _ in found], [shard for _, shard in found], None)
         self._gradients = squares if self._gradients is None else self._gradients + squares.to(self._gradients.device)
 
-    def _sums(self, views: list[torch.Tensor], pieces: Sequence[Piece], device: torch.device | None) -> torch.Tensor:
+    def _sums(
+        self, views: list[torch.Tensor], shards: Sequence[OptimizerShard], device: torch.device | None
+    ) -> torch.Tensor:
         where = views[0].device if views else None
         by_part: dict[str, list[torch.Tensor]] = {}
-        for norm, piece in zip(torch._foreach_norm(views) if views else (), pieces, strict=True):  # noqa: SLF001
-            by_part.setdefault(part_of(piece.name), []).append(norm)
+        for norm, shard in zip(torch._foreach_norm(views) if views else (), shards, strict=True):  # noqa: SLF001
+            by_part.setdefault(part_of(shard.name), []).append(norm)
         zero = torch.zeros((), device=where)
         sums = [torch.stack(by_part[part]).square().sum() if part in by_part else zero for part in self.parts]
         return torch.stack(sums).to(device or where or "cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.survival.bad_steps import (
+from pretrain.fault_tolerance.bad_steps import (
     RUN_AHEAD,
     BadSteps,
     clip_tensors_by_global_norm,
@@ -96,7 +96,7 @@ def test_fp16s_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
 def state_of(run: Any) -> list[torch.Tensor]:
     """All that the optimizer keeps on this rank: weights, moments, step counts."""
     views = [view.clone() for view in state(run)]
-    return [*views, *(torch.tensor(run.pieces.step_of(piece)) for piece in run.pieces.pieces)]
+    return [*views, *(torch.tensor(run.optimizer_shards.step_of(shard)) for shard in run.optimizer_shards.shards)]
 
 
 def bad_step_changes_nothing(control: dist.ProcessGroup) -> None:

@@ -14,16 +14,16 @@ from torch import nn
 
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
-    Progress,
     list_checkpoints,
     load_newest,
     read_manifest,
     read_weights,
     verify,
 )
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.outcome import UserError
+from pretrain.state import TrainState
 from tests.pretrain.damage import cut, flip_byte
 from tests.pretrain.ranks import run_ranks
 
@@ -59,11 +59,11 @@ def build_engine(
 
 
 def save_checkpoint(
-    folder: Path, pieces: OptimizerPieces, progress: Progress, *, keep: int, facts: dict[str, Any],
+    folder: Path, shards: OptimizerShards, progress: TrainState, *, keep: int, facts: dict[str, Any],
     group: dist.ProcessGroup,
 ) -> str:  # fmt: skip
     """Write one and wait for it; gives what went wrong."""
-    writer = CheckpointWriter(folder, pieces, retention=Retention(keep), facts=facts, group=group)
+    writer = CheckpointWriter(folder, shards, retention=Retention(keep), facts=facts, group=group)
     writer.start(progress)
     return writer.settle()
 
@@ -89,8 +89,8 @@ def write_all_stages(control: dist.ProcessGroup, folder: Path) -> None:
     for stage in STAGES:
         engine = build_engine(stage)
         steps(engine, 0, 3)
-        pieces, progress = OptimizerPieces(engine), Progress(samples_seen=3 * BATCH, step=3)
-        problem = save_checkpoint(folder / f"stage{stage}", pieces, progress, keep=2, facts={}, group=control)
+        shards, progress = OptimizerShards(engine), TrainState(samples_seen=3 * BATCH, step=3)
+        problem = save_checkpoint(folder / f"stage{stage}", shards, progress, keep=2, facts={}, group=control)
         assert problem == ""
         losses = steps(engine, 3, 3)
         if dist.get_rank() == 0:
@@ -102,8 +102,8 @@ def read_all_stages(control: dist.ProcessGroup, folder: Path) -> None:
         expected = json.loads((folder / f"stage{source}.json").read_text())
         for target in STAGES:
             engine = build_engine(target)
-            loaded = load_newest(folder / f"stage{source}", OptimizerPieces(engine), group=control)
-            assert loaded == (Progress(samples_seen=3 * BATCH, step=3), [])
+            loaded = load_newest(folder / f"stage{source}", OptimizerShards(engine), group=control)
+            assert loaded == (TrainState(samples_seen=3 * BATCH, step=3), [])
             losses = steps(engine, 3, 3)
             # Other layouts sum in another order; 1e-6 is a few units in the last place of a loss of about 1.
             assert losses == pytest.approx(expected, abs=1e-6), f"stage {source} to stage {target}"
@@ -126,13 +126,13 @@ def average_is_right_and_survives(control: dist.ProcessGroup, folder: Path) -> N
     averages = []
     for stage in STAGES:
         engine = build_engine(stage)
-        pieces = OptimizerPieces(engine, average=True)
-        save_checkpoint(folder / f"{stage}-0", pieces, Progress(), keep=1, facts={}, group=control)
+        shards = OptimizerShards(engine, average=True)
+        save_checkpoint(folder / f"{stage}-0", shards, TrainState(), keep=1, facts={}, group=control)
         expected = read_weights(folder / f"{stage}-0" / "step-00000000")
         for step in range(4):
             steps(engine, step, 1)
-            pieces.update_average(0.7)
-            save_checkpoint(folder / f"{stage}", pieces, Progress(step=step), keep=1, facts={}, group=control)
+            shards.update_average(0.7)
+            save_checkpoint(folder / f"{stage}", shards, TrainState(step=step), keep=1, facts={}, group=control)
             weights = read_weights(folder / f"{stage}" / f"step-{step:08d}")
             expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
         newest = folder / f"{stage}" / "step-00000003"
@@ -144,12 +144,12 @@ def average_is_right_and_survives(control: dist.ProcessGroup, folder: Path) -> N
         raw = engine(x)
         model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
         model.load_state_dict(averages[-1])
-        with pieces.averaged_weights():
+        with shards.averaged_weights():
             assert torch.allclose(engine(x), model(x), atol=1e-6), stage
         assert torch.equal(engine(x), raw), "the weights did not come back"
-        other = OptimizerPieces(build_engine((stage + 1) % 4), average=True)
+        other = OptimizerShards(build_engine((stage + 1) % 4), average=True)
         load_newest(folder / f"{stage}", other, group=control)
-        save_checkpoint(folder / f"{stage}-again", other, Progress(step=3), keep=1, facts={}, group=control)
+        save_checkpoint(folder / f"{stage}-again", other, TrainState(step=3), keep=1, facts={}, group=control)
         again = read_weights(folder / f"{stage}-again" / "step-00000003", average=True)
         assert all(torch.equal(again[name], averages[-1][name]) for name in again), stage
     for other in averages[1:]:
@@ -167,13 +167,13 @@ def bf16_state_survives(control: dist.ProcessGroup, folder: Path) -> None:
         engine = build_engine(stage, bf16=True, grad_accum=grad_accum)
         steps(engine, 0, 3)
         kinds.add(type(engine.optimizer).__name__)
-        before = OptimizerPieces(engine)
+        before = OptimizerShards(engine)
         case = folder / f"{stage}-{grad_accum}"
-        save_checkpoint(case, before, Progress(step=3), keep=1, facts={}, group=control)
+        save_checkpoint(case, before, TrainState(step=3), keep=1, facts={}, group=control)
         other = build_engine(stage, bf16=True, grad_accum=grad_accum)
-        after = OptimizerPieces(other)
+        after = OptimizerShards(other)
         load_newest(case, after, group=control)
-        for a, b in zip(before.pieces, after.pieces, strict=True):
+        for a, b in zip(before.shards, after.shards, strict=True):
             assert (a.name, a.offset, a.length) == (b.name, b.offset, b.length)
             assert before.step_of(a) == after.step_of(b) == 3
             for kind in before.kinds:
@@ -190,10 +190,10 @@ def test_bf16_state_is_bit_equal_after_loading(tmp_path: Path) -> None:
 
 def write_two(control: dist.ProcessGroup, folder: Path) -> None:
     engine = build_engine(1)
-    pieces = OptimizerPieces(engine)
+    shards = OptimizerShards(engine)
     for step in (1, 2, 3):
         steps(engine, step - 1, 1)
-        save_checkpoint(folder, pieces, Progress(step * BATCH, step), keep=2, facts={"run": "x"}, group=control)
+        save_checkpoint(folder, shards, TrainState(step * BATCH, step), keep=2, facts={"run": "x"}, group=control)
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if dist.get_rank() == 0:
         torch.save(weights, folder / "weights.pt")
@@ -220,7 +220,7 @@ def test_weights_are_put_together_without_an_engine(two_checkpoints: Path) -> No
 
 def read_back(control: dist.ProcessGroup, folder: Path) -> None:
     for case in sorted(folder.iterdir()):
-        loaded = load_newest(case, OptimizerPieces(build_engine(1)), group=control)
+        loaded = load_newest(case, OptimizerShards(build_engine(1)), group=control)
         assert loaded is not None
         progress, warnings = loaded
         assert progress.step == 2, case.name
@@ -244,7 +244,7 @@ def test_every_file_flipped_cut_or_deleted_makes_it_fall_back(two_checkpoints: P
 
 def refuse_all_damaged(control: dist.ProcessGroup, folder: Path) -> None:
     with pytest.raises(UserError, match=r"no usable checkpoint .* move the folder away"):
-        load_newest(folder, OptimizerPieces(build_engine(1)), group=control)
+        load_newest(folder, OptimizerShards(build_engine(1)), group=control)
 
 
 def test_with_no_whole_checkpoint_it_stops_rather_than_starts_over(two_checkpoints: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_with_no_whole_checkpoint_it_stops_rather_than_starts_over(two_checkpoin
 
 def refuse_other_model(control: dist.ProcessGroup, folder: Path) -> None:
     with pytest.raises(UserError, match="another model"):
-        load_newest(folder, OptimizerPieces(build_engine(1, width=9)), group=control)
+        load_newest(folder, OptimizerShards(build_engine(1, width=9)), group=control)
 
 
 def test_a_checkpoint_of_another_model_is_refused(two_checkpoints: Path) -> None:
@@ -275,18 +275,18 @@ def test_a_manifest_changed_by_hand_is_not_trusted(two_checkpoints: Path, tmp_pa
 
 def full_disk(control: dist.ProcessGroup, folder: Path) -> None:
     engine = build_engine(1)
-    pieces = OptimizerPieces(engine)
+    shards = OptimizerShards(engine)
     steps(engine, 0, 1)
     blocked = folder / "blocked"
     if dist.get_rank() == 1:
         # Only the second rank's storage fails: its file cannot be made where a folder stands.
         (blocked / ".step-00000001.unfinished" / "rank-00001.safetensors").mkdir(parents=True)
     dist.barrier(control)
-    problem = save_checkpoint(blocked, pieces, Progress(BATCH, 1), keep=2, facts={}, group=control)
+    problem = save_checkpoint(blocked, shards, TrainState(BATCH, 1), keep=2, facts={}, group=control)
     assert problem.startswith("rank 1:"), problem
     assert not list(blocked.iterdir()), "something half-written was left"
     dist.barrier(control)
-    assert save_checkpoint(blocked, pieces, Progress(BATCH, 1), keep=2, facts={}, group=control) == ""
+    assert save_checkpoint(blocked, shards, TrainState(BATCH, 1), keep=2, facts={}, group=control) == ""
 
 
 def test_a_rank_that_cannot_write_fails_the_checkpoint_on_all_and_leaves_nothing(tmp_path: Path) -> None:

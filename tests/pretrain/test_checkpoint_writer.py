@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoints import writer as writing
-from pretrain.checkpoints.checkpoint import Progress, list_checkpoints, load_newest, read_weights, verify
-from pretrain.checkpoints.pieces import OptimizerPieces
+from pretrain.checkpoints.checkpoint import list_checkpoints, load_newest, read_weights, verify
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.engine.distributed import new_cpu_group
+from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_checkpoint import BATCH, build_engine, steps
 
 
 def writer_of(folder: Path, engine: Any, said: list[str] | None = None, **retention: Any) -> CheckpointWriter:
     return CheckpointWriter(
-        folder, OptimizerPieces(engine), retention=Retention(**retention), facts={}, group=new_cpu_group(60),
+        folder, OptimizerShards(engine), retention=Retention(**retention), facts={}, group=new_cpu_group(60),
         say=(said if said is not None else []).append,
     )  # fmt: skip
 
@@ -31,13 +32,13 @@ def training_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
         engine = build_engine(stage)
         writer = writer_of(folder / f"{stage}", engine)
         steps(engine, 0, 2)
-        writer.start(Progress(2 * BATCH, 2))
+        writer.start(TrainState(2 * BATCH, 2))
         losses = steps(engine, 2, 3)  # collectives of training and of the writer's thread at the same time
         assert writer.busy
         assert writer.settle() == ""
         assert not writer.busy
         other = build_engine(stage)
-        load_newest(folder / f"{stage}", OptimizerPieces(other), group=control)
+        load_newest(folder / f"{stage}", OptimizerShards(other), group=control)
         assert steps(other, 2, 3) == losses, "the checkpoint holds another state than that of its step"
 
 
@@ -55,7 +56,7 @@ def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
     if dist.get_rank() == 1:
         obstacle.mkdir(parents=True)  # only this rank's file cannot be written; cleared away after the first try
     dist.barrier(control)
-    writer.start(Progress(BATCH, 1))
+    writer.start(TrainState(BATCH, 1))
     deadline = time.monotonic() + 60
     while not list_checkpoints(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -68,7 +69,7 @@ def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(folder)  # as storage does that is mounted anew
     dist.barrier(control)
-    writer.start(Progress(2 * BATCH, 2))
+    writer.start(TrainState(2 * BATCH, 2))
     assert writer.settle() == ""
     verify(folder / "step-00000002")
 
@@ -85,7 +86,7 @@ def keeps_as_asked(control: dist.ProcessGroup, folder: Path) -> None:
     for step in range(4, 33, 4):
         if step in top1:
             evaluated, evaluation = step * BATCH, {"top1": top1[step]}
-        writer.start(Progress(step * BATCH, step, evaluated_at=evaluated, evaluation=evaluation))
+        writer.start(TrainState(step * BATCH, step, evaluated_at=evaluated, evaluation=evaluation))
         assert writer.settle() == ""
     kept = sorted(int(path.name[5:]) for path in list_checkpoints(folder))
     # 12, 20 and 32 are the first at or behind 10, 20 and 30; 8 is the best; 28 and 32 are the newest.
@@ -102,9 +103,9 @@ def hole_is_refused(control: dist.ProcessGroup, folder: Path) -> None:
     steps(engine, 0, 1)
     writer = writer_of(folder, engine)
     if dist.get_rank() == 1:
-        pieces = writer._pieces.pieces
-        pieces[-1] = dataclasses.replace(pieces[-1], length=pieces[-1].length - 1)
-    writer.start(Progress(BATCH, 1))
+        shards = writer._shards.shards
+        shards[-1] = dataclasses.replace(shards[-1], length=shards[-1].length - 1)
+    writer.start(TrainState(BATCH, 1))
     problem = writer.settle()
     assert "rank 0: " in problem
     assert "ends at element" in problem or "gap" in problem
@@ -120,11 +121,11 @@ def sgd_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
         engine = build_engine(stage, sgd=True)
         steps(engine, 0, 3)
         writer = writer_of(folder / f"{stage}", engine)
-        writer.start(Progress(3 * BATCH, 3))
+        writer.start(TrainState(3 * BATCH, 3))
         assert writer.settle() == ""
         losses = steps(engine, 3, 3)
         other = build_engine(stage, sgd=True)
-        load_newest(folder / f"{stage}", OptimizerPieces(other), group=control)
+        load_newest(folder / f"{stage}", OptimizerShards(other), group=control)
         assert steps(other, 3, 3) == losses, "the momentum was lost"
     first, second = (read_weights(folder / f"{stage}" / "step-00000003") for stage in (0, 2))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)

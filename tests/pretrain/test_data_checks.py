@@ -194,8 +194,8 @@ def test_an_evaluation_ends_when_the_rank_that_checks_its_data_refuses(tmp_path:
 
 
 def training_whose_storage_fails(name: str, folder: Path, digits: Path) -> None:
+    from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.main import main
-    from pretrain.survival.signals import StopFlag
 
     sys.stderr = (folder / "errors").open("w")
     break_storage(name)
@@ -219,7 +219,7 @@ READING = """
 import sys, threading
 from pathlib import Path
 from data_pipeline.store import patiently
-from pretrain.survival.watchdog import Watchdog
+from pretrain.fault_tolerance.watchdog import Watchdog
 watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=0.5, step_s=5.0)
 patiently(threading.Event().wait, "/data/digits-train-000001.tar")
 """

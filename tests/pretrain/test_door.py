@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from pretrain.checkpoints.checkpoint import Progress
+from pretrain.fault_tolerance.full_memory import explain_full_memory
 from pretrain.outcome import ExitCode, UserError
-from pretrain.survival.full_memory import explain_full_memory
+from pretrain.state import TrainState
 from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, changes
 
 
 def through_the_door(folder: Path, *fields: str) -> None:
+    from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.main import main
-    from pretrain.survival.signals import StopFlag
 
     main(StopFlag(), ["--recipe", str(RECIPE), "--runs", str(folder), *fields])
 
@@ -48,7 +48,7 @@ def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits:
 
 def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     from pretrain import evaluate
-    from pretrain.survival import signals
+    from pretrain.fault_tolerance import signals
 
     signals.FIRST_SPEAKS_S = 20.0 if who == "all" else 1.0
     sys.stderr = (folder / f"told-{os.environ['RANK']}").open("w")
@@ -132,5 +132,5 @@ def test_what_fitted_before_is_tried_again() -> None:
         ("copying a checkpoint", 0, ExitCode.RETRY),
         ("waiting for data", 0, ExitCode.RETRY),
     ):
-        progress = Progress(samples_seen=128, step=2, evaluated_at=evaluated_at)
+        progress = TrainState(samples_seen=128, step=2, evaluated_at=evaluated_at)
         assert explain_full_memory(RuntimeError(DRIVER), phase, progress)[1] is code, phase

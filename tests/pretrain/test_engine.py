@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.engine.build import _require_compilers
 from pretrain.engine.distributed import limit_collectives, new_cpu_group
+from pretrain.engine.engine import _require_compilers
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks, start_ranks

@@ -21,16 +21,16 @@ from data_pipeline.mixing import mix
 from models import LaViT
 from models.cost import count_parameters
 from pretrain.check import architecture, state_bytes
-from pretrain.checkpoints.pieces import OptimizerPieces
-from pretrain.engine.build import build_engine, build_model
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import drop_path_uniforms, learning_rate
+from pretrain.fault_tolerance.bad_steps import BadSteps
 from pretrain.losses import Classification
 from pretrain.meter import Meter
 from pretrain.monitoring.monitor import Monitor
 from pretrain.recipe import Recipe, validate_recipe
-from pretrain.survival.bad_steps import BadSteps
 from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 
@@ -115,16 +115,16 @@ def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CP
         state_bytes=state_bytes(recipe, count_parameters(architecture(recipe, CLASSES))),
     )  # fmt: skip
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, device)
-    pieces = OptimizerPieces(engine, average=recipe.ema is not None)
+    shards = OptimizerShards(engine, average=recipe.ema is not None)
     bad_steps = BadSteps(engine)
     monitor = Monitor(
-        engine, pieces, device=device, precision=resolved.precision, attention_pictures=2, data=recipe.data,
+        engine, shards, device=device, precision=resolved.precision, attention_pictures=2, data=recipe.data,
         class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
     )  # fmt: skip
     monitor.norms.due = lambda: True
     return SimpleNamespace(
         recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=device, dtype=input_dtype(resolved.precision),
-        engine=engine, pieces=pieces, bad_steps=bad_steps, monitor=monitor, meter=Meter(device),
+        engine=engine, optimizer_shards=shards, bad_steps=bad_steps, monitor=monitor, meter=Meter(device),
         classification=Classification(recipe.loss, recipe.mixing, (), device),
         first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
         watchdog=SimpleNamespace(beat=lambda *_, **__: None),

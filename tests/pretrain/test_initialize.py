@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from models import LaViT, create_model
-from pretrain.checkpoints.pieces import OptimizerPieces
-from pretrain.engine.build import build_engine, build_model
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.engine import build_engine, build_model
 from pretrain.handoff.folder import CONFIG, read_handoff
 from pretrain.handoff.initialize import begin, share_weights
 from pretrain.outcome import UserError
@@ -169,13 +169,13 @@ def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder
         config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": zero(stage)}
         resolved = resolve_deepspeed_config(config, world_size=2, state_bytes=0, has_bf16_gpu=False)
         engine, _ = build_engine(model, chosen, resolved, torch.device("cpu"))
-        pieces = OptimizerPieces(engine, average=True)
+        shards = OptimizerShards(engine, average=True)
         found = whole_weights(engine)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), stage
-        for piece in pieces.pieces:
-            whole = expected[piece.name].flatten()[piece.offset : piece.offset + piece.length]
-            assert torch.equal(piece.view("parameter", pieces.optimizer), whole), (stage, piece.name)
-            assert torch.equal(piece.view("average", pieces.optimizer), whole), (stage, piece.name)
+        for shard in shards.shards:
+            whole = expected[shard.name].flatten()[shard.offset : shard.offset + shard.length]
+            assert torch.equal(shard.view("parameter", shards.optimizer), whole), (stage, shard.name)
+            assert torch.equal(shard.view("average", shards.optimizer), whole), (stage, shard.name)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data_pipeline.mixing import mix
 from models import LaViT
-from pretrain.engine.build import build_model
+from pretrain.engine.engine import build_model
 from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.monitoring.norms import norms_of, part_of
 from pretrain.recipe import Recipe

@@ -13,8 +13,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.mixing import soft_targets
 from models import SemanticSoftmax, create_model, within_level
 from pretrain.evaluation.accuracy import _scores
+from pretrain.fault_tolerance.bad_steps import RUN_AHEAD
 from pretrain.outcome import ExitCode
-from pretrain.survival.bad_steps import RUN_AHEAD
 from pretrain.train import train, train_step
 from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
 from tests.pretrain.test_equality import BATCH, CLASSES, micro_batches, recipe, training

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
 from pretrain.check import architecture, check_recipe_here, checkpoint_bytes, resolve_for
-from pretrain.checkpoints.checkpoint import Progress, list_checkpoints
+from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.memory_estimate import Engine, GpuAutocast, MemoryEstimate, NetworkTrace
@@ -29,6 +29,7 @@ from pretrain.outcome import UserError
 from pretrain.plan import main, make_plan, parse_arguments, show
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
+from pretrain.state import TrainState
 from pretrain.time_estimate import communicated_bytes
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import recipe as small_recipe
@@ -278,8 +279,8 @@ def test_what_autocast_casts_on_a_gpu_is_known_of_every_function_that_the_networ
 def checkpoint_is_as_large_as_planned(control: dist.ProcessGroup, folder: Path) -> None:
     recipe = small_recipe(ema={"decay": 0.9}).model_copy(update={"model": load_recipe(RECIPE).model})
     run = training(recipe, zero_optimization=zero(1))
-    writer = CheckpointWriter(folder, run.pieces, retention=Retention(), facts={}, group=control)
-    writer.start(Progress(step=1))
+    writer = CheckpointWriter(folder, run.optimizer_shards, retention=Retention(), facts={}, group=control)
+    writer.start(TrainState(step=1))
     assert writer.settle() == ""
     (written,) = list_checkpoints(folder)
     size = sum(file.stat().st_size for file in written.iterdir())

@@ -3,8 +3,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine.distributed import Rank
+from pretrain.fault_tolerance.preflight import Measured, PeersMissingError, measure, meet, slow_ones
 from pretrain.ports import free_port
-from pretrain.survival.preflight import Measured, PeersMissingError, measure, meet, slow_ones
 from tests.pretrain.ranks import run_ranks
 
 

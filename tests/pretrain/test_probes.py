@@ -17,10 +17,10 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain.checkpoints.checkpoint import Progress
 from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
 from pretrain.recipe import ProbesSection
 from pretrain.run import Run
+from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 
@@ -82,10 +82,10 @@ def they_end_together(control: dist.ProcessGroup, digits: Path) -> None:
     go_on(run, 1)  # from here on the average is other than the weights
     weights = whole_weights(run.engine)
     late = probes_of(run, digits, control, time_limit_minutes=1e-6)
-    with pytest.raises(ProbesEndedError, match="too late"), run.pieces.averaged_weights():
+    with pytest.raises(ProbesEndedError, match="too late"), run.optimizer_shards.averaged_weights():
         late.run(run.engine, run.dtype, stop=lambda: False)
     polls = itertools.count()
-    with pytest.raises(ProbesEndedError, match="stopped"), run.pieces.averaged_weights():
+    with pytest.raises(ProbesEndedError, match="stopped"), run.optimizer_shards.averaged_weights():
         probes_of(run, digits, control).run(run.engine, run.dtype, stop=lambda: next(polls) == 3)
     assert run.engine.training
     after = whole_weights(run.engine)
@@ -102,7 +102,7 @@ def training_does_not_notice(control: dist.ProcessGroup, digits: Path, folder: P
         generator, probes = torch.get_rng_state(), probes_of(probed, digits, control)
         answers.append(asdict(probes.run(probed.engine, probed.dtype, stop=lambda: False)))
         first = go_on(probed, STEPS)
-        with probed.pieces.averaged_weights():
+        with probed.optimizer_shards.averaged_weights():
             probes_of(probed, digits, control, train_split="val").run(probed.engine, probed.dtype, stop=lambda: False)
         assert probed.engine.training
         assert first + go_on(probed, STEPS) == losses, f"stage {stage}: the losses are not bit-identical"
@@ -133,7 +133,7 @@ def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() 
     run: Any = object.__new__(Run)
     run.__dict__ |= {
         "recipe": SimpleNamespace(probes=section, ema=None), "epoch_size": 100, "total_steps": 99,
-        "progress": Progress(), "engine": None, "dtype": None, "pieces": None, "console": mock.Mock(),
+        "progress": TrainState(), "engine": None, "dtype": None, "optimizer_shards": None, "console": mock.Mock(),
         "logbook": mock.Mock(), "meter": SimpleNamespace(excluded=nullcontext), "watchdog": mock.Mock(),
         "probes": mock.Mock(section=section, run=mock.Mock(side_effect=outcomes)),
     }  # fmt: skip

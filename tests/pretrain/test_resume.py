@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoints.checkpoint import Progress, load_newest
+from pretrain.checkpoints.checkpoint import load_newest
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.engine.distributed import new_cpu_group
+from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 
@@ -17,7 +18,11 @@ HALF = 20
 
 
 def state(run: Any) -> list[torch.Tensor]:
-    return [piece.view(kind, run.pieces.optimizer) for piece in run.pieces.pieces for kind in run.pieces.kinds]
+    return [
+        shard.view(kind, run.optimizer_shards.optimizer)
+        for shard in run.optimizer_shards.shards
+        for kind in run.optimizer_shards.kinds
+    ]
 
 
 def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
@@ -30,11 +35,11 @@ def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
         stopped = training(chosen, **options)
         assert go_on(stopped, HALF) == losses[:HALF]
         case = folder / f"{stage}"
-        writer = CheckpointWriter(case, stopped.pieces, retention=Retention(), facts={}, group=group)
-        writer.start(Progress(stopped.progress.samples_seen, stopped.progress.step))
+        writer = CheckpointWriter(case, stopped.optimizer_shards, retention=Retention(), facts={}, group=group)
+        writer.start(TrainState(stopped.progress.samples_seen, stopped.progress.step))
         assert writer.settle() == ""
         resumed = training(chosen, **options)
-        loaded = load_newest(case, resumed.pieces, group=control)
+        loaded = load_newest(case, resumed.optimizer_shards, group=control)
         assert loaded is not None
         resumed.progress = loaded[0]
         assert go_on(resumed, HALF) == losses[HALF:], f"stage {stage}: the losses are not bit-identical"

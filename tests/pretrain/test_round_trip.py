@@ -17,8 +17,8 @@ TOTALS = ("top1", "top5", "loss", "samples")
 
 
 def through_the_door(log: Path, arguments: list[str]) -> None:
+    from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.main import main
-    from pretrain.survival.signals import StopFlag
 
     sys.stdout = log.open("w")
     assert main(StopFlag(), arguments) == ExitCode.FINISHED, log.read_text()

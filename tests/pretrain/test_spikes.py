@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain.fault_tolerance.spikes import NEEDED, LossLevel, write_spikes
 from pretrain.meter import Meter
-from pretrain.survival.spikes import NEEDED, LossLevel, write_spikes
 from tests.pretrain.ranks import run_ranks
 
 BATCH = 8

@@ -3,9 +3,9 @@ import sys
 
 import torch.distributed as dist
 
+from pretrain.fault_tolerance.signals import StopFlag
+from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.outcome import ExitCode
-from pretrain.survival.signals import StopFlag
-from pretrain.survival.stop import StopAgreement
 from tests.pretrain.ranks import run_ranks
 
 
@@ -25,7 +25,7 @@ def test_all_ranks_stop_at_the_same_boundary_though_one_is_told() -> None:
 
 def test_a_second_interrupt_ends_at_once() -> None:
     program = (
-        "import os, signal, time\nfrom pretrain.survival.signals import StopFlag\nflag = StopFlag()\n"
+        "import os, signal, time\nfrom pretrain.fault_tolerance.signals import StopFlag\nflag = StopFlag()\n"
         "flag.install_signal_handlers()\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGINT)\n"
         "time.sleep(60)"
     )

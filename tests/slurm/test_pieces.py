@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.fault_tolerance.preflight import Measured, slow_ones
 from pretrain.outcome import ExitCode
-from pretrain.survival.preflight import Measured, slow_ones
 from slurm import launch, release, scheduler
 from slurm.folder import Incarnation, Launch, SlurmFolder
 from slurm.history import Chapter, History, current_job
@@ -84,7 +84,7 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
     door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     door.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main\n"
-        "from pretrain.survival.signals import StopFlag\n"
+        "from pretrain.fault_tolerance.signals import StopFlag\n"
         "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     folder.run.mkdir()

@@ -116,7 +116,7 @@ def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
 
 
 def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
-    text = f"pretrain.survival.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
+    text = f"pretrain.fault_tolerance.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
     return rank(ExitCode.RETRY, text, rank=rank_number, node=node)
 
 

@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch.distributed as dist  # noqa: E402
 
 from pretrain import main, train  # noqa: E402
-from pretrain.survival.signals import StopFlag, watch_launcher  # noqa: E402
+from pretrain.fault_tolerance.signals import StopFlag, watch_launcher  # noqa: E402
 
 local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
 words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_pipeline.batch import Batch
 from models.cost import count_parameters
 from pretrain.check import architecture, resolve_for
-from pretrain.engine.build import build_model
 from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.engine import build_model
 from pretrain.memory_estimate import MemoryEstimate
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.train import train_step

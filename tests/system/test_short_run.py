@@ -16,7 +16,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
 from pretrain.checkpoints.checkpoint import list_checkpoints
-from pretrain.engine.build import build_model
+from pretrain.engine.engine import build_model
 from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.files import json_lines
 from pretrain.metrics import read_metrics

@@ -1,7 +1,7 @@
 """What is told, and what follows, where a GPU's memory is full."""
 
-from pretrain.checkpoints.checkpoint import Progress
 from pretrain.outcome import ExitCode
+from pretrain.state import TrainState
 
 _CURES = {
     "evaluating": "lower evaluation.batch_size",
@@ -20,7 +20,7 @@ def tell_full_memory(error: BaseException, phase: str, cure: str) -> str:
     return f"the GPU's memory is full, {phase} ({' '.join(str(error).split())[:200]}): {cure}"
 
 
-def explain_full_memory(error: BaseException, phase: str, progress: Progress | None) -> tuple[str, ExitCode]:
+def explain_full_memory(error: BaseException, phase: str, progress: TrainState | None) -> tuple[str, ExitCode]:
     """One line for a person, and the exit code.
 
     What this run has done before did fit, so that something else was in the way, or the ranks are fewer; the limit of

@@ -1,4 +1,4 @@
-"""Ranks agree on a stop at a step boundary. The flag itself is in ``survival.signals``, which needs no torch."""
+"""Ranks agree on a stop at a step boundary. The flag itself is in ``fault_tolerance.signals``, which needs no torch."""
 
 from typing import Protocol
 

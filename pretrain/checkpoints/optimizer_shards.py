@@ -1,9 +1,9 @@
-"""The optimizer's state under any ZeRO stage, seen as named pieces of parameters.
+"""The optimizer's state under any ZeRO stage, as named shards of parameters.
 
-DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. A
-``Piece`` says which stretch of which parameter a rank owns and gives views of it, so a checkpoint that is keyed by
-(name, offset, length) can be written and read under any layout. DeepSpeed has no public way to do this for all
-stages; the attributes used here are its internals, so its version is pinned and a missing one is an error at once.
+DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. An
+``OptimizerShard`` says which elements of which parameter a rank owns and gives views of them, so that a checkpoint
+keyed by (name, offset, length) can be written and read under any layout. DeepSpeed has no public way to do this for
+all stages; the attributes used here are its internals, so its version is pinned and a missing one is an error at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ AVERAGE = "average"
 
 
 @dataclass(frozen=True)
-class Piece:
+class OptimizerShard:
     """Elements ``[offset, offset + length)`` of a flattened parameter, owned by this rank."""
 
     name: str
@@ -26,27 +26,27 @@ class Piece:
     """Shape of the whole parameter."""
     offset: int
     length: int
-    owner: torch.Tensor
+    partition: torch.Tensor
     """The fp32 tensor that the optimizer steps: a flat partition, or the parameter itself at stage 0."""
-    owner_offset: int
-    """Where the piece begins in the flattened ``owner``."""
+    partition_offset: int
+    """Where the shard begins in the flattened ``partition``."""
 
     def view(self, kind: str, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """A writable 1-D view, fp32, ``length`` elements.
 
         Args:
-            kind: "parameter" for the master weights, or the name of a state that the owner has: a moment, the average.
-            optimizer: holds the owners' state.
+            kind: "parameter" for the master weights, or the name of a state of the partition: a moment, the average.
+            optimizer: holds the partitions' state.
         """
-        whole = self.owner.data if kind == "parameter" else optimizer.state[self.owner][kind]
-        return whole.view(-1).narrow(0, self.owner_offset, self.length)
+        whole = self.partition.data if kind == "parameter" else optimizer.state[self.partition][kind]
+        return whole.view(-1).narrow(0, self.partition_offset, self.length)
 
 
-class OptimizerPieces:
-    """All pieces that this rank owns of a DeepSpeed engine, with the means to fill them."""
+class OptimizerShards:
+    """All shards that this rank owns of a DeepSpeed engine, with the means to fill them."""
 
     def __init__(self, engine: Any, *, average: bool = False) -> None:
-        """Find the pieces.
+        """Find the shards.
 
         Args:
             engine: ``deepspeed.DeepSpeedEngine``.
@@ -56,52 +56,52 @@ class OptimizerPieces:
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
         self.optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
-        """The torch optimizer that steps the owners."""
+        """The torch optimizer that steps the partitions."""
         sgd = isinstance(self.optimizer, torch.optim.SGD)
         self._moments = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq")
         self.kinds = ("parameter", *self._moments, *((AVERAGE,) if average else ()))
-        """What a checkpoint holds of every piece."""
+        """What a checkpoint holds of every shard."""
         names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
         self.names = list(names.values())
         """Names of all parameters that are trained, on whatever rank."""
-        find: Callable[[dict[Any, str]], list[Piece]] = {
+        find: Callable[[dict[Any, str]], list[OptimizerShard]] = {
             0: self._whole_parameters,
             1: self._flat_partitions,
             2: self._flat_partitions,
             3: self._sharded_parameters,
         }[self.stage]
-        self.pieces = find(names)
-        """This rank's pieces, in the order of the model's parameters."""
+        self.shards = find(names)
+        """This rank's shards, in the order of the model's parameters."""
         self._prepare_state()
 
     def _prepare_state(self) -> None:
-        """Give every owner zero moments and a zero step count, where the optimizer has not made them yet."""
+        """Give every partition zero moments and a zero step count, where the optimizer has not made them yet."""
         capturable = self.optimizer.defaults.get("fused") or self.optimizer.defaults.get("capturable")
-        for owner in self._owners():
-            state = self.optimizer.state[owner]
+        for partition in self._partitions():
+            state = self.optimizer.state[partition]
             for kind in self._moments:
-                state.setdefault(kind, torch.zeros_like(owner.data))
+                state.setdefault(kind, torch.zeros_like(partition.data))
             if AVERAGE in self.kinds and AVERAGE not in state:
-                state[AVERAGE] = owner.data.clone()
-            state.setdefault("step", torch.zeros((), device=owner.device if capturable else "cpu"))
+                state[AVERAGE] = partition.data.clone()
+            state.setdefault("step", torch.zeros((), device=partition.device if capturable else "cpu"))
 
-    def step_of(self, piece: Piece) -> float:
-        """How many steps the optimizer has taken on this piece."""
-        return float(self.optimizer.state[piece.owner]["step"])
+    def step_of(self, shard: OptimizerShard) -> float:
+        """How many steps the optimizer has taken on this shard."""
+        return float(self.optimizer.state[shard.partition]["step"])
 
     def set_steps(self, steps: dict[str, float]) -> None:
-        """Set the step count of every owner from those of its parameters, which must agree.
+        """Set the step count of every partition from those of its parameters, which must agree.
 
         Raises:
             ValueError: parameters that share a flat partition here took different numbers of steps.
         """
-        by_owner: dict[torch.Tensor, set[float]] = {}
-        for piece in self.pieces:
-            by_owner.setdefault(piece.owner, set()).add(steps[piece.name])
-        for owner, values in by_owner.items():
+        by_partition: dict[torch.Tensor, set[float]] = {}
+        for shard in self.shards:
+            by_partition.setdefault(shard.partition, set()).add(steps[shard.name])
+        for partition, values in by_partition.items():
             if len(values) != 1:
                 raise ValueError(f"parameters of one partition have different optimizer steps: {sorted(values)}")
-            self.optimizer.state[owner]["step"].fill_(values.pop())
+            self.optimizer.state[partition]["step"].fill_(values.pop())
 
     def refresh_model(self) -> None:
         """Bring the model's weights in line with the master weights just filled. Collective."""
@@ -113,16 +113,16 @@ class OptimizerPieces:
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
             self._zero.checkpoint_event_epilogue()
         else:  # at stage 0 each rank has filled only what it owns
-            for piece in self._all_parameters():
-                dist.broadcast(piece.data, src=self._stage0_owner[piece])
+            for shard in self._all_parameters():
+                dist.broadcast(shard.data, src=self._stage0_rank[shard])
 
     def share_stage0_state(self) -> None:
-        """At stage 0 every rank holds all state but has filled only its own pieces: send them round. Collective."""
+        """At stage 0 every rank holds all state but has filled only its own shards: send them round. Collective."""
         if self.stage == 0:
             for parameter in self._all_parameters():
                 for kind in (*self.kinds[1:], "step"):
                     value = self.optimizer.state[parameter][kind].to(parameter.device)
-                    dist.broadcast(value, src=self._stage0_owner[parameter])
+                    dist.broadcast(value, src=self._stage0_rank[parameter])
                     self.optimizer.state[parameter][kind].copy_(value)
 
     @torch.no_grad()
@@ -131,9 +131,9 @@ class OptimizerPieces:
 
         It is kept on the same flat fp32 partitions as the weights, so it needs no communication at any stage.
         """
-        owners = self._owners()
-        averages = [self.optimizer.state[owner][AVERAGE] for owner in owners]
-        torch._foreach_lerp_(averages, [owner.data for owner in owners], 1.0 - decay)
+        partitions = self._partitions()
+        averages = [self.optimizer.state[partition][AVERAGE] for partition in partitions]
+        torch._foreach_lerp_(averages, [partition.data for partition in partitions], 1.0 - decay)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -146,40 +146,40 @@ class OptimizerPieces:
 
     @torch.no_grad()
     def _swap_average(self) -> None:
-        for owner in self._owners():
-            average = self.optimizer.state[owner][AVERAGE]
-            weights = owner.data.clone()
-            owner.data.copy_(average)
+        for partition in self._partitions():
+            average = self.optimizer.state[partition][AVERAGE]
+            weights = partition.data.clone()
+            partition.data.copy_(average)
             average.copy_(weights)
-        if self.stage:  # at stage 0 the owners are the model's parameters themselves, on every rank
+        if self.stage:  # at stage 0 the partitions are the model's parameters themselves, on every rank
             self.refresh_model()
 
-    def _owners(self) -> list[torch.Tensor]:
+    def _partitions(self) -> list[torch.Tensor]:
         if self.stage == 0:
             return list(self._all_parameters())
-        return list({id(piece.owner): piece.owner for piece in self.pieces}.values()) + self._empty_owners()
+        return list({id(shard.partition): shard.partition for shard in self.shards}.values()) + self._empty_partitions()
 
-    def _empty_owners(self) -> list[torch.Tensor]:
+    def _empty_partitions(self) -> list[torch.Tensor]:
         """Flat partitions of this rank that hold padding only; the optimizer steps them all the same."""
         flats = self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._flats()
-        owned = {id(piece.owner) for piece in self.pieces}
+        owned = {id(shard.partition) for shard in self.shards}
         return [flat for flat in flats if id(flat) not in owned]
 
     def _all_parameters(self) -> list[torch.nn.Parameter]:
-        return list(self._stage0_owner)
+        return list(self._stage0_rank)
 
-    def _whole_parameters(self, names: dict[Any, str]) -> list[Piece]:
+    def _whole_parameters(self, names: dict[Any, str]) -> list[OptimizerShard]:
         # Every rank has everything; spread the writing, largest first onto the least loaded rank.
         load = [0] * dist.get_world_size()
-        self._stage0_owner: dict[torch.nn.Parameter, int] = {}
+        self._stage0_rank: dict[torch.nn.Parameter, int] = {}
         for parameter in sorted(names, key=lambda p: -p.numel()):
             rank = load.index(min(load))
             load[rank] += parameter.numel()
-            self._stage0_owner[parameter] = rank
+            self._stage0_rank[parameter] = rank
         return [
-            Piece(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
+            OptimizerShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
             for parameter, name in names.items()
-            if self._stage0_owner[parameter] == dist.get_rank()
+            if self._stage0_rank[parameter] == dist.get_rank()
         ]
 
     def _flats(self) -> list[torch.Tensor]:
@@ -188,24 +188,24 @@ class OptimizerPieces:
         name = "single_partition_of_fp32_groups"
         return getattr(self._zero, name if hasattr(self._zero, name) else "fp32_groups_flat_partition")
 
-    def _flat_partitions(self, names: dict[Any, str]) -> list[Piece]:
-        pieces = []
+    def _flat_partitions(self, names: dict[Any, str]) -> list[OptimizerShard]:
+        shards = []
         for parameter, name in names.items():
             mapping = parameter._hp_mapping  # noqa: SLF001
             if mapping is None:
                 continue  # another rank's
             flat = self._flats()[mapping.param_group_index]
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            pieces.append(Piece(name, tuple(parameter.shape), here.start, here.numel, flat, there.start))
-        return pieces
+            shards.append(OptimizerShard(name, tuple(parameter.shape), here.start, here.numel, flat, there.start))
+        return shards
 
-    def _sharded_parameters(self, names: dict[Any, str]) -> list[Piece]:
-        pieces = []
+    def _sharded_parameters(self, names: dict[Any, str]) -> list[OptimizerShard]:
+        shards = []
         for parameter, name in names.items():
-            group, flat_offset, partition = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            offset = min(dist.get_rank() * partition, parameter.ds_numel)
-            length = min(partition, parameter.ds_numel - offset)
+            group, flat_offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            offset = min(dist.get_rank() * size, parameter.ds_numel)
+            length = min(size, parameter.ds_numel - offset)
             if length:
                 flat = self._zero.fp32_partitioned_groups_flat[group]
-                pieces.append(Piece(name, tuple(parameter.ds_shape), offset, length, flat, flat_offset))
-        return pieces
+                shards.append(OptimizerShard(name, tuple(parameter.ds_shape), offset, length, flat, flat_offset))
+        return shards
