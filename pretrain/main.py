@@ -57,7 +57,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     run: Run | None = None
     try:
         rank = read_rank()
-        device = choose_device(rank)
+        device = choose_device(rank, options.device)
         steps = parse_steps(options.profile) if options.profile else None
         recipe = load_recipe(options.recipe, options.assignments)
         if recipe.deterministic:
