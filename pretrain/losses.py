@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.mixing import MixingConfig
+from data_pipeline.transforms import MixingConfig
 from models import SemanticSoftmax
 from pretrain.class_tree import read_ancestors
 from pretrain.recipe import LossSection
