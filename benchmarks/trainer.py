@@ -42,6 +42,7 @@ from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
+from pretrain.startup import StartUp
 from pretrain.train import train
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
@@ -147,7 +148,7 @@ def trainer_run(
     with contextlib.redirect_stdout(io.StringIO()):
         return assemble(
             recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
-            watchdog=watchdog,
+            watchdog=watchdog, startup=StartUp("imports"),
         )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ from pretrain.recipe import Recipe
 from pretrain.run import Run
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
+from pretrain.startup import StartUp
 from pretrain.state import TrainState
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ def assemble(
     flag: StopFlag,
     control: dist.ProcessGroup,
     watchdog: Watchdog,
+    startup: StartUp,
     verbose: bool = False,
 ) -> Run:
     """Open the data, build model and engine, load the newest checkpoint, start the loaders. Collective.
@@ -96,6 +98,7 @@ def assemble(
             "class_levels": None if classification.levels is None else classification.levels.tolist(),
         }
     }
+    startup.end("data")
     model = build_model(recipe, train_set.num_classes)
 
     def first_weights() -> Beginning:
@@ -109,9 +112,11 @@ def assemble(
         share_weights(model, device)
 
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
+    startup.end("engine")
     shards = OptimizerShards(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, shards, group=control)
     progress, warnings = loaded or (TrainState(), [])
+    startup.end("checkpoint")
     bad_steps = BadSteps(engine)
     bad_steps.set_loss_scale(progress.loss_scale)
     epoch_size, batch = len(train_set), resolved.batch
@@ -167,7 +172,9 @@ def assemble(
         request=folder.show,
         fresh=not progress.step,
     )
+    startup.end("data")
     return Run(
+        startup=startup,
         recipe=recipe,
         batch=batch,
         epoch_size=epoch_size,

@@ -15,7 +15,7 @@ import torch
 
 from pretrain.outcome import UserError
 
-DRIVER = Path("/proc/driver/nvidia/version")
+DEVICE_FILES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 _HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's."""
 
@@ -44,7 +44,7 @@ def use_gpu(wanted: str = "auto") -> bool:
 
 def _evidence_of_gpu() -> str:
     """What says that this process has a GPU; "" if nothing does."""
-    if devices := sorted(Path("/dev").glob("nvidia[0-9]*")):
+    if devices := sorted(DEVICE_FILES.glob("nvidia[0-9]*")):
         return str(devices[0])
     if (count := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):
         return f"SLURM_GPUS_ON_NODE={count}"

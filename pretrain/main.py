@@ -15,6 +15,9 @@ from pretrain.fault_tolerance.signals import StopFlag, first_speaks, watch_launc
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
     watch_launcher(FLAG)
+    from pretrain.arguments import parse_arguments
+
+    parse_arguments()  # --help and wrong usage end here
 
 import torch.distributed as dist  # noqa: E402
 
@@ -41,6 +44,7 @@ from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
 from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
+from pretrain.startup import StartUp  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
 from pretrain.train import train  # noqa: E402
 
@@ -75,6 +79,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             has_gpu=device.type == "cuda",
             has_bf16_gpu=has_bf16(device),
         )
+        startup = StartUp("imports")  # DeepSpeed's among them
         limits = recipe.watchdog
         watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
         # A third of the time to start: a node that is not there by then is named, rather than waited for.
@@ -82,6 +87,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         control = init_distributed(device, 60 * limits.start_minutes + SPEAKS_FIRST_S)
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
+        startup.end("rendezvous")
         run = assemble(
             recipe,
             resolved,
@@ -91,6 +97,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             flag=flag,
             control=control,
             watchdog=watchdog,
+            startup=startup,
             verbose=options.verbose,
         )
         if steps is not None:

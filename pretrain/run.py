@@ -33,6 +33,7 @@ from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
+from pretrain.startup import StartUp
 from pretrain.state import TrainState
 from pretrain.summary import write_summary
 
@@ -44,6 +45,7 @@ FAILED_SAVES_ALLOWED = 1
 class Run:
     """The parts of a run on this rank. ``progress`` is the only state; all else is how."""
 
+    startup: StartUp
     recipe: Recipe
     batch: BatchPlan
     epoch_size: int
@@ -184,6 +186,8 @@ class Run:
     def first_step_done(self) -> None:
         """What is compiled and built is there now: from here on a collective that takes long is one that hangs."""
         self.first_step = False
+        self.startup.end("first step")
+        self.console.say(self.startup.table())
         garbage.keep_out_of_steps()
         limit = 60 * self.recipe.watchdog.step_minutes + SPEAKS_FIRST_S
         limit_collectives(limit, but=(self.control, self.writer.group))
