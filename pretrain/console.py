@@ -1,5 +1,7 @@
 """What a person sees of a run: a live view on a terminal, plain lines in a log. Only rank 0 speaks."""
 
+import os
+import select
 import sys
 import time
 from collections.abc import Iterable
@@ -48,6 +50,7 @@ class RunConsole:
         if self._view is not None:
             self._view.events = [*self._view.events, text.split("\n", maxsplit=1)[0]][-EVENTS:]
         if self._speaks:
+            discard_lost_output()
             self._console.print(text, markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
@@ -89,6 +92,15 @@ class RunConsole:
         per_step = (time.monotonic() - self._clock[1]) / (step - self._clock[0])
         left = timedelta(seconds=round(per_step * (self._total - step)))
         return f"{self._batch / per_step:.0f} images/s  ETA {left}"
+
+
+def discard_lost_output() -> None:
+    """Send to /dev/null what is printed to a closed terminal or a pipe that nobody reads: it must not end the run."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class LiveView(Live):
