@@ -155,7 +155,7 @@ class RunFolder:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and source state, for whoever wants to repeat the run."""
-    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130")
     versions = {}
     for name in packages:
         try:
