@@ -1,7 +1,7 @@
 """Cost of the trainer: its whole loop at each ZeRO stage compared with a bare torch DDP loop, and that of a checkpoint.
 
 All loops live in the same processes and take turns on the same fixed batches. The trainer's side is
-``pretrain.train.train`` with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared
+``pretrain.trainer.Trainer`` with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared
 with a compiled bare loop, and weights in bf16, too, with one in autocast. On a CPU everything starts again in fresh
 processes several times: from process to process a ratio varies more than within one.
 """
@@ -30,8 +30,8 @@ from benchmarks import timing
 from benchmarks.data import build_shards
 from data_pipeline.batch import Batch
 from models import LaViT
-from pretrain.assemble import assemble
-from pretrain.check import count_parameters_here, resolve_for
+from pretrain.build import build_trainer
+from pretrain.check import resolve_for
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
@@ -39,9 +39,9 @@ from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
-from pretrain.run import Run
 from pretrain.run_folder import RunFolder
-from pretrain.train import train
+from pretrain.run_log import RunStatus
+from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 10
@@ -133,20 +133,20 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Re
     return validate_recipe(content, "benchmark")
 
 
-def trainer_run(
+def build(
     recipe: Recipe, changes: dict[str, Any], path: Path, device: torch.device, control: dist.ProcessGroup
-) -> Run:
-    """A run as ``pretrain.main`` assembles it, with changes to ds_config.json."""
+) -> Trainer:
+    """A trainer as ``pretrain.main`` builds it, with changes to ds_config.json."""
     rank, config = read_rank(), read_deepspeed_config(CONFIG, changes)
     resolved = resolve_for(
-        recipe, config, parameters=count_parameters_here(recipe), world_size=rank.world_size,
+        recipe, config, world_size=rank.world_size,
         has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
     )  # fmt: skip
     watchdog = Watchdog(path / "hangs", rank.rank, start_s=1e6, step_s=1e6)
     with contextlib.redirect_stdout(io.StringIO()):
-        return assemble(
+        return build_trainer(
             recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
-            watchdog=watchdog,
+            watchdog=watchdog, status=RunStatus(RunFolder(path), first=rank.is_first),
         )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
     """On one rank: let the loops take turns; rank 0 sends seconds per step, and those of checkpoints."""
     device, control = join(rank, port, options.ranks)
     batches, steppers = fixed_batches(rank, options, device), {}
-    run: Run | None = None
+    trainer: Trainer | None = None
     for number, key in enumerate(contestants(options)):
         (mode, stage, bf16), stepper = key, Stepper(batches)
         recipe, steppers[key] = recipe_of(options, compiled=mode == "compiled"), stepper
@@ -203,9 +203,9 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
             "train_batch_size": options.ranks * options.micro_batch, "zero_optimization": {"stage": stage},
             "torch_autocast": {"enabled": options.autocast and not bf16}, "bf16": {"enabled": bf16},
         }  # fmt: skip
-        run = trainer_run(recipe, changes, folder / str(number), device, control)
-        run.train_loader = stepper
-        stepper.start(partial(train, run))
+        trainer = build(recipe, changes, folder / str(number), device, control)
+        trainer.train_loader = stepper
+        stepper.start(trainer.train)
     seconds: dict[Contestant, list[float]] = {key: [] for key in steppers}
     for key, counts in timing.turns([*steppers], options.rounds, options.warmup):
         dist.barrier(control)
@@ -213,11 +213,11 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
         if counts:
             seconds[key].append(took)
     waits, writes = [], []
-    for _ in range(5 if run is not None else 0):  # of the last contestant
+    for _ in range(5 if trainer is not None else 0):  # of the last contestant
         began = time.perf_counter()
-        run.save()
+        trainer.save()
         waits.append(time.perf_counter() - began)
-        run.settle_save()
+        trainer.finish_save()
         writes.append(time.perf_counter() - began)
     if rank == 0:
         queue.put((seconds, {"checkpoint_wait_s": waits, "checkpoint_write_s": writes}))

@@ -6,6 +6,7 @@ The x axis is samples seen. A kind of measurement ("train", "eval") is a line's 
 import json
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -48,6 +49,7 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._folder = jsonl.parent
         newest, purge_from, offset = _cut(jsonl, samples_seen, done or {})
         self._lines = jsonl.open("a")
         board = TensorBoard(tensorboard, purge_from=purge_from)
@@ -79,12 +81,23 @@ class MetricsWriter:
         self._lines.flush()
         self._sinks.each(lambda sink: sink.scalars(kind, samples_seen, values))
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Send an image, (height, width, 3), to the sinks."""
-        self._sinks.each(lambda sink: sink.picture(name, samples_seen, pixels))
+        self._sinks.each(lambda sink: sink.image(name, samples_seen, pixels))
 
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Send a text to the sinks."""
+    def describe_run(self, samples_seen: int) -> None:
+        """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
+        environment = json.loads((self._folder / "environment.json").read_text())
+        facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
+        texts = {
+            "recipe": (self._folder / "recipe.yaml").read_text(),
+            "environment": json.dumps(facts, indent=2),
+            "git": json.dumps(environment.get("git"), indent=2),
+        }
+        for name, text in texts.items():
+            self._send_text(f"run/{name}", samples_seen, textwrap.indent(text, "    "))
+
+    def _send_text(self, name: str, samples_seen: int, markdown: str) -> None:
         self._sinks.each(lambda sink: sink.text(name, samples_seen, markdown))
 
     def flush(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from data_pipeline.batch import BadSample
 from data_pipeline.files import write_atomically
 from pretrain.files import write_json
 from pretrain.outcome import UserError
@@ -49,6 +50,14 @@ class RunFolder:
         except FileNotFoundError:
             return None
         return content
+
+    def recorded_stage(self) -> int | None:
+        """ZeRO stage of the previous attempt; None for a new run, and where it cannot be read."""
+        try:
+            stage = json.loads((self.path / "ds_config.json").read_text())["zero_optimization"]["stage"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return stage if isinstance(stage, int) else None
 
     def read_dataset(self) -> dict[str, Any]:
         """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
@@ -147,10 +156,14 @@ class RunFolder:
             return self.failure.read_text() or reason
         return reason
 
-    def append_bad_sample(self, line: dict[str, Any]) -> None:
-        """Add a line to ``bad_samples.jsonl``; any rank may."""
-        with self.bad_samples.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+    def append_bad_sample(self, bad: BadSample, *, rank: int) -> None:
+        """Add a line to ``bad_samples.jsonl``; any rank may. A disk that refuses it is only reported."""
+        line = json.dumps({**asdict(bad), "rank": rank, "time": time.time()})
+        try:
+            with self.bad_samples.open("a") as handle:
+                handle.write(f"{line}\n")
+        except OSError as error:
+            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
 
 
 def describe_environment() -> dict[str, Any]:

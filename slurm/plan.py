@@ -54,8 +54,8 @@ def make_plan(
     """
     recipe = load_recipe(recipe_file, assignments)
     recipe = _with_absolute_paths(recipe)
-    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed)
     run = RunFolder(runs.resolve() / recipe.name)
+    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed, recorded_stage=run.recorded_stage())
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
@@ -65,7 +65,6 @@ def make_plan(
         return resolve_for(
             recipe,
             config,
-            parameters=run_size.parameters,
             world_size=with_nodes * gpus_per_node,
             has_gpu=on_gpus,
             has_bf16_gpu=on_gpus,

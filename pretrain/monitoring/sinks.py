@@ -29,8 +29,8 @@ class Sink(Protocol):
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Take one measurement a name; ``kind`` is what they belong to, such as "train" or "eval"."""
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """Take a picture, (height, width, 3)."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """Take an image, (height, width, 3)."""
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """Take a text."""
@@ -63,8 +63,8 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, samples_seen)
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """A picture."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """An image."""
         self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
@@ -110,8 +110,8 @@ class Wandb:
         """One row."""
         self._log(samples_seen, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """A picture."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """An image."""
         self._log(samples_seen, {name: self._library.Image(pixels)})
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
@@ -170,10 +170,10 @@ class ForwardOnly:
         if samples_seen > self._told.get(kind, -1):
             self._sink.scalars(kind, samples_seen, values)
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Pass on what is newer than all measurements that were told."""
         if samples_seen > max(self._told.values(), default=-1):
-            self._sink.picture(name, samples_seen, pixels)
+            self._sink.image(name, samples_seen, pixels)
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """Pass on."""

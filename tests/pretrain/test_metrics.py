@@ -100,10 +100,10 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_
         writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
-        writer.picture("grid", end, np.zeros((2, 3, 3), np.uint8))
+        writer.image("grid", end, np.zeros((2, 3, 3), np.uint8))
         writer.close()
     assert [call.args[:2] for call in book.scalars.call_args_list] == [("train", samples) for samples in range(1, 10)]
-    assert [call.args[:2] for call in book.picture.call_args_list] == [("grid", 8), ("grid", 9)]
+    assert [call.args[:2] for call in book.image.call_args_list] == [("grid", 8), ("grid", 9)]
 
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
