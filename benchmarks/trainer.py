@@ -32,6 +32,7 @@ from data_pipeline.batch import Batch
 from models import LaViT
 from pretrain.build import build_trainer
 from pretrain.check import resolve_for
+from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
@@ -41,6 +42,7 @@ from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunStatus
+from pretrain.startup import StartUp
 from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
@@ -146,7 +148,7 @@ def build(
     with contextlib.redirect_stdout(io.StringIO()):
         return build_trainer(
             recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
-            watchdog=watchdog, status=RunStatus(RunFolder(path), first=rank.is_first),
+            watchdog=watchdog, status=RunStatus(RunFolder(path), first=rank.is_first), startup=StartUp("imports"),
         )  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the result."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if use_gpu() else 0
     gpu = {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": gpus, "steps": 50, "rounds": 6}
     gpu |= {"warmup": 1, "processes": 1, "autocast": True, "compile": True, "stages": [0, 1, 2, 3], "bf16_stages": [1]}
     cpu = {"model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": 2, "steps": 1, "rounds": 8, "warmup": 3}

@@ -34,6 +34,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunLog, RunStatus
 from pretrain.run_state import RunState
+from pretrain.startup import StartUp
 from pretrain.state import TrainState
 from pretrain.trainer import Trainer
 
@@ -49,6 +50,7 @@ def build_trainer(
     control: dist.ProcessGroup,
     watchdog: Watchdog,
     status: RunStatus,
+    startup: StartUp,
     profile: tuple[int, int] | None = None,
     profile_this_rank: bool = False,
     verbose: bool = False,
@@ -65,6 +67,7 @@ def build_trainer(
         control: CPU group of all ranks for small objects.
         watchdog: of this rank.
         status: of the run; this attempt owns it as soon as the folder is claimed.
+        startup: times the phases.
         profile: first and last step to profile.
         profile_this_rank: whether this rank does it.
         verbose: let DeepSpeed print what it wants.
@@ -78,6 +81,7 @@ def build_trainer(
     train_set, val_set, probe_sets = _open_datasets(recipe, rank, control)
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     classification = Classification(recipe.loss, recipe.mixing, train_set.class_ids, device)
+    startup.end("data")
     model = build_model(recipe, train_set.num_classes)
 
     def claim_folder() -> tuple[RunState, Beginning]:
@@ -96,9 +100,11 @@ def build_trainer(
     if beginning.initialized:
         share_weights(model, device)
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
+    startup.end("engine")
     shards = OptimizerShards(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, shards, group=control)
     state, warnings = (loaded[0].loaded(), loaded[1]) if loaded else (TrainState(), [])
+    startup.end("checkpoint")
     nonfinite = NonFiniteSteps(engine)
     nonfinite.set_loss_scale(state.loss_scale)
     schedule = Schedule(recipe, len(train_set), resolved.batch.global_batch)
@@ -166,7 +172,7 @@ def build_trainer(
     probes, size = None, recipe.evaluation.batch_size
     if recipe.probes is not None and probe_sets is not None:
         probes = Probes(recipe.probes, probe_sets, recipe.data, batch_size=size, control=control, place=place)
-    return Trainer(
+    trainer = Trainer(
         recipe=recipe,
         schedule=schedule,
         batch=resolved.batch,
@@ -194,9 +200,12 @@ def build_trainer(
         log=log,
         stop=StopAgreement(flag, control),
         watchdog=watchdog,
+        startup=startup,
         profiler=profiler if profile_this_rank else None,
         state=state,
     )
+    startup.end("data")
+    return trainer
 
 
 def _open_datasets(

@@ -20,6 +20,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
 from models import LaViT
+from pretrain.arguments import add_device_argument
 from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
@@ -178,6 +179,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="folder of the dataset, or its URL")
     parser.add_argument("--split", default="val", help="default: val")
+    add_device_argument(parser)
     parser.add_argument("--batch-size", type=_count, help="per process; default: the recipe's evaluation.batch_size")
     parser.add_argument(
         "--precision",
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     subject: Subject | None = None
     try:
         rank = read_rank()
-        device = choose_device(rank)
+        device = choose_device(rank, options.device)
         folder = None
         if (Path(options.target) / "recipe.yaml").exists() and not is_handoff(Path(options.target)):
             folder = RunFolder(Path(options.target))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.batch import Batch, to_device
-from data_pipeline.mixing import MixingConfig, mix
+from data_pipeline.mixing import mix
+from data_pipeline.transforms import MixingConfig
 from models import SemanticSoftmax
 from pretrain.class_tree import read_ancestors
 from pretrain.engine.schedule import draw_step

@@ -15,6 +15,9 @@ from pretrain.fault_tolerance.signals import StopFlag, first_speaks, watch_launc
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
     watch_launcher(FLAG)
+    from pretrain.arguments import parse_arguments
+
+    parse_arguments()  # --help and wrong usage end here
 
 import torch.distributed as dist  # noqa: E402
 
@@ -41,6 +44,7 @@ from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
 from pretrain.run_log import RunStatus  # noqa: E402
+from pretrain.startup import StartUp  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
 from pretrain.trainer import Trainer  # noqa: E402
 
@@ -57,7 +61,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     trainer: Trainer | None = None
     try:
         rank = read_rank()
-        device = choose_device(rank)
+        device = choose_device(rank, options.device)
         steps = parse_steps(options.profile) if options.profile else None
         recipe = load_recipe(options.recipe, options.assignments)
         if recipe.deterministic:
@@ -77,6 +81,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             has_bf16_gpu=has_bf16(device),
         )
         status = RunStatus(folder, first=rank.is_first)
+        startup = StartUp("imports")  # DeepSpeed's among them
         limits = recipe.watchdog
         watchdog = Watchdog(
             folder.hangs,
@@ -90,6 +95,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         control = init_distributed(device, 60 * limits.start_minutes + REPORT_FIRST_S)
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
+        startup.end("rendezvous")
         trainer = build_trainer(
             recipe,
             resolved,
@@ -102,6 +108,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             status=status,
             profile=steps,
             profile_this_rank=rank.is_first or options.profile_ranks == "all",
+            startup=startup,
             verbose=options.verbose,
         )
         code = trainer.train()

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from data_pipeline.mixing import MixingConfig
 from data_pipeline.store import CacheConfig
-from data_pipeline.transforms import InputConfig, as_location
+from data_pipeline.transforms import InputConfig, MixingConfig, as_location
 from pretrain.outcome import UserError
 
 

@@ -31,6 +31,7 @@ from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from pretrain.run_log import RunLog
+from pretrain.startup import StartUp
 from pretrain.state import TrainState
 from pretrain.summary import write_summary
 
@@ -61,6 +62,7 @@ class Trainer:
     log: RunLog
     stop: StopAgreement
     watchdog: Watchdog
+    startup: StartUp
     profiler: StepProfiler | None
     state: TrainState
 
@@ -344,6 +346,8 @@ class Trainer:
     def _end_startup(self) -> None:
         """Compilation is over: shorten the limits of the watchdog and of collectives."""
         self.watchdog.starting = False
+        self.startup.end("first step")
+        self.log.say(self.startup.table())
         garbage.keep_out_of_steps()
         limit = 60 * self.recipe.watchdog.step_minutes + REPORT_FIRST_S
         limit_collectives(limit, exclude=(self.stop.group, self.writer.group))

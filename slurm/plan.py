@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from pretrain.check import check_recipe_here, resolve_for
+from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import count_steps
 from pretrain.files import write_json
@@ -46,8 +46,9 @@ def make_plan(
     min_nodes: int,
     gpus_per_node: int,
     on_cluster: bool,
+    device: str = "auto",
 ) -> Plan:
-    """Check everything that can be checked here.
+    """Check everything that can be checked here; ``device`` is as for ``use_gpu``, and "auto" is GPUs on a cluster.
 
     Raises:
         UserError: what is wrong, in one line.
@@ -59,7 +60,7 @@ def make_plan(
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
-    on_gpus = on_cluster or torch.cuda.is_available()
+    on_gpus = device != "cpu" if on_cluster else use_gpu(device)
 
     def resolve(with_nodes: int) -> ResolvedDeepSpeed:
         return resolve_for(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from pretrain.deepspeed_compat import check_version, skip_op_compilation
+from pretrain.devices import use_gpu
 from pretrain.outcome import UserError
 from pretrain.ports import free_port
 
@@ -85,9 +86,13 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def choose_device(rank: Rank) -> torch.device:
-    """The GPU of this local rank where there are GPUs, else the CPU with its cores shared among the local ranks."""
-    if torch.cuda.is_available():
+def choose_device(rank: Rank, wanted: str = "auto") -> torch.device:
+    """The GPU of this local rank, or the CPU with its cores shared among the local ranks.
+
+    Raises:
+        UserError: as ``use_gpu(wanted)``, or there are more local ranks than GPUs.
+    """
+    if use_gpu(wanted):
         os.environ["DS_ACCELERATOR"] = "cuda"  # DeepSpeed reads it while it is imported
         if rank.local_rank >= torch.cuda.device_count():
             raise UserError(

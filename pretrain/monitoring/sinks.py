@@ -8,15 +8,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.files import write_atomically, write_json
 from pretrain.outcome import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Tracker = Literal["wandb"]
 AXIS = "samples_seen"
@@ -43,7 +47,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files for ``tensorboard --logdir``.
+    """Event files for ``tensorboard --logdir``, opened by the first measurement.
 
     Args:
         folder: where they lie; those of former incarnations stay.
@@ -51,12 +55,17 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, *, purge_from: int) -> None:
+        self._folder, self._purge_from = folder, purge_from
+
+    @cached_property
+    def _writer(self) -> "SummaryWriter":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds that only rank 0 pays
-        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+        writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
         compared = {name: ["Multiline", [f"eval/{name}", f"eval_average/{name}"]] for name in ("top1", "top5", "loss")}
-        self._writer.add_custom_scalars({"evaluation: weights and their average": compared})
+        writer.add_custom_scalars({"evaluation: weights and their average": compared})
+        return writer
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """One point a value, under ``kind/name``."""

@@ -75,7 +75,7 @@ def start_rank(
         f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
         f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '{rank}', '{ranks}']))"
     )
-    here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | here, stdout=subprocess.PIPE)
 
 
