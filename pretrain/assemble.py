@@ -161,7 +161,7 @@ def assemble(
         shards,
         device=device,
         precision=resolved.precision,
-        attention_pictures=recipe.watch.attention_pictures,
+        attention_pictures=recipe.watch.attention_images,
         data=recipe.data,
         class_names=train_set.class_names,
         request=folder.show,

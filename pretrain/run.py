@@ -17,6 +17,7 @@ from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.console import RunConsole
 from pretrain.engine.deepspeed_config import BatchPlan
 from pretrain.engine.distributed import limit_collectives
+from pretrain.engine.schedule import checkpoint_interval, log_interval
 from pretrain.evaluation.accuracy import evaluate
 from pretrain.evaluation.probes import Probes, ProbesEndedError
 from pretrain.export import export_run
@@ -118,7 +119,7 @@ class Run:
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint stands at this step and is not yet on disk."""
         seen, newest = self.progress.samples_seen, max(self.saved_at, self.save_tried_at, 0)
-        due = seen - newest >= self.recipe.checkpoint.every_steps * self.batch.global_batch
+        due = seen - newest >= checkpoint_interval(self.recipe, self.total_steps) * self.batch.global_batch
         best = self.recipe.checkpoint.keep_best and self.progress.best_at == seen
         if seen <= newest or not (self.done or due or best):
             return False
@@ -279,7 +280,7 @@ class Run:
     def log_due(self, ahead: int = 0) -> bool:
         """Whether the metrics of an interval are written after this step, or after the one so many steps ahead."""
         step = self.progress.step + ahead
-        return step % self.recipe.log_every_steps == 0 or step >= self.total_steps
+        return step % log_interval(self.recipe, self.total_steps) == 0 or step >= self.total_steps
 
     def log(self, lr: float) -> None:
         """Write the interval's means as metrics and as a line; collective."""

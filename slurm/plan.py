@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import yaml
 
+from data_pipeline.errors import without_secrets
 from pretrain.check import check_recipe_here, resolve_for
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
-from pretrain.engine.schedule import count_steps
+from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
@@ -85,11 +86,11 @@ def make_plan(
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
-        f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
+        f"data          {without_secrets(str(recipe.data.path))}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
         f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
         + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
-        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, saved each {recipe.checkpoint.every_steps}",
+        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, saved every {checkpoint_interval(recipe, steps)}",
         f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
     ]
     return Plan(recipe, config, folder, usable, batch.global_batch, tuple(lines))

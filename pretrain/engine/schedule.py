@@ -16,6 +16,16 @@ def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int
     return max(1, int(schedule.epochs * epoch_size) // global_batch)
 
 
+def log_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between lines of metrics: ``log_every_steps``, or what follows from the length of the run."""
+    return recipe.log_every_steps or min(max(total_steps // 100, 1), 50)
+
+
+def checkpoint_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
+    return recipe.checkpoint.every_steps or min(max(total_steps // 10, 10), 1000)
+
+
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
     """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
 
