@@ -8,9 +8,10 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import Recipe
 
 DESCRIPTION = """\
-Train a LaViT by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest checkpoint.
+Train a LaViT by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
+checkpoint.
 
-  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     two processes on this machine
+  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     (two processes)
   deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
 
 Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
@@ -28,8 +29,8 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
         type=Path,
         default=_default_configuration(),
         metavar="FILE",
-        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json in the "
-        "current folder, else beside the folder pretrain/; here: %(default)s)",
+        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json of "
+        "the current folder, else of the folder that holds pretrain/; here: %(default)s)",
     )
     parser.add_argument(
         "--set",

@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class BusyError(UserError):
-    """Another process has what this one needs. On a cluster it may be a previous attempt on a node that is not down yet."""
+    """Another process has what this one needs, perhaps a previous attempt on a node that is not down yet."""
 
     code = ExitCode.RETRY
 

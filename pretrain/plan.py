@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import DataError, printable, without_secrets
+from data_pipeline.errors import DataError, without_secrets
 from models.cost import count_macs, count_parameters
 from pretrain.arguments import add_run_arguments
 from pretrain.check import architecture, checkpoint_bytes, resolve_for
@@ -98,7 +98,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         UserError: what is wrong, in one line.
     """
     recipe, device, gpus = load_recipe(options.recipe, options.assignments), DEVICES[options.gpu], options.gpus
-    data = _data(recipe, options)
+    data = without_secrets(_data(recipe, options))
     config = architecture(recipe, data["classes"])
     parameters, macs = count_parameters(config), count_macs(config)
     deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
@@ -149,7 +149,11 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         except DataError as error:
             without = "or plan without it: --images N --classes N [--bytes-per-image N]"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
-        images, classes, source = images or len(split), classes or split.num_classes, printable(without_secrets(str(recipe.data.path)))
+        images, classes, source = (
+            images or len(split),
+            classes or split.num_classes,
+            str(recipe.data.path),
+        )
         size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
     return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
 

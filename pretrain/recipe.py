@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -106,7 +105,9 @@ class OptimizerSection(Section):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is not read by {self.kind}: leave it out")
         if self.kind == "lamb" and self.weight_decay == 0:
-            raise ValueError("without weight_decay LAMB is Adam, as its trust ratio applies to decayed weights only: use kind adamw")
+            raise ValueError(
+                "without weight_decay LAMB is Adam (its trust ratio is for decayed weights): use kind adamw"
+            )
         return self
 
 
@@ -181,8 +182,8 @@ class CheckpointSection(Section):
     """When the state is saved; a stop and the end are always saved."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints: what a crash costs at most. Unless given, a tenth of the run, but at least 10
-    and at most 1000 steps."""
+    """Optimizer steps between checkpoints: what a crash costs at most. Unless given, a tenth of the run, but at least
+    10 and at most 1000 steps."""
     keep: int = Field(default=2, ge=1)
     """Number of the newest checkpoints that are kept. With 1 there is nothing to fall back to."""
     keep_every_steps: int | None = Field(default=None, ge=1)
@@ -212,7 +213,7 @@ class WatchdogSection(Section):
 
 def _as_folder_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise ValueError(f"must be letters, digits, '.', '_' and '-', beginning with a letter or digit, got {shown(name)}")
+        raise ValueError(f"must be at most 200 letters, digits, '.', '_' or '-', the first no sign, got {shown(name)}")
     return name
 
 
@@ -369,7 +370,8 @@ def _misread(content: dict[str, Any], section: BaseModel, prefix: str = "") -> I
         elif field is not None and not isinstance(given, dict):
             pairs = zip(*(each if isinstance(each, list | tuple) else [each] for each in (given, value)), strict=False)
             if any(
-                (isinstance(raw, bool | None) and raw is not read) or (isinstance(read, float) and not math.isfinite(read))
+                (isinstance(raw, bool | None) and raw is not read)
+                or (isinstance(read, float) and not math.isfinite(read))
                 for raw, read in pairs
             ):
                 kind = describe(field.annotation, field.metadata)
@@ -380,11 +382,8 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What no run should be started with, though older ones may have been."""
     schedule = recipe.schedule
     if schedule.warmup_epochs > schedule.epochs:
-        yield (
-            "schedule",
-            f"schedule.warmup_epochs ({schedule.warmup_epochs:g}) is longer than the run (schedule.epochs, "
-            f"{schedule.epochs:g}): lower it too",
-        )
+        lengths = f"schedule.warmup_epochs is {schedule.warmup_epochs:g}, schedule.epochs {schedule.epochs:g}"
+        yield "schedule", f"the warm-up is longer than the run: {lengths}"
     try:
         check_overrides(recipe.deepspeed, "deepspeed")
     except UserError as error:
@@ -402,8 +401,8 @@ def _blame(
         to_blame = []
         if (key, text) not in own:
             names = {f"{assignment.partition('=')[0]}.": f"--set {assignment}" for assignment in assignments}
-            within = [words for name, words in names.items() if name.startswith(f"{key}.") or f"{key}.".startswith(name)]
-            to_blame = within or [*names.values()]
+            related = [name for name in names if name.startswith(f"{key}.") or f"{key}.".startswith(name)]
+            to_blame = [names[name] for name in related or names]
         found.setdefault(" ".join(to_blame) or str(path), []).append(text)
     return found.items()
 
@@ -428,7 +427,7 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
 
 def _hint(key: str) -> str:
     """What follows an unknown key: where the setting is, or the key that was probably meant."""
-    last = key.split(".")[-1]
+    last = key.rsplit(".", maxsplit=1)[-1]
     for words, hint in ELSEWHERE.items():
         if {key, last} & {*words.split()}:
             return f": {hint}"
@@ -438,7 +437,7 @@ def _hint(key: str) -> str:
 
     by_last: dict[str, list[str]] = {}
     for name in dotted_names(Recipe):
-        by_last.setdefault(name.split(".")[-1], []).append(name)
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
     for name in sorted(ALLOWED):
         by_last.setdefault(name, [f"deepspeed.{name}"])
     for field in dataclasses.fields(LaViTConfig):
