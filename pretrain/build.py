@@ -146,7 +146,7 @@ def build_trainer(
         shards,
         device=device,
         precision=resolved.precision,
-        attention_images=recipe.watch.attention_pictures,
+        attention_images=recipe.watch.attention_images,
         data=recipe.data,
         class_names=train_set.class_names,
         show_batch=rank.is_first and not state.step,

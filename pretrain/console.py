@@ -11,6 +11,8 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResul
 from rich.live import Live
 from rich.text import Text
 
+from data_pipeline.errors import printable, without_secrets
+
 ETA_SKIPS_STEPS = 5
 """The first steps build and warm everything up; an estimate that holds them is wrong for a long time."""
 WIDEST = 79
@@ -34,7 +36,7 @@ class RunConsole:
         self._enabled = enabled
         self._total = total_steps
         self._batch = global_batch
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, emoji=False)
         self._first = first_step
         self._clock: tuple[int, float] | None = None
         self._view: LiveView | None = None
@@ -44,11 +46,12 @@ class RunConsole:
             self._view.start()
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print lines, without control characters and without secrets of URLs."""
+        lines = [printable(without_secrets(line)) for line in text.split("\n")]
         if self._view is not None:
-            self._view.events = [*self._view.events, text.split("\n", maxsplit=1)[0]][-EVENTS:]
+            self._view.events = [*self._view.events, lines[0]][-EVENTS:]
         if self._enabled:
-            self._console.print(text, markup=False)
+            self._console.print("\n".join(lines), markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
         """Move the bar; called after every step. ``waited_s`` is time that was not training, such as evaluation."""

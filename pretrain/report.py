@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
+from data_pipeline.errors import without_secrets
 from pretrain.files import json_lines, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
@@ -70,7 +71,7 @@ class Run:
         """A file of JSON or YAML; empty, with a note, where it is missing or damaged."""
         try:
             text = (self.path / name).read_text()
-            return dict(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text))
+            return dict(without_secrets(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)))
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             self.notes.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}")
             return {}

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from data_pipeline.batch import BadSample
+from data_pipeline.errors import printable, without_secrets
 from data_pipeline.files import write_atomically
 from pretrain.files import write_json
 from pretrain.outcome import UserError
@@ -91,7 +92,7 @@ class RunFolder:
 
     def write_state(self, state: RunState) -> None:
         """Replace ``run.json``."""
-        state.updated = time.time()
+        state.updated, state.reason = time.time(), printable(without_secrets(state.reason))
         write_json(self.path / "run.json", asdict(state))
 
     def check_recipe(self, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ class RunFolder:
         """
         try:
             with self.failure.open("x") as handle:
-                handle.write(reason)
+                handle.write(without_secrets(reason))
         except FileExistsError:
             return self.failure.read_text() or reason
         return reason
@@ -183,7 +184,7 @@ def describe_environment() -> dict[str, Any]:
         "user": os.environ.get("USER", str(os.getuid())),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "git": _git_state(),
     }
 

@@ -18,6 +18,16 @@ def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int
     return max(1, int(schedule.epochs * epoch_size) // global_batch)
 
 
+def log_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between lines of metrics: ``log_every_steps``, or what follows from the length of the run."""
+    return recipe.log_every_steps or min(max(total_steps // 100, 1), 50)
+
+
+def checkpoint_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
+    return recipe.checkpoint.every_steps or min(max(total_steps // 10, 10), 1000)
+
+
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
     """Linear warm-up, then half a cosine down to ``min_lr`` (Loshchilov and Hutter 2017), by samples seen.
 
@@ -96,12 +106,12 @@ class Schedule:
     @property
     def log_every(self) -> int:
         """Steps between lines of metrics."""
-        return self.recipe.log_every_steps
+        return log_interval(self.recipe, self.total_steps)
 
     @property
     def checkpoint_every(self) -> int:
         """Steps between checkpoints."""
-        return self.recipe.checkpoint.every_steps
+        return checkpoint_interval(self.recipe, self.total_steps)
 
     def learning_rate(self, samples_seen: int) -> float:
         """Of the step that begins at so many samples seen."""

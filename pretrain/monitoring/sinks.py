@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import without_secrets
 from pretrain.files import write_atomically, write_json
 from pretrain.outcome import UserError
 
@@ -78,7 +79,7 @@ class TensorBoard:
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """A text."""
-        self._writer.add_text(name, markdown, samples_seen)
+        self._writer.add_text(name, without_secrets(markdown), samples_seen)
 
     def flush(self) -> None:
         """Bring the event file up to date."""
@@ -109,8 +110,8 @@ class Wandb:
         settings = self._library.Settings(**{name: value for name, value in wanted.items() if name in known})
         with _no_terminal():
             self._library.init(
-                project="lavit-pretrain", resume="allow", config=configuration, name=name, dir=str(folder),
-                id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
+                project="lavit-pretrain", resume="allow", config=without_secrets(configuration), name=name,
+                dir=str(folder), id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
             )  # fmt: skip
         self._library.define_metric(AXIS)
         self._library.define_metric("*", step_metric=AXIS)

@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
+from pretrain.fields import describe_fields
 from pretrain.outcome import UserError
-from pretrain.recipe import describe_fields, load_recipe, recipe_differences
+from pretrain.recipe import load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder
 
 DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
