@@ -159,9 +159,10 @@ class ForwardOnly:
     def __init__(self, sink: Sink, marks: Path, told: Mapping[str, int]) -> None:
         self._sink = sink
         try:
-            known: dict[str, int] = json.loads(marks.read_text())
-        except (OSError, ValueError):
-            known = {}
+            content = json.loads(marks.read_text())
+            known = {kind: int(seen) for kind, seen in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            known = {}  # then what metrics.jsonl holds is all that is known to have been sent
         self._told = {kind: max(known.get(kind, -1), told.get(kind, -1)) for kind in {*known, *told}}
         write_json(marks, self._told)
 
