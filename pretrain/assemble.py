@@ -41,10 +41,10 @@ from pretrain.losses import Classification
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.sinks import check_trackers, open_trackers
-from pretrain.outcome import BusyError, UserError
+from pretrain.outcome import BusyError, UserError, storage_code
 from pretrain.recipe import Recipe
 from pretrain.run import Run
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, checkpoint_facts
 from pretrain.run_state import RunState
 from pretrain.state import TrainState
 
@@ -105,6 +105,7 @@ def assemble(
         return _open_folder(folder, recipe, resolved, facts, fingerprints, rank=rank, begin=first_weights)
 
     state, beginning = first_rank_decides(control, open_folder)
+    folder.locked, watchdog.on_hang = True, folder.note_failure
     if beginning.initialized:
         share_weights(model, device)
 
@@ -183,7 +184,7 @@ def assemble(
             retention=Retention(
                 recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best
             ),
-            facts={"run": recipe.name, "fingerprints": fingerprints},
+            facts=checkpoint_facts(recipe, fingerprints, beginning.origin),
             group=new_cpu_group(60 * recipe.watchdog.start_minutes + SPEAKS_FIRST_S),
             say=console.say,
         ),
@@ -267,7 +268,7 @@ def _open_folder(
         beginning = begin()
         folder.write_description(recipe, resolved.config, facts | {"initialized_from": beginning.origin})
     except OSError as error:
-        raise UserError(f"{folder.path} cannot be written: {error}") from None
+        raise UserError(f"{folder.path} cannot be written: {error}", storage_code(error)) from None
     state = RunState(
         state="running",
         restarts=former.restarts + 1 if former else 0,
@@ -286,7 +287,9 @@ def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], form
         recorded.append({"train": folder.read_dataset()["fingerprint"]})
     for path in list_checkpoints(folder.checkpoints)[:1]:
         with suppress(CheckpointDamagedError):  # it is passed over later
-            recorded.append(read_manifest(path).get("fingerprints", {}))
+            manifest = read_manifest(path)
+            folder.check_checkpoint(path, manifest, recipe)
+            recorded.append(manifest.get("fingerprints", {}))
     for split, fingerprint in here.items():
         if any(old.get(split, fingerprint) != fingerprint for old in recorded):
             raise UserError(

@@ -55,6 +55,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     flag.install_signal_handlers()
     rank: Rank | None = None
     run: Run | None = None
+    folder: RunFolder | None = None
     try:
         rank = read_rank()
         device = choose_device(rank)
@@ -108,7 +109,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     except (UserError, DataError, CheckpointDamagedError) as error:
         if run is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _give_up(run, str(error), exit_code(error))
+        _give_up(run, folder, str(error), exit_code(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
         told, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
         where = f"rank {rank.rank if rank else '?'}"
@@ -118,7 +119,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             print(f"error: {where}: {told}", file=sys.stderr)  # noqa: T201
         else:
             traceback.print_exc()
-        _give_up(run, f"{where}: {told}", why)
+        _give_up(run, folder, f"{where}: {told}", why)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
@@ -136,13 +137,15 @@ def _already_finished(folder: RunFolder, rank: Rank) -> bool:
     return True
 
 
-def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:
+def _give_up(run: Run | None, folder: RunFolder | None, reason: str, code: ExitCode) -> NoReturn:
     """Say in run.json why a run failed, give the terminal back, and end this rank whatever happens."""
     try:
         if run is not None:
             run.console.close()
             if not run.logbook.fail(reason.splitlines()[0] if reason else ""):
                 time.sleep(FIRST_GOES_FIRST_S)
+        elif folder is not None:
+            folder.note_failure(reason.splitlines()[0] if reason else "")
     except OSError as error:
         print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
     finally:

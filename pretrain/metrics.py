@@ -9,16 +9,15 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import json_lines, json_object, replacing
+from pretrain.files import aside, is_measurement, json_lines, json_object, replacing
 from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
-from pretrain.outcome import ExitCode, UserError
+from pretrain.outcome import UserError, storage_code
 
 
 class MetricsWriter:
@@ -52,13 +51,10 @@ class MetricsWriter:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         try:
-            if jsonl.is_dir():
-                aside = jsonl.rename(_aside(jsonl))
-                say(f"WARNING {jsonl} is a folder: it is moved to {aside}")
             newest, purge_from, offset = _cut(jsonl, samples_seen, done or {}, say)
             self._lines = jsonl.open("a")
         except OSError as error:
-            raise UserError(f"{jsonl} cannot be read or written: {error}", ExitCode.RETRY) from None
+            raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
         sinks: dict[str, Sink] = {}
         try:
             board = TensorBoard(tensorboard, purge_from=purge_from)
@@ -153,24 +149,9 @@ def _cut(
                 if new is not None:
                     new.write(complete)
         if damaged:
-            shutil.copy2(jsonl, aside := _aside(jsonl))
-            say(f"WARNING {jsonl}: {damaged:,} damaged lines are dropped; the file that had them is {aside}")
+            shutil.copy2(jsonl, kept_as := aside(jsonl))
+            say(f"WARNING {jsonl}: {damaged:,} damaged lines are dropped; the file that had them is {kept_as}")
     return newest, purge_from, size if offset is None else offset
-
-
-def is_measurement(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
-    """Whether a line of ``metrics.jsonl`` is intact, as far as can be seen: a kind, samples seen, and numbers."""
-    return (
-        row is not None
-        and isinstance(row.get("kind"), str)
-        and type(row.get("samples_seen")) is int
-        and 0 <= row["samples_seen"] < 2**63
-        and all(type(value) in (int, float) for name, value in row.items() if name != "kind")
-    )
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
 
 
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:

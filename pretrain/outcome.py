@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import StorageError, is_lasting
 
 
 class ExitCode(IntEnum):
@@ -36,6 +36,11 @@ class BusyError(UserError):
     """Another process has what this one needs. On a cluster it may be a former start on a node that is not dead yet."""
 
     code = ExitCode.RETRY
+
+
+def storage_code(error: OSError) -> ExitCode:
+    """The exit status after an error of the operating system, which may pass by itself or not."""
+    return ExitCode.WILL_FAIL_AGAIN if is_lasting(error) else ExitCode.RETRY
 
 
 def exit_code(error: Exception) -> ExitCode:

@@ -188,7 +188,7 @@ class WatchdogSection(Section):
 class Recipe(Section):
     """Everything that defines a run, but for what is DeepSpeed's own (see ``deepspeed``)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run: its folder is ``runs/NAME``."""
     seed: int = Field(default=0, ge=0)
     """Fixes initialisation, order, augmentation and drop path."""
@@ -263,7 +263,7 @@ def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: no such recipe" + (f"; there are: {', '.join(near)}" if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
@@ -293,6 +293,25 @@ def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "
         else:
             lines.append(f"{name}: {a} -> {b}")
     return lines
+
+
+def fixed_fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a resolved recipe may never change, for its checkpoints: all but the name and what is changeable."""
+    kept = {key: value for key, value in content.items() if f"{prefix}{key}" not in (*CHANGEABLE, "name")}
+    return {
+        key: fixed_fields(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()
+    }
+
+
+def known_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of ``new`` that ``old`` has, too."""
+    return {
+        key: known_fields(value, new[key])
+        if value and isinstance(value, dict) and isinstance(new[key], dict)
+        else new[key]
+        for key, value in old.items()
+        if key in new
+    }
 
 
 def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -327,7 +346,7 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {assignment}: {part} is a value, not a section")
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {assignment}: the value is not valid YAML") from None
 
 
