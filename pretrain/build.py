@@ -31,7 +31,7 @@ from pretrain.monitoring.monitor import Monitor
 from pretrain.monitoring.profile import StepProfiler
 from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, checkpoint_facts
 from pretrain.run_log import RunLog, RunStatus
 from pretrain.run_state import RunState
 from pretrain.startup import StartUp
@@ -96,7 +96,7 @@ def build_trainer(
         )
 
     run_state, beginning = first_rank_decides(control, claim_folder)
-    status.run_state = run_state
+    status.run_state, folder.locked = run_state, True
     if beginning.initialized:
         share_weights(model, device)
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
@@ -155,7 +155,7 @@ def build_trainer(
         folder.checkpoints,
         shards,
         retention=Retention(recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best),
-        facts={"run": recipe.name, "fingerprints": fingerprints},
+        facts=checkpoint_facts(recipe, fingerprints, beginning.origin),
         group=new_cpu_group(60 * recipe.watchdog.start_minutes + REPORT_FIRST_S),
         say=console.say,
     )

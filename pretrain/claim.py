@@ -10,7 +10,7 @@ from pretrain.checkpoints.checkpoint import CheckpointDamagedError, list_checkpo
 from pretrain.engine.distributed import Rank
 from pretrain.files import lock
 from pretrain.handoff.initialize import Beginning
-from pretrain.outcome import BusyError, UserError
+from pretrain.outcome import BusyError, UserError, storage_code
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
@@ -56,7 +56,7 @@ def claim(
         beginning = begin()
         folder.write_description(recipe, deepspeed, facts | {"initialized_from": beginning.origin})
     except OSError as error:
-        raise UserError(f"{folder.path} cannot be written: {error}") from None
+        raise UserError(f"{folder.path} cannot be written: {error}", storage_code(error)) from None
     state = RunState(
         state="running",
         restarts=previous.restarts + 1 if previous else 0,
@@ -75,7 +75,9 @@ def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], prev
         recorded.append({"train": folder.read_dataset()["fingerprint"]})
     for path in list_checkpoints(folder.checkpoints)[:1]:
         with suppress(CheckpointDamagedError):  # it is passed over later
-            recorded.append(read_manifest(path).get("fingerprints", {}))
+            manifest = read_manifest(path)
+            folder.check_checkpoint(path, manifest, recipe)
+            recorded.append(manifest.get("fingerprints", {}))
     for split, fingerprint in here.items():
         if any(old.get(split, fingerprint) != fingerprint for old in recorded):
             raise UserError(

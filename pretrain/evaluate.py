@@ -32,6 +32,7 @@ from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 
@@ -258,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             output = options.output or (folder.path / "evaluation" if folder else None)
             _print(subject, result, content, output)
             if folder is not None and folder.summary.exists():
-                _print_summary(folder, subject, content)
+                try:
+                    _print_summary(folder, subject, content)
+                except UserError as error:  # the result itself is printed and written
+                    print(f"WARNING the run's summary has no evaluation of the hand-off: {error}", file=sys.stderr)  # noqa: T201
         if control is not None:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
@@ -313,12 +317,11 @@ def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]
 
 def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
     """Print the run's summary, and record top-1 there if it is of fp32 weights on the run's validation split."""
-    recipe = folder.read_recipe()
-    assert recipe is not None
-    dataset, train_split = subject.dataset, recipe["data"]["train_split"]
+    recipe = validate_recipe(folder.read_recipe() or {}, where=str(folder.path / "recipe.yaml"))
+    dataset, train_split = subject.dataset, recipe.data.train_split
     if (
         subject.precision == "fp32"
-        and dataset.split == recipe["data"]["val_split"]
+        and dataset.split == recipe.data.val_split
         and train_split in dataset.store.manifest().splits
         and Dataset.open(dataset.path, train_split, subject.input.cache, check_files=False).fingerprint
         == folder.read_dataset()["fingerprint"]

@@ -19,7 +19,7 @@ from pretrain.state import TrainState
 
 
 class RunStatus:
-    """Writes ``run.json`` on rank 0, and on any rank the first reason of a failure.
+    """Writes ``run.json`` on rank 0, and the reason of a failure on the rank that fails first.
 
     Args:
         folder: of the run.
@@ -29,7 +29,7 @@ class RunStatus:
     def __init__(self, folder: RunFolder, *, first: bool) -> None:
         self._folder, self._first = folder, first
         self.run_state: RunState | None = None
-        """Of this attempt, from when it has claimed the folder; until then nothing is written."""
+        """Of this attempt, from when it has claimed the folder."""
         self.state: TrainState | None = None
         """Where the run is, once that is known."""
 
@@ -46,13 +46,13 @@ class RunStatus:
             self._folder.write_state(self.run_state)
 
     def fail(self, reason: str) -> bool:
-        """Record why the run fails: on any rank, and the reason of the first one that fails stands in ``run.json``.
+        """Record in ``run.json`` why the run fails: the reason of the rank that fails first.
 
         Returns:
             whether this is the first.
         """
-        if self.run_state is None:
-            return True
+        if self.run_state is None or not self._first:
+            return self._folder.note_failure(reason)
         first = self._folder.first_failure(reason)
         self.write("failed", first)
         return first == reason

@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
 from pretrain.engine.precision import Precision, check_precision, choose_precision
+from pretrain.files import SEAL
 from pretrain.outcome import UserError
 
 
@@ -54,10 +55,11 @@ def read_deepspeed_config(
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such DeepSpeed configuration; name one with --deepspeed_config") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
+    content.pop(SEAL, None)  # of a run folder's
     merged = _merge(content, overrides)
     zero = merged.get("zero_optimization")
     if recorded_stage is not None and isinstance(zero, dict) and zero.get("stage") == "auto":

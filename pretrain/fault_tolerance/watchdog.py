@@ -85,10 +85,15 @@ class Watchdog:
         os._exit(ExitCode.RETRY)
 
     def _tell(self, reason: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
-        with file.open("w") as handle:
-            handle.write(f"{reason}\n\n")
-            handle.flush()
-            faulthandler.dump_traceback(handle, all_threads=True)
-        self._on_hang(f"{reason}; stacks of all threads in {file}")
+        where = f"in {file}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with file.open("w") as handle:
+                handle.write(f"{reason}\n\n")
+                handle.flush()
+                faulthandler.dump_traceback(handle, all_threads=True)
+        except OSError as error:
+            where = f"in the log, since {file} could not be written: {error}"
+            faulthandler.dump_traceback(2, all_threads=True)
+        self._on_hang(f"{reason}; stacks of all threads {where}")

@@ -1,7 +1,6 @@
 """Sinks for measurements besides ``metrics.jsonl``: TensorBoard always, wandb if the recipe asks for it."""
 
 import importlib
-import json
 import os
 import secrets
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import without_secrets
-from pretrain.files import write_atomically, write_json
+from pretrain.files import read_sealed, write_atomically, write_sealed
 from pretrain.outcome import UserError
 
 if TYPE_CHECKING:
@@ -169,11 +168,11 @@ class ForwardOnly:
     def __init__(self, sink: Sink, marks: Path, told: Mapping[str, int]) -> None:
         self._sink = sink
         try:
-            known: dict[str, int] = json.loads(marks.read_text())
-        except (OSError, ValueError):
-            known = {}
+            known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
+        except (OSError, UserError, ValueError, TypeError, OverflowError):
+            known = {}  # then what metrics.jsonl holds is all that is known to have been sent
         self._told = {kind: max(known.get(kind, -1), told.get(kind, -1)) for kind in {*known, *told}}
-        write_json(marks, self._told)
+        write_sealed(marks, self._told)
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Pass on what is new."""

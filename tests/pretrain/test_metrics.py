@@ -44,11 +44,36 @@ def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) 
     jsonl.write_bytes(content[:-1])  # cut between the line and its end
     write(tmp_path, 9, 9, resumed_at=8)
     assert seen(tmp_path) == [*range(1, 10)]
-    lines = jsonl.read_bytes().splitlines(keepends=True)
-    jsonl.write_bytes(b"".join([*lines[:3], b'{"kind": "train", "samp', *lines[3:], b'{"samples_seen": 9}\n']))
-    write(tmp_path, 9, 8, resumed_at=8)
-    assert jsonl.read_bytes() == b"".join([*lines[:3], *lines[4:8]])  # without the line that was cut and its successor
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_damaged_lines_are_dropped_and_counted_and_the_file_that_had_them_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, 1, 8, resumed_at=0)
+    jsonl, said = tmp_path / "metrics.jsonl", list[str]()
+    lines = jsonl.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(lines[4]) | {key: wrong} for key in ("kind", "samples_seen", "loss") for wrong in ([], {}, None)]
+    rows += [json.loads(lines[4]) | {"samples_seen": wrong} for wrong in (True, -1, 1.5, 2**63, "x")]
+    damage = [json.dumps(row).encode() for row in rows]
+    damage += [lines[4].rstrip().replace(key, b"k") for key in (b"kind", b"samples_seen")]
+    damage += [b'{"kind": "train", "samp', b"[" * 200_000, b"\xff", b'["kind", "samples_seen"]', b"", lines[4][:-7]]
+    content = b"".join([*lines[:4], b"\n".join([*damage, b""]), *lines[5:7], b'{"kind": "eval", "samp'])
+    jsonl.write_bytes(content)
+    opened(tmp_path, 8, say=said.append).close()
+    assert jsonl.read_bytes() == b"".join([*lines[:4], *lines[5:7]])
+    (aside,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert aside.read_bytes() == content
+    assert said == [f"WARNING {jsonl}: {len(damage)} damaged lines are dropped; the file that had them is {aside}"]
+
+
+def test_what_cannot_be_written_beside_the_lines_is_given_up_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    (tmp_path / "trackers.json").mkdir()
+    said: list[str] = []
+    writer = opened(tmp_path, 0, trackers={"book": mock.Mock()}, say=said.append)
+    writer.write("train", 1, {"loss": 1.0})
+    writer.close()
+    assert seen(tmp_path) == [1]
+    assert "but in metrics.jsonl: TensorBoard, book (" in said[0]
 
 
 def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
