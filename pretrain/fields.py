@@ -141,6 +141,8 @@ def describe_fields(model: type[BaseModel], prefix: str = "", when: str = "") ->
 def _default(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_default, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else shown(value)
 
 

@@ -76,6 +76,8 @@ class RunLog:
         self.say = console.say
         self._metrics, self._epoch_size = metrics, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
+        self._described = False
+        """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
 
     def start(self, state: TrainState, passed_over: Iterable[str]) -> None:
         """Record the start of this attempt, where it starts, and the damaged checkpoints that were passed over."""
@@ -86,7 +88,6 @@ class RunLog:
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)
             self.status.write("running")
-            self._guarded(lambda metrics: metrics.describe_run(state.samples_seen))
 
     def interval(
         self, state: TrainState, losses: dict[str, float], rows: dict[str, dict[str, float]], image: NDArray | None
@@ -108,6 +109,9 @@ class RunLog:
                 metrics.write(kind, state.samples_seen, self._position(state) | values)
             if image is not None:
                 metrics.image("images/training", state.samples_seen, image)
+            if not self._described:
+                metrics.describe_run(state.samples_seen)
+                self._described = True
             self.status.write("running")
 
         self._guarded(write)

@@ -118,7 +118,7 @@ def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("door", "told"), [("main", f"{RECIPE}: seed: "), ("evaluate", "there/is/none")])
+@pytest.mark.parametrize(("door", "told"), [("main", "--set seed=no number: seed: "), ("evaluate", "there/is/none")])
 @pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
 def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
     who: str, rank: int, door: str, told: str, *, tmp_path: Path, digits: Path

@@ -118,18 +118,7 @@ def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CP
         engine, shards, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
         class_names=tuple("abcdefghij"),
     )  # fmt: skip
-    parts = [
-        "train_loader",
-        "eval_loader",
-        "probes",
-        "writer",
-        "loss_level",
-        "log",
-        "stop",
-        "watchdog",
-        "startup",
-        "profiler",
-    ]
+    parts = ("train_loader", "eval_loader", "probes", "writer", "loss_level", "log", "stop", "watchdog", "startup")
     return Trainer(
         recipe=recipe, schedule=Schedule(recipe, EPOCH, BATCH), batch=resolved.batch, engine=engine, dtype=dtype,
         optimizer_shards=shards, nonfinite=NonFiniteSteps(engine), monitor=monitor, state=TrainState(),
