@@ -15,7 +15,6 @@ from data_pipeline.errors import DataError
 from pretrain.deepspeed_compat import check_version, skip_op_compilation
 from pretrain.devices import use_gpu
 from pretrain.outcome import UserError
-from pretrain.ports import free_port
 
 T = TypeVar("T")
 
@@ -58,7 +57,7 @@ def read_rank() -> Rank:
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     elif missing:
         raise UserError(
             f"{', '.join(missing)} not set though other rank variables are: start with `deepspeed`, or set "
