@@ -4,6 +4,7 @@ import importlib
 import os
 import secrets
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class TensorBoard:
     """Event files for ``tensorboard --logdir``, opened by the first measurement.
 
     Args:
-        folder: where they lie; those of former incarnations stay.
+        folder: where they lie; those of previous attempts stay.
         purge_from: whatever they hold at so many samples seen or more is no longer shown.
     """
 
@@ -62,6 +63,7 @@ class TensorBoard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+        _date_back(self._folder, int(time.time()))
         writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
         compared = {name: ["Multiline", [f"eval/{name}", f"eval_average/{name}"]] for name in ("top1", "top5", "loss")}
         writer.add_custom_scalars({"evaluation: weights and their average": compared})
@@ -87,6 +89,21 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+def _date_back(folder: Path, now: int) -> None:
+    """Rename event files that are dated now or later, so that the next one, dated ``now``, sorts behind all of them.
+
+    TensorBoard reads a folder in the order of names, which begin with the clock of whoever wrote them: after a clock
+    that was ahead, what a resumed run adds would not be shown.
+    """
+    prefix = "events.out.tfevents."
+    files = sorted(folder.glob(f"{prefix}*"))
+    dates = [file.name.removeprefix(prefix).partition(".")[0] for file in files]
+    if any(date >= f"{now:010d}" for date in dates):
+        for index, (file, date) in enumerate(zip(files, dates, strict=True)):
+            rest = file.name.removeprefix(prefix + date)
+            file.rename(folder / f"{prefix}{now - len(files) + index:010d}{rest}")
 
 
 class Wandb:
