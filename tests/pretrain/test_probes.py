@@ -3,12 +3,9 @@
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,11 +14,8 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain.engine.schedule import Schedule
-from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
+from pretrain.evaluation.probes import Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
 from pretrain.recipe import ProbesSection
-from pretrain.state import TrainState
-from pretrain.trainer import Trainer
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 
@@ -125,32 +119,3 @@ def test_losses_are_bit_identical_with_and_without_probes_and_answers_the_same_o
     assert answers[0]["samples"] == 360
     assert 70 < answers[0]["knn_top1"] < 100
     assert 70 < answers[0]["linear_top1"] < 100
-
-
-def test_stopped_probes_are_due_again_and_abandoned_ones_are_reported_and_are_not() -> None:
-    """``Trainer``'s own methods on as much of a trainer as they need."""
-    section, result = ProbesSection(path="x", every_epochs=1), Probed(50.0, 60.0, 10)
-    outcomes = [ProbesEndedError("stopped"), ProbesEndedError("too late"), result]
-    recipe: Any = SimpleNamespace(probes=section, ema=None, schedule=SimpleNamespace(epochs=99))
-    trainer: Any = object.__new__(Trainer)
-    trainer.__dict__ |= {
-        "recipe": recipe, "schedule": Schedule(recipe, 100, 100), "state": TrainState(), "engine": None, "dtype": None,
-        "optimizer_shards": None, "log": mock.Mock(), "monitor": SimpleNamespace(excluded=nullcontext),
-        "watchdog": mock.Mock(), "probes": mock.Mock(section=section, run=mock.Mock(side_effect=outcomes)),
-    }  # fmt: skip
-    assert not trainer.probes_due()
-    trainer.state.samples_seen, trainer.state.step = 128, 2
-    assert trainer.probes_due()
-    trainer.probe()
-    assert trainer.probes_due(), "a stop leaves them undone"
-    trainer.log.say.assert_not_called()
-    trainer.probe()
-    assert not trainer.probes_due()
-    trainer.log.say.assert_called_once_with("WARNING probes abandoned after 10 minutes (probes.time_limit_minutes)")
-    trainer.log.result.assert_not_called()
-    trainer.state.samples_seen = 256
-    assert trainer.probes_due()
-    trainer.probe()
-    assert trainer.log.result.call_args.args[:2] == ("probe", result)
-    trainer.state.samples_seen, trainer.state.step = 290, 99
-    assert trainer.probes_due(), "the end is always probed"
