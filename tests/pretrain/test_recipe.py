@@ -134,8 +134,8 @@ def test_what_may_be_a_secret_of_a_url_is_not_shown(
     folder.write_description(recipe, {}, {})
     folder.write_state(RunState(state="failed", reason=f"OSError: {url}\x1b[2J"))
     RunConsole(speaks=True, total_steps=1, first_step=0, global_batch=1).say(f"[b]{url}: \x1b[2J:smile:\n(see {url})")
-    said = capsys.readouterr().out
-    assert said == "[b]memory://host/data: \\x1b[2J:smile:\n(see memory://host/data)\n"
+    printed = capsys.readouterr().out
+    assert printed == "[b]memory://host/data: \\x1b[2J:smile:\n(see memory://host/data)\n"
     shown = [str(caught.value), refusal(f"optimizer.lr={url}"), *folder.path.glob("*.json")]
     for text in (part if isinstance(part, str) else part.read_text() for part in shown):
         assert "ter2" not in text
