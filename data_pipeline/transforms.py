@@ -1,4 +1,4 @@
-"""What is done to an image: the `data:` section of a recipe.
+"""What is done to images: the `data:` and `mixing:` sections of a recipe.
 
 Every field is documented where it is declared. Lengths are in pixels, angles in degrees, fractions between 0 and 1.
 """
@@ -174,3 +174,23 @@ class InputConfig(_Config):
     def size(self) -> tuple[int, int]:
         """Height and width that the model sees, in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+class MixingConfig(BaseModel):
+    """How the images of a batch are mixed and how their labels become targets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of the share that an image keeps; 0 switches mixup off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of the area that an image keeps; 0 switches CutMix off."""
+    switch_probability: float = Field(0.5, ge=0, le=1)
+    """Share of CutMix where both are on."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Spread over all classes in every target."""
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed with their neighbors, so that micro-batches must be even."""
+        return bool(self.mixup or self.cutmix)

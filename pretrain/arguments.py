@@ -44,6 +44,16 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
         parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help=f"{runs} (default: runs)")
 
 
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--device``, which is handed to ``use_gpu`` or ``choose_device``."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="compute on GPUs or on the CPU (default: auto, on GPUs where there are some)",
+    )
+
+
 def _default_configuration() -> Path:
     here = Path("ds_config.json")
     return here if here.exists() else Path(__file__).resolve().parents[1] / here
@@ -67,6 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_arguments(parser, runs="folder of the run folders")
+    add_device_argument(parser)
     parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",

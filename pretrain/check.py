@@ -5,7 +5,6 @@ from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.store import open_store
 from models import model_config
 from models.config import LaViTConfig
 from models.cost import count_parameters
@@ -60,29 +59,15 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     return RunSize(parameters, train_set.num_classes, len(train_set), len(val_set), size)
 
 
-def count_parameters_here(recipe: Recipe) -> int:
-    """Count the parameters of the recipe's network for its dataset's classes; only dataset.json is read.
-
-    Raises:
-        UserError: there is no such dataset, or no such network.
-    """
-    try:
-        classes = open_store(recipe.data.path, recipe.data.cache).manifest().class_ids
-    except DataError as error:
-        raise UserError(str(error), exit_code(error)) from None
-    return count_parameters(architecture(recipe, len(classes)))
-
-
 def resolve_for(
     recipe: Recipe,
     config: dict[str, Any],
     *,
-    parameters: int,
     world_size: int,
     has_gpu: bool,
     has_bf16_gpu: bool,
 ) -> ResolvedDeepSpeed:
-    """Call ``resolve_deepspeed_config`` for a recipe whose network has this number of parameters.
+    """``resolve_deepspeed_config`` with what it needs to know of a recipe.
 
     Raises:
         UserError: the recipe, the configuration and the ranks do not go together.
@@ -90,7 +75,6 @@ def resolve_for(
     resolved = resolve_deepspeed_config(
         config,
         world_size=world_size,
-        state_bytes=state_bytes(recipe, parameters),
         has_gpu=has_gpu,
         has_bf16_gpu=has_bf16_gpu,
         pairs=recipe.mixing.in_pairs,

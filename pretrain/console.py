@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines in a log. Only rank 0 speaks."""
+"""Shows a run: a live view on a terminal, plain lines in a log. Only rank 0 prints."""
 
 import sys
 import time
@@ -32,15 +32,15 @@ class RunConsole:
     Elsewhere each interval is a line that begins with "step".
     """
 
-    def __init__(self, *, speaks: bool, total_steps: int, first_step: int, global_batch: int) -> None:
-        self._speaks = speaks
+    def __init__(self, *, enabled: bool, total_steps: int, first_step: int, global_batch: int) -> None:
+        self._enabled = enabled
         self._total = total_steps
         self._batch = global_batch
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, emoji=False)
         self._first = first_step
         self._clock: tuple[int, float] | None = None
         self._view: LiveView | None = None
-        if speaks and self._console.is_terminal:
+        if enabled and self._console.is_terminal:
             self._view = LiveView(self._console)
             self._show(first_step)
             self._view.start()
@@ -50,12 +50,12 @@ class RunConsole:
         lines = [printable(without_secrets(line)) for line in text.split("\n")]
         if self._view is not None:
             self._view.events = [*self._view.events, lines[0]][-EVENTS:]
-        if self._speaks:
+        if self._enabled:
             self._console.print("\n".join(lines), markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
         """Move the bar; called after every step. ``waited_s`` is time that was not training, such as evaluation."""
-        if not self._speaks:
+        if not self._enabled:
             return
         if self._clock is None:
             if step - self._first >= ETA_SKIPS_STEPS:

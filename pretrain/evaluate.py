@@ -21,6 +21,7 @@ from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
 from data_pipeline.transforms import InputConfig
 from models import LaViT
+from pretrain.arguments import add_device_argument
 from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
@@ -31,6 +32,7 @@ from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 
@@ -201,6 +203,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="folder of the dataset, or its URL")
     parser.add_argument("--split", default="val", help="default: val")
+    add_device_argument(parser)
     parser.add_argument("--batch-size", type=_count, help="per process; default: the recipe's evaluation.batch_size")
     parser.add_argument(
         "--precision",
@@ -232,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     subject: Subject | None = None
     try:
         rank = read_rank()
-        device = choose_device(rank)
+        device = choose_device(rank, options.device)
         folder = None
         if (Path(options.target) / "recipe.yaml").exists() and not is_handoff(Path(options.target)):
             folder = RunFolder(Path(options.target))
@@ -256,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             output = options.output or (folder.path / "evaluation" if folder else None)
             _print(subject, result, content, output)
             if folder is not None and folder.summary.exists():
-                _print_summary(folder, subject, content)
+                try:
+                    _print_summary(folder, subject, content)
+                except UserError as error:  # the result itself is printed and written
+                    print(f"WARNING the run's summary has no evaluation of the hand-off: {error}", file=sys.stderr)  # noqa: T201
         if control is not None:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
@@ -311,12 +317,11 @@ def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]
 
 def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
     """Print the run's summary, and record top-1 there if it is of fp32 weights on the run's validation split."""
-    recipe = folder.read_recipe()
-    assert recipe is not None
-    dataset, train_split = subject.dataset, recipe["data"]["train_split"]
+    recipe = validate_recipe(folder.read_recipe() or {}, where=str(folder.path / "recipe.yaml"))
+    dataset, train_split = subject.dataset, recipe.data.train_split
     if (
         subject.precision == "fp32"
-        and dataset.split == recipe["data"]["val_split"]
+        and dataset.split == recipe.data.val_split
         and train_split in dataset.store.manifest().splits
         and Dataset.open(dataset.path, train_split, subject.input.cache, check_files=False).fingerprint
         == folder.read_dataset()["fingerprint"]

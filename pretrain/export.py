@@ -17,7 +17,7 @@ from pretrain.handoff.folder import HandoffInput, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, checkpoint_facts
 
 
 def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = "unknown") -> Path:
@@ -42,7 +42,16 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = folder.read_dataset()
     checkpoint = _newest_intact(folder.checkpoints)
-    progress = read_manifest(checkpoint)["progress"]
+    manifest, origin = read_manifest(checkpoint), folder.read_origin()
+    folder.check_checkpoint(checkpoint, manifest, recipe)
+    here, fingerprint = checkpoint_facts(recipe, {}, origin), dataset["fingerprint"]
+    there = here | manifest  # those of older versions lack some
+    if (there["fingerprints"].get("train", fingerprint), there["initialized_from"]) != (
+        fingerprint,
+        here["initialized_from"],
+    ):
+        raise UserError(f"{folder.path / 'environment.json'} is not of the run that wrote {checkpoint}: put it back")
+    progress = manifest["progress"]
     if step is not None and progress["step"] != step:
         raise UserError(f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again")
     if not progress["evaluation"]:
@@ -64,7 +73,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         "recipe": without_secrets(recipe.model_dump(mode="json")),
         "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
         "samples_seen": progress["samples_seen"],
-        "initialized_from": without_secrets(folder.read_origin()),
+        "initialized_from": without_secrets(origin),
     }
     write_handoff(
         folder.handoff,

@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-from data_pipeline.errors import StorageError, printable, without_secrets
+from data_pipeline.errors import StorageError, is_lasting, printable, without_secrets
 
 
 class ExitCode(IntEnum):
@@ -39,6 +39,11 @@ class BusyError(UserError):
     """Another process has what this one needs, perhaps a previous attempt on a node that is not down yet."""
 
     code = ExitCode.RETRY
+
+
+def storage_code(error: OSError) -> ExitCode:
+    """The exit status after an error of the operating system, which may pass by itself or not."""
+    return ExitCode.WILL_FAIL_AGAIN if is_lasting(error) else ExitCode.RETRY
 
 
 def exit_code(error: Exception) -> ExitCode:

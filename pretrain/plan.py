@@ -102,7 +102,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     config = architecture(recipe, data["classes"])
     parameters, macs = count_parameters(config), count_macs(config)
     deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
-    of_gpus = {"parameters": parameters, "world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
+    of_gpus = {"world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
     resolved = resolve_for(recipe, deepspeed, **of_gpus)
     batch, capacity = resolved.batch, device.memory * (1 - options.headroom)
     measured = options.benchmark and read_benchmark(options.benchmark, device, config, recipe, resolved)

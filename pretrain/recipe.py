@@ -20,9 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipeline.mixing import MixingConfig
 from data_pipeline.store import CacheConfig
-from data_pipeline.transforms import InputConfig, as_location
+from data_pipeline.transforms import InputConfig, MixingConfig, as_location
 from pretrain.engine.deepspeed_keys import ALLOWED, check_overrides
 from pretrain.fields import describe, did_you_mean, dotted_names, explain, shown, similar
 from pretrain.outcome import UserError
@@ -349,6 +348,25 @@ def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "
         else:
             lines.append(f"{name}: {a} -> {b}")
     return lines
+
+
+def fixed_fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a resolved recipe may never change, for its checkpoints: all but the name and what is changeable."""
+    kept = {key: value for key, value in content.items() if f"{prefix}{key}" not in (*CHANGEABLE, "name")}
+    return {
+        key: fixed_fields(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()
+    }
+
+
+def known_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of ``new`` that ``old`` has, too."""
+    return {
+        key: known_fields(value, new[key])
+        if value and isinstance(value, dict) and isinstance(new[key], dict)
+        else new[key]
+        for key, value in old.items()
+        if key in new
+    }
 
 
 def _validate(content: dict[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:

@@ -3,7 +3,6 @@
 import argparse
 import base64
 import html
-import json
 import sys
 from array import array
 from collections import Counter
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
 from data_pipeline.errors import without_secrets
-from pretrain.files import json_lines, write_atomically
+from pretrain.files import json_lines, read_sealed, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
 SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
@@ -70,10 +68,9 @@ class Run:
     def mapping(self, name: str) -> dict[str, Any]:
         """A file of JSON or YAML; empty, with a note, where it is missing or damaged."""
         try:
-            text = (self.path / name).read_text()
-            return dict(without_secrets(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)))
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            self.notes.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}")
+            return dict(without_secrets(read_sealed(self.path / name)))
+        except (FileNotFoundError, UserError) as error:
+            self.notes.append(f"{name} cannot be read: {error}")
             return {}
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
@@ -102,7 +99,9 @@ def read_run(path: Path) -> Run:
     run.status = run.mapping("run.json") | (run.mapping("summary.json") if (path / "summary.json").exists() else {})
     run.settings = {name: dict(leaves(run.mapping(name))) for name in SETTINGS}
     for row in run.rows("metrics.jsonl"):
-        numbers = {key: float(value) for key, value in row.items() if type(value) in (int, float) and value < 1e300}
+        numbers = {
+            key: float(value) for key, value in row.items() if type(value) in (int, float) and abs(value) < 1e300
+        }
         for key in numbers.keys() - {"samples_seen", "step", "epoch"} if "samples_seen" in numbers else ():
             run.curves.setdefault((str(row.get("kind")), key), Curve()).add(numbers["samples_seen"], numbers[key])
     if not run.curves:

@@ -82,7 +82,8 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         error = f"rank 0 runs on {place.node}, but the others look for it on {first}"
         folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.RETRY, time.time(), error))
         return ExitCode.RETRY
-    limit = folder.read_launch().policy.time_to_save_s
+    launch = folder.read_launch()
+    limit = launch.policy.time_to_save_s
     told: list[str] = []
     overdue: list[str] = []
     child: subprocess.Popen[bytes] | None = None
@@ -111,7 +112,7 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         return 0
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
-         str(folder.deepspeed_config), "--runs", str(folder.run.parent)],
+         str(folder.deepspeed_config), "--runs", str(folder.run.parent), "--device", launch.device],
         env=_environment(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if told:  # before there was a child

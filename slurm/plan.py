@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from data_pipeline.errors import without_secrets
 from pretrain.check import check_recipe_here, resolve_for
+from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
@@ -47,26 +47,26 @@ def make_plan(
     min_nodes: int,
     gpus_per_node: int,
     on_cluster: bool,
+    device: str = "auto",
 ) -> Plan:
-    """Check everything that can be checked here.
+    """Check everything that can be checked here; ``device`` is as for ``use_gpu``, and "auto" is GPUs on a cluster.
 
     Raises:
         UserError: what is wrong, in one line.
     """
     recipe = load_recipe(recipe_file, assignments)
     recipe = _with_absolute_paths(recipe)
-    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed)
     run = RunFolder(runs.resolve() / recipe.name)
+    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed, recorded_stage=run.recorded_stage())
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
-    on_gpus = on_cluster or torch.cuda.is_available()
+    on_gpus = device != "cpu" if on_cluster else use_gpu(device)
 
     def resolve(with_nodes: int) -> ResolvedDeepSpeed:
         return resolve_for(
             recipe,
             config,
-            parameters=run_size.parameters,
             world_size=with_nodes * gpus_per_node,
             has_gpu=on_gpus,
             has_bf16_gpu=on_gpus,

@@ -146,10 +146,8 @@ def _check_section(name: str, section: Any, where: str) -> None:
         section["enabled"] = False
     if name == "zero_optimization":
         stage = section.get("stage", 0)
-        if stage == "auto":
-            section["stage"] = 3  # at which DeepSpeed lets every other key pass
-        elif type(stage) is not int or stage not in range(4):
-            raise UserError(f'{where}: zero_optimization.stage is 0, 1, 2, 3 or "auto", got {stage!r}')
+        if type(stage) is not int or stage not in range(4):
+            raise UserError(f"{where}: zero_optimization.stage is 0, 1, 2 or 3, got {stage!r}")
     # Imported here: DeepSpeed takes seconds to import, and --help should not.
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # noqa: PLC0415
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415

@@ -19,9 +19,9 @@ from safetensors.torch import load, save_file
 from data_pipeline.files import write_atomically
 from models import LaViT, LaViTConfig
 from pretrain.fields import explain
-from pretrain.files import digest, digest_of_file, fsync, write_json
+from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff.hub import fetch, is_hub_name
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, storage_code
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -136,7 +136,7 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         draft.replace(folder / WEIGHTS)
         fsync(folder)
         config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
-        write_json(folder / CONFIG, config | {_OWN_DIGEST: _digest_of_fields(config)})
+        write_json(folder / CONFIG, config | {_OWN_DIGEST: digest_of_fields(config)})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the hand-off cannot be written to {folder} ({error}): make space or fix the storage, then "
@@ -184,7 +184,7 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
             "`python -m pretrain.export RUN` writes one"
         ) from None
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error}") from None
+        raise UserError(f"{source} cannot be read: {error}", storage_code(error)) from None
     if digest(content) != config.weights_blake2:
         raise UserError(
             f"{folder / WEIGHTS} has other content than when it was handed off with this {CONFIG}: copy both again"
@@ -200,7 +200,7 @@ def _config(text: bytes, path: Path) -> HandoffConfig:
         fields = json.loads(text)
         # A hand-off from before config.json had a digest has none; it is still checked field by field.
         stated = fields.pop(_OWN_DIGEST, None) if isinstance(fields, dict) else None
-        if stated is not None and stated != _digest_of_fields(fields):
+        if stated is not None and stated != digest_of_fields(fields):
             raise UserError(
                 f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
                 "if it was changed on purpose"
@@ -208,13 +208,8 @@ def _config(text: bytes, path: Path) -> HandoffConfig:
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(HandoffConfig, fields, error)[0][1]}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
-
-
-def _digest_of_fields(fields: dict[str, Any]) -> str:
-    """Digest of the content of ``config.json``, whichever way it is indented."""
-    return digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """How many pictures of a run could not be used so far."""
 
-import json
 from pathlib import Path
+
+from pretrain.files import json_object
 
 
 class BadSampleCount:
@@ -23,9 +24,6 @@ class BadSampleCount:
                 added = file.read()
             whole = added[: added.rfind(b"\n") + 1]  # another rank may be writing the last line
             self._offset += len(whole)
-            for line in whole.splitlines():
-                try:
-                    self._ids.add(json.loads(line)["id"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut by a crash, and the next line with it
+            rows = map(json_object, whole.splitlines())  # None: cut by a crash, and the next line with it
+            self._ids |= {row["id"] for row in rows if row is not None and isinstance(row.get("id"), int)}
         return len(self._ids)

@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, _digest_of_fields, is_handoff, load_handoff, read_handoff
+from pretrain.files import digest_of_fields
+from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
@@ -100,7 +101,7 @@ def test_a_handoff_of_earlier_versions_still_loads(copied: Path, model: Any, dig
         "augment": {"horizontal_flip": 0.0}, "shuffle_window": 16, "threads": None, "a_setting_of_the_loader": 1,
     }  # fmt: skip
     if digest:
-        config["config_blake2"] = _digest_of_fields(config)
+        config["config_blake2"] = digest_of_fields(config)
     (copied / CONFIG).write_text(json.dumps(config))
     (loaded, found), images = load_handoff(copied), torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images))

@@ -167,7 +167,7 @@ def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder
             model, _ = started(folder / str(stage), chosen, KNOWN)
         share_weights(model, torch.device("cpu"))
         config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": zero(stage)}
-        resolved = resolve_deepspeed_config(config, world_size=2, state_bytes=0, has_bf16_gpu=False)
+        resolved = resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
         engine, _ = build_engine(model, chosen, resolved, torch.device("cpu"))
         shards = OptimizerShards(engine, average=True)
         found = whole_weights(engine)

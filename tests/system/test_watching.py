@@ -38,7 +38,7 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
         assert [point.value for point in points] == pytest.approx([row[field] for row in rows], rel=1e-5)
         assert len({row["samples_seen"] for row in rows}) == len(rows) > 1
     for image in ("training", "attention"):
-        assert board.Images(name, f"pictures/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
+        assert board.Images(name, f"images/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
     for title, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
         events = board.Tensors(name, f"run/{title}/text_summary")
         texts = [event.tensor_proto.string_val[0].decode() for event in events]
