@@ -12,7 +12,6 @@ from typing import Any
 from pretrain.engine.deepspeed_keys import check_keys
 from pretrain.engine.precision import Precision, check_precision, choose_precision
 from pretrain.engine.stage import choose_stage, fixed_stage
-from pretrain.files import SEAL
 from pretrain.outcome import UserError
 
 
@@ -52,7 +51,6 @@ def read_deepspeed_config(path: Path, overrides: dict[str, Any]) -> dict[str, An
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
-    content.pop(SEAL, None)  # of a run folder's
     merged = _merge(content, overrides)
     check_keys(merged, str(path))
     return merged
