@@ -43,6 +43,7 @@ from data_pipeline.draws import Draws, random_resized_crop
 from data_pipeline.loader import TrainLoader
 from data_pipeline.reader import Reader
 from data_pipeline.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, InputConfig, RandomResizedCropConfig
+from pretrain.devices import use_gpu
 
 SIDE = 224
 PHOTOGRAPH = (500, 375)
@@ -251,7 +252,7 @@ def turn(name: str, shards: Path, options: argparse.Namespace) -> tuple[float, .
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the result."""
-    gpu = torch.cuda.is_available()
+    gpu = use_gpu()
     defaults = {
         "device": "cuda" if gpu else "cpu", "batch": 256 if gpu else 64, "batches": 100 if gpu else 15, "rounds": 7,
         "threads": timing.cores(),

@@ -20,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import timing
 from models import LaViT, create_model, model_config
 from models.cost import count_macs, count_parameters
+from pretrain.devices import use_gpu
 
 SIZE = 224
 OTHERS = ("pvt_v2_b2", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "convnext_tiny")
 MODES: dict[str, dict[str, Any] | None] = {"eager": None, "compiled": {}, "CUDA graphs": {"mode": "reduce-overhead"}}
 """Arguments of torch.compile."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if use_gpu() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 STEPS = 10 if DEVICE == "cuda" else 1
 """Steps per turn; the host must not wait for a GPU after each."""

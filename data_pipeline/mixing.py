@@ -11,34 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
-from scipy.special import betaincinv  # type: ignore[import-untyped]
 
 from data_pipeline.batch import to_device
 from data_pipeline.errors import DataError
 from data_pipeline.philox import philox, uniform
+from data_pipeline.transforms import MixingConfig
 
 _STREAM = 1 << 31  # apart from the order's streams and the augmentation's blocks
-
-
-class MixingConfig(BaseModel):
-    """How the images of a batch are mixed and how their labels become targets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of the share that an image keeps; 0 switches mixup off."""
-    cutmix: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of the area that an image keeps; 0 switches CutMix off."""
-    switch_probability: float = Field(0.5, ge=0, le=1)
-    """Share of CutMix where both are on."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Spread over all classes in every target."""
-
-    @property
-    def in_pairs(self) -> bool:
-        """Whether images are mixed with their neighbors, so that micro-batches must be even."""
-        return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -137,6 +116,8 @@ def _draw(
     config: MixingConfig, seed: int, step: int, pairs: NDArray[np.int64], size: tuple[int, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return for n pairs what each row keeps, (n,), and the box it takes from its partner, (n, 4)."""
+    from scipy.special import betaincinv  # type: ignore[import-untyped]  # noqa: PLC0415 - slow to import
+
     u = uniform(philox(seed, pairs, step, step >> 32, _STREAM))
     cut = u[:, 0] < (config.switch_probability if config.mixup and config.cutmix else float(config.cutmix > 0))
     # Half a step of the generator from 0 and 1, where the inverse of a Beta distribution is degenerate.

@@ -1,14 +1,67 @@
-"""Peaks of GPUs, as their maker states them: what a plan and MFU are measured against.
+"""Whether to compute on GPUs, and their peaks as their maker states them, which plans and MFU are compared with.
 
 Dense products, without sparsity. Sources: NVIDIA's data sheets "H100 Tensor Core GPU" (its SXM and PCIe columns), "H200
 Tensor Core GPU" (SXM) and "A100 Tensor Core GPU"; where they say "with sparsity" the number is halved. Gigabytes are
 10^9 bytes.
 """
 
+import os
 import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from pretrain.outcome import UserError
+
+DEVICE_FILES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+_HIDDEN = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's."""
+
+
+def use_gpu(wanted: str = "auto") -> bool:
+    """Whether to compute on GPUs.
+
+    Args:
+        wanted: "cuda", "cpu", or "auto": on GPUs where torch finds some. ``DS_ACCELERATOR`` in the environment, which
+            DeepSpeed reads too, takes the place of "auto".
+
+    Raises:
+        UserError: torch finds no GPU, though "cuda" is wanted or there is evidence of a GPU.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR", wanted) if wanted == "auto" else wanted
+    if wanted == "cpu":
+        return False
+    with warnings.catch_warnings(record=True) as caught:
+        if torch.cuda.is_available():
+            return True
+    if evidence := "--device cuda" if wanted == "cuda" else _evidence_of_gpu():
+        said = "".join(f" ({' '.join(str(warning.message).split())})" for warning in caught[-1:])
+        raise UserError(f"torch finds no GPU in spite of {evidence}{said}: {_why_no_gpu()}, or choose --device cpu")
+    return False
+
+
+def _evidence_of_gpu() -> str:
+    """What says that this process has a GPU; "" if nothing does."""
+    if devices := sorted(DEVICE_FILES.glob("nvidia[0-9]*")):
+        return str(devices[0])
+    if (count := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):
+        return f"SLURM_GPUS_ON_NODE={count}"
+    # On a machine without GPUs the `deepspeed` launcher numbers the ranks in it. That launcher alone sets CROSS_RANK.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return "" if visible in _HIDDEN or "CROSS_RANK" in os.environ else f"CUDA_VISIBLE_DEVICES={visible}"
+
+
+def _why_no_gpu() -> str:
+    """The likely reason why torch finds no GPU, and what to do about it."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "0")) in _HIDDEN:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides all of them: unset it"
+    driver = re.search(r"\b\d{3}\.[\d.]+", DRIVER.read_text()) if DRIVER.exists() else None
+    versions = f"NVIDIA's driver is {driver[0] if driver else 'not loaded'}, torch {torch.__version__} is built "
+    if torch.version.cuda is None:
+        return f"{versions}without CUDA: install a build of torch with CUDA"
+    return f"{versions}for CUDA {torch.version.cuda}: install a driver for this version of CUDA"
 
 
 @dataclass(frozen=True)

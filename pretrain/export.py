@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_pipeline.errors import without_secrets
 from models import create_model
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
@@ -12,7 +13,7 @@ from pretrain.checkpoints.checkpoint import (
     read_weights,
     verify,
 )
-from pretrain.handoff.folder import write_handoff
+from pretrain.handoff.folder import HandoffInput, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
@@ -20,7 +21,9 @@ from pretrain.run_folder import RunFolder, checkpoint_facts
 
 
 def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = "unknown") -> Path:
-    """Write ``RUN/handoff`` from the newest checkpoint that is whole. Needs no engine and no process group.
+    """Write ``RUN/handoff`` from the newest intact checkpoint. Needs no engine and no process group.
+
+    URLs in the recipe lose what may be a secret: a hand-off is published.
 
     Args:
         folder: the run.
@@ -55,7 +58,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         )
     if not progress["evaluation"]:
         raise UserError(
-            f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation", code
+            f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
         )
     class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
     class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
@@ -68,13 +71,13 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         "class_names": class_names,
         "class_ids": class_ids,
         "class_levels": class_levels,
-        "input": recipe.data.model_dump(mode="json"),
+        "input": recipe.data.model_dump(mode="json", include={*HandoffInput.model_fields}),
         "weights": "average" if recipe.ema else "raw",
         "dataset": dataset,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_secrets(recipe.model_dump(mode="json")),
         "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
         "samples_seen": progress["samples_seen"],
-        "initialized_from": origin,
+        "initialized_from": without_secrets(origin),
     }
     write_handoff(
         folder.handoff,
@@ -99,7 +102,7 @@ def _newest_intact(checkpoints: Path) -> tuple[Path, ExitCode]:
         except CheckpointDamagedError as error:
             problems.append(str(error))
             code = ExitCode.RETRY if error.code is ExitCode.RETRY else code
-            print(f"WARNING passing over {path}: {error}", file=sys.stderr)  # noqa: T201
+            print(f"WARNING skipping {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
             return path, code
     raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems), code)

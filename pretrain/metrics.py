@@ -6,6 +6,7 @@ The x axis is samples seen. A kind of measurement ("train", "eval") is a line's 
 import json
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import aside, is_measurement, json_lines, json_object, replacing
+from pretrain.files import aside, is_measurement, json_lines, json_object, read_sealed, replacing
 from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
 from pretrain.outcome import UserError, storage_code
 
@@ -50,6 +51,7 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._folder = jsonl.parent
         try:
             newest, purge_from, offset = _cut(jsonl, samples_seen, done or {}, say)
             self._lines = jsonl.open("a")
@@ -88,12 +90,27 @@ class MetricsWriter:
         self._lines.flush()
         self._sinks.each(lambda sink: sink.scalars(kind, samples_seen, values))
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Send an image, (height, width, 3), to the sinks."""
-        self._sinks.each(lambda sink: sink.picture(name, samples_seen, pixels))
+        self._sinks.each(lambda sink: sink.image(name, samples_seen, pixels))
 
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Send a text to the sinks."""
+    def describe_run(self, samples_seen: int) -> None:
+        """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
+        try:
+            environment = read_sealed(self._folder / "environment.json")
+            recipe = (self._folder / "recipe.yaml").read_text(errors="replace")
+        except (OSError, UserError):
+            return  # the next start refuses what is damaged; this one does without
+        facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
+        texts = {
+            "recipe": recipe,
+            "environment": json.dumps(facts, indent=2),
+            "git": json.dumps(environment.get("git"), indent=2),
+        }
+        for name, text in texts.items():
+            self._send_text(f"run/{name}", samples_seen, textwrap.indent(text, "    "))
+
+    def _send_text(self, name: str, samples_seen: int, markdown: str) -> None:
         self._sinks.each(lambda sink: sink.text(name, samples_seen, markdown))
 
     def flush(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
+from data_pipeline.errors import without_secrets
 from pretrain.files import json_lines, read_sealed, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
@@ -67,7 +68,7 @@ class Run:
     def mapping(self, name: str) -> dict[str, Any]:
         """A file of JSON or YAML; empty, with a note, where it is missing or damaged."""
         try:
-            return read_sealed(self.path / name)
+            return dict(without_secrets(read_sealed(self.path / name)))
         except (FileNotFoundError, UserError) as error:
             self.notes.append(f"{name} cannot be read: {error}")
             return {}

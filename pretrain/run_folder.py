@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from data_pipeline.batch import BadSample
+from data_pipeline.errors import printable, without_secrets
 from pretrain.files import aside, lock, read_sealed, write_sealed
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, fixed_fields, known_fields, recipe_differences, validate_recipe
@@ -54,6 +56,14 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
+    def recorded_stage(self) -> int | None:
+        """ZeRO stage of the previous attempt; None for a new run, and where it cannot be read."""
+        try:
+            stage = read_sealed(self.path / "ds_config.json")["zero_optimization"]["stage"]
+        except (OSError, UserError, KeyError, TypeError):
+            return None  # the check of the recipe reports it
+        return stage if isinstance(stage, int) else None
+
     def read_dataset(self) -> dict[str, Any]:
         """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
 
@@ -91,7 +101,7 @@ class RunFolder:
 
     def write_state(self, state: RunState) -> None:
         """Replace ``run.json``."""
-        state.updated = time.time()
+        state.updated, state.reason = time.time(), printable(without_secrets(state.reason))
         write_sealed(self.path / "run.json", asdict(state))
 
     def check_recipe(self, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
@@ -184,15 +194,19 @@ class RunFolder:
         """
         try:
             with self.failure.open("x") as handle:
-                handle.write(reason)
+                handle.write(without_secrets(reason))
         except FileExistsError:
             return self.failure.read_text() or reason
         return reason
 
-    def append_bad_sample(self, line: dict[str, Any]) -> None:
-        """Add a line to ``bad_samples.jsonl``; any rank may."""
-        with self.bad_samples.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+    def append_bad_sample(self, bad: BadSample, *, rank: int) -> None:
+        """Add a line to ``bad_samples.jsonl``; any rank may. A disk that refuses it is only reported."""
+        line = json.dumps({**asdict(bad), "rank": rank, "time": time.time()})
+        try:
+            with self.bad_samples.open("a") as handle:
+                handle.write(f"{line}\n")
+        except OSError as error:
+            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
 
     def note_failure(self, reason: str) -> bool:
         """Write into ``run.json`` why a start fails that has no `Run` yet; any rank may.
@@ -242,7 +256,7 @@ def describe_environment() -> dict[str, Any]:
         "user": os.environ.get("USER", str(os.getuid())),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "git": _git_state(),
     }
 

@@ -34,6 +34,8 @@ class Launch:
     usable_nodes: tuple[int, ...]
     """Numbers of nodes whose ranks divide the global batch, ascending."""
     policy: Policy
+    device: str = "auto"
+    """As ``pretrain/main.py --device``."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from data_pipeline.errors import without_secrets
 from pretrain.outcome import ExitCode
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.incarnation import this_incarnation
@@ -81,7 +82,8 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         error = f"rank 0 runs on {place.node}, but the others look for it on {first}"
         folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.RETRY, time.time(), error))
         return ExitCode.RETRY
-    limit = folder.read_launch().policy.time_to_save_s
+    launch = folder.read_launch()
+    limit = launch.policy.time_to_save_s
     told: list[str] = []
     overdue: list[str] = []
     child: subprocess.Popen[bytes] | None = None
@@ -110,7 +112,7 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         return 0
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
-         str(folder.deepspeed_config), "--runs", str(folder.run.parent)],
+         str(folder.deepspeed_config), "--runs", str(folder.run.parent), "--device", launch.device],
         env=_environment(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if told:  # before there was a child
@@ -155,7 +157,7 @@ class Output:
     def last_error(self) -> str:
         """The last error that was printed, else the last line; one line. Call it when the rank has ended."""
         self._thread.join(DRAIN_S)
-        return (self.error or self._line)[:500]
+        return str(without_secrets((self.error or self._line)[:500]))
 
     def _copy(self) -> None:
         for line in self._stream:

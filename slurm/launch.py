@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pretrain.arguments import add_run_arguments
+from pretrain.arguments import add_device_argument, add_run_arguments
 from pretrain.outcome import ExitCode, UserError, exit_code
 from slurm.folder import Launch
 from slurm.job import Job
@@ -27,6 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
     add_run_arguments(run, runs="folder of the run folders, which all nodes must see")
+    add_device_argument(run)
     size = parser.add_argument_group("its size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
     size.add_argument("--min-nodes", type=int, help="go on with so few when some are gone; the global batch stays")
@@ -78,6 +79,7 @@ def launch(options: argparse.Namespace) -> int:
         min_nodes=options.min_nodes,
         gpus_per_node=options.gpus_per_node,
         on_cluster=not options.local,
+        device=options.device,
     )
     _say("\n".join(plan.lines))
     if options.local:
@@ -105,7 +107,7 @@ def _prepare(plan: Plan, options: argparse.Namespace) -> None:
     freeze(plan)
     policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
     plan.folder.write_launch(
-        Launch(options.gpus_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy)
+        Launch(options.gpus_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy, options.device)
     )
     plan.folder.withdraw_stop()
 

@@ -9,6 +9,7 @@ import sys
 import time
 from types import FrameType
 
+from pretrain.fault_tolerance.signals import stop_signals
 from pretrain.outcome import ExitCode
 from pretrain.ports import free_port
 from slurm.folder import Incarnation, SlurmFolder
@@ -21,7 +22,7 @@ OTHERS_GET_S = 30.0
 
 
 def run_here(folder: SlurmFolder, ranks: int) -> int:
-    """Run to the end; Ctrl-C and SIGTERM save and end, as ``slurm.stop`` does.
+    """Run to the end; Ctrl-C, SIGTERM and a closed terminal save and end, as ``slurm.stop`` does.
 
     Returns:
         the exit status, as ``pretrain/main.py`` has it.
@@ -32,7 +33,7 @@ def run_here(folder: SlurmFolder, ranks: int) -> int:
     def note(signum: int, _frame: FrameType | None) -> None:
         told.append(signal.Signals(signum).name)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in stop_signals():
         signal.signal(signum, note)
     job, node = f"local{int(time.time())}", socket.gethostname()
     for restart in itertools.count():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HEAD_BYTES = 2**20
 """Of a rank's log: preflight comes first, but libraries that are told to can print a lot before."""
-_MISSING = re.compile(r"PeersMissingError: ([^\s,]+) \(rank [\d, ]+\) did not arrive")
+_MISSING = re.compile(r"(?:PeersMissingError: |^)([^\s,]+) \(rank [\d, ]+\) did not arrive")
 _SLOW_RANK = re.compile(r"WARNING preflight: rank \d+ on (\S+) computes")
 _SLOW_LINK = re.compile(r"WARNING preflight: (\S+) -> (\S+) took")
 

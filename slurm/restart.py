@@ -34,7 +34,7 @@ _STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _NOT_ITS_NODE = re.compile(
     r"connection (closed|reset|refused|timed)|closed by peer|broken pipe|NCCL|gloo|ECONN|DistBackendError|"
     r"DistNetworkError|DistStoreError|did not arrive| hangs: |"
-    r"another process is training",
+    r"another process is training|port \d+ is taken",
     re.IGNORECASE,
 )
 

@@ -2,7 +2,7 @@
 
 Every rank copies the shards that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
 then agree, over a process group of their own, and rank 0 publishes the checkpoint and removes old ones. Whether it
-worked is told at once, but asked for at points that all ranks reach together (``settle``), so that they never differ.
+worked is told at once, but asked for at points that all ranks reach together (``finish``), so that they never differ.
 """
 
 import json
@@ -91,17 +91,17 @@ class CheckpointWriter:
         """Whether this rank's thread is still at work on it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, progress: TrainState) -> None:
-        """Copy this rank's shards and begin to write them; the one before must be settled."""
-        assert self._thread is None, "settle the checkpoint before first"
+    def start(self, state: TrainState) -> None:
+        """Copy this rank's shards and begin to write them; the one before must be finished."""
+        assert self._thread is None, "finish the checkpoint before first"
         self._copy_shards()
         index = [(p.name, p.shape, p.offset, p.length, self._shards.step_of(p)) for p in self._shards.shards]
         self._hurry.clear()
-        arguments = (asdict(progress), index)
+        arguments = (asdict(state), index)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def settle(self) -> str:
+    def finish(self) -> str:
         """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
 
         Returns:

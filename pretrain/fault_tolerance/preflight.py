@@ -1,17 +1,21 @@
 """Before anything expensive: are all ranks here, and does every node communicate and compute as fast as the others?"""
 
+import errno
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain.engine.distributed import Rank
+from pretrain.outcome import BusyError, ExitCode, UserError
 
 SLOW = 3.0
 """So many times slower than the median is worth a warning."""
@@ -20,12 +24,15 @@ MESSAGE = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 MATRIX = {"cuda": 4096, "cpu": 256}
 """Side of the square matrices that are multiplied, by device."""
 REPEATS = 3
+TAKEN = "port {} is taken: choose another one with the launcher's --master_port"
 
 _stores: list[TCPStore] = []  # rank 0's server lives as long as the process; torch's own rendezvous shares it
 
 
-class PeersMissingError(Exception):
+class PeersMissingError(UserError):
     """Ranks did not arrive; the text names them and their nodes."""
+
+    code = ExitCode.RETRY
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,30 @@ def meet(rank: Rank, timeout_s: float) -> str:
 
     Raises:
         PeersMissingError: some did not arrive within ``timeout_s`` seconds; on all that did.
+        BusyError: another process listens at the port; on rank 0.
     """
-    if rank.world_size == 1:
-        return ""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else `torchrun` does
+    listening = _listen(rank) if serves else None
+    port = int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(
-            address,
+            os.environ["MASTER_ADDR"],
             port,
             rank.world_size,
-            is_master=rank.is_first,
+            is_master=serves,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=listening.detach() if listening else None,
         )
     except dist.DistError as error:
         text = str(error).splitlines()[0]
+        if serves and "EADDRINUSE" in text:
+            raise BusyError(TAKEN.format(port)) from None
         raise PeersMissingError(f"{rank.node_of(0)} (rank 0) did not arrive at port {port}: {text}") from None
     _stores.append(store)
+    if rank.world_size == 1:
+        return ""
     store.set(f"preflight/{rank.rank}", str(time.time()))
     if rank.is_first:
         return _wait_for_all(rank, store, timeout_s)
@@ -75,6 +88,27 @@ def meet(rank: Rank, timeout_s: float) -> str:
     if problem:
         raise PeersMissingError(problem)
     return ""
+
+
+def _listen(rank: Rank) -> socket.socket | None:
+    """Listen at MASTER_ADDR:MASTER_PORT; a port of 0 becomes a free one.
+
+    Returns:
+        None where torch has to listen, which it does on all interfaces: MASTER_ADDR is no address of this machine, or
+        names its loopback, while other nodes know that name by another address.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        if rank.world_size > rank.local_world_size and place[0] != address and ip_address(place[0]).is_loopback:
+            return None
+        listening = socket.create_server(place, family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise BusyError(TAKEN.format(port)) from None
+        return None
+    os.environ["MASTER_PORT"] = str(listening.getsockname()[1])
+    return listening
 
 
 def _wait_for_all(rank: Rank, store: TCPStore, timeout_s: float) -> str:

@@ -36,7 +36,7 @@ class StopFlag:
         return bool(self.reason)
 
     def install_signal_handlers(self) -> None:
-        """Let SIGINT, SIGTERM and SIGUSR2 ask for a stop. A second SIGINT ends the process at once, unsaved."""
+        """Let ``stop_signals`` ask for a stop. A second SIGINT ends the process at once, unsaved."""
 
         def ask(signum: int, _frame: FrameType | None) -> None:
             name = signal.Signals(signum).name
@@ -45,8 +45,14 @@ class StopFlag:
                 os._exit(ExitCode.STOPPED)
             self.request(name)
 
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for signum in (*stop_signals(), signal.SIGUSR2):
             signal.signal(signum, ask)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGINT, SIGTERM, and SIGHUP, which a closed terminal sends, unless it is ignored as below ``nohup``."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 def first_speaks(flag: StopFlag) -> bool:
@@ -60,15 +66,17 @@ def first_speaks(flag: StopFlag) -> bool:
 def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
     """Ask for a stop when the launcher above this process dies, and end the process if that hangs.
 
-    A launcher gives its process id in LAUNCHER_PID; ``deepspeed``'s is found by its command. That one is two processes:
-    ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which starts the ranks.
+    A launcher gives its process id in LAUNCHER_PID; ``torchrun`` and ``deepspeed`` are found by their commands. The
+    latter is two processes: ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which
+    starts the ranks.
     If it is gone nobody waits for this rank any more: it saves and ends. After ``grace_s`` seconds it ends without
     having saved.
     """
     starter = os.environ.get("LAUNCHER_PID")
     launchers = [process for process in psutil.Process().parents() if _is_launcher(process, starter)]
     if not launchers:
-        if starter or "CROSS_RANK" in os.environ:  # only deepspeed's launcher sets the latter: it died before this line
+        # Only deepspeed's launcher sets CROSS_RANK, only torchrun sets TORCHELASTIC_RUN_ID: it died before this line.
+        if starter or {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
             flag.request("the launcher died")
         return
     # The kernel's own word for the direct parent, also if the thread below never gets to run.
@@ -96,6 +104,7 @@ def _is_launcher(process: psutil.Process, starter: str | None) -> bool:
         return process.pid == int(starter)
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
-        # `python .../bin/deepspeed main.py` and `python -u -m deepspeed.launcher.launch ...`
-        return any(word == "deepspeed.launcher.launch" or word.endswith("/deepspeed") for word in words[:5])
+        # `python .../bin/deepspeed main.py`, `python -u -m deepspeed.launcher.launch ...`, and the same of torchrun
+        modules = ("deepspeed.launcher.launch", "torch.distributed.run")
+        return any(word in modules or word.endswith(("/deepspeed", "/torchrun")) for word in words[:5])
     return False

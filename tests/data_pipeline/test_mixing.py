@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from data_pipeline.errors import DataError
-from data_pipeline.mixing import MixingConfig, mix, soft_targets
+from data_pipeline.mixing import mix, soft_targets
+from data_pipeline.transforms import MixingConfig
 
 BOTH = MixingConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 

@@ -29,8 +29,8 @@ def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any)
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks are wanted, whatever GPUs there are
     os.environ |= {
+        "DS_ACCELERATOR": "cpu",  # several ranks are wanted, whatever GPUs there are
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

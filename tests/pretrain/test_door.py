@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -17,7 +19,7 @@ from pretrain.fault_tolerance.full_memory import explain_full_memory
 from pretrain.outcome import ExitCode, UserError
 from pretrain.state import TrainState
 from tests.pretrain.ranks import start_ranks
-from tests.system.launching import RECIPE, changes
+from tests.system.launching import RECIPE, ROOT, changes
 
 
 def through_the_door(folder: Path, *fields: str) -> None:
@@ -46,6 +48,60 @@ def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits:
     assert (tmp_path / "seen").read_text() == ":4096:8"
 
 
+def first_step_is_witnessed(folder: Path, digits: Path) -> None:
+    from pretrain import main
+
+    class Witness(main.StartUp):
+        def table(self) -> str:
+            (folder / "seen.json").write_text(json.dumps([super().table(), self.seconds, [*sys.modules]]))
+            os._exit(3)
+
+    main.StartUp = Witness
+    through_the_door(folder, *changes(data__path=digits))
+
+
+def test_a_start_is_timed_and_imports_only_what_the_first_step_needs(tmp_path: Path, digits: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ProcessExitedException):
+        start_ranks(1, first_step_is_witnessed, tmp_path, digits)
+    table, seconds, modules = json.loads((tmp_path / "seen.json").read_text())
+    assert [*seconds] == ["imports", "rendezvous", "data", "engine", "checkpoint", "first step"]
+    assert 0 < sum(seconds.values()) < time.monotonic() - began
+    names, values = table.splitlines()
+    assert names.split("  ")[1:] == [*seconds, "total"]
+    assert [*map(float, values.split())] == pytest.approx([*seconds.values(), sum(seconds.values())], abs=0.0051)
+    assert not {"scipy.special", "tensorboard", "pandas", "matplotlib"}.intersection(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "printed", "error"),
+    [
+        (["--help"], ExitCode.FINISHED, "usage: ", ""),
+        (["--device", "gpu"], ExitCode.WILL_FAIL_AGAIN, "", "(choose from 'auto', 'cuda', 'cpu')\n"),
+    ],
+)
+def test_help_and_wrong_usage_wait_for_no_slow_import(
+    arguments: list[str], code: ExitCode, printed: str, error: str
+) -> None:
+    command = [sys.executable, "-X", "importtime", "pretrain/main.py", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    imported: list[str] = []
+    told = re.sub(r"import time: .*\|\s*(.+)\n", lambda line: imported.append(line[1]) or "", ended.stderr)
+    assert (ended.returncode, ended.stdout[:7]) == (code, printed)
+    assert told.endswith(error) if error else not told
+    assert not {"torch", "deepspeed"} & {*imported}
+
+
+def test_a_gpu_that_torch_does_not_find_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "pretrain/main.py", "--recipe", str(RECIPE), "--runs", str(tmp_path)]
+    hidden = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    hidden |= {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, check=False)
+    assert ended.returncode == ExitCode.WILL_FAIL_AGAIN
+    assert ended.stderr.startswith("error: torch finds no GPU in spite of ")
+    assert (ended.stdout, ended.stderr.count("\n")) == ("", 1)
+
+
 def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     from pretrain import evaluate
     from pretrain.fault_tolerance import signals
@@ -62,7 +118,7 @@ def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("door", "told"), [("main", f"{RECIPE}: seed: "), ("evaluate", "there/is/none")])
+@pytest.mark.parametrize(("door", "told"), [("main", "--set seed=no number: seed: "), ("evaluate", "there/is/none")])
 @pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
 def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
     who: str, rank: int, door: str, told: str, *, tmp_path: Path, digits: Path
@@ -85,23 +141,23 @@ EVALUATING = f"evaluating ({' '.join(DRIVER.split())})"
 
 def full_once(where: str, folder: Path, *fields: str) -> None:
     """The last rank has no memory left at a place, as torch or as the driver says it; who waits to end is written."""
-    from pretrain import main, run, train
+    from pretrain import losses, main, trainer
 
     rank = int(os.environ["RANK"])
-    original, last = train.micro_batch_loss, rank == int(os.environ["WORLD_SIZE"]) - 1
+    original, last = losses.TrainingLoss.__call__, rank == int(os.environ["WORLD_SIZE"]) - 1
 
-    def micro_batch_loss(run, batch):
-        if where == f"step {run.progress.step + 1}" and last:
+    def compute(loss, batch, state):
+        if where == f"step {state.step + 1}" and last:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
-        return original(run, batch)
+        return original(loss, batch, state)
 
     def sleep(seconds: float) -> None:
         (folder / f"waits-{rank}").touch()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever has seen the other's end need not wait for this one's
         time.sleep(seconds)
 
-    train.micro_batch_loss, main.time = micro_batch_loss, types.SimpleNamespace(sleep=sleep)
-    run.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
+    losses.TrainingLoss.__call__, main.time = compute, types.SimpleNamespace(sleep=sleep)
+    trainer.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
     through_the_door(folder, *fields)
 
 

@@ -1,7 +1,10 @@
 """Compiled and deterministic training, what refuses them, and collectives that hang."""
 
 import functools
+import re
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pretrain import devices
 from pretrain.engine.distributed import limit_collectives, new_cpu_group
 from pretrain.engine.engine import _require_compilers
 from pretrain.outcome import UserError
@@ -93,6 +97,41 @@ def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypa
         _require_compilers(gpu)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "environment", "error"),
+    [
+        ("auto", {}, ""),
+        ("auto", {"CUDA_VISIBLE_DEVICES": "0", "CROSS_RANK": "0"}, ""),
+        ("auto", {"SLURM_GPUS_ON_NODE": "0"}, ""),
+        ("auto", {"SLURM_GPUS_ON_NODE": "2", "DS_ACCELERATOR": "cpu"}, ""),
+        ("cpu", {"SLURM_GPUS_ON_NODE": "2", "device file": "nvidia0"}, ""),
+        ("auto", {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0: NVIDIA's driver is 535.129.03, torch "),
+        ("auto", {"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2: NVIDIA's driver is "),
+        ("auto", {"device file": "nvidia1", "CROSS_RANK": "0"}, "nvidia1: NVIDIA's driver is "),
+        ("auto", {"device file": "nvidia0", "CUDA_VISIBLE_DEVICES": ""}, "nvidia0: CUDA_VISIBLE_DEVICES='' hides "),
+        ("auto", {"device file": "nvidiactl"}, ""),
+        ("cuda", {"DS_ACCELERATOR": "cpu"}, "--device cuda: NVIDIA's driver is "),
+    ],
+)
+def test_a_gpu_that_torch_does_not_find_is_an_error_unless_the_cpu_is_wanted(
+    wanted: str, environment: dict[str, str], error: str, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "DS_ACCELERATOR", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    if device := (environment := {**environment}).pop("device file", ""):
+        (tmp_path / device).touch()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n")
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(devices, "DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=re.escape(error)) if error else nullcontext():
+        assert devices.use_gpu(wanted) is False
+
+
 def deterministic_twice(control: dist.ProcessGroup) -> None:
     chosen = recipe().model_copy(update={"deterministic": True})
     first, again = (trained(chosen, zero_optimization=zero(1)) for _ in range(2))
@@ -121,7 +160,7 @@ def test_starting_tries_no_compiler_for_kernels_that_nobody_uses() -> None:
 
 def late_rank(control: dist.ProcessGroup) -> None:
     patient = new_cpu_group(600.0)
-    limit_collectives(1.0, but=(control, patient))
+    limit_collectives(1.0, exclude=(control, patient))
     if dist.get_rank() == 0:
         with pytest.raises((RuntimeError, dist.DistBackendError), match=r"(?i)timed? ?out"):
             dist.all_reduce(torch.zeros(1))

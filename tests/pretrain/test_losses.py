@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.mixing import MixingConfig
+from data_pipeline.transforms import MixingConfig
 from pretrain.class_tree import read_ancestors
 from pretrain.losses import Classification, diagonality_weight
 from pretrain.outcome import UserError

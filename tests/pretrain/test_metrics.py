@@ -76,6 +76,16 @@ def test_what_cannot_be_written_beside_the_lines_is_given_up_with_a_warning(tmp_
     assert "but in metrics.jsonl: TensorBoard, book (" in said[0]
 
 
+def test_tensorboard_shows_all_points_whatever_the_clocks_of_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for first, clock in ((1, now), (5, now + 7200), (9, now), (13, now - 7200)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        write(tmp_path, first, first + 5, resumed_at=first - 1)  # two points are measured again
+    assert board_points(tmp_path)["train/loss"] == [*range(1, 19)]
+
+
 def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
     jsonl = tmp_path / "metrics.jsonl"
     jsonl.write_text("".join(f'{{"kind": "train", "samples_seen": {n}, "loss": {n / 7}}}\n' for n in range(200_000)))
@@ -125,10 +135,10 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_
         writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
-        writer.picture("grid", end, np.zeros((2, 3, 3), np.uint8))
+        writer.image("grid", end, np.zeros((2, 3, 3), np.uint8))
         writer.close()
     assert [call.args[:2] for call in book.scalars.call_args_list] == [("train", samples) for samples in range(1, 10)]
-    assert [call.args[:2] for call in book.picture.call_args_list] == [("grid", 8), ("grid", 9)]
+    assert [call.args[:2] for call in book.image.call_args_list] == [("grid", 8), ("grid", 9)]
 
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:

@@ -45,9 +45,7 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
 
     config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
     for ranks in (8, 32, 64):
-        resolved = resolve_for(
-            recipe, config, parameters=count_parameters(model.config), world_size=ranks, has_gpu=True, has_bf16_gpu=True
-        )
+        resolved = resolve_for(recipe, config, world_size=ranks, has_gpu=True, has_bf16_gpu=True)
         batch = resolved.batch
         assert batch.global_batch == ranks * batch.micro_batch * batch.accumulation
         assert (resolved.precision, resolved.stage) == ("bf16", 1)

@@ -37,7 +37,7 @@ def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
         case = folder / f"{stage}"
         writer = CheckpointWriter(case, stopped.optimizer_shards, retention=Retention(), facts={}, group=group)
         writer.start(TrainState(stopped.progress.samples_seen, stopped.progress.step))
-        assert writer.settle() == ""
+        assert writer.finish() == ""
         resumed = training(chosen, **options)
         loaded = load_newest(case, resumed.optimizer_shards, group=control)
         assert loaded is not None

@@ -16,8 +16,8 @@ from tests.system.launching import ROOT
 
 def local_command(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
     """``slurm.launch --local`` on two ranks of this machine, without GPUs."""
-    words = ["-m", "slurm.launch", "--local", "--gpus-per-node", "2", *arguments(runs, data, steps)]
-    return ["env", "CUDA_VISIBLE_DEVICES=", sys.executable, *words]
+    words = ["-m", "slurm.launch", "--local", "--device", "cpu", "--gpus-per-node", "2", *arguments(runs, data, steps)]
+    return [sys.executable, *words]
 
 
 def run_locally(runs: Path, data: Path, steps: int = STEPS) -> Path:

@@ -57,6 +57,7 @@ class ClusterRun:
     def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
         """``python -m slurm.launch``; what it printed."""
         words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
+                 "--device", "cpu",
                  *arguments(self.runs, data, steps), *more]  # fmt: skip
         text = "".join(self._call(launch.main, words, code))
         for line in text.splitlines():

@@ -28,7 +28,7 @@ class Launched:
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         if not gpu:
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+            environment["DS_ACCELERATOR"] = "cpu"
         self.log = log
         limited = ["prlimit", f"--fsize={file_size_limit}", *command] if file_size_limit else command
         with log.open("w") as handle:
