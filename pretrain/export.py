@@ -41,7 +41,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = folder.read_dataset()
-    checkpoint = _newest_intact(folder.checkpoints)
+    checkpoint, code = _newest_intact(folder.checkpoints)
     manifest, origin = read_manifest(checkpoint), folder.read_origin()
     folder.check_checkpoint(checkpoint, manifest, recipe)
     here, fingerprint = checkpoint_facts(recipe, {}, origin), dataset["fingerprint"]
@@ -53,9 +53,13 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         raise UserError(f"{folder.path / 'environment.json'} is not of the run that wrote {checkpoint}: put it back")
     progress = manifest["progress"]
     if step is not None and progress["step"] != step:
-        raise UserError(f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again")
+        raise UserError(
+            f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again", code
+        )
     if not progress["evaluation"]:
-        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation")
+        raise UserError(
+            f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
+        )
     class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
     class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
     model = create_model(
@@ -89,17 +93,19 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
     return folder.handoff
 
 
-def _newest_intact(checkpoints: Path) -> Path:
-    problems = []
+def _newest_intact(checkpoints: Path) -> tuple[Path, ExitCode]:
+    """The checkpoint, and the exit status where it is not new enough."""
+    problems, code = [], ExitCode.WILL_FAIL_AGAIN
     for path in list_checkpoints(checkpoints):
         try:
             verify(path)
         except CheckpointDamagedError as error:
             problems.append(str(error))
+            code = ExitCode.RETRY if error.code is ExitCode.RETRY else code
             print(f"WARNING skipping {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
-            return path
-    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems))
+            return path, code
+    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems), code)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(export_run(RunFolder(options.run), license_id=options.license))  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return error.code
     return ExitCode.FINISHED
 
 

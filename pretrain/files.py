@@ -17,7 +17,7 @@ from pretrain.outcome import UserError, storage_code
 # slurm/ imports them from here
 __all__ = [
     "SEAL", "aside", "digest", "digest_of_fields", "digest_of_file", "fsync", "is_measurement", "json_lines",
-    "json_object", "lock", "read_sealed", "replacing", "seal", "write_atomically", "write_json", "write_sealed",
+    "json_object", "lock", "read_sealed", "replacing", "write_atomically", "write_json", "write_sealed",
 ]  # fmt: skip
 
 SEAL = "blake2"
@@ -29,18 +29,13 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def seal(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a JSON file with their digest, as ``blake2``."""
-    return fields | {SEAL: digest_of_fields(fields)}
-
-
 def write_sealed(path: Path, fields: dict[str, Any]) -> None:
-    """Replace a file of JSON, or of YAML where it is called so, that carries the digest of its content."""
+    """Replace a file of JSON, or of YAML where it is called so, that carries the digest of its name and content."""
     if path.suffix == ".yaml":
         text = yaml.safe_dump(fields, sort_keys=False)
-        write_atomically(path, f"# {SEAL} {digest(text.encode())}\n{text}".encode())
+        write_atomically(path, f"# {SEAL} {digest((path.name + text).encode())}\n{text}".encode())
     else:
-        write_json(path, seal(fields))
+        write_json(path, fields | {SEAL: digest_of_fields(fields | {SEAL: path.name})})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -58,9 +53,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
         if path.suffix == ".yaml":
             head, _, rest = text.partition("\n")
             mark = f"# {SEAL} "
-            stated, found = head.removeprefix(mark) if head.startswith(mark) else None, digest(rest.encode())
+            stated = head.removeprefix(mark) if head.startswith(mark) else None
+            found = digest((path.name + rest).encode())
         else:
-            stated, found = fields.pop(SEAL, None), digest_of_fields(fields)
+            stated = fields.pop(SEAL, None)
+            found = digest_of_fields(fields | {SEAL: path.name})
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -67,6 +67,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         if recipe.deterministic:
             use_deterministic_algorithms()  # the preflight multiplies, and torch asks about cuBLAS only then
         folder = RunFolder(options.runs / recipe.name)
+        status = RunStatus(folder, first=rank.is_first)
         config = read_deepspeed_config(
             options.deepspeed_config, recipe.deepspeed, recorded_stage=folder.recorded_stage()
         )
@@ -80,7 +81,6 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             has_gpu=device.type == "cuda",
             has_bf16_gpu=has_bf16(device),
         )
-        status = RunStatus(folder, first=rank.is_first)
         startup = StartUp("imports")  # DeepSpeed's among them
         limits = recipe.watchdog
         watchdog = Watchdog(

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import aside, is_measurement, json_lines, json_object, replacing
+from pretrain.files import aside, is_measurement, json_lines, json_object, read_sealed, replacing
 from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
 from pretrain.outcome import UserError, storage_code
 
@@ -96,10 +96,14 @@ class MetricsWriter:
 
     def describe_run(self, samples_seen: int) -> None:
         """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
-        environment = json.loads((self._folder / "environment.json").read_text())
+        try:
+            environment = read_sealed(self._folder / "environment.json")
+            recipe = (self._folder / "recipe.yaml").read_text(errors="replace")
+        except (OSError, UserError):
+            return  # the next start refuses what is damaged; this one does without
         facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
         texts = {
-            "recipe": (self._folder / "recipe.yaml").read_text(),
+            "recipe": recipe,
             "environment": json.dumps(facts, indent=2),
             "git": json.dumps(environment.get("git"), indent=2),
         }

@@ -109,13 +109,25 @@ def read_run(path: Path) -> Run:
     read_events(run)
     for file in sorted((path / "evaluation").glob("*.json")):
         run.evaluations[file.stem] = run.mapping(f"evaluation/{file.name}")
-    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)  # of each tag
+    for read in (board_images, plots):
+        try:
+            run.images |= {name: base64.b64encode(png).decode() for name, png in read(path).items()}
+        except OSError as error:
+            run.notes.append(f"images are left out: {error}")
+    return run
+
+
+def board_images(path: Path) -> dict[str, bytes]:
+    """The newest image of each tag in TensorBoard's files."""
+    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)
     board = EventAccumulator(str(path / "tensorboard"), size_guidance=newest)
     tags = board.Reload().Tags()["images"] if (path / "tensorboard").is_dir() else ()
-    images = {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
-    images |= {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
-    run.images = {name: base64.b64encode(png).decode() for name, png in images.items()}
-    return run
+    return {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
+
+
+def plots(path: Path) -> dict[str, bytes]:
+    """The plots of evaluations."""
+    return {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
 
 
 def read_events(run: Run) -> None:

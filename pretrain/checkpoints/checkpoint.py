@@ -92,7 +92,7 @@ def load_newest(
                 warnings += _put_aside(damaged)
             return progress, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
-        code = max(code, problem.code, key=(ExitCode.WILL_FAIL_AGAIN, ExitCode.RETRY).index)
+        code = ExitCode.RETRY if problem.code is ExitCode.RETRY else code
         damaged.append(path)
     if warnings:
         raise UserError(
@@ -219,6 +219,11 @@ class _ShardIndex:
             if a < b:
                 parts.append(self._files[number].get_slice(kind)[at + a - start : at + b - start])
         return torch.cat(parts) if parts else torch.empty(0)
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest that ``read_manifest`` checks."""
+    return manifest | {SEAL: digest_of_fields(manifest)}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from pretrain.checkpoints.checkpoint import (
     check_tiling,
     list_checkpoints,
     read_manifest,
+    seal,
     step_of,
 )
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
-from pretrain.files import digest_of_file, fsync, seal, write_json
+from pretrain.files import digest_of_file, fsync, write_json
 from pretrain.state import TrainState
 
 PAUSES_S = (5.0, 30.0)

@@ -11,7 +11,6 @@ from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
 from pretrain.engine.precision import Precision, check_precision, choose_precision
-from pretrain.files import SEAL
 from pretrain.outcome import UserError
 
 
@@ -59,7 +58,6 @@ def read_deepspeed_config(
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
-    content.pop(SEAL, None)  # of a run folder's
     merged = _merge(content, overrides)
     zero = merged.get("zero_optimization")
     if recorded_stage is not None and isinstance(zero, dict) and zero.get("stage") == "auto":

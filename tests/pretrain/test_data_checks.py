@@ -18,10 +18,10 @@ from data_pipeline import store
 from data_pipeline.errors import DataError, StorageError
 from pretrain import claim
 from pretrain.check import check_recipe_here
-from pretrain.checkpoints.checkpoint import FORMAT, MANIFEST
+from pretrain.checkpoints.checkpoint import FORMAT, MANIFEST, seal
 from pretrain.engine.distributed import Rank, first_of_node_checks
 from pretrain.evaluate import main as evaluate
-from pretrain.files import seal, write_json
+from pretrain.files import write_json
 from pretrain.handoff.initialize import Beginning
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
