@@ -1,9 +1,9 @@
 """Throughput of the whole: training on a fixed batch, the input alone, both together, and DDP + webdataset + Pillow.
 
-All four live in the same processes and take turns of some seconds. The first and the third are
-``pretrain.train.train``; the last is the bare loop of ``benchmarks.trainer`` on a torch DataLoader with as many workers
-as our loader has threads. Each turn begins with steps that do not count, more than its queue holds. On a CPU decoding
-and training share the cores: the harmonic bound 1 / (1 / synthetic + 1 / data only) limits both together.
+All four live in the same processes and take turns of some seconds. The first and the third are ``pretrain.trainer``'s
+loop; the last is the bare loop of ``benchmarks.trainer`` on a torch DataLoader with as many workers as our loader has
+threads. Each turn begins with steps that do not count, more than its queue holds. On a CPU decoding and training share
+the cores: the harmonic bound 1 / (1 / synthetic + 1 / data only) limits both together.
 """
 
 import argparse
@@ -22,11 +22,10 @@ from PIL import Image
 
 from benchmarks import timing
 from benchmarks.data import PHOTOGRAPH, build_shards, pillow_loader
-from benchmarks.trainer import CLASSES, Stepper, bare_loop, fixed_batches, join, recipe_of, start_ranks, trainer_run
+from benchmarks.trainer import CLASSES, Stepper, bare_loop, build, fixed_batches, join, recipe_of, start_ranks
 from data_pipeline.batch import Batch
 from pretrain.engine.engine import build_model
 from pretrain.recipe import Recipe
-from pretrain.train import train
 
 MODES = ("synthetic", "data only", "both", "DDP + webdataset + Pillow")
 
@@ -56,10 +55,10 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
     loop = partial(bare_loop, autocast=options.autocast, compiled=options.compile)
     steppers[MODES[3]].start(partial(loop, model, steppers[MODES[3]]))
     for mode in MODES[:3]:
-        run = trainer_run(recipe, {"train_batch_size": global_batch}, folder / mode, device, control)
-        batches = fixed_batches(rank, options, device) if mode == "synthetic" else run.train_loader
-        run.train_loader = steppers[mode] = Stepper(batches)
-        steppers[mode].start(partial(deque, steppers[mode], 0) if mode == "data only" else partial(train, run))
+        trainer = build(recipe, {"train_batch_size": global_batch}, folder / mode, device, control)
+        batches = fixed_batches(rank, options, device) if mode == "synthetic" else trainer.train_loader
+        trainer.train_loader = steppers[mode] = Stepper(batches)
+        steppers[mode].start(partial(deque, steppers[mode], 0) if mode == "data only" else trainer.train)
     queued = 4 * max(recipe.data.prefetch, options.threads) + 2
 
     def slowest(mode: str, steps: int) -> float:
@@ -76,7 +75,7 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
         if counts:
             rates[mode].append(rate)
     if rank == 0:
-        queue.put((rates, run.engine.zero_optimization_stage()))
+        queue.put((rates, trainer.engine.zero_optimization_stage()))
     dist.barrier(control)
     os._exit(0)  # loops and watchdogs are still running
 

@@ -1,9 +1,9 @@
-"""Cost of the trainer: its whole loop at each ZeRO stage compared with a bare torch DDP loop, and that of a checkpoint.
+"""Cost of the trainer: its loop at each ZeRO stage, a bare DeepSpeed loop at the same stage, a bare torch DDP loop.
 
-All loops live in the same processes and take turns on the same fixed batches. The trainer's side is
-``pretrain.train.train`` with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared
-with a compiled bare loop, and weights in bf16, too, with one in autocast. On a CPU everything starts again in fresh
-processes several times: from process to process a ratio varies more than within one.
+All loops live in the same processes and take turns on the same fixed batches. The trainer's loop is ``Trainer.train``
+with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared with compiled bare loops,
+and weights in bf16, too, with DDP in autocast. On a CPU everything starts again in fresh processes several times: from
+process to process a ratio varies more than within one.
 """
 
 import argparse
@@ -30,25 +30,25 @@ from benchmarks import timing
 from benchmarks.data import build_shards
 from data_pipeline.batch import Batch
 from models import LaViT
-from pretrain.assemble import assemble
-from pretrain.check import count_parameters_here, resolve_for
+from pretrain.build import build_trainer
+from pretrain.check import resolve_for
 from pretrain.devices import use_gpu
-from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
 from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
-from pretrain.run import Run
 from pretrain.run_folder import RunFolder
+from pretrain.run_log import RunStatus
 from pretrain.startup import StartUp
-from pretrain.train import train
+from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 10
-Contestant = tuple[str, int | None, bool]
-"""Mode, ZeRO stage (None: the bare loop), whether weights are in bf16."""
+Contestant = tuple[str, str, int, bool]
+"""Mode, kind of loop, ZeRO stage, whether weights are in bf16."""
 
 
 class Stepper:
@@ -102,14 +102,36 @@ class Stepper:
             raise self._error
 
 
-def bare_loop(model: LaViT, batches: Iterable[Batch], *, autocast: bool, compiled: bool) -> None:
-    """A plain torch loop: DDP, fused AdamW, clipping, fp32 weights."""
+def fused_adamw(model: LaViT) -> torch.optim.Optimizer:
+    """AdamW as plain torch has it; norms and biases without weight decay."""
     no_decay, named = model.no_weight_decay(), [*model.named_parameters()]
     groups = [
         {"params": [p for n, p in named if n not in no_decay], "weight_decay": 0.05},
         {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+
+
+def deepspeed_loop(model: LaViT, batches: Iterable[Batch], config: dict[str, Any], *, compiled: bool) -> None:
+    """A plain DeepSpeed loop: ``deepspeed.initialize``, ``backward``, ``step``, and nothing else."""
+    import deepspeed  # noqa: PLC0415 - slow to import
+
+    if compiled:
+        compile_forward(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=fused_adamw(model), config=config, dist_init_required=False
+        )
+    dtype = next(engine.module.parameters()).dtype
+    for batch in batches:
+        logits, diagonality = engine(batch.images.to(dtype), with_diagonality=True)
+        engine.backward(cross_entropy(logits.float(), batch.labels, label_smoothing=0.1) + 0.01 * diagonality.float())
+        engine.step()
+
+
+def bare_loop(model: LaViT, batches: Iterable[Batch], *, autocast: bool, compiled: bool) -> None:
+    """A plain torch loop: DDP, fused AdamW, clipping, fp32 weights."""
+    optimizer = fused_adamw(model)
     if compiled:
         compile_forward(model)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -135,20 +157,23 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Re
     return validate_recipe(content, "benchmark")
 
 
-def trainer_run(
+def resolve(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> ResolvedDeepSpeed:
+    """ds_config.json with changes, as ``pretrain.main`` resolves it."""
+    on_gpu, world_size = device.type == "cuda", dist.get_world_size()
+    config = read_deepspeed_config(CONFIG, changes)
+    return resolve_for(recipe, config, world_size=world_size, has_gpu=on_gpu, has_bf16_gpu=has_bf16(device))
+
+
+def build(
     recipe: Recipe, changes: dict[str, Any], path: Path, device: torch.device, control: dist.ProcessGroup
-) -> Run:
-    """A run as ``pretrain.main`` assembles it, with changes to ds_config.json."""
-    rank, config = read_rank(), read_deepspeed_config(CONFIG, changes)
-    resolved = resolve_for(
-        recipe, config, parameters=count_parameters_here(recipe), world_size=rank.world_size,
-        has_gpu=device.type == "cuda", has_bf16_gpu=has_bf16(device),
-    )  # fmt: skip
+) -> Trainer:
+    """A trainer as ``pretrain.main`` builds it, with changes to ds_config.json."""
+    rank, resolved = read_rank(), resolve(recipe, changes, device)
     watchdog = Watchdog(path / "hangs", rank.rank, start_s=1e6, step_s=1e6)
     with contextlib.redirect_stdout(io.StringIO()):
-        return assemble(
+        return build_trainer(
             recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
-            watchdog=watchdog, startup=StartUp("imports"),
+            watchdog=watchdog, status=RunStatus(RunFolder(path), first=rank.is_first), startup=StartUp("imports"),
         )  # fmt: skip
 
 
@@ -182,32 +207,42 @@ def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> An
 
 
 def contestants(options: argparse.Namespace) -> list[Contestant]:
-    """In each mode the bare loop and the ZeRO stages, in the bare loop's precision or with weights in bf16."""
-    loops: list[tuple[int | None, bool]] = [(None, False), *((stage, False) for stage in options.stages)]
-    loops += [(stage, True) for stage in options.bf16_stages]
-    modes = ("eager", "compiled") if options.compile else ("eager",)
-    return [(mode, *loop) for mode in modes for loop in loops if (mode, loop[0]) != ("compiled", 3)]  # which is refused
+    """In each mode DDP, and at each ZeRO stage DeepSpeed and the trainer, in DDP's precision or weights in bf16."""
+    stages = [(stage, False) for stage in options.stages] + [(stage, True) for stage in options.bf16_stages]
+    found: list[Contestant] = []
+    for mode in ("eager", "compiled") if options.compile else ("eager",):
+        found.append((mode, "DDP", 0, False))
+        for stage, bf16 in stages:
+            if (mode, stage) != ("compiled", 3):  # which is refused
+                found += [(mode, kind, stage, bf16) for kind in ("DeepSpeed", "trainer")]
+    return found
 
 
 def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, queue: Any) -> None:
     """On one rank: let the loops take turns; rank 0 sends seconds per step, and those of checkpoints."""
     device, control = join(rank, port, options.ranks)
     batches, steppers = fixed_batches(rank, options, device), {}
-    run: Run | None = None
+    trainer: Trainer | None = None
     for number, key in enumerate(contestants(options)):
-        (mode, stage, bf16), stepper = key, Stepper(batches)
+        (mode, kind, stage, bf16), stepper = key, Stepper(batches)
         recipe, steppers[key] = recipe_of(options, compiled=mode == "compiled"), stepper
-        if stage is None:
+        compiled = recipe.model.compile
+        if kind == "DDP":
             model = build_model(recipe, CLASSES).to(device)
-            stepper.start(partial(bare_loop, model, stepper, autocast=options.autocast, compiled=recipe.model.compile))
+            stepper.start(partial(bare_loop, model, stepper, autocast=options.autocast, compiled=compiled))
             continue
         changes = {
             "train_batch_size": options.ranks * options.micro_batch, "zero_optimization": {"stage": stage},
             "torch_autocast": {"enabled": options.autocast and not bf16}, "bf16": {"enabled": bf16},
         }  # fmt: skip
-        run = trainer_run(recipe, changes, folder / str(number), device, control)
-        run.train_loader = stepper
-        stepper.start(partial(train, run))
+        if kind == "DeepSpeed":
+            model = build_model(recipe, CLASSES).to(device)
+            config = resolve(recipe, changes, device).config
+            stepper.start(partial(deepspeed_loop, model, stepper, config, compiled=compiled))
+            continue
+        trainer = build(recipe, changes, folder / str(number), device, control)
+        trainer.train_loader = stepper
+        stepper.start(trainer.train)
     seconds: dict[Contestant, list[float]] = {key: [] for key in steppers}
     for key, counts in timing.turns([*steppers], options.rounds, options.warmup):
         dist.barrier(control)
@@ -215,11 +250,11 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
         if counts:
             seconds[key].append(took)
     waits, writes = [], []
-    for _ in range(5 if run is not None else 0):  # of the last contestant
+    for _ in range(5 if trainer is not None else 0):  # of the last contestant
         began = time.perf_counter()
-        run.save()
+        trainer.save()
         waits.append(time.perf_counter() - began)
-        run.settle_save()
+        trainer.finish_save()
         writes.append(time.perf_counter() - began)
     if rank == 0:
         queue.put((seconds, {"checkpoint_wait_s": waits, "checkpoint_write_s": writes}))
@@ -243,10 +278,11 @@ def main(arguments: list[str] | None = None) -> None:
             seconds[key] += taken
     rows = [
         {
-            "loop": "bare DDP" if stage is None else f"stage {stage}{' bf16' * bf16}", "mode": mode, "step_s": taken,
-            "time_over_bare": timing.ratio(taken, seconds[mode, None, False]),
+            "loop": kind, "stage": stage, "weights": "bf16" if bf16 else "fp32", "mode": mode, "step_s": taken,
+            "time_over_ddp": timing.ratio(taken, seconds[mode, "DDP", 0, False]),
+            "time_over_deepspeed": timing.ratio(taken, seconds.get((mode, "DeepSpeed", stage, bf16), taken)),
         }
-        for (mode, stage, bf16), taken in seconds.items()
+        for (mode, kind, stage, bf16), taken in seconds.items()
     ]  # fmt: skip
     names = ("model", "size", "micro_batch", "ranks", "processes", "rounds", "steps", "autocast")
     medians = {name: statistics.median(values) for name, values in checkpoints.items() if values}

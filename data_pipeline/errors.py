@@ -2,16 +2,21 @@
 
 import errno
 import re
+from typing import Any
+
+_USER = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
+_QUERY = re.compile(r"(://[^?\s'\"<>]*)\?[^\s'\"<>]*?(?=[);,:.]*(?:[\s'\"<>]|$))")
 
 
 class DataError(Exception):
     """Something about the data is wrong and will be wrong again when it is tried again.
 
-    The message is one line that says what is wrong, where, and what to do. Names that are not UTF-8 are escaped in it.
+    The message is one line that says what is wrong, where, and what to do. Names that are not UTF-8 are escaped in it,
+    and URLs lose what may be a secret.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(printable(without_secrets(" ".join(message.split()))))
 
 
 class StorageError(DataError):
@@ -45,3 +50,17 @@ def printable(text: str) -> str:
         return text
     encoded = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", encoded)
+
+
+def without_secrets(content: Any) -> Any:
+    """Remove user information and queries, which may hold signatures and tokens, from all URLs of a text.
+
+    Dictionaries, lists and tuples are searched through; all else is returned as it is.
+    """
+    if isinstance(content, str):
+        return _QUERY.sub(r"\1", _USER.sub("", content)) if "://" in content else content
+    if isinstance(content, dict):
+        return {key: without_secrets(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(without_secrets, content))
+    return content

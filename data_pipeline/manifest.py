@@ -85,7 +85,7 @@ class Manifest(_Part):
                 f"there is no dataset in {folder} (no {FILE_NAME}); "
                 f"build one: python -m data_pipeline.build SOURCE {folder}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
             raise DataError(f"{path} cannot be read ({_first_line(error)}); build the dataset again") from None
         if digest != manifest._digest():  # noqa: SLF001  (our own class)
             raise DataError(f"{path} is not as it was written: its checksum differs; build the dataset again")

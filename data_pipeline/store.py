@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.errors import DataError, StorageError, is_lasting, storage_error
+from data_pipeline.errors import DataError, StorageError, is_lasting, storage_error, without_secrets
 from data_pipeline.manifest import FILE_NAME, File, Manifest
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -142,7 +142,7 @@ class RemoteStore:
 
     def where(self, name: str) -> str:
         """Name a file for a message."""
-        return f"{self.url}/{name}"
+        return without_secrets(f"{self.url}/{name}")
 
     def manifest(self) -> Manifest:
         """Fetch dataset.json anew: it is small, and says which version of all other files is meant."""

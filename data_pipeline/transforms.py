@@ -14,6 +14,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -131,7 +132,7 @@ class InputConfig(_Config):
     """Side of the square that the model sees, or (height, width)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel; red, green, blue in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     """Each channel is divided by it after the mean is subtracted."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     """How training and evaluation resize; always with antialiasing, as Pillow does it."""
@@ -152,7 +153,7 @@ class InputConfig(_Config):
     prefetch: int = Field(2, ge=1)
     """Micro-batches that are prepared ahead."""
     hw_decoder_load: float = Field(0.0, ge=0, le=1)
-    """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one a
+    """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one an
     image gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
     device_memory_padding: NonNegativeInt = 16 * 2**20
     """Bytes of a GPU's memory that DALI takes ahead for each thread that decodes, so that an image larger than all

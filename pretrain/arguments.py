@@ -1,15 +1,17 @@
-"""What every command about a run takes: recipe, DeepSpeed's configuration, changed fields, where it lives."""
+"""Arguments of every command about a run: recipe, DeepSpeed's configuration, changed fields, folder."""
 
 import argparse
 from pathlib import Path
 
+from pretrain.fields import describe_fields
 from pretrain.outcome import ExitCode
-from pretrain.recipe import describe_fields
+from pretrain.recipe import Recipe
 
 DESCRIPTION = """\
-Train a LaViT as a recipe says. The run lives in runs/NAME; started again, it resumes from its newest checkpoint.
+Train a LaViT by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
+checkpoint.
 
-  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     two processes on this machine
+  deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     (two processes)
   deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
 
 Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
@@ -17,7 +19,7 @@ Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another nu
 
 
 def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = None) -> None:
-    """Add ``--recipe``, ``--deepspeed_config`` and ``--set``, and ``--runs`` where ``runs`` says what it is.
+    """Add ``--recipe``, ``--deepspeed_config`` and ``--set``, and ``--runs`` where ``runs`` describes it.
 
     They are parsed to ``recipe``, ``deepspeed_config``, ``assignments`` and ``runs``.
     """
@@ -25,9 +27,10 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
     parser.add_argument(
         "--deepspeed_config",
         type=Path,
-        default=Path("ds_config.json"),
+        default=_default_configuration(),
         metavar="FILE",
-        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json)",
+        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json of "
+        "the current folder, else of the folder that holds pretrain/; here: %(default)s)",
     )
     parser.add_argument(
         "--set",
@@ -51,6 +54,11 @@ def add_device_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _default_configuration() -> Path:
+    here = Path("ds_config.json")
+    return here if here.exists() else Path(__file__).resolve().parents[1] / here
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of ``pretrain/main.py``."""
     epilog = "\n".join(
@@ -59,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             *(f"  {code.value:<3} {code.name.lower().replace('_', ' ')}" for code in ExitCode),
             "",
             "fields of a recipe, for --set:",
-            *describe_fields(),
+            *describe_fields(Recipe),
         ]
     )
     parser = argparse.ArgumentParser(
@@ -78,6 +86,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile-ranks", choices=("first", "all"), default="first", help="which ranks are profiled (default: first)"
     )
-    parser.add_argument("--verbose", action="store_true", help="let through all that DeepSpeed prints while it starts")
+    parser.add_argument("--verbose", action="store_true", help="show all that DeepSpeed prints while it starts")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher, which also sets it
     return parser.parse_args(arguments)

@@ -1,17 +1,17 @@
-"""What of a recipe can be checked and counted before anything is started, on a machine without GPUs."""
+"""Checks and counts that a recipe allows before anything is started, on a machine without GPUs."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.store import open_store
 from models import model_config
 from models.config import LaViTConfig
 from models.cost import count_parameters
 from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.class_tree import read_ancestors
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
+from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.evaluation.probes import open_probe_sets
 from pretrain.handoff.folder import read_handoff
 from pretrain.handoff.initialize import check_architecture
@@ -20,12 +20,12 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 
 COPIES = {"adamw": 3, "lamb": 3, "sgd": 2}
-"""Of every parameter in a checkpoint, in fp32: the weight and the optimizer's moments; an average is one more."""
+"""Copies of a parameter in a checkpoint, in fp32: the weight and the optimizer's moments; an average is one more."""
 
 
 @dataclass(frozen=True)
 class RunSize:
-    """How large a run will be."""
+    """Size of a run."""
 
     parameters: int
     classes: int
@@ -35,12 +35,12 @@ class RunSize:
 
 
 def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
-    """Open the data and the hand-off to begin with, and count the model's parameters, without building it.
+    """Open the data and the hand-off of the initial weights, and count the model's parameters, without building it.
 
-    The hand-off is left alone where ``run`` has a checkpoint: it is not read any more then.
+    The hand-off is not read where ``run`` has a checkpoint.
 
     Raises:
-        UserError: data, model, class tree or hand-off cannot be used as the recipe says; in one line.
+        UserError: data, model, class tree or hand-off cannot be used as the recipe asks; in one line.
     """
     try:
         train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
@@ -59,46 +59,35 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     return RunSize(parameters, train_set.num_classes, len(train_set), len(val_set), size)
 
 
-def count_parameters_here(recipe: Recipe) -> int:
-    """Of the recipe's network for its dataset's classes; nothing but dataset.json is read.
-
-    Raises:
-        UserError: there is no such dataset, or no such network.
-    """
-    try:
-        classes = open_store(recipe.data.path, recipe.data.cache).manifest().class_ids
-    except DataError as error:
-        raise UserError(str(error), exit_code(error)) from None
-    return count_parameters(architecture(recipe, len(classes)))
-
-
 def resolve_for(
     recipe: Recipe,
     config: dict[str, Any],
     *,
-    parameters: int,
     world_size: int,
     has_gpu: bool,
     has_bf16_gpu: bool,
 ) -> ResolvedDeepSpeed:
-    """``resolve_deepspeed_config`` with all that it needs to know of a recipe whose network has so many parameters.
+    """``resolve_deepspeed_config`` with what it needs to know of a recipe.
 
     Raises:
         UserError: the recipe, the configuration and the ranks do not go together.
     """
-    return resolve_deepspeed_config(
+    resolved = resolve_deepspeed_config(
         config,
         world_size=world_size,
-        state_bytes=state_bytes(recipe, parameters),
         has_gpu=has_gpu,
         has_bf16_gpu=has_bf16_gpu,
         pairs=recipe.mixing.in_pairs,
         optimizer=recipe.optimizer.kind,
     )
+    peak, lowest = peak_learning_rate(recipe.optimizer, resolved.batch.global_batch)[0], recipe.schedule.min_lr
+    if lowest > peak:
+        raise UserError(f"schedule.min_lr ({lowest:g}) is above the peak learning rate ({peak:g}): lower it")
+    return resolved
 
 
 def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
-    """What the recipe's network is, without building it.
+    """Configuration of the recipe's network.
 
     Raises:
         UserError: the variant does not exist, or a field of it makes no sense.
@@ -112,10 +101,10 @@ def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Of all ranks' files, but for their index of names and shapes, which is some kilobytes."""
+    """Bytes of all ranks' files, without their index of names and shapes, which is some kilobytes."""
     return 4 * parameters + state_bytes(recipe, parameters)
 
 
 def state_bytes(recipe: Recipe, parameters: int) -> int:
-    """Of the optimizer's moments and the moving average, in fp32: what ZeRO stages 1 to 3 divide among the ranks."""
+    """Bytes of the optimizer's moments and the moving average in fp32, which ZeRO stages 1 to 3 shard."""
     return 4 * parameters * (COPIES[recipe.optimizer.kind] - 1 + (recipe.ema is not None))

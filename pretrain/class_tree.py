@@ -7,18 +7,18 @@ from pretrain.outcome import UserError
 
 
 def read_ancestors(path: Path, class_ids: Sequence[str]) -> list[list[int]]:
-    """The ancestors of every class that are classes themselves, for ``models.SemanticSoftmax``.
+    """Read the ancestors of every class that are classes themselves, for ``models.SemanticSoftmax``.
 
     Args:
-        path: lines ``PARENT CHILD`` of WordNet ids, such as ``wordnet.is_a.txt``. Ids that are no classes are passed
-            through; of several parents the first one listed counts; a class that is not listed has no ancestors.
+        path: lines ``PARENT CHILD`` of WordNet ids, such as ``wordnet.is_a.txt``. Ids that are not classes are
+            skipped; of several parents the first one listed counts; a class that is not listed has no ancestors.
         class_ids: the dataset's, in the order of its labels.
 
     Returns:
         rows of equal length: from the topmost ancestor to the class itself, then -1.
 
     Raises:
-        UserError: unreadable, a line of another form, a circle, or a file about other classes.
+        UserError: unreadable, a line of another form, a cycle, or a file about other classes.
     """
     try:
         lines = path.read_text().splitlines()
@@ -30,13 +30,13 @@ def read_ancestors(path: Path, class_ids: Sequence[str]) -> list[list[int]]:
         if not words:
             continue
         if len(words) != 2:
-            raise UserError(f"loss.class_tree: {path}, line {number}: PARENT CHILD is wanted, got {line.strip()!r}")
+            raise UserError(f"loss.class_tree: {path}, line {number}: must be PARENT CHILD, got {line.strip()!r}")
         parents.setdefault(words[1], words[0])
     numbers = {class_id: number for number, class_id in enumerate(class_ids)}
     if not numbers.keys() & (parents.keys() | set(parents.values())):
         raise UserError(
             f"loss.class_tree: {path} names none of the dataset's classes ({', '.join(class_ids[:3])}, ...): give the "
-            "tree that belongs to the dataset"
+            "dataset's own tree"
         )
     chains = []
     for class_id in class_ids:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines in a log. Only rank 0 speaks."""
+"""Shows a run: a live view on a terminal, plain lines in a log. Only rank 0 prints."""
 
 import os
 import select
@@ -12,6 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.live import Live
 from rich.text import Text
+
+from data_pipeline.errors import printable, without_secrets
 
 ETA_SKIPS_STEPS = 5
 """The first steps build and warm everything up; an estimate that holds them is wrong for a long time."""
@@ -32,30 +34,31 @@ class RunConsole:
     Elsewhere each interval is a line that begins with "step".
     """
 
-    def __init__(self, *, speaks: bool, total_steps: int, first_step: int, global_batch: int) -> None:
-        self._speaks = speaks
+    def __init__(self, *, enabled: bool, total_steps: int, first_step: int, global_batch: int) -> None:
+        self._enabled = enabled
         self._total = total_steps
         self._batch = global_batch
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, emoji=False)
         self._first = first_step
         self._clock: tuple[int, float] | None = None
         self._view: LiveView | None = None
-        if speaks and self._console.is_terminal:
+        if enabled and self._console.is_terminal:
             self._view = LiveView(self._console)
             self._show(first_step)
             self._view.start()
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print lines, without control characters and without secrets of URLs."""
+        lines = [printable(without_secrets(line)) for line in text.split("\n")]
         if self._view is not None:
-            self._view.events = [*self._view.events, text.split("\n", maxsplit=1)[0]][-EVENTS:]
-        if self._speaks:
+            self._view.events = [*self._view.events, lines[0]][-EVENTS:]
+        if self._enabled:
             discard_lost_output()
-            self._console.print(text, markup=False)
+            self._console.print("\n".join(lines), markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
         """Move the bar; called after every step. ``waited_s`` is time that was not training, such as evaluation."""
-        if not self._speaks:
+        if not self._enabled:
             return
         if self._clock is None:
             if step - self._first >= ETA_SKIPS_STEPS:

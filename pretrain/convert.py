@@ -1,7 +1,7 @@
 """Turn a hand-off into one file for other runtimes: ``python -m pretrain.convert HANDOFF OUT.onnx``, or ``OUT.pt2``.
 
-Both take normalised pictures (batch, 3, height, width) of one size in any number and give logits (batch, classes). What
-is needed around them is inside: class names, mean and standard deviation, and where the weights come from.
+Both take normalized images (batch, 3, height, width) of one size, any batch, and give logits (batch, classes). They
+contain what is needed to use them: class names, mean and standard deviation, and where the weights come from.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 """Largest difference of a logit from torch's with which a file is published."""
 OPSETS = range(18, 24)
 ONNX_LIMIT = 2**31 - 2**24
-"""Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, beside a graph."""
+"""Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, with a graph."""
 METADATA = "lavit.json"
 """Name of the metadata inside a pt2 file; an ONNX file has one property for each of its fields."""
 _KEPT = {"class_names", "class_ids", "class_levels", "weights", "weights_blake2", "dataset", "metrics"}
@@ -40,36 +40,36 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """A file that was written."""
 
     path: Path
     what: str
     """Format and version."""
     size: tuple[int, int]
-    """Height and width of a picture, in pixels."""
+    """Height and width of an image, in pixels."""
     classes: int
     difference: float
     """Largest difference of a logit from torch's."""
-    pictures: int
-    """How many were compared."""
+    images: int
+    """Number of images that were compared."""
 
     def __str__(self) -> str:
         height, width = self.size
         return (
             f"{self.path}: {self.what}, (batch, 3, {height}, {width}) to (batch, {self.classes}); logits of "
-            f"{self.pictures} pictures differ from torch's by at most {self.difference:.1e}"
+            f"{self.images} images differ from torch's by at most {self.difference:.1e}"
         )
 
 
 def convert(
     handoff: Path | str, out: Path, *, image_size: tuple[int, int] | None = None, opset: int | None = None
 ) -> Converted:
-    """Write a hand-off as one file, run the file on random and extreme pictures, and publish it if it is right.
+    """Write a hand-off as one file, run the file on random and extreme images, and publish it if it is correct.
 
     Args:
         handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
         out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
-        image_size: height and width in pixels; None takes the hand-off's. What depends on the size is resampled.
+        image_size: height and width in pixels; None takes the hand-off's. Parameters are resampled.
         opset: ONNX's version of operators; None takes the exporter's own.
 
     Raises:
@@ -108,7 +108,7 @@ def convert(
                 load = _load_program
             stream.write(content)
             stream.flush()
-            difference, pictures = _compare(reference, load(Path(stream.name)), config, size)
+            difference, images = _compare(reference, load(Path(stream.name)), config, size)
             if not difference <= TOLERANCE:  # NaN must not pass
                 raise UserError(
                     f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
@@ -116,11 +116,11 @@ def convert(
                 )
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return Converted(out, what, size, reference.config.num_classes, difference, pictures)
+    return Converted(out, what, size, reference.config.num_classes, difference, images)
 
 
 def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
-    """The same network whose parameters belong to `size`, so that the file has nothing to resample."""
+    """The same network with parameters for `size`, so that the file has nothing to resample."""
     fields = reference.config.to_dict() | {"image_size": list(size)}
     try:
         model = LaViT(type(reference.config).from_dict(fields)).eval()
@@ -131,7 +131,7 @@ def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
 
 
 def _program(model: LaViT, size: tuple[int, int]) -> ExportedProgram:
-    """The network as a graph with a free batch size; two example pictures, as torch makes a constant of 0 and 1."""
+    """The network as a graph with a free batch size; two example images, as torch makes constants of sizes 0 and 1."""
     example = torch.zeros(2, model.config.in_channels, *size)
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
@@ -154,7 +154,7 @@ def _onnx(program: ExportedProgram, metadata: dict[str, Any], opset: int | None)
 
 
 def _pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, str]:
-    """The file's content and what it is; by way of memory, as torch's writer ends the process where a disk is full."""
+    """The file's content and what it is; by way of memory, as torch's writer ends the process on a full disk."""
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
     return content.getvalue(), f"torch.export of torch {torch.__version__.split('+')[0]}"
@@ -172,11 +172,11 @@ def _load_program(path: Path) -> Forward:
         return torch.export.load(stream).module()
 
 
-def trial_pictures(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Normalised batches of 1, 3 and 6 pictures: noise as it comes, then what is hardest.
+def trial_images(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Normalized batches of 1, 3 and 6 images: noise, then extremes.
 
     The last batch is black, white, every value at one end or the other, squares of them, noise a hundred times too
-    strong, and the mean colour.
+    strong, and the mean color.
     """
     source = torch.Generator().manual_seed(0)
     yield torch.randn(1, 3, *size, generator=source)
@@ -184,15 +184,15 @@ def trial_pictures(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Ten
     ends = torch.randint(2, (3, *size), generator=source).float()
     squares = ends[:, ::8, ::8].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, : size[0], : size[1]]
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
-    pictures = (torch.stack([torch.zeros_like(ends), torch.ones_like(ends), ends, squares]) - mean) / std
+    images = (torch.stack([torch.zeros_like(ends), torch.ones_like(ends), ends, squares]) - mean) / std
     beyond = torch.stack([100 * torch.randn(3, *size, generator=source), torch.zeros(3, *size)])
-    yield torch.cat([pictures, beyond])
+    yield torch.cat([images, beyond])
 
 
 @torch.no_grad()
 def _compare(reference: LaViT, forward: Forward, config: HandoffConfig, size: tuple[int, int]) -> tuple[float, int]:
-    """The largest difference of a logit over all trial pictures, and their number."""
-    differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_pictures(config, size)]
+    """The largest difference of a logit over all trial images, and their number."""
+    differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_images(config, size)]
     return torch.cat(differences).max().item(), sum(map(len, differences))
 
 
@@ -209,7 +209,7 @@ def _require_onnx() -> None:
 
 @contextmanager
 def _or_nothing(out: Path) -> Iterator[None]:
-    """Leave no unfinished file behind."""
+    """Remove an unfinished file."""
     try:
         yield
     except BaseException:
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("handoff", metavar="HANDOFF", help="runs/NAME/handoff, or a name of the Hugging Face Hub")
     parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt2")
     parser.add_argument(
-        "--image-size", type=int, nargs="+", metavar="N", help="side of the pictures in pixels, or height and width"
+        "--image-size", type=int, nargs="+", metavar="N", help="side of the images in pixels, or height and width"
     )
     parser.add_argument("--opset", type=int, metavar="N", help=f"ONNX: {OPSETS.start} to {OPSETS.stop - 1}")
     given = parser.parse_args(arguments)

@@ -9,16 +9,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from pydantic import ValidationError
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, printable, without_secrets
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
+from data_pipeline.transforms import InputConfig
 from models import LaViT
 from pretrain.arguments import add_device_argument
 from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
@@ -28,9 +29,11 @@ from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusi
 from pretrain.fault_tolerance.full_memory import tell_full_memory
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fault_tolerance.signals import StopFlag, first_speaks
+from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 
@@ -46,6 +49,8 @@ class Subject:
     model: LaViT
     """In evaluation mode, on the device, in the precision that it computes in."""
     config: HandoffConfig
+    input: InputConfig
+    """How the dataset is read."""
     dataset: Dataset
     classes: ClassMatch
     real: RealLabels | None
@@ -70,8 +75,8 @@ def open_subject(
     Args:
         source: as for ``load_handoff``.
         data: the dataset's folder or URL.
-        split: which of its splits.
-        device: where the model goes.
+        split: of the dataset.
+        device: of the model.
         precision: a key of DTYPES.
         batch_size: per rank; None: the recipe's ``evaluation.batch_size``.
         real: file for ``RealLabels``.
@@ -83,13 +88,15 @@ def open_subject(
         DataError: the dataset or the split does not exist or is damaged.
     """
     model, config = load_handoff(source)
-    dataset = Dataset.open(data, split, config.input.cache, check_files=check_files)
+    settings = _settings(config, data, source)
+    dataset = Dataset.open(data, split, settings.cache, check_files=check_files)
     classes = match_classes(config, dataset, by_position=by_position)
     size = batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
     return Subject(
         source=source,
         model=model.to(device, DTYPES[precision]),
         config=config,
+        input=settings,
         dataset=dataset,
         classes=classes,
         real=None if real is None else RealLabels(real, dataset),
@@ -98,15 +105,27 @@ def open_subject(
     )
 
 
+def _settings(config: HandoffConfig, data: Path | str, source: Path | str) -> InputConfig:
+    """The hand-off's input, and the two settings of its recipe's loader that matter for evaluation."""
+    recipe = config.recipe.get("data")
+    loader = recipe if isinstance(recipe, dict) else {}
+    content = {"path": data, **config.input.model_dump()}
+    content |= {name: loader[name] for name in ("cache", "max_bad_fraction") if name in loader}
+    try:
+        return InputConfig.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{source}: recipe.data: {explain(InputConfig, content, error)[0][1]}") from None
+
+
 def examine(
     subject: Subject, rank: Rank, device: torch.device, control: dist.ProcessGroup | None = None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Evaluate, and report as JSON; all but "speed" is equal for any number of ranks. Collective.
 
     Args:
-        subject: what is evaluated.
+        subject: hand-off and split.
         rank: of this process.
-        device: where the model is.
+        device: of the model.
         control: CPU group of all ranks; None for a single process.
 
     Raises:
@@ -125,7 +144,7 @@ def examine(
 
     loader = EvalLoader(
         dataset,
-        config.input.model_copy(update={"path": dataset.path}),
+        subject.input,
         batch_size=subject.batch_size,
         rank=rank.rank,
         world_size=rank.world_size,
@@ -148,7 +167,7 @@ def examine(
     return result, {
         "handoff": {"source": str(subject.source), "weights": config.weights, "weights_blake2": config.weights_blake2},
         "data": {
-            "path": str(dataset.path),
+            "path": without_secrets(str(dataset.path)),
             "name": dataset.name,
             "split": dataset.split,
             "fingerprint": dataset.fingerprint,
@@ -168,7 +187,12 @@ def examine(
 
 
 def _print_bad_sample(bad: BadSample) -> None:
-    print(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", file=sys.stderr)  # noqa: T201
+    _say(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", sys.stderr)
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, whose names come from data."""
+    print(printable(without_secrets(text)), file=stream)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -234,13 +258,16 @@ def main(arguments: list[str] | None = None) -> int:
             control = init_distributed(device)
         if rank.is_first:
             for warning in subject.classes.warnings:
-                print(f"WARNING {warning}", file=sys.stderr)  # noqa: T201
+                _say(f"WARNING {warning}", sys.stderr)
         result, content = examine(subject, rank, device, control)
         if rank.is_first:
             output = options.output or (folder.path / "evaluation" if folder else None)
             _print(subject, result, content, output)
             if folder is not None and folder.summary.exists():
-                _print_summary(folder, subject, content)
+                try:
+                    _print_summary(folder, subject, content)
+                except UserError as error:  # the result itself is printed and written
+                    print(f"WARNING the run's summary has no evaluation of the hand-off: {error}", file=sys.stderr)  # noqa: T201
         if control is not None:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
@@ -259,7 +286,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     dataset, speed = subject.dataset, content["speed"]
     lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}"]
     if content["data"]["within_level"]:
@@ -269,9 +295,10 @@ def _print(subject: Subject, result: Evaluation, content: dict[str, Any], output
         f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
         f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
     )
-    console.print("\n".join(lines), markup=False)  # printed first, since writing may fail
-    if output is not None:
-        console.print("\n".join(_write(subject, content, output)), markup=False)
+    for line in lines:  # printed first, since writing may fail
+        _say(line)
+    for line in _write(subject, content, output) if output is not None else ():
+        _say(line)
 
 
 def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]:
@@ -295,18 +322,18 @@ def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]
 
 def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
     """Print the run's summary, and record top-1 there if it is of fp32 weights on the run's validation split."""
-    recipe = folder.read_recipe()
-    assert recipe is not None
-    dataset, train_split = subject.dataset, recipe["data"]["train_split"]
+    recipe = validate_recipe(folder.read_recipe() or {}, where=str(folder.path / "recipe.yaml"))
+    dataset, train_split = subject.dataset, recipe.data.train_split
     if (
         subject.precision == "fp32"
-        and dataset.split == recipe["data"]["val_split"]
+        and dataset.split == recipe.data.val_split
         and train_split in dataset.store.manifest().splits
-        and Dataset.open(dataset.path, train_split, subject.config.input.cache, check_files=False).fingerprint
+        and Dataset.open(dataset.path, train_split, subject.input.cache, check_files=False).fingerprint
         == folder.read_dataset()["fingerprint"]
     ):
         record_handoff_evaluation(folder, content["top1"])
-    Console(highlight=False, soft_wrap=True).print("\n".join(summary_lines(folder)), markup=False)
+    for line in summary_lines(folder):
+        _say(line)
 
 
 def _fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> int:

@@ -13,6 +13,7 @@ of a run is ``run.json``.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,11 @@ EventName = Literal["start", "went back", "checkpoint failed", "checkpoint passe
 def write_event(file: Path, name: EventName, *, step: int, samples_seen: int, text: str, **facts: Any) -> None:
     """Add a line to ``events.jsonl``; only rank 0 does."""
     line = {"event": name, "time": round(time.time(), 3), "step": step, "samples_seen": samples_seen, "text": text}
-    with file.open("a") as handle:
-        handle.write(json.dumps(line | facts) + "\n")
+    try:
+        with file.open("a") as handle:
+            handle.write(json.dumps(line | facts) + "\n")
+    except OSError as error:
+        print(f"WARNING event '{name}' could not be written: {error}", file=sys.stderr)  # noqa: T201
 
 
 def write_start(file: Path, state: RunState, former: RunState | None) -> None:

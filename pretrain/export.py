@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_pipeline.errors import without_secrets
 from models import create_model
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
@@ -12,15 +13,17 @@ from pretrain.checkpoints.checkpoint import (
     read_weights,
     verify,
 )
-from pretrain.handoff.folder import write_handoff
+from pretrain.handoff.folder import HandoffInput, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, checkpoint_facts
 
 
 def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = "unknown") -> Path:
-    """Write ``RUN/handoff`` from the newest checkpoint that is whole. Needs no engine and no process group.
+    """Write ``RUN/handoff`` from the newest intact checkpoint. Needs no engine and no process group.
+
+    URLs in the recipe lose what may be a secret: a hand-off is published.
 
     Args:
         folder: the run.
@@ -38,12 +41,25 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = folder.read_dataset()
-    checkpoint = _newest_whole(folder.checkpoints)
-    progress = read_manifest(checkpoint)["progress"]
+    checkpoint, code = _newest_intact(folder.checkpoints)
+    manifest, origin = read_manifest(checkpoint), folder.read_origin()
+    folder.check_checkpoint(checkpoint, manifest, recipe)
+    here, fingerprint = checkpoint_facts(recipe, {}, origin), dataset["fingerprint"]
+    there = here | manifest  # those of older versions lack some
+    if (there["fingerprints"].get("train", fingerprint), there["initialized_from"]) != (
+        fingerprint,
+        here["initialized_from"],
+    ):
+        raise UserError(f"{folder.path / 'environment.json'} is not of the run that wrote {checkpoint}: put it back")
+    progress = manifest["progress"]
     if step is not None and progress["step"] != step:
-        raise UserError(f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again")
+        raise UserError(
+            f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again", code
+        )
     if not progress["evaluation"]:
-        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: let it run to its first evaluation")
+        raise UserError(
+            f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
+        )
     class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
     class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
     model = create_model(
@@ -55,13 +71,13 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         "class_names": class_names,
         "class_ids": class_ids,
         "class_levels": class_levels,
-        "input": recipe.data.model_dump(mode="json"),
+        "input": recipe.data.model_dump(mode="json", include={*HandoffInput.model_fields}),
         "weights": "average" if recipe.ema else "raw",
         "dataset": dataset,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_secrets(recipe.model_dump(mode="json")),
         "metrics": {name: progress["evaluation"][name] for name in ("top1", "top5", "loss")},
         "samples_seen": progress["samples_seen"],
-        "initialized_from": folder.read_origin(),
+        "initialized_from": without_secrets(origin),
     }
     write_handoff(
         folder.handoff,
@@ -77,17 +93,19 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
     return folder.handoff
 
 
-def _newest_whole(checkpoints: Path) -> Path:
-    problems = []
+def _newest_intact(checkpoints: Path) -> tuple[Path, ExitCode]:
+    """The checkpoint, and the exit status where it is not new enough."""
+    problems, code = [], ExitCode.WILL_FAIL_AGAIN
     for path in list_checkpoints(checkpoints):
         try:
             verify(path)
         except CheckpointDamagedError as error:
             problems.append(str(error))
-            print(f"WARNING passing over {path}: {error}", file=sys.stderr)  # noqa: T201
+            code = ExitCode.RETRY if error.code is ExitCode.RETRY else code
+            print(f"WARNING skipping {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
-            return path
-    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems))
+            return path, code
+    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems), code)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(export_run(RunFolder(options.run), license_id=options.license))  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return error.code
     return ExitCode.FINISHED
 
 

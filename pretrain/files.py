@@ -1,25 +1,80 @@
-"""File helpers for run folders: atomic JSON, JSON lines, durability, locks, digests."""
+"""File helpers for run folders: files with a digest of their own, JSON lines, durability, locks."""
 
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
+
+import yaml
 
 from data_pipeline.files import replacing, write_atomically
+from pretrain.outcome import UserError, storage_code
 
 # slurm/ imports them from here
 __all__ = [
-    "digest", "digest_of_file", "fsync", "json_lines", "json_object", "lock", "replacing", "write_atomically",
-    "write_json",
+    "SEAL", "aside", "digest", "digest_of_fields", "digest_of_file", "fsync", "is_measurement", "json_lines",
+    "json_object", "lock", "read_sealed", "replacing", "write_atomically", "write_json", "write_sealed",
 ]  # fmt: skip
+
+SEAL = "blake2"
+"""Where a file says the digest of its own content."""
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a file atomically with ``content`` as indented JSON."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_sealed(path: Path, fields: dict[str, Any]) -> None:
+    """Replace a file of JSON, or of YAML where it is called so, that carries the digest of its name and content."""
+    if path.suffix == ".yaml":
+        text = yaml.safe_dump(fields, sort_keys=False)
+        write_atomically(path, f"# {SEAL} {digest((path.name + text).encode())}\n{text}".encode())
+    else:
+        write_json(path, fields | {SEAL: digest_of_fields(fields | {SEAL: path.name})})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Fields of a file of ``write_sealed``, without the digest; files of older versions have none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or has other content than when it was written.
+    """
+    try:
+        text = path.read_bytes().decode()
+        fields = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"no mapping, but {fields!r:.60}")
+        if path.suffix == ".yaml":
+            head, _, rest = text.partition("\n")
+            mark = f"# {SEAL} "
+            stated = head.removeprefix(mark) if head.startswith(mark) else None
+            found = digest((path.name + rest).encode())
+        else:
+            stated = fields.pop(SEAL, None)
+            found = digest_of_fields(fields | {SEAL: path.name})
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}", storage_code(error)) from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:300]}): put it back") from None
+    if stated not in (None, found):
+        raise UserError(
+            f"{path} has other content than when it was written: put it back, or take {SEAL} out of it if it was "
+            "changed on purpose"
+        )
+    return fields
+
+
+def aside(path: Path) -> Path:
+    """Where something damaged is kept, beside what takes its place."""
+    return path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:
@@ -36,6 +91,17 @@ def json_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any] | None]:
     with path.open("rb") as handle:
         handle.seek(offset)
         yield from map(json_object, handle)
+
+
+def is_measurement(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether a line of ``metrics.jsonl`` is intact, as far as can be seen: a kind, samples seen, and numbers."""
+    return (
+        row is not None
+        and isinstance(row.get("kind"), str)
+        and type(row.get("samples_seen")) is int
+        and 0 <= row["samples_seen"] < 2**63
+        and all(type(value) in (int, float) for name, value in row.items() if name != "kind")
+    )
 
 
 def fsync(path: Path) -> None:
@@ -65,6 +131,11 @@ def lock(path: Path) -> IO[str] | None:
 def digest(content: bytes) -> str:
     """BLAKE2 of 16 bytes, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def digest_of_fields(fields: dict[str, Any]) -> str:
+    """``digest`` of what a JSON file says, however it is indented."""
+    return digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def digest_of_file(path: Path) -> str:

@@ -1,14 +1,19 @@
-"""What is minimised, as the recipe says."""
+"""The loss that training minimizes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.batch import Batch, to_device
+from data_pipeline.mixing import mix
 from data_pipeline.transforms import MixingConfig
 from models import SemanticSoftmax
 from pretrain.class_tree import read_ancestors
-from pretrain.recipe import LossSection
+from pretrain.engine.schedule import draw_step
+from pretrain.recipe import LossSection, Recipe
+from pretrain.state import TrainState
 
 
 class Classification:
@@ -51,3 +56,55 @@ def diagonality_weight(section: LossSection, *, epoch: float) -> float:
     """Weight of the diagonality loss after ``epoch`` passes over the data: linear within the ramp, then constant."""
     ramp = section.diagonality_ramp_epochs
     return section.diagonality_weight * (min(1.0, epoch / ramp) if ramp else 1.0)
+
+
+class TrainingLoss:
+    """Forward pass and loss of a micro-batch: classification plus the weighted diagonality loss.
+
+    Args:
+        recipe: with loss, mixing and seed.
+        engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
+        classification: of the recipe.
+        device: of this rank.
+        dtype: in which the network takes its images.
+        epoch_size: images in the training split.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Any,
+        classification: Classification,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        epoch_size: int,
+    ) -> None:
+        self.classification = classification
+        self._recipe, self._engine = recipe, engine
+        self._device, self._dtype, self._epoch_size = device, dtype, epoch_size
+
+    def __call__(self, batch: Batch, state: TrainState) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss of ``batch`` at ``state``.
+
+        Returns:
+            the scalar to minimize, and its unweighted parts by name.
+        """
+        recipe, model = self._recipe, self._engine.module
+        drawn = batch.drawn or draw_step(recipe, model, state.step, batch.rows)
+        uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, self._device)
+        images, targets = mix(
+            batch.images,
+            batch.labels,
+            batch.rows,
+            config=self.classification.mixing,
+            num_classes=model.config.num_classes,
+            seed=recipe.seed,
+            step=state.step,
+            drawn=drawn.mixing,
+        )
+        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+        classification = self.classification(logits, targets)
+        weight = diagonality_weight(recipe.loss, epoch=state.samples_seen / self._epoch_size)
+        loss = classification + weight * diagonality.float()
+        return loss, {self.classification.name: classification, "diagonality": diagonality}

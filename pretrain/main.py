@@ -1,4 +1,4 @@
-"""The door to training: ``deepspeed pretrain/main.py --recipe recipes/demo.yaml``."""
+"""Entry point of training: ``deepspeed pretrain/main.py --recipe recipes/demo.yaml``."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-# The launcher puts this file's folder first on the path; the rooms are one above, whether or not they are installed.
+# The launcher puts this file's folder first on the path; the packages are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pretrain.fault_tolerance.signals import StopFlag, first_speaks, watch_launcher  # noqa: E402
@@ -24,8 +24,8 @@ import torch.distributed as dist  # noqa: E402
 from data_pipeline.errors import DataError  # noqa: E402
 from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import parse_arguments  # noqa: E402
-from pretrain.assemble import assemble  # noqa: E402
-from pretrain.check import count_parameters_here, resolve_for  # noqa: E402
+from pretrain.build import build_trainer  # noqa: E402
+from pretrain.check import resolve_for  # noqa: E402
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
 from pretrain.engine.distributed import (  # noqa: E402
@@ -38,19 +38,18 @@ from pretrain.engine.distributed import (  # noqa: E402
 )
 from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
-from pretrain.fault_tolerance.watchdog import SPEAKS_FIRST_S, Watchdog  # noqa: E402
-from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
+from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
+from pretrain.monitoring.profile import parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
-from pretrain.run import Run  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
+from pretrain.run_log import RunStatus  # noqa: E402
 from pretrain.startup import StartUp  # noqa: E402
 from pretrain.summary import summary_lines  # noqa: E402
-from pretrain.train import train  # noqa: E402
+from pretrain.trainer import Trainer  # noqa: E402
 
-FIRST_GOES_FIRST_S = 3.0
-"""A rank that fails since another one did ends so much later: the launcher takes the exit status of whom it sees first,
-and looks once a second."""
+SECONDARY_EXIT_S = 3.0
+"""Delay of the exit on secondary failures: the launcher propagates the first exit code that it polls, once a second."""
 
 
 def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
@@ -58,7 +57,8 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     options = parse_arguments(arguments)
     flag.install_signal_handlers()
     rank: Rank | None = None
-    run: Run | None = None
+    status: RunStatus | None = None
+    trainer: Trainer | None = None
     try:
         rank = read_rank()
         device = choose_device(rank, options.device)
@@ -67,28 +67,36 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         if recipe.deterministic:
             use_deterministic_algorithms()  # the preflight multiplies, and torch asks about cuBLAS only then
         folder = RunFolder(options.runs / recipe.name)
-        config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
+        status = RunStatus(folder, first=rank.is_first)
+        config = read_deepspeed_config(
+            options.deepspeed_config, recipe.deepspeed, recorded_stage=folder.recorded_stage()
+        )
         folder.check_recipe(recipe, config)
         if _already_finished(folder, rank):
             return ExitCode.FINISHED
         resolved = resolve_for(
             recipe,
             config,
-            parameters=count_parameters_here(recipe),
             world_size=rank.world_size,
             has_gpu=device.type == "cuda",
             has_bf16_gpu=has_bf16(device),
         )
         startup = StartUp("imports")  # DeepSpeed's among them
         limits = recipe.watchdog
-        watchdog = Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes)
+        watchdog = Watchdog(
+            folder.hangs,
+            rank.rank,
+            start_s=60 * limits.start_minutes,
+            step_s=60 * limits.step_minutes,
+            on_hang=status.fail,
+        )
         # A third of the time to start: a node that is not there by then is named, rather than waited for.
         late = meet(rank, 20 * limits.start_minutes)
-        control = init_distributed(device, 60 * limits.start_minutes + SPEAKS_FIRST_S)
+        control = init_distributed(device, 60 * limits.start_minutes + REPORT_FIRST_S)
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
         startup.end("rendezvous")
-        run = assemble(
+        trainer = build_trainer(
             recipe,
             resolved,
             folder,
@@ -97,35 +105,28 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             flag=flag,
             control=control,
             watchdog=watchdog,
+            status=status,
+            profile=steps,
+            profile_this_rank=rank.is_first or options.profile_ranks == "all",
             startup=startup,
             verbose=options.verbose,
         )
-        if steps is not None:
-            profiler = StepProfiler(
-                steps,
-                step=run.progress.step,
-                total_steps=run.total_steps,
-                folder=folder.profile,
-                rank=rank.rank,
-                device=device,
-            )
-            run.profiler = profiler if rank.is_first or options.profile_ranks == "all" else None
-        code = train(run)
-        run.close()
+        code = trainer.train()
+        trainer.close()
     except (UserError, DataError, CheckpointDamagedError) as error:
-        if run is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
+        if trainer is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        _give_up(run, str(error), exit_code(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must be told and end this rank
-        told, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
+        _give_up(trainer, status, str(error), exit_code(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must be reported and end this rank
+        text, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
         where = f"rank {rank.rank if rank else '?'}"
         if gpu_memory_is_full(error):
-            phase, progress = (run.watchdog.phase, run.progress) if run else ("starting", None)
-            told, why = explain_full_memory(error, phase, progress)
-            print(f"error: {where}: {told}", file=sys.stderr)  # noqa: T201
+            phase, state = (trainer.watchdog.phase, trainer.state) if trainer else ("starting", None)
+            text, why = explain_full_memory(error, phase, state)
+            print(f"error: {where}: {text}", file=sys.stderr)  # noqa: T201
         else:
             traceback.print_exc()
-        _give_up(run, f"{where}: {told}", why)
+        _give_up(trainer, status, f"{where}: {text}", why)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
@@ -143,13 +144,13 @@ def _already_finished(folder: RunFolder, rank: Rank) -> bool:
     return True
 
 
-def _give_up(run: Run | None, reason: str, code: ExitCode) -> NoReturn:
-    """Say in run.json why a run failed, give the terminal back, and end this rank whatever happens."""
+def _give_up(trainer: Trainer | None, status: RunStatus | None, reason: str, code: ExitCode) -> NoReturn:
+    """Record in run.json why a run failed, restore the terminal, and end this rank whatever happens."""
     try:
-        if run is not None:
-            run.console.close()
-            if not run.logbook.fail(reason.splitlines()[0] if reason else ""):
-                time.sleep(FIRST_GOES_FIRST_S)
+        if trainer is not None:
+            trainer.log.console.close()
+        if status is not None and not status.fail(reason.splitlines()[0] if reason else ""):
+            time.sleep(SECONDARY_EXIT_S)
     except OSError as error:
         print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
     finally:

@@ -3,7 +3,7 @@
 One forward and backward pass of the network runs under torch's FakeTensorMode, with shapes and data types but without
 memory, and torch's MemTracker counts the tensors that are alive. Two micro-batches give every other one, because bytes
 are affine in it. What the engine holds follows the source of DeepSpeed (``runtime/zero/stage_1_and_2.py``,
-``stage3.py``) and ``pretrain.engine.data_parallel``. ``tests/system/test_planned_memory.py`` compares the sum with
+``stage3.py``). ``tests/system/test_planned_memory.py`` compares the sum with
 measured peaks. What is no tensor is not counted: CUDA context, buffers of NCCL and DALI, fragmentation.
 """
 
@@ -123,7 +123,7 @@ class _Tracker(MemTracker):
 def trace(
     config: LaViTConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
 ) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
-    """Trace one micro-batch as ``pretrain.train`` runs it.
+    """Trace one micro-batch as ``Trainer.train_step`` runs it.
 
     Returns:
         names and elements of the parameters in the order in which their gradients arrive; and bytes in one vector: the
@@ -217,7 +217,7 @@ class Engine:
         # Whether gradients are reduced during the backward pass. DeepSpeed's BF16_Optimizer does not read overlap_comm.
         bf16_optimizer = self.stage == 1 and resolved.precision == "bf16" and self.wide_gradients
         given = zero.get("overlap_comm")
-        self.overlap = self.stage == 0 or (
+        self.overlap = self.stage > 0 and (
             self.stage == 3 if given is None else bool(given) and not (bf16_optimizer and not self.optimizer_on_host)
         )
 
@@ -266,9 +266,7 @@ class MemoryEstimate:
         optimizer, ema = 4 * share * (engine.copies - (engine.stage == 0)), 4 * share * engine.ema
         weights = engine.element * parameters
         gradients = 4 * share * (engine.wide_gradients and engine.stage == 2)  # those that exist between steps, too
-        if engine.stage == 0:  # the buckets in which several ranks average them
-            gradients = 4 * parameters * (engine.ranks > 1)
-        elif engine.stage == 3:
+        if engine.stage == 3:
             whole = int(elements[elements <= engine.persistent].sum())
             weights = engine.element * (whole + share * (not engine.weights_on_host))
             gradients = share * (4 if engine.wide_gradients else engine.element) * (not engine.optimizer_on_host)
@@ -304,9 +302,7 @@ def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator
     gathered = element * int(elements[elements > engine.persistent].sum()) * (stage == 3)
     # What is gathered stays until the backward pass; a prefetched piece, until its weights have been copied out of it.
     yield "forward", activations.forward, 0, gathered + min(gathered, element * engine.prefetch)
-    if stage == 0 and engine.ranks > 1:
-        held, buffers, reduce = 4 * (none + total if several else pending), none, (4 * last, 0)
-    elif stage == 3:
+    if stage == 3:
         held, buffers = element * pending, copies + gathered + flat
         reduce = (element * last, gathered + flat + element * last)
     elif stage == 2 or (stage == 1 and engine.overlap):
@@ -326,7 +322,7 @@ def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator
     yield "backward", int(live[at]), int(held[at]), int(buffers[at])
     yield "reduce", 0, *reduce
     if stage == 0:
-        yield "step", 0, 4 * total * (engine.ranks == 1), 0
+        yield "step", 0, 4 * total, 0
     elif stage == 3:
         yield "step", 0, 0, share * (4 if element == 4 else 2 + 4)
     else:  # a partition's gradients are flattened and cast to fp32; norms are computed in fp64, tensor by tensor

@@ -6,6 +6,7 @@ The x axis is samples seen. A kind of measurement ("train", "eval") is a line's 
 import json
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,15 +16,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import json_lines, json_object, replacing
+from pretrain.files import aside, is_measurement, json_lines, json_object, read_sealed, replacing
 from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
+from pretrain.outcome import UserError, storage_code
 
 
 class MetricsWriter:
     """Writes measurements of one run; on rank 0 only.
 
     After a resume nothing is written twice: what the previous attempt wrote beyond the checkpoint is cut from
-    ``metrics.jsonl``, purged from TensorBoard's view, and not sent again to trackers, which cannot delete.
+    ``metrics.jsonl``, purged from TensorBoard's view, and not sent again to trackers, which cannot delete. Damaged
+    lines are dropped with a warning; the file that had them is kept as ``metrics.jsonl.damaged-TIME``.
 
     Args:
         jsonl: path of ``metrics.jsonl``.
@@ -35,7 +38,7 @@ class MetricsWriter:
         say: prints a line.
 
     Raises:
-        OSError: ``metrics.jsonl`` cannot be read or replaced.
+        UserError: ``metrics.jsonl`` cannot be read or replaced.
     """
 
     def __init__(
@@ -48,20 +51,28 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        newest, purge_from, offset = _cut(jsonl, samples_seen, done or {})
-        self._lines = jsonl.open("a")
-        board = TensorBoard(tensorboard, purge_from=purge_from)
-        marks = jsonl.parent / "trackers.json"
-        self._sinks = Guarded(
-            {"TensorBoard": board, **{n: ForwardOnly(s, marks, newest) for n, s in (trackers or {}).items()}}, say
-        )
-        if purge_from <= samples_seen:
+        self._folder = jsonl.parent
+        try:
+            newest, purge_from, offset = _cut(jsonl, samples_seen, done or {}, say)
+            self._lines = jsonl.open("a")
+        except OSError as error:
+            raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
+        sinks: dict[str, Sink] = {}
+        try:
+            board = TensorBoard(tensorboard, purge_from=purge_from)
             # TensorBoard purges all kinds alike: the kinds that are not measured again there are sent again.
-            for row in json_lines(jsonl, offset):
+            for row in json_lines(jsonl, offset) if purge_from <= samples_seen else ():
                 if row is not None and row["samples_seen"] >= purge_from:
                     places = ("kind", "samples_seen", "time")
                     values = {name: value for name, value in row.items() if name not in places}
                     board.scalars(row["kind"], row["samples_seen"], values)
+            marks = jsonl.parent / "trackers.json"
+            forward = {name: ForwardOnly(sink, marks, newest) for name, sink in (trackers or {}).items()}
+            sinks = {"TensorBoard": board, **forward}
+        except (OSError, OverflowError) as error:
+            names = ", ".join(["TensorBoard", *(trackers or {})])
+            say(f"WARNING no measurements until the next start, but in metrics.jsonl: {names} ({error})")
+        self._sinks = Guarded(sinks, say)
 
     def write(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Write one line, with the time (Unix), and send it to the sinks.
@@ -79,12 +90,27 @@ class MetricsWriter:
         self._lines.flush()
         self._sinks.each(lambda sink: sink.scalars(kind, samples_seen, values))
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Send an image, (height, width, 3), to the sinks."""
-        self._sinks.each(lambda sink: sink.picture(name, samples_seen, pixels))
+        self._sinks.each(lambda sink: sink.image(name, samples_seen, pixels))
 
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Send a text to the sinks."""
+    def describe_run(self, samples_seen: int) -> None:
+        """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
+        try:
+            environment = read_sealed(self._folder / "environment.json")
+            recipe = (self._folder / "recipe.yaml").read_text(errors="replace")
+        except (OSError, UserError):
+            return  # the next start refuses what is damaged; this one does without
+        facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
+        texts = {
+            "recipe": recipe,
+            "environment": json.dumps(facts, indent=2),
+            "git": json.dumps(environment.get("git"), indent=2),
+        }
+        for name, text in texts.items():
+            self._send_text(f"run/{name}", samples_seen, textwrap.indent(text, "    "))
+
+    def _send_text(self, name: str, samples_seen: int, markdown: str) -> None:
         self._sinks.each(lambda sink: sink.text(name, samples_seen, markdown))
 
     def flush(self) -> None:
@@ -98,10 +124,12 @@ class MetricsWriter:
         self._sinks.each(lambda sink: sink.close())
 
 
-def _cut(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> tuple[dict[str, int], int, int]:
+def _cut(
+    jsonl: Path, samples_seen: int, done: Mapping[str, int], say: Callable[[str], None]
+) -> tuple[dict[str, int], int, int]:
     """Remove the damaged lines and those that are measured again, in one pass and a line at a time.
 
-    The file is replaced atomically, and only where a line has to go.
+    The file is replaced atomically, and only where a line has to go. A last line cut by a crash is not damage.
 
     Returns:
         the highest samples seen of each kind, removed lines included; the lowest samples seen of a removed line, at
@@ -109,15 +137,14 @@ def _cut(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> tuple[dict[
     """
     newest: dict[str, int] = {}
     purge_from, earliest = samples_seen + 1, min([samples_seen, *done.values()]) + 1
-    size, offset = 0, None
+    size, offset, damaged = 0, None, 0
     if not jsonl.exists():
         return newest, purge_from, 0
     with jsonl.open("rb") as old, ExitStack() as stack:
         new: BinaryIO | None = None
         for line in old:
             kept = False
-            row = json_object(line)
-            if row is not None and isinstance(row.get("kind"), str) and isinstance(row.get("samples_seen"), int):
+            if is_measurement(row := json_object(line)):
                 kind, seen = row["kind"], row["samples_seen"]
                 newest[kind] = max(seen, newest.get(kind, -1))
                 kept = seen <= done.get(kind, samples_seen)
@@ -125,6 +152,8 @@ def _cut(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> tuple[dict[
                     purge_from = min(purge_from, seen)
                 elif seen >= earliest and offset is None:
                     offset = size
+            else:
+                damaged += line.endswith(b"\n")
             if new is None and not (kept and line.endswith(b"\n")):
                 new = stack.enter_context(replacing(jsonl))
                 with jsonl.open("rb") as prefix:
@@ -136,12 +165,15 @@ def _cut(jsonl: Path, samples_seen: int, done: Mapping[str, int]) -> tuple[dict[
                 size += len(complete)
                 if new is not None:
                     new.write(complete)
+        if damaged:
+            shutil.copy2(jsonl, kept_as := aside(jsonl))
+            say(f"WARNING {jsonl}: {damaged:,} damaged lines are dropped; the file that had them is {kept_as}")
     return newest, purge_from, size if offset is None else offset
 
 
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl``, or those of one kind; a last line that was cut by a crash is left out.
+    """All lines of ``metrics.jsonl``, or those of one kind; damaged ones are left out.
 
     Holds them in memory, for tests and short runs; ``json_lines`` reads a file of any length.
     """
-    return [row for row in json_lines(jsonl) if row is not None and kind in (None, row.get("kind"))]
+    return [row for row in json_lines(jsonl) if is_measurement(row) and kind in (None, row["kind"])]

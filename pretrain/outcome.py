@@ -1,12 +1,12 @@
-"""How a run can end: exit codes with meanings, and the error that says it would fail again."""
+"""How a run can end: exit statuses with meanings, and the error for a user."""
 
 from enum import IntEnum
 
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import StorageError, is_lasting, printable, without_secrets
 
 
 class ExitCode(IntEnum):
-    """Exit status of ``pretrain/main.py``. Whoever starts runs decides by these alone.
+    """Exit status of ``pretrain/main.py``. Launchers decide by these alone.
 
     Python ends with 1 on an uncaught exception and argparse with 2 on bad usage, so those numbers keep their sense.
     """
@@ -22,20 +22,28 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """Something a person has to change. Its text is one line: what is wrong, where, and what to do."""
+    """Something that the user has to change. Its text is one line: what is wrong, where, and what to do.
+
+    Control characters are escaped in it, and URLs lose what may be a secret.
+    """
 
     code = ExitCode.WILL_FAIL_AGAIN
 
     def __init__(self, text: str, code: ExitCode | None = None) -> None:
-        super().__init__(text)
+        super().__init__(printable(without_secrets(text)))
         if code is not None:
             self.code = code
 
 
 class BusyError(UserError):
-    """Another process has what this one needs. On a cluster it may be a former start on a node that is not dead yet."""
+    """Another process has what this one needs, perhaps a previous attempt on a node that is not down yet."""
 
     code = ExitCode.RETRY
+
+
+def storage_code(error: OSError) -> ExitCode:
+    """The exit status after an error of the operating system, which may pass by itself or not."""
+    return ExitCode.WILL_FAIL_AGAIN if is_lasting(error) else ExitCode.RETRY
 
 
 def exit_code(error: Exception) -> ExitCode:

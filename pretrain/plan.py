@@ -17,14 +17,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, without_secrets
 from models.cost import count_macs, count_parameters
 from pretrain.arguments import add_run_arguments
 from pretrain.check import architecture, checkpoint_bytes, resolve_for
 from pretrain.devices import DEVICES
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.precision import input_dtype
-from pretrain.engine.schedule import count_steps
+from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.memory_estimate import Engine, MemoryEstimate, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
@@ -98,11 +98,11 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         UserError: what is wrong, in one line.
     """
     recipe, device, gpus = load_recipe(options.recipe, options.assignments), DEVICES[options.gpu], options.gpus
-    data = _data(recipe, options)
+    data = without_secrets(_data(recipe, options))
     config = architecture(recipe, data["classes"])
     parameters, macs = count_parameters(config), count_macs(config)
     deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
-    of_gpus = {"parameters": parameters, "world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
+    of_gpus = {"world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
     resolved = resolve_for(recipe, deepspeed, **of_gpus)
     batch, capacity = resolved.batch, device.memory * (1 - options.headroom)
     measured = options.benchmark and read_benchmark(options.benchmark, device, config, recipe, resolved)
@@ -134,7 +134,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         "images_per_s_per_gpu": rate, "images_per_s_per_gpu_at_peak": peak, "compute": compute,
         "communication": communication, "step": step, "hours": step and steps * step / 3600,
         "hours_at_peak": steps * batch.global_batch / gpus / peak / 3600,
-        "checkpoint_bytes": checkpoint_bytes(recipe, parameters), "every_steps": recipe.checkpoint.every_steps,
+        "checkpoint_bytes": checkpoint_bytes(recipe, parameters), "every_steps": checkpoint_interval(recipe, steps),
         "mtbf": mtbf, "best_interval": interval, "best_steps": step and max(1, round(interval / step)),
         "assumptions": [*_assumptions(options, measured)],
     }  # fmt: skip
@@ -149,7 +149,11 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         except DataError as error:
             without = "or plan without it: --images N --classes N [--bytes-per-image N]"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
-        images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
+        images, classes, source = (
+            images or len(split),
+            classes or split.num_classes,
+            str(recipe.data.path),
+        )
         size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
     return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
 

@@ -1,16 +1,29 @@
-"""The recipe: one YAML file, validated once into one frozen object. Rooms are handed the part that they need."""
+"""The recipe: one YAML file, validated once into one frozen object. Packages are handed the section they need."""
 
-import difflib
-import types
-from collections.abc import Iterator
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from data_pipeline.store import CacheConfig
 from data_pipeline.transforms import InputConfig, MixingConfig, as_location
+from pretrain.engine.deepspeed_keys import ALLOWED, check_overrides
+from pretrain.fields import describe, did_you_mean, dotted_names, explain, shown, similar
 from pretrain.outcome import UserError
 
 
@@ -18,6 +31,9 @@ class Section(BaseModel):
     """Base of the recipe's sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(Section):
@@ -34,21 +50,21 @@ class ModelSection(Section):
 
 
 class InitializeSection(Section):
-    """The weights to begin with, when a run starts for the first time: those of another run's hand-off."""
+    """Initial weights, read when a run starts for the first time: those of another run's hand-off."""
 
     handoff: str
     """Folder of the hand-off, or the Hugging Face Hub's id of one."""
     head_init_scale: float = Field(default=1.0, gt=0)
-    """Factor on the classifier's fresh weights: those of classes that the hand-off does not know by their id."""
+    """Factor on the classifier's fresh weights: those of classes whose ids the hand-off does not have."""
 
 
 class LossSection(Section):
-    """What is minimised."""
+    """The loss that is minimized."""
 
     diagonality_weight: float = Field(default=0.0, ge=0)
     """Weight of the diagonality-preserving loss of the LA blocks; 0 leaves it out."""
     diagonality_ramp_epochs: float = Field(default=0.0, ge=0)
-    """The weight grows linearly from 0 within so many epochs."""
+    """Epochs over which the weight grows linearly from 0."""
     classification: Literal["cross_entropy", "semantic_softmax"] = "cross_entropy"
     """Cross-entropy over all classes; or one softmax for each level of class_tree, for ImageNet-21k."""
     class_tree: Path | None = None
@@ -62,24 +78,24 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    """What steps the weights."""
+    """The optimizer."""
 
     kind: Literal["adamw", "lamb", "sgd"] = "adamw"
     """AdamW; LAMB (ZeRO stage 0 only; NVIDIA's apex is used where it is installed); or SGD with momentum."""
     lr: float = Field(gt=0)
-    """Peak learning rate; for the global batch as it is, unless lr_for_batch is given."""
+    """Peak learning rate; used as it is unless lr_for_batch is given."""
     lr_for_batch: int | None = Field(default=None, ge=1)
     """Global batch that lr is meant for; it is scaled linearly to the one of the run, for LAMB by the square root."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay, decoupled but for SGD; norms, biases, scales and position embeddings are left out."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """For fine-tuning: every layer has so much of the learning rate of the layer above it; the head has all of it."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    """For fine-tuning: ratio of a layer's learning rate to that of the layer above it; the head has the full rate."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of the two moment estimates of AdamW and LAMB."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator by AdamW and LAMB."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD."""
+    momentum: DecayRate = 0.9
+    """Momentum of SGD."""
 
     @model_validator(mode="after")
     def _fits_the_kind(self) -> "OptimizerSection":
@@ -88,95 +104,105 @@ class OptimizerSection(Section):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is not read by {self.kind}: leave it out")
         if self.kind == "lamb" and self.weight_decay == 0:
-            raise ValueError("without weight_decay LAMB is Adam: its trust ratio is for what decays; use kind adamw")
+            raise ValueError(
+                "without weight_decay LAMB is Adam (its trust ratio is for decayed weights): use kind adamw"
+            )
         return self
 
 
 class EmaSection(Section):
-    """Exponential moving average of the weights, in fp32; it is evaluated beside them and handed off in their place."""
+    """Exponential moving average of the weights, in fp32; it is evaluated, too, and handed off in their place."""
 
-    decay: float = Field(ge=0, lt=1)
-    """Share that the average keeps per step; in the first steps less: at most (1 + step) / (10 + step)."""
+    decay: DecayRate
+    """Share that the average keeps per step; less in the first steps: at most (1 + step) / (10 + step)."""
 
 
 class ScheduleSection(Section):
-    """How long, and the learning rate on the way: linear warm-up, then cosine, both in samples seen."""
+    """Length of the run, and its learning rate: linear warm-up, then cosine, both in samples seen."""
 
     epochs: float = Field(gt=0)
     """Passes over the training split; a fraction is allowed."""
     warmup_epochs: float = Field(default=0.0, ge=0)
-    """Length of the linear warm-up."""
+    """Length of the linear warm-up; at most ``epochs``."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine; at most the peak."""
 
 
 class EvaluationSection(Section):
     """Evaluation on the validation split during training; the end is always evaluated."""
 
     every_epochs: float = Field(default=1.0, gt=0)
-    """Distance between evaluations."""
+    """Epochs between evaluations."""
     batch_size: int = Field(default=64, ge=1)
-    """Pictures per rank and step of evaluation."""
+    """Images per rank and step of evaluation."""
 
 
 class ProbesSection(Section):
-    """What the features of the last stage are worth by themselves, on a small labelled set with classes of its own."""
+    """k-NN and a linear classifier on the frozen features of the last stage, on a small labeled dataset of its own."""
 
     path: Annotated[Path | str, BeforeValidator(as_location)]
-    """The set's folder, as written by ``python -m data_pipeline.build``; or a URL. It is seen at the run's own image
-    size; what is known of it, its training split, must fit on every device as features."""
+    """Folder of the dataset, as written by ``python -m data_pipeline.build``; or a URL. The images have the run's own
+    size; the features of the training split must fit on every device."""
     cache: CacheConfig | None = None
     """Needed for a URL: where its files are kept on local disk."""
     train_split: str = "train"
-    """The split whose labels the probes learn from."""
+    """Split whose labels the probes learn from."""
     val_split: str = "val"
-    """The split that they are measured on."""
+    """Split that they are measured on."""
     every_epochs: float = Field(gt=0)
-    """Distance between probes, in passes over the run's own training split; the end is always probed."""
+    """Epochs of the run's own training split between probes; the end is always probed."""
     knn_k: int = Field(default=20, ge=1)
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     knn_temperature: float = Field(default=0.07, gt=0)
-    """A neighbour of cosine similarity s has ``exp(s / temperature)`` votes."""
+    """A neighbor of cosine similarity s has ``exp(s / temperature)`` votes."""
     linear_iterations: int = Field(default=100, ge=1)
-    """Steps of L-BFGS on the linear classifier, over the whole set each."""
+    """Steps of L-BFGS on the linear classifier, over the complete training split each."""
     time_limit_minutes: float = Field(default=10.0, gt=0)
-    """Probes that take longer are abandoned, which is told, until they are due again."""
+    """Probes that take longer are abandoned with a warning, until they are due again."""
 
 
 class WatchSection(Section):
-    """What is shown of a run beside its metrics, and where."""
+    """What is shown of a run besides its metrics, and where."""
 
-    attention_pictures: int = Field(default=4, ge=0, le=8)
-    """After each evaluation the attention of so many pictures of the validation split is measured and drawn."""
+    attention_images: int = Field(default=4, ge=0, le=8)
+    """Images of the validation split whose attention is measured and drawn after each evaluation."""
     sinks: tuple[Literal["wandb"], ...] = ()
     """Where measurements and images go besides metrics.jsonl and TensorBoard; the package must be installed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "attention_pictures" in fields:
+            return {name.replace("attention_pictures", "attention_images"): fields[name] for name in fields}
+        return fields
 
 
 class CheckpointSection(Section):
     """When the state is saved; a stop and the end are always saved."""
 
-    every_steps: int = Field(default=1000, ge=1)
-    """Optimizer steps between checkpoints: what a crash can cost at most."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps between checkpoints: what a crash costs at most. Unless given, a tenth of the run, but at least
+    10 and at most 1000 steps."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest are kept. With 1 there is nothing to fall back to."""
+    """Number of the newest checkpoints that are kept. With 1 there is nothing to fall back to."""
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Beside these, the first one at or behind every multiple of so many optimizer steps is kept for good."""
+    """Also keep the first checkpoint at or after every multiple of this number of optimizer steps, for good."""
     keep_best: bool = False
-    """Beside these, the best one is kept: with it, one is written whenever an evaluation's top-1 is the highest yet."""
+    """Also keep the best checkpoint: one is written whenever an evaluation's top-1 is the highest yet."""
 
 
 class BadNumbersSection(Section):
-    """What happens when gradients are not finite: the step is skipped; after too many in a row the weights go back."""
+    """Non-finite gradients: such a step is skipped; after too many in a row the weights are rolled back."""
 
     skipped_steps: int = Field(default=20, ge=1)
-    """So many skipped steps in a row send the weights back to the newest checkpoint before them; training goes on
-    behind the images that did it."""
+    """Skipped steps in a row after which the weights are rolled back to the newest checkpoint before them; training
+    continues after the images that caused it."""
     rollbacks: int = Field(default=2, ge=0)
-    """How often a run may go back before it stops with the reason."""
+    """Rollbacks of a run before it stops with the reason."""
 
 
 class WatchdogSection(Section):
-    """When a rank that does not go on is taken for hanging: its stacks are written and it ends, to be started again."""
+    """When a stalled rank counts as hanging: its stack traces are written and it exits, to be started again."""
 
     start_minutes: float = Field(default=30.0, gt=0)
     """Limit until the first step, and for a checkpoint: storage and compilers may be slow."""
@@ -184,43 +210,65 @@ class WatchdogSection(Section):
     """Limit for a step, for waiting for its data, and for a batch of evaluation."""
 
 
-class Recipe(Section):
-    """Everything that defines a run, but for what is DeepSpeed's own (see ``deepspeed``)."""
+def _as_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise ValueError(f"must be at most 200 letters, digits, '.', '_' or '-', the first no sign, got {shown(name)}")
+    return name
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+class Recipe(Section):
+    """Everything that defines a run, except DeepSpeed's own settings (see ``deepspeed``)."""
+
+    name: Annotated[str, AfterValidator(_as_folder_name)]
     """Name of the run: its folder is ``runs/NAME``."""
-    seed: int = Field(default=0, ge=0)
-    """Fixes initialisation, order, augmentation and drop path."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Fixes initialization, order, augmentation and drop path."""
     data: InputConfig
-    """Which pictures, and how they become batches."""
+    """The images, and how they become batches."""
     mixing: MixingConfig = MixingConfig()
     """Mixup, CutMix and label smoothing of the batch."""
     model: ModelSection
     initialize_from: InitializeSection | None = None
-    """For fine-tuning. The image size, the classes and the drop path may be others than the hand-off's; the rest of the
-    network may not."""
+    """For fine-tuning. Image size, classes and drop path may differ from the hand-off's; the rest of
+    the network may not."""
     loss: LossSection = LossSection()
     optimizer: OptimizerSection
     ema: EmaSection | None = None
-    """Average of the weights; off when not given."""
+    """Moving average of the weights."""
     schedule: ScheduleSection
     evaluation: EvaluationSection = EvaluationSection()
     probes: ProbesSection | None = None
-    """k-NN and a linear classifier on frozen features, during training; off when not given."""
+    """k-NN and a linear classifier on frozen features, during training."""
     watch: WatchSection = WatchSection()
     checkpoint: CheckpointSection = CheckpointSection()
     bad_numbers: BadNumbersSection = BadNumbersSection()
     watchdog: WatchdogSection = WatchdogSection()
     deterministic: bool = False
     """Use only operations that give the same bits on every run with the same number of GPUs; slower on GPUs."""
-    log_every_steps: int = Field(default=50, ge=1)
-    """Optimizer steps between lines of metrics."""
+    log_every_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps between lines of metrics. Unless given, a hundredth of the run, but at most 50 steps."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Keys of DeepSpeed's configuration that this run sets otherwise than the file given by ``--deepspeed_config``."""
+    """Keys of DeepSpeed's configuration that differ in this run from the file given by ``--deepspeed_config``."""
 
 
-# What may differ between the run that is resumed and the recipe that resumes it: it changes how the run is
-# carried out, not what is computed. Everything else would make the curve a lie.
+ELSEWHERE = {
+    "batch_size global_batch global_batch_size train_batch_size": "the global batch is deepspeed.train_batch_size",
+    "micro_batch micro_batch_size": "the micro-batch is deepspeed.train_micro_batch_size_per_gpu",
+    "clip_grad grad_clip max_grad_norm": "the largest norm of the gradients is deepspeed.gradient_clipping",
+    "num_classes classes": "the number of classes is the dataset's: leave it out",
+    "learning_rate": "the learning rate is optimizer.lr",
+    "optimizer.name optimizer.type": "the optimizer is optimizer.kind",
+    "max_epochs num_epochs": "the length of the run is schedule.epochs",
+    "img_size": "the image size is data.image_size",
+    "num_workers workers": "the number of threads that decode is data.threads",
+    "gpus nodes world_size": "the number of processes is the launcher's: leave it out",
+    "output output_dir": "the folder of the run folders is given by --runs",
+    "resume": "a run resumes from its newest checkpoint when it is started again: leave it out",
+}
+"""Keys that users of other programs expect, in full or without their section, and where the setting is."""
+
+
+# Fields that may differ when a run is resumed: they change how it is carried out, not what is computed.
 CHANGEABLE = (
     "evaluation",
     "probes",
@@ -245,7 +293,7 @@ CHANGEABLE = (
 )
 
 
-def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
@@ -253,7 +301,8 @@ def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
         assignments: ``key.sub=value`` changes, applied in order; values are read as YAML.
 
     Raises:
-        UserError: no such file, not YAML, or a key or value that does not fit; one line for all that is wrong.
+        UserError: no such file, not YAML, or a key or value that does not fit; one line for all that is wrong, which
+            names the file or the assignment that is to blame.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -262,21 +311,28 @@ def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: no such recipe" + (f"; there are: {', '.join(near)}" if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
-    for assignment in assignments or []:
-        _assign(content, assignment)
-    return validate_recipe(content, where=str(path))
+    changed = copy.deepcopy(content)
+    for assignment in assignments:
+        _assign(changed, assignment)
+    recipe, wrong = _validate(changed)
+    if recipe is not None:
+        wrong = [*_impossible(recipe)]
+    if recipe is None or wrong:
+        lines = [f"{to_blame}: {'; '.join(texts)}" for to_blame, texts in _blame(wrong, content, path, assignments)]
+        raise UserError("; ".join(lines))
+    return recipe
 
 
 def validate_recipe(content: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe given as nested dictionaries; ``where`` names it in errors."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    recipe, wrong = _validate(content)
+    if recipe is None:
+        raise UserError(f"{where}: " + "; ".join(text for _, text in wrong))
+    return recipe
 
 
 def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -294,24 +350,79 @@ def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "
     return lines
 
 
-def describe_fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Yield one help line per field of the recipe: its name, default and meaning."""
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            yield from describe_fields(inner, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        yield f"  {prefix}{name} ({default}): {' '.join((field.description or '').split())}"
+def fixed_fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a resolved recipe may never change, for its checkpoints: all but the name and what is changeable."""
+    kept = {key: value for key, value in content.items() if f"{prefix}{key}" not in (*CHANGEABLE, "name")}
+    return {
+        key: fixed_fields(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()
+    }
 
 
-def _section_of(kind: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds, also where it may be left out; a room's own sections count too."""
-    union = get_origin(kind) is types.UnionType or "Union" in str(get_origin(kind))
-    for member in get_args(kind) if union else (kind,):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            return member
-    return None
+def known_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of ``new`` that ``old`` has, too."""
+    return {
+        key: known_fields(value, new[key])
+        if value and isinstance(value, dict) and isinstance(new[key], dict)
+        else new[key]
+        for key, value in old.items()
+        if key in new
+    }
+
+
+def _validate(content: dict[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:
+    """The recipe, or all that is wrong, as dotted keys and texts."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        return None, explain(Recipe, content, error, _hint)
+    wrong = [*_misread(content, recipe)]
+    return (None, wrong) if wrong else (recipe, [])
+
+
+def _misread(content: dict[str, Any], section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Fields whose value pydantic would take for something else (true for 1), and numbers that are not finite."""
+    for name, given in content.items():
+        field, value = type(section).model_fields.get(name), getattr(section, name, None)
+        if isinstance(value, BaseModel) and isinstance(given, dict):
+            yield from _misread(given, value, f"{prefix}{name}.")
+        elif field is not None and not isinstance(given, dict):
+            pairs = zip(*(each if isinstance(each, list | tuple) else [each] for each in (given, value)), strict=False)
+            if any(
+                (isinstance(raw, bool | None) and raw is not read)
+                or (isinstance(read, float) and not math.isfinite(read))
+                for raw, read in pairs
+            ):
+                kind = describe(field.annotation, field.metadata)
+                yield f"{prefix}{name}", f"{prefix}{name}: must be {kind}, got {shown(given)}"
+
+
+def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What no run should be started with, though older ones may have been."""
+    schedule = recipe.schedule
+    if schedule.warmup_epochs > schedule.epochs:
+        lengths = f"schedule.warmup_epochs is {schedule.warmup_epochs:g}, schedule.epochs {schedule.epochs:g}"
+        yield "schedule", f"the warm-up is longer than the run: {lengths}"
+    try:
+        check_overrides(recipe.deepspeed, "deepspeed")
+    except UserError as error:
+        yield "deepspeed", str(error)
+
+
+def _blame(
+    wrong: list[tuple[str, str]], content: dict[str, Any], path: Path, assignments: Sequence[str]
+) -> Iterable[tuple[str, list[str]]]:
+    """The file, where it is wrong by itself, and the assignments that brought the rest about, each with its texts."""
+    found: dict[str, list[str]] = {}
+    recipe, own = _validate(content)
+    own += [] if recipe is None else _impossible(recipe)
+    for key, text in wrong:
+        to_blame = []
+        if (key, text) not in own:
+            names = {f"{assignment.partition('=')[0]}.": f"--set {assignment}" for assignment in assignments}
+            related = [name for name in names if name.startswith(f"{key}.") or f"{key}.".startswith(name)]
+            to_blame = [names[name] for name in related or names]
+        found.setdefault(" ".join(to_blame) or str(path), []).append(text)
+    return found.items()
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:
@@ -321,33 +432,34 @@ def _assign(content: dict[str, Any], assignment: str) -> None:
     *path, last = key.split(".")
     node = content
     for part in path:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment}: {part} is a value, not a section")
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {assignment}: the value is not valid YAML") from None
 
 
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
-        return f"unknown key {key}" + (f" (did you mean {'.'.join([*location[:-1], near[0]])}?)" if near else "")
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    if error["type"] == "value_error":  # a section's own check, which says what is wrong
-        return f"{key}: {error['ctx']['error']}"
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+def _hint(key: str) -> str:
+    """What follows an unknown key: where the setting is, or the key that was probably meant."""
+    last = key.rsplit(".", maxsplit=1)[-1]
+    for words, hint in ELSEWHERE.items():
+        if {key, last} & {*words.split()}:
+            return f": {hint}"
+    if near := similar(Recipe, key, cutoff=0.75):
+        return did_you_mean(*near)
+    from models import LaViTConfig  # noqa: PLC0415 - only for this hint, and slow to import
 
-
-def _known_keys(location: list[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in location:
-        inner = _section_of(section.model_fields[part].annotation) if part in section.model_fields else None
-        if inner is None:
-            return []
-        section = inner
-    return list(section.model_fields)
+    by_last: dict[str, list[str]] = {}
+    for name in dotted_names(Recipe):
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    for name in sorted(ALLOWED):
+        by_last.setdefault(name, [f"deepspeed.{name}"])
+    for field in dataclasses.fields(LaViTConfig):
+        by_last.setdefault(field.name, [f"model.overrides.{field.name}"])
+    if last in by_last:
+        return did_you_mean(*by_last[last])
+    return did_you_mean(*(similar(Recipe, key) or by_last.get(next(iter(get_close_matches(last, by_last)), ""), [])))

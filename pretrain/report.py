@@ -3,7 +3,6 @@
 import argparse
 import base64
 import html
-import json
 import sys
 from array import array
 from collections import Counter
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
-from pretrain.files import json_lines, write_atomically
+from data_pipeline.errors import without_secrets
+from pretrain.files import json_lines, read_sealed, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
 SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
@@ -69,10 +68,9 @@ class Run:
     def mapping(self, name: str) -> dict[str, Any]:
         """A file of JSON or YAML; empty, with a note, where it is missing or damaged."""
         try:
-            text = (self.path / name).read_text()
-            return dict(yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text))
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            self.notes.append(f"{name} cannot be read: {' '.join(str(error).split())[:300]}")
+            return dict(without_secrets(read_sealed(self.path / name)))
+        except (FileNotFoundError, UserError) as error:
+            self.notes.append(f"{name} cannot be read: {error}")
             return {}
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
@@ -101,7 +99,9 @@ def read_run(path: Path) -> Run:
     run.status = run.mapping("run.json") | (run.mapping("summary.json") if (path / "summary.json").exists() else {})
     run.settings = {name: dict(leaves(run.mapping(name))) for name in SETTINGS}
     for row in run.rows("metrics.jsonl"):
-        numbers = {key: float(value) for key, value in row.items() if type(value) in (int, float) and value < 1e300}
+        numbers = {
+            key: float(value) for key, value in row.items() if type(value) in (int, float) and abs(value) < 1e300
+        }
         for key in numbers.keys() - {"samples_seen", "step", "epoch"} if "samples_seen" in numbers else ():
             run.curves.setdefault((str(row.get("kind")), key), Curve()).add(numbers["samples_seen"], numbers[key])
     if not run.curves:
@@ -109,13 +109,25 @@ def read_run(path: Path) -> Run:
     read_events(run)
     for file in sorted((path / "evaluation").glob("*.json")):
         run.evaluations[file.stem] = run.mapping(f"evaluation/{file.name}")
-    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)  # of each tag
+    for read in (board_images, plots):
+        try:
+            run.images |= {name: base64.b64encode(png).decode() for name, png in read(path).items()}
+        except OSError as error:
+            run.notes.append(f"images are left out: {error}")
+    return run
+
+
+def board_images(path: Path) -> dict[str, bytes]:
+    """The newest image of each tag in TensorBoard's files."""
+    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)
     board = EventAccumulator(str(path / "tensorboard"), size_guidance=newest)
     tags = board.Reload().Tags()["images"] if (path / "tensorboard").is_dir() else ()
-    images = {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
-    images |= {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
-    run.images = {name: base64.b64encode(png).decode() for name, png in images.items()}
-    return run
+    return {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
+
+
+def plots(path: Path) -> dict[str, bytes]:
+    """The plots of evaluations."""
+    return {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
 
 
 def read_events(run: Run) -> None:

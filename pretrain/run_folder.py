@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from data_pipeline.files import write_atomically
-from pretrain.files import write_json
+from data_pipeline.batch import BadSample
+from data_pipeline.errors import printable, without_secrets
+from pretrain.files import aside, lock, read_sealed, write_sealed
 from pretrain.outcome import UserError
-from pretrain.recipe import Recipe, recipe_differences, validate_recipe
+from pretrain.recipe import Recipe, fixed_fields, known_fields, recipe_differences, validate_recipe
 from pretrain.run_state import RunState, read_state
 
 
@@ -28,6 +28,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.locked = False
+        """Whether rank 0 of this start holds the folder's lock."""
+        self._opened = time.time()
         self.checkpoints = path / "checkpoints"
         self.handoff = path / "handoff"
         self.metrics = path / "metrics.jsonl"
@@ -43,12 +46,23 @@ class RunFolder:
         """A person makes this file to see training pictures and attention; the run removes it."""
 
     def read_recipe(self) -> dict[str, Any] | None:
-        """The recipe as it was resolved when the run was started last; None for a new run."""
+        """The recipe as it was resolved when the run was started last; None for a new run.
+
+        Raises:
+            UserError: it is damaged.
+        """
         try:
-            content: dict[str, Any] = yaml.safe_load((self.path / "recipe.yaml").read_text())
+            return read_sealed(self.path / "recipe.yaml")
         except FileNotFoundError:
             return None
-        return content
+
+    def recorded_stage(self) -> int | None:
+        """ZeRO stage of the previous attempt; None for a new run, and where it cannot be read."""
+        try:
+            stage = read_sealed(self.path / "ds_config.json")["zero_optimization"]["stage"]
+        except (OSError, UserError, KeyError, TypeError):
+            return None  # the check of the recipe reports it
+        return stage if isinstance(stage, int) else None
 
     def read_dataset(self) -> dict[str, Any]:
         """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
@@ -57,6 +71,8 @@ class RunFolder:
             UserError: it is not there or damaged.
         """
         content: dict[str, Any] = self._read_fact("dataset")
+        if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
+            raise UserError(f"{self.path / 'environment.json'} has no fingerprint of the dataset: put it back")
         return content
 
     def read_origin(self) -> dict[str, Any] | None:
@@ -71,19 +87,22 @@ class RunFolder:
     def _read_fact(self, name: str, *default: Any) -> Any:
         path = self.path / "environment.json"
         try:
-            content = json.loads(path.read_text())
+            content = read_sealed(path)
             return content.get(name, *default) if default else content[name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}): it belongs to every run, put it back") from None
 
     def read_state(self) -> RunState | None:
-        """``run.json``; None for a new run."""
-        return read_state(self.path)
+        """``run.json``; None for a new run, or where it is damaged: a run can do without it."""
+        try:
+            return read_state(self.path)
+        except UserError:
+            return None
 
     def write_state(self, state: RunState) -> None:
         """Replace ``run.json``."""
-        state.updated = time.time()
-        write_json(self.path / "run.json", asdict(state))
+        state.updated, state.reason = time.time(), printable(without_secrets(state.reason))
+        write_sealed(self.path / "run.json", asdict(state))
 
     def check_recipe(self, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
         """Refuse to continue a run with a recipe that computes something else.
@@ -97,16 +116,12 @@ class RunFolder:
             return
         # Read as a recipe, so that a field which is newer than the run has its default on both sides.
         old = validate_recipe(old, where=str(self.path / "recipe.yaml")).model_dump(mode="json")
-        lines = recipe_differences(old, recipe.model_dump(mode="json"))
+        lines = recipe_differences(old | {"name": recipe.name}, recipe.model_dump(mode="json"))  # it may be renamed
+        path = self.path / "ds_config.json"
         try:
-            before = json.loads((self.path / "ds_config.json").read_text())
-            if not isinstance(before, dict):
-                raise ValueError(f"no configuration, but {before!r:.60}")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / 'ds_config.json'} cannot be read ({error}): put it back, or remove "
-                f"{self.path / 'recipe.yaml'} to go on without this check"
-            ) from None
+            before = read_sealed(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} cannot be read ({error}): put it back") from None
         batch = deepspeed.get("train_batch_size")
         if not isinstance(batch, int):
             raise UserError(
@@ -118,21 +133,58 @@ class RunFolder:
             for key in ("train_batch_size", "gradient_clipping")
             if before.get(key) != deepspeed.get(key)
         ]
-        if lines:
+        if not lines:
+            return
+        state = self.read_state()
+        if state is not None and state.state == "finished" and all(line.startswith("schedule.") for line in lines):
             raise UserError(
-                f"{self.path} holds a run of another recipe ({'; '.join(lines)}): choose another name with "
-                f"--set name=..., or remove the folder to start over"
+                f"{self.path} is finished, and its schedule cannot be changed ({'; '.join(lines)}): to train its "
+                f"weights further, start a new run with --set name=... --set initialize_from.handoff={self.handoff}"
+            )
+        raise UserError(
+            f"{self.path} holds a run of another recipe ({'; '.join(lines)}): choose another name with "
+            f"--set name=..., or remove the folder to start over"
+        )
+
+    def check_checkpoint(self, path: Path, manifest: dict[str, Any], recipe: Recipe) -> None:
+        """Refuse a checkpoint that was written with another recipe; those of older versions do not say.
+
+        Raises:
+            UserError: names every field that differs, of those that the checkpoint knows.
+        """
+        old = manifest.get("recipe", {})
+        if lines := recipe_differences(old, known_fields(old, recipe.model_dump(mode="json"))):
+            raise UserError(
+                f"{path} was written with another recipe ({'; '.join(lines)}): choose another name with "
+                f"--set name=..., or put {self.path / 'recipe.yaml'} back"
             )
 
     def write_description(self, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``."""
+        """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``. For rank 0."""
+        self._move_obstacles()
         self.failure.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "ds_config.json", deepspeed)
-        write_json(self.path / "environment.json", describe_environment() | facts)
+        write_sealed(self.path / "ds_config.json", deepspeed)
+        write_sealed(self.path / "environment.json", describe_environment() | facts)
         # Last: with it the folder is a run, whose other files must be there.
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        write_atomically(self.path / "recipe.yaml", text.encode())
+        write_sealed(self.path / "recipe.yaml", recipe.model_dump(mode="json"))
+
+    def _move_obstacles(self) -> None:
+        """Move aside what a run can do without and cannot write: a damaged ``run.json``, files that are folders."""
+        damaged = {}
+        try:
+            read_state(self.path)
+        except UserError as error:
+            damaged[self.path / "run.json"] = str(error)
+        names = ("run.json", "trackers.json", "tracker_id.txt")
+        files = [*(self.path / name for name in names), self.metrics, self.bad_samples, self.summary, self.failure]
+        files += [self.loss_spikes, self.events]
+        damaged |= {path: f"{path} is a folder" for path in files if path.is_dir()}
+        folders = [self.handoff, self.tensorboard, self.hangs, self.profile, self.path / "evaluation"]
+        damaged |= {path: f"{path} is no folder" for path in folders if path.exists() and not path.is_dir()}
+        for path, why in damaged.items():
+            moved = path.rename(aside(path))
+            print(f"WARNING {why}; the run goes on without it, it is now {moved}", file=sys.stderr)  # noqa: T201
 
     def first_failure(self, reason: str) -> str:
         """Note why this rank fails, unless another one did before; the result is the reason of the first.
@@ -142,15 +194,49 @@ class RunFolder:
         """
         try:
             with self.failure.open("x") as handle:
-                handle.write(reason)
+                handle.write(without_secrets(reason))
         except FileExistsError:
             return self.failure.read_text() or reason
         return reason
 
-    def append_bad_sample(self, line: dict[str, Any]) -> None:
-        """Add a line to ``bad_samples.jsonl``; any rank may."""
-        with self.bad_samples.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
+    def append_bad_sample(self, bad: BadSample, *, rank: int) -> None:
+        """Add a line to ``bad_samples.jsonl``; any rank may. A disk that refuses it is only reported."""
+        line = json.dumps({**asdict(bad), "rank": rank, "time": time.time()})
+        try:
+            with self.bad_samples.open("a") as handle:
+                handle.write(f"{line}\n")
+        except OSError as error:
+            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
+
+    def note_failure(self, reason: str) -> bool:
+        """Write into ``run.json`` why a start fails that has no `Run` yet; any rank may.
+
+        Nothing is written where there is no folder, where the run is finished or another process trains it, or where
+        another rank was first.
+
+        Returns:
+            whether this rank is the first that fails, as far as it can know.
+        """
+        if self.locked:  # by rank 0 of this start
+            first = self.first_failure(reason)
+        elif self.path.is_dir() and (handle := lock(self.path / ".lock")) is not None:
+            first, self._held = reason, handle
+        else:
+            return True
+        state = self.read_state() or RunState("running")
+        if state.state != "finished" and not (state.state == "failed" and state.updated > self._opened):
+            state.state, state.reason = "failed", first
+            self.write_state(state)
+        return first == reason
+
+
+def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[str, Any] | None) -> dict[str, Any]:
+    """What checkpoints record of a run: what no start may change, but not its name."""
+    return {
+        "fingerprints": fingerprints,
+        "recipe": fixed_fields(recipe.model_dump(mode="json")),
+        "initialized_from": None if origin is None else origin["weights_blake2"],
+    }
 
 
 def describe_environment() -> dict[str, Any]:
@@ -170,7 +256,7 @@ def describe_environment() -> dict[str, Any]:
         "user": os.environ.get("USER", str(os.getuid())),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "git": _git_state(),
     }
 

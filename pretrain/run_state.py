@@ -1,10 +1,10 @@
 """``run.json``: how a run stands. Imports nothing heavy, since whoever watches runs reads it often."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from pretrain.files import read_sealed
 from pretrain.outcome import UserError
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -39,11 +39,15 @@ def read_state(run: Path) -> RunState | None:
     Raises:
         UserError: it is damaged.
     """
+    path = run / "run.json"
     try:
-        return RunState(**json.loads((run / "run.json").read_text()))
+        state = RunState(**read_sealed(path))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{run / 'run.json'} cannot be read: {error}; remove it to go on from the newest checkpoint"
-        ) from None
+    except TypeError as error:
+        raise UserError(f"{path} is no state of a run ({error}): remove it") from None
+    for name, default in asdict(RunState("running")).items():
+        kind = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value := getattr(state, name), kind) or (name == "state" and value not in get_args(State)):
+            raise UserError(f"{path} is no state of a run ({name} is {value!r:.60}): remove it")
+    return state

@@ -1,9 +1,7 @@
 """``summary.json``: what a finished run came to."""
 
-import json
-from typing import Any
-
-from pretrain.files import write_json
+from pretrain.files import read_sealed, write_sealed
+from pretrain.outcome import UserError
 from pretrain.run_folder import RunFolder
 
 
@@ -16,7 +14,7 @@ def write_summary(folder: RunFolder, *, top1: float, train_images: int, seconds:
         train_images: pictures trained on, counted over all epochs.
         seconds: wall-clock time of the training loop over all incarnations, evaluations and checkpoints included.
     """
-    write_json(
+    write_sealed(
         folder.summary,
         {
             "top1": top1,
@@ -29,28 +27,34 @@ def write_summary(folder: RunFolder, *, top1: float, train_images: int, seconds:
 
 
 def record_handoff_evaluation(folder: RunFolder, top1: float) -> None:
-    """Add the top-1 (percent) that ``pretrain.evaluate`` measured on the hand-off itself."""
-    write_json(folder.summary, _read(folder) | {"handoff_top1": top1})
+    """Add the top-1 (percent) that ``pretrain.evaluate`` measured on the hand-off itself.
+
+    Raises:
+        UserError: ``summary.json`` is damaged.
+    """
+    write_sealed(folder.summary, read_sealed(folder.summary) | {"handoff_top1": top1})
 
 
 def summary_lines(folder: RunFolder) -> list[str]:
-    """The summary as lines for a person."""
-    summary = _read(folder)
-    handoff = summary["handoff_top1"]
+    """The summary as lines for the terminal; a missing or damaged one is named in them."""
+    try:
+        summary = read_sealed(folder.summary)
+        handoff = summary["handoff_top1"]
+        results = [
+            f"top-1         {summary['top1']:.2f} %" + (f" (hand-off: {handoff:.2f} %)" if handoff is not None else ""),
+            (
+                f"trained on    {summary['train_images']:,} images in {summary['seconds']:.0f} s "
+                f"({summary['images_per_second']:.0f} images/s, evaluations included)"
+            ),
+        ]
+    except (OSError, UserError, KeyError, ValueError, TypeError) as error:
+        why = error if isinstance(error, UserError) else f"{folder.summary} is missing or damaged"
+        results = [f"WARNING       {why}; metrics.jsonl has the results"]
     lines = [
         f"run           {folder.path}",
-        f"top-1         {summary['top1']:.2f} %" + (f" (hand-off: {handoff:.2f} %)" if handoff is not None else ""),
-        (
-            f"trained on    {summary['train_images']:,} images in {summary['seconds']:.0f} s "
-            f"({summary['images_per_second']:.0f} images/s, evaluations included)"
-        ),
+        *results,
         f"hand-off      {folder.handoff}",
         f"curves        tensorboard --logdir {folder.path.parent}",
     ]
     width = max(len(line) for line in lines)
     return ["-" * width, *lines, "-" * width]
-
-
-def _read(folder: RunFolder) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(folder.summary.read_text())
-    return content

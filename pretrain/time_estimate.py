@@ -43,7 +43,7 @@ def read_benchmark(
         rates = [batch / statistics.median(times) for times in seconds]
     except OSError as error:
         raise UserError(f"--benchmark {path}: cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"--benchmark {path}: has no complete section of benchmarks.model ({why})") from None
     if re.search(device.pattern, machine) is None:

@@ -75,7 +75,7 @@ class SlurmFolder:
             content["policy"] = Policy(**content["policy"])
             content["usable_nodes"] = tuple(content["usable_nodes"])
             return Launch(**content)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{self._launch} cannot be read ({error}): start the run with `python -m slurm.launch`"
             ) from None
@@ -150,7 +150,7 @@ class SlurmFolder:
         for path in self.logs(incarnation).glob("rank-*.exit.json"):
             try:
                 found.append(RankExit(**json.loads(path.read_text())))
-            except (OSError, ValueError, TypeError):  # a node died while it was being written
+            except (OSError, ValueError, TypeError, RecursionError):  # a node died while it was being written
                 continue
         return sorted(found, key=lambda ended: ended.time)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from data_pipeline.errors import without_secrets
 from pretrain.outcome import ExitCode
 from slurm.folder import Incarnation, SlurmFolder
 from slurm.incarnation import this_incarnation
@@ -156,7 +157,7 @@ class Output:
     def last_error(self) -> str:
         """The last error that was printed, else the last line; one line. Call it when the rank has ended."""
         self._thread.join(DRAIN_S)
-        return (self.error or self._line)[:500]
+        return str(without_secrets((self.error or self._line)[:500]))
 
     def _copy(self) -> None:
         for line in self._stream:

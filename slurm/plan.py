@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.errors import without_secrets
 from pretrain.check import check_recipe_here, resolve_for
 from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
-from pretrain.engine.schedule import count_steps
+from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
@@ -55,8 +56,8 @@ def make_plan(
     """
     recipe = load_recipe(recipe_file, assignments)
     recipe = _with_absolute_paths(recipe)
-    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed)
     run = RunFolder(runs.resolve() / recipe.name)
+    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed, recorded_stage=run.recorded_stage())
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
@@ -66,7 +67,6 @@ def make_plan(
         return resolve_for(
             recipe,
             config,
-            parameters=run_size.parameters,
             world_size=with_nodes * gpus_per_node,
             has_gpu=on_gpus,
             has_bf16_gpu=on_gpus,
@@ -83,6 +83,7 @@ def make_plan(
     needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
     steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
+    interval = checkpoint_interval(recipe, steps)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
@@ -90,10 +91,10 @@ def make_plan(
         f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
         + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
-        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, saved each {recipe.checkpoint.every_steps}",
+        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, a checkpoint every {interval:,}",
         f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
     ]
-    return Plan(recipe, config, folder, usable, batch.global_batch, tuple(lines))
+    return Plan(recipe, config, folder, usable, batch.global_batch, tuple(without_secrets(lines)))
 
 
 def freeze(plan: Plan) -> None:

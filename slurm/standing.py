@@ -1,12 +1,12 @@
 """How a run stands: what its folder says, held against what Slurm says. Neither is believed alone."""
 
 import fcntl
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import is_measurement, json_object
 from pretrain.run_state import RunState
 from slurm.folder import SlurmFolder
 from slurm.history import Chapter, History, current_job, ended_job
@@ -180,14 +180,11 @@ def _last_training_row(metrics: Path) -> dict[str, Any]:
     try:
         with metrics.open("rb") as handle:
             handle.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-            lines = handle.read().decode(errors="replace").splitlines()
+            lines = handle.read().splitlines()
     except OSError:
         return {}
     for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:  # cut at the front by us, or at the end by a crash
-            continue
-        if row.get("kind") == "train":
+        row = json_object(line)  # None: cut at the front by us, or at the end by a crash
+        if is_measurement(row) and row["kind"] == "train" and row.get("step", 0) > 0:
             return row
     return {}

@@ -3,7 +3,8 @@
 import re
 import tomllib
 
-from pretrain.recipe import describe_fields
+from pretrain.fields import dotted_names
+from pretrain.recipe import Recipe
 from tests.pages import PAGES, ROOT
 
 
@@ -46,7 +47,7 @@ def test_links_between_pages_resolve_and_the_readme_links_every_page() -> None:
 
 
 def test_recipe_fields_named_in_the_pages_exist() -> None:
-    known = {line.split()[0] for line in describe_fields()}
+    known = {*dotted_names(Recipe)}
     sections = {name.split(".")[0] for name in known if "." in name}
     named = {
         (page.name, name)

@@ -248,7 +248,7 @@ def _info(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_bytes())
         missing = [name for part in info.get("splits", {}).values() for name in part["filenames"]]
         missing = [name for name in missing if not (folder / name).is_file()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not a description of shards ({error}); correct or remove it") from None
     if not all(part["filenames"] for part in info.get("splits", {}).values()):
         raise DataError(f"{path} has a split without files; correct or remove it")

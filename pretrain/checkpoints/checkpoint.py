@@ -12,7 +12,7 @@ verified when read; one that fails is passed over, loudly, for the one before. N
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from pretrain.checkpoints.optimizer_shards import AVERAGE, OptimizerShards
-from pretrain.files import digest, digest_of_file
-from pretrain.outcome import UserError
+from pretrain.files import SEAL, aside, digest_of_fields, digest_of_file
+from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.state import TrainState
 
 FORMAT = 1
@@ -30,12 +30,24 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointDamagedError(Exception):
-    """A checkpoint that cannot be trusted; the text names the file and what is wrong with it."""
+    """A checkpoint that cannot be trusted; the text names the file and what is wrong with it.
+
+    ``code`` is the exit status where there is no other checkpoint.
+    """
+
+    def __init__(self, text: str, code: ExitCode = ExitCode.WILL_FAIL_AGAIN) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints under ``folder``, the newest first; unfinished ones do not count."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step of a checkpoint, as its name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load_newest(
@@ -58,29 +70,44 @@ def load_newest(
     dist.broadcast_object_list(listing, src=0, group=group)
     warnings: list[str] = []
     damaged: list[Path] = []
+    code = ExitCode.WILL_FAIL_AGAIN
     for path in listing[0]:
-        problem = ""
+        problem: CheckpointDamagedError | None = None
         try:
             verify(path, part=rank, parts=world)
         except CheckpointDamagedError as error:
-            problem = str(error)
-        problems = [""] * world
+            problem = error
+        problems: list[CheckpointDamagedError | None] = [None] * world
         dist.all_gather_object(problems, problem, group=group)
-        problem = next((p for p in problems if p), "")
-        if not problem:
-            progress = TrainState(**read_manifest(path)["progress"])
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            try:
+                progress = TrainState(**read_manifest(path)["progress"])
+            except TypeError as error:
+                raise UserError(f"{path} was written by another version: {error}") from None
             if not good(progress):
                 continue
             _fill(path, shards)
             if rank == 0:
-                for other in damaged:  # it must neither count as kept nor be found again when it is older history
-                    other.rename(other.with_name(f"damaged-{other.name}"))
+                warnings += _put_aside(damaged)
             return progress, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
+        code = ExitCode.RETRY if problem.code is ExitCode.RETRY else code
         damaged.append(path)
     if warnings:
-        raise UserError(f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over")
+        raise UserError(
+            f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over", code
+        )
     return None
+
+
+def _put_aside(damaged: Iterable[Path]) -> Iterator[str]:
+    """Rename checkpoints, which must neither count as kept nor be found again when they are older history."""
+    for path in damaged:
+        try:
+            path.rename(aside(path))
+        except OSError as error:
+            yield f"{path} cannot be renamed: {error}"
 
 
 def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
@@ -90,6 +117,8 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
         CheckpointDamagedError: a file is missing, has another size or other content than when it was written.
     """
     manifest = read_manifest(path)
+    if manifest["progress"].get("step", step_of(path)) != step_of(path):
+        raise CheckpointDamagedError(f"{path / MANIFEST} is of step {manifest['progress']['step']}")
     for name, expected in sorted(manifest["files"].items())[part::parts]:
         file = path / name
         try:
@@ -99,7 +128,7 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
             if digest_of_file(file) != expected["blake2"]:
                 raise CheckpointDamagedError(f"{file} has other content than when it was written")
         except OSError as error:
-            raise CheckpointDamagedError(f"{file} cannot be read: {error.strerror}") from None
+            raise CheckpointDamagedError(f"{file} cannot be read: {error.strerror}", storage_code(error)) from None
 
 
 def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
@@ -192,6 +221,11 @@ class _ShardIndex:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest that ``read_manifest`` checks."""
+    return manifest | {SEAL: digest_of_fields(manifest)}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, verified by its own digest.
 
@@ -201,20 +235,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        written = manifest.pop(SEAL, None) if isinstance(manifest, dict) else None
+        same = written is not None and written == digest_of_fields(manifest)
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {error}", storage_code(error)) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {error}") from None
-    written = manifest.pop("blake2", None) if isinstance(manifest, dict) else None
-    if written != _digest_of(manifest):
+    if not same:
         raise CheckpointDamagedError(f"{path / MANIFEST} has other content than when it was written")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+    for name in manifest["files"]:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointDamagedError(f"{path / MANIFEST} names {name!r}, which is no plain name of a file")
     return manifest
-
-
-def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the digest by which ``read_manifest`` knows it."""
-    return manifest | {"blake2": _digest_of(manifest)}
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return digest(json.dumps(manifest, sort_keys=True).encode())

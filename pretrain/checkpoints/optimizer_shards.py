@@ -2,17 +2,18 @@
 
 DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. An
 ``OptimizerShard`` says which elements of which parameter a rank owns and gives views of them, so that a checkpoint
-keyed by (name, offset, length) can be written and read under any layout. DeepSpeed has no public way to do this for
-all stages; the attributes used here are its internals, so its version is pinned and a missing one is an error at once.
+keyed by (name, offset, length) can be written and read under any layout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pretrain.deepspeed_compat import flat_partitions, list_shards, torch_optimizer, update_weights
 
 AVERAGE = "average"
 
@@ -52,10 +53,10 @@ class OptimizerShards:
             engine: ``deepspeed.DeepSpeedEngine``.
             average: keep a moving average of the weights beside the moments.
         """
-        self._zero = engine.optimizer
+        self._engine = engine
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
-        self.optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        self.optimizer = torch_optimizer(engine)
         """The torch optimizer that steps the partitions."""
         sgd = isinstance(self.optimizer, torch.optim.SGD)
         self._moments = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq")
@@ -64,13 +65,8 @@ class OptimizerShards:
         names = {parameter: name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
         self.names = list(names.values())
         """Names of all parameters that are trained, on whatever rank."""
-        find: Callable[[dict[Any, str]], list[OptimizerShard]] = {
-            0: self._whole_parameters,
-            1: self._flat_partitions,
-            2: self._flat_partitions,
-            3: self._sharded_parameters,
-        }[self.stage]
-        self.shards = find(names)
+        fields = list_shards(engine, names) if self.stage else self._assign_parameters(names)
+        self.shards = [OptimizerShard(*values) for values in fields]
         """This rank's shards, in the order of the model's parameters."""
         self._prepare_state()
 
@@ -105,16 +101,11 @@ class OptimizerShards:
 
     def refresh_model(self) -> None:
         """Bring the model's weights in line with the master weights just filled. Collective."""
-        if self.stage in (1, 2):
-            self._zero.update_lp_params()
-        elif self.stage == 3:
-            self._zero.checkpoint_event_prologue()
-            for group in range(len(self._zero.fp16_groups)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
-            self._zero.checkpoint_event_epilogue()
+        if self.stage:
+            update_weights(self._engine)
         else:  # at stage 0 each rank has filled only what it owns
-            for shard in self._all_parameters():
-                dist.broadcast(shard.data, src=self._stage0_rank[shard])
+            for parameter in self._all_parameters():
+                dist.broadcast(parameter.data, src=self._stage0_rank[parameter])
 
     def share_stage0_state(self) -> None:
         """At stage 0 every rank holds all state but has filled only its own shards: send them round. Collective."""
@@ -161,51 +152,20 @@ class OptimizerShards:
 
     def _empty_partitions(self) -> list[torch.Tensor]:
         """Flat partitions of this rank that hold padding only; the optimizer steps them all the same."""
-        flats = self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._flats()
         owned = {id(shard.partition) for shard in self.shards}
-        return [flat for flat in flats if id(flat) not in owned]
+        return [flat for flat in flat_partitions(self._engine) if id(flat) not in owned]
 
     def _all_parameters(self) -> list[torch.nn.Parameter]:
         return list(self._stage0_rank)
 
-    def _whole_parameters(self, names: dict[Any, str]) -> list[OptimizerShard]:
-        # Every rank has everything; spread the writing, largest first onto the least loaded rank.
+    def _assign_parameters(self, names: dict[torch.nn.Parameter, str]) -> Iterator[tuple[Any, ...]]:
+        """At stage 0 every rank has all parameters; spread the writing, largest first onto the least loaded rank."""
         load = [0] * dist.get_world_size()
         self._stage0_rank: dict[torch.nn.Parameter, int] = {}
         for parameter in sorted(names, key=lambda p: -p.numel()):
             rank = load.index(min(load))
             load[rank] += parameter.numel()
             self._stage0_rank[parameter] = rank
-        return [
-            OptimizerShard(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0)
-            for parameter, name in names.items()
-            if self._stage0_rank[parameter] == dist.get_rank()
-        ]
-
-    def _flats(self) -> list[torch.Tensor]:
-        """This rank's flat partition of each parameter group, at stages 1 and 2."""
-        # BF16_Optimizer (bf16 with fp32 gradient accumulation) has another name for them.
-        name = "single_partition_of_fp32_groups"
-        return getattr(self._zero, name if hasattr(self._zero, name) else "fp32_groups_flat_partition")
-
-    def _flat_partitions(self, names: dict[Any, str]) -> list[OptimizerShard]:
-        shards = []
         for parameter, name in names.items():
-            mapping = parameter._hp_mapping  # noqa: SLF001
-            if mapping is None:
-                continue  # another rank's
-            flat = self._flats()[mapping.param_group_index]
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            shards.append(OptimizerShard(name, tuple(parameter.shape), here.start, here.numel, flat, there.start))
-        return shards
-
-    def _sharded_parameters(self, names: dict[Any, str]) -> list[OptimizerShard]:
-        shards = []
-        for parameter, name in names.items():
-            group, flat_offset, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            offset = min(dist.get_rank() * size, parameter.ds_numel)
-            length = min(size, parameter.ds_numel - offset)
-            if length:
-                flat = self._zero.fp32_partitioned_groups_flat[group]
-                shards.append(OptimizerShard(name, tuple(parameter.ds_shape), offset, length, flat, flat_offset))
-        return shards
+            if self._stage0_rank[parameter] == dist.get_rank():
+                yield name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0

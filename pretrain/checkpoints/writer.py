@@ -2,13 +2,15 @@
 
 Every rank copies the shards that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
 then agree, over a process group of their own, and rank 0 publishes the checkpoint and removes old ones. Whether it
-worked is told at once, but asked for at points that all ranks reach together (``settle``), so that they never differ.
+worked is told at once, but asked for at points that all ranks reach together (``finish``), so that they never differ.
 """
 
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from pretrain.checkpoints.checkpoint import (
     list_checkpoints,
     read_manifest,
     seal,
+    step_of,
 )
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.files import digest_of_file, fsync, write_json
@@ -88,17 +91,17 @@ class CheckpointWriter:
         """Whether this rank's thread is still at work on it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, progress: TrainState) -> None:
-        """Copy this rank's shards and begin to write them; the one before must be settled."""
-        assert self._thread is None, "settle the checkpoint before first"
+    def start(self, state: TrainState) -> None:
+        """Copy this rank's shards and begin to write them; the one before must be finished."""
+        assert self._thread is None, "finish the checkpoint before first"
         self._copy_shards()
         index = [(p.name, p.shape, p.offset, p.length, self._shards.step_of(p)) for p in self._shards.shards]
         self._hurry.clear()
-        arguments = (asdict(progress), index)
+        arguments = (asdict(state), index)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def settle(self) -> str:
+    def finish(self) -> str:
         """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
 
         Returns:
@@ -159,6 +162,8 @@ class CheckpointWriter:
             file = draft / f"rank-{self._rank:05d}.safetensors"
             save_file(self._buffers, file, metadata={"pieces": json.dumps(index)})
             fsync(file)
+            with suppress(OSError):  # safetensors lets only its owner read a file
+                file.chmod(draft.stat().st_mode & 0o666)
             files = {file.name: {"size": file.stat().st_size, "blake2": digest_of_file(file)}}
         except (OSError, SafetensorError, RuntimeError) as error:
             problem = f"rank {self._rank}: {error}"
@@ -173,12 +178,16 @@ class CheckpointWriter:
                 all_files = {name: entry for report in reports for name, entry in report[1].items()}
                 manifest = {"format": FORMAT, "progress": progress, **self._facts, "world_size": self._world}
                 _publish(draft, final, manifest | {"zero_stage": self._shards.stage, "files": all_files})
-                _prune(self._folder, self._retention)
         except (OSError, CheckpointDamagedError) as error:
             problem = f"rank 0: {error}"
         if problem:
             shutil.rmtree(draft, ignore_errors=True)
-        return problem
+            return problem
+        try:
+            _prune(self._folder, self._retention)
+        except OSError as error:
+            self._say(f"WARNING old checkpoints could not be removed: {error}; tried again with the next one")
+        return ""
 
 
 def _check_index(indices: list[list[Any]], where: Path) -> None:
@@ -195,7 +204,7 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_json(draft / MANIFEST, seal(manifest))
     fsync(draft)
     if final.exists():
-        final.rename(final.with_name(f".{final.name}.replaced"))
+        _hide(final)
     draft.rename(final)
     fsync(final.parent)
 
@@ -204,9 +213,14 @@ def _prune(folder: Path, retention: Retention) -> None:
     """Remove what need not stay, and whatever earlier attempts left."""
     found = list_checkpoints(folder)
     for path in set(found) - _kept(found, retention):
-        path.rename(path.with_name(f".{path.name}.old"))  # so that a half-deleted one never looks whole
+        _hide(path)  # so that a half-deleted one never looks complete
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)  # what cannot be removed now is removed with the next checkpoint
+
+
+def _hide(path: Path) -> None:
+    """Give a checkpoint a name that none has, by which it is removed."""
+    path.rename(path.with_name(f".{path.name}.old-{time.time_ns()}"))
 
 
 def _kept(found: list[Path], retention: Retention) -> set[Path]:
@@ -214,7 +228,7 @@ def _kept(found: list[Path], retention: Retention) -> set[Path]:
     if retention.every_steps is not None:
         first: dict[int, Path] = {}
         for path in found:  # the newest first, so the oldest of each interval is what remains
-            first[int(path.name.removeprefix("step-")) // retention.every_steps] = path
+            first[step_of(path) // retention.every_steps] = path
         kept |= {path for interval, path in first.items() if interval}
     if retention.best:
         rated = [(top1, path) for path in found if (top1 := _top1_where_it_stands(path)) is not None]

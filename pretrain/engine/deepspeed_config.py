@@ -1,6 +1,6 @@
 """DeepSpeed's configuration: read, merged, checked and made concrete.
 
-``"auto"`` is allowed for the micro-batch, for ``bf16.enabled`` and for the ZeRO stage; what it became is printed once.
+``"auto"`` is allowed for the micro-batch and for ``bf16.enabled``; what it became is logged once.
 """
 
 import copy
@@ -11,13 +11,12 @@ from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
 from pretrain.engine.precision import Precision, check_precision, choose_precision
-from pretrain.engine.stage import choose_stage, fixed_stage
 from pretrain.outcome import UserError
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch is cut: ``global_batch = world_size * micro_batch * accumulation`` pictures."""
+    """How the global batch is cut: ``global_batch = world_size * micro_batch * accumulation`` images."""
 
     global_batch: int
     micro_batch: int
@@ -37,8 +36,16 @@ class ResolvedDeepSpeed:
     """What was chosen automatically, with the reason; one line each."""
 
 
-def read_deepspeed_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+def read_deepspeed_config(
+    path: Path, overrides: dict[str, Any], *, recorded_stage: int | None = None
+) -> dict[str, Any]:
     """Read the JSON file, lay the recipe's ``deepspeed`` section over it, and check every key.
+
+    Args:
+        path: the file.
+        overrides: the recipe's ``deepspeed`` section.
+        recorded_stage: ZeRO stage of the run to resume. It stands in for ``"stage": "auto"``, which older versions
+            had.
 
     Raises:
         UserError: unreadable, not JSON, or keys that DeepSpeed or this project would not honour.
@@ -47,11 +54,14 @@ def read_deepspeed_config(path: Path, overrides: dict[str, Any]) -> dict[str, An
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such DeepSpeed configuration; name one with --deepspeed_config") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
     merged = _merge(content, overrides)
+    zero = merged.get("zero_optimization")
+    if recorded_stage is not None and isinstance(zero, dict) and zero.get("stage") == "auto":
+        zero["stage"] = recorded_stage
     check_keys(merged, str(path))
     return merged
 
@@ -60,7 +70,6 @@ def resolve_deepspeed_config(
     config: dict[str, Any],
     *,
     world_size: int,
-    state_bytes: int,
     has_bf16_gpu: bool,
     has_gpu: bool | None = None,
     pairs: bool = False,
@@ -71,7 +80,6 @@ def resolve_deepspeed_config(
     Args:
         config: what ``read_deepspeed_config`` returned.
         world_size: number of ranks.
-        state_bytes: moments of the optimizer and moving average of the whole network, as ``pretrain.check`` counts.
         has_bf16_gpu: whether the device is a GPU that computes in bfloat16.
         has_gpu: whether the device is a GPU at all; as ``has_bf16_gpu`` where not given.
         pairs: whether micro-batches must be even, because images are mixed in pairs.
@@ -91,27 +99,26 @@ def resolve_deepspeed_config(
     resolved.setdefault("steps_per_print", 2**31)  # the metrics are ours
     resolved["timers"] = {"throughput": {"enabled": False}}  # it waits for the GPU twice in every micro-batch
     device = {"has_gpu": has_bf16_gpu if has_gpu is None else has_gpu, "has_bf16_gpu": has_bf16_gpu}
-    precision, why = choose_precision(resolved, fixed_stage=fixed_stage(resolved, optimizer), **device)
-    stage, why_stage = choose_stage(
-        resolved, precision=precision, optimizer=optimizer, state_bytes=state_bytes, world_size=world_size
-    )
+    stage: int = resolved.get("zero_optimization", {}).get("stage", 0)
+    precision, why = choose_precision(resolved, stage=stage, **device)
     check_precision(resolved, precision, stage=stage, **device)
     _check_optimizer(resolved, stage, optimizer)
-    notes += [*why, *why_stage, *_settle_offload(resolved, stage)]
+    notes += [*why, *_check_offload(resolved, stage)]
     return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes))
 
 
 def _check_optimizer(config: dict[str, Any], stage: int, optimizer: str) -> None:
     if optimizer == "lamb" and stage > 0:
         raise UserError(
-            f"optimizer.kind lamb at ZeRO stage {stage} is not LAMB: ZeRO cuts the flattened parameters, and the trust "
-            "ratio would be one per cut, not one per layer; use zero_optimization.stage 0, or optimizer.kind adamw"
+            f"optimizer.kind lamb at ZeRO stage {stage} is not LAMB: ZeRO partitions the flattened parameters, and "
+            "the trust ratio would be one per partition, not one per layer; use zero_optimization.stage 0, or "
+            "optimizer.kind adamw"
         )
     if optimizer == "sgd":  # DeepSpeed has not tested it; tests/pretrain/test_equality.py has
         config.setdefault("zero_allow_untested_optimizer", True)
 
 
-def _settle_offload(config: dict[str, Any], stage: int) -> list[str]:
+def _check_offload(config: dict[str, Any], stage: int) -> list[str]:
     zero = config.get("zero_optimization", {})
     on = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "cpu"]
     if "offload_optimizer" in on and stage == 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pretrain.fields import did_you_mean, explain, shown
 from pretrain.outcome import UserError
 
 ALLOWED = frozenset(
@@ -53,9 +54,9 @@ REFUSED = {
     "curriculum_learning": "it was removed from DeepSpeed",
 }
 
-_SKIPS = "it must stay true, or steps with gradients that are not finite are not skipped"
+_SKIPS = "it must stay true, or steps with non-finite gradients are not skipped"
 _FP32_STATE = "it must stay false: checkpoints hold fp32 weights and moments"
-_UNREAD = "nobody has tested that checkpoints read its state rightly: leave it out"
+_UNREAD = "untested with checkpoints, which may not read its state: leave it out"
 _OLD_OFFLOAD = 'it is DeepSpeed\'s old name: write "offload_optimizer": {"device": "cpu"}'
 
 # Fields of sections: the values that are allowed, and why no others.
@@ -74,7 +75,7 @@ REFUSED_WITHIN: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
     ("zero_optimization", "zero_quantized_gradients"): ((False,), _UNREAD),
     ("offload_optimizer", "ratio"): ((1, 1.0), "what stays on the GPU would be missing in checkpoints: leave it out"),
     ("offload_optimizer", "super_offload"): ((False,), _UNREAD),
-    ("data_types", "param_dtype"): ((None,), "the sections bf16 and fp16 say it: leave it out"),
+    ("data_types", "param_dtype"): ((None,), "the sections bf16 and fp16 set it: leave it out"),
     ("data_types", "buffer_dtype"): ((None,), "the model has no buffers that it would change: leave it out"),
     ("data_types", "keep_in_fp32_modules"): ((None,), _UNREAD),
 }
@@ -87,40 +88,49 @@ def check_keys(config: dict[str, Any], where: str) -> None:
     """Check every key of a merged configuration, and the values of those that cannot be left to DeepSpeed.
 
     Raises:
-        UserError: a key or value that DeepSpeed or this project would not honour; ``where`` names the file.
+        UserError: a key or value that DeepSpeed or this project would not honor; ``where`` names the file.
     """
+    if config.get("gradient_clipping") is None:
+        raise UserError(f"{where}: write gradient_clipping (0.0 is off): DeepSpeed would silently clip at 1.0")
+    check_sections(config, where)
+
+
+def check_sections(config: dict[str, Any], where: str) -> None:
+    """Check the keys and values that a configuration has, as ``check_keys``."""
     for key in config:
         if key in REFUSED:
             raise UserError(f"{where}: {key}: {REFUSED[key]}")
         if key not in ALLOWED:
             raise UserError(f"{where}: unknown DeepSpeed key {key}{_near(key, ALLOWED)}")
-    clipping = config.get("gradient_clipping")
-    if clipping is None:
-        raise UserError(f"{where}: write gradient_clipping (0.0 is off): DeepSpeed would silently clip at 1.0")
-    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
-        raise UserError(f"{where}: gradient_clipping is the largest norm, at least 0.0 (off), got {clipping!r}")
+    clipping = config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not clipping >= 0:
+        raise UserError(f"{where}: gradient_clipping is the largest norm, at least 0.0 (off), got {shown(clipping)}")
     for name in ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types"):
-        _check_section(name, config.get(name, {}), where)
+        if name in config:
+            _check_section(name, config[name], where)
     for name in ("offload_optimizer", "offload_param"):
         section = config.get("zero_optimization", {}).get(name)
         if section is not None:
             _check_values(name, section, f"{where}: zero_optimization.{name}")
             if section.get("device", "none") not in ("none", "cpu"):
                 raise UserError(
-                    f"{where}: zero_optimization.{name}.device: only cpu and none, got {section['device']!r}: what is "
-                    "on NVMe cannot be seen by checkpoints; use more ranks or a higher stage instead"
+                    f"{where}: zero_optimization.{name}.device: only cpu and none, got {section['device']!r}: "
+                    "checkpoints cannot see what is on NVMe; use more ranks or a higher stage instead"
                 )
 
 
-def _check_section(name: str, section: Any, where: str) -> None:
-    # Imported here: DeepSpeed takes seconds to import, and --help should not.
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # noqa: PLC0415
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
+def check_overrides(config: dict[str, Any], where: str) -> None:
+    """Check the recipe's section, which leaves out what the file has, as ``check_keys``."""
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict):
+        config = config | {"zero_optimization": {"stage": 3} | zero}  # at which DeepSpeed lets every other key pass
+    check_sections(config, where)
 
+
+def _check_section(name: str, section: Any, where: str) -> None:
     if not isinstance(section, dict):
         raise UserError(f"{where}: {name} is a section, such as {{}}, got {section!r}")
     _check_values(name, section, f"{where}: {name}")
-    schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     fields = {
         "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
         "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
@@ -136,16 +146,18 @@ def _check_section(name: str, section: Any, where: str) -> None:
         section["enabled"] = False
     if name == "zero_optimization":
         stage = section.get("stage", 0)
-        if stage == "auto":
-            section["stage"] = 3  # at which DeepSpeed lets every other key pass
-        elif type(stage) is not int or stage not in range(4):
-            raise UserError(f'{where}: zero_optimization.stage is 0, 1, 2, 3 or "auto", got {stage!r}')
+        if type(stage) is not int or stage not in range(4):
+            raise UserError(f"{where}: zero_optimization.stage is 0, 1, 2 or 3, got {stage!r}")
+    # Imported here: DeepSpeed takes seconds to import, and --help should not.
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # noqa: PLC0415
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
+
+    schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     try:
         schemas[name](**section)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([name, *(str(part) for part in first["loc"])])
-        raise UserError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from None
+        _, text = explain(schemas[name], section, error)[0]
+        raise UserError(f"{where}: {name}: {text}") from None
 
 
 def _check_values(name: str, section: dict[str, Any], where: str) -> None:
@@ -156,5 +168,4 @@ def _check_values(name: str, section: dict[str, Any], where: str) -> None:
 
 
 def _near(key: str, known: set[str] | frozenset[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return did_you_mean(*difflib.get_close_matches(key, known, n=1))

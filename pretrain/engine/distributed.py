@@ -3,15 +3,20 @@
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from data_pipeline.errors import DataError
+from pretrain.deepspeed_compat import check_version, skip_op_compilation
 from pretrain.devices import use_gpu
 from pretrain.outcome import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes to the run's folder and speaks."""
+        """Whether this is rank 0, which alone writes to the run's folder and prints."""
         return self.rank == 0
 
     def node_of(self, rank: int) -> str:
@@ -116,14 +121,14 @@ def use_deterministic_algorithms() -> str:
     return "deterministic: torch uses only operations that give the same bits every time"
 
 
-def limit_collectives(seconds: float, *, but: Sequence[dist.ProcessGroup]) -> None:
-    """End collectives that take longer than this with an error, on all groups of this process except ``but``.
+def limit_collectives(seconds: float, *, exclude: Sequence[dist.ProcessGroup]) -> None:
+    """End collectives that take longer than this with an error, on all groups of this process except ``exclude``.
 
-    The watchdog should speak first, since it says where each rank stands: give more than its limit. ``but`` are the
+    The watchdog should report first, since it knows where each rank is: give more than its limit. ``exclude`` are the
     CPU groups on which ranks wait for what only one of them does, such as the hand-off.
     """
     for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001 - DeepSpeed makes some of its own
-        if all(group is not other for other in but):
+        if all(group is not other for other in exclude):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # noqa: SLF001
 
 
@@ -135,43 +140,14 @@ def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> dist.Pr
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and only after choose_device
 
-    # Of DeepSpeed's own kernels none is used. On a CPU it would compile a shared-memory all-reduce for a minute; asked
-    # which kernels it could compile, it would try the compiler for each, on every rank.
-    deepspeed.ops.__compatible_ops__ = {}
+    check_version()
+    skip_op_compilation()
     warnings.filterwarnings(
         "ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
     )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if backend == "gloo":
-        deepspeed.runtime.zero.stage_1_and_2.all_gather_dp_groups = gather_partitions
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return new_cpu_group(timeout_s)
-
-
-def gather_partitions(
-    groups_flat: Sequence[torch.Tensor],
-    partitioned_param_groups: Sequence[Sequence[torch.Tensor]],
-    dp_process_group: Sequence[dist.ProcessGroup],
-    **_: object,
-) -> None:
-    """Give every rank the updated weights of all, at ZeRO stages 1 and 2, by one broadcast from each rank. Collective.
-
-    gloo's all_gather, DeepSpeed's choice, takes over three times as long: 47 against 13 ms for 11 million fp32 numbers
-    on two ranks of one machine. Called and named as DeepSpeed's ``all_gather_dp_groups``.
-
-    Args:
-        groups_flat: (numbers,) of each group of parameters; what the partitions are views of.
-        partitioned_param_groups: of each group, (numbers / ranks,) per rank; its own is read, the others are written.
-        dp_process_group: the ranks of each group.
-    """
-    del groups_flat
-    works = [
-        dist.broadcast(part, dist.get_global_rank(group, owner), group=group, async_op=True)
-        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
-        for owner, part in enumerate(parts)
-    ]
-    for work in works:
-        work.wait()
 
 
 def gather_rows(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -191,3 +167,43 @@ def new_cpu_group(timeout_s: float) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert group is not None
     return group
+
+
+def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
+    """Run ``decide`` on rank 0 and give its result, or its ``UserError``, to every rank. Collective."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
+    return result
+
+
+def first_of_node_checks(rank: Rank, group: dist.ProcessGroup, open_sets: Callable[[bool], T]) -> T:
+    """Open datasets, with a check of their files by the first rank of each node only. Collective.
+
+    Args:
+        rank: this rank.
+        group: CPU group of all ranks.
+        open_sets: opens them; its argument is ``check_files`` of ``Dataset.open``.
+
+    Raises:
+        DataError: on all ranks alike where a node's first rank refuses them.
+    """
+    opened: list[T] = []
+    problem: DataError | None = None
+    if rank.local_rank == 0:
+        try:
+            opened.append(open_sets(True))
+        except DataError as error:
+            problem = error
+    problems: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(problems, problem, group=group)
+    for problem in filter(None, problems):
+        raise problem
+    return opened[0] if opened else open_sets(False)

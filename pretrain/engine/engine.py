@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models import LaViT, create_model
-from pretrain.engine.data_parallel import install_data_parallel
+from pretrain.deepspeed_compat import record_gradient_norm
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
@@ -66,8 +66,7 @@ def build_engine(
     except (AssertionError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
-    if resolved.stage == 0:
-        install_data_parallel(engine)
+    record_gradient_norm(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
 
 

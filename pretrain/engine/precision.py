@@ -11,16 +11,16 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16 autocast"]
 
 
 def choose_precision(
-    config: dict[str, Any], *, fixed_stage: int | None, has_gpu: bool, has_bf16_gpu: bool
+    config: dict[str, Any], *, stage: int, has_gpu: bool, has_bf16_gpu: bool
 ) -> tuple[Precision, list[str]]:
-    """Settle which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
+    """Decide which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
 
     ``bf16`` and ``fp16`` store and compute the model in 16 bits beside fp32 masters; ``torch_autocast`` keeps its
     weights in fp32 and computes matrix products and convolutions in bfloat16.
 
     Args:
         config: its ``bf16.enabled`` may be ``"auto"``.
-        fixed_stage: the ZeRO stage; None where it is chosen afterwards, to suit.
+        stage: the ZeRO stage.
         has_gpu: whether the device is a GPU.
         has_bf16_gpu: whether it computes in bfloat16.
 
@@ -36,7 +36,7 @@ def choose_precision(
         raise UserError(f"{' and '.join(on)} are both enabled, but each is a way to compute in 16 bits: enable one")
     notes: list[str] = []
     if bf16.get("enabled") == "auto":
-        bf16["enabled"] = has_bf16_gpu and fixed_stage != 0 and not on
+        bf16["enabled"] = has_bf16_gpu and stage != 0 and not on
         if bf16["enabled"]:
             notes.append("precision: bf16 (the GPU has it)")
         elif not on:
@@ -50,7 +50,7 @@ def choose_precision(
 def check_precision(
     config: dict[str, Any], precision: Precision, *, stage: int, has_gpu: bool, has_bf16_gpu: bool
 ) -> None:
-    """Check that a precision goes with the ZeRO stage, the device and its own section, of which it settles the rest.
+    """Check that a precision goes with the ZeRO stage, the device and its own section, of which it fills in the rest.
 
     Raises:
         UserError: a combination that DeepSpeed gets wrong or the device cannot do; with the way out.
@@ -66,7 +66,7 @@ def check_precision(
 
 def _why_not_bf16(*, has_gpu: bool, has_bf16_gpu: bool) -> str:
     if has_bf16_gpu:
-        return "bf16 wants ZeRO stage 1 or more; torch_autocast computes in bfloat16 at stage 0"
+        return "bf16 needs ZeRO stage 1 or more; torch_autocast computes in bfloat16 at stage 0"
     return "the GPU does not compute in bfloat16; the fp16 section would be faster" if has_gpu else "there is no GPU"
 
 
@@ -97,7 +97,7 @@ def _check_autocast(section: dict[str, Any], *, stage: int, has_gpu: bool, has_b
         why = (
             "its loss scale never falls again after an overflow, and gradients are clipped while they are scaled"
             if stage
-            else "its loss scaler skips steps without saying so, so that bad numbers could neither be told nor cured"
+            else "its loss scaler skips steps without saying so, so that non-finite gradients would go unnoticed"
         )
         raise UserError(
             f"torch_autocast with float16 at ZeRO stage {stage} is wrong in DeepSpeed: {why}; use dtype bfloat16, or "
@@ -120,5 +120,5 @@ def _check_accumulation(config: dict[str, Any], precision: Precision) -> None:
 
 
 def input_dtype(precision: Precision) -> torch.dtype:
-    """What the network's weights are stored in, and the type in which it takes its pictures."""
+    """What the network's weights are stored in, and the type in which it takes its images."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)

@@ -8,12 +8,24 @@ import torch
 
 from data_pipeline.mixing import MixingDraw, draw_mixing
 from models import LaViT
+from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.recipe import Recipe, ScheduleSection
+from pretrain.state import TrainState
 
 
 def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int) -> int:
     """Optimizer steps of a run: whole global batches that fit into its epochs, at least one."""
     return max(1, int(schedule.epochs * epoch_size) // global_batch)
+
+
+def log_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between lines of metrics: ``log_every_steps``, or what follows from the length of the run."""
+    return recipe.log_every_steps or min(max(total_steps // 100, 1), 50)
+
+
+def checkpoint_interval(recipe: Recipe, total_steps: int) -> int:
+    """Optimizer steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
+    return recipe.checkpoint.every_steps or min(max(total_steps // 10, 10), 1000)
 
 
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
@@ -75,3 +87,42 @@ def draw_step(recipe: Recipe, model: LaViT, step: int, rows: np.ndarray) -> Step
         uniforms = drop_path_uniforms(recipe.seed, step, rows, branches=model.num_drop_paths)
     mixing = draw_mixing(recipe.mixing, seed=recipe.seed, step=step, rows=rows, size=recipe.data.size)
     return StepDraw(mixing, uniforms)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens in a run, as functions of its position in samples seen."""
+
+    recipe: Recipe
+    epoch_size: int
+    """Images in the training split."""
+    global_batch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return count_steps(self.recipe.schedule, epoch_size=self.epoch_size, global_batch=self.global_batch)
+
+    @property
+    def log_every(self) -> int:
+        """Steps between lines of metrics."""
+        return log_interval(self.recipe, self.total_steps)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints."""
+        return checkpoint_interval(self.recipe, self.total_steps)
+
+    def learning_rate(self, samples_seen: int) -> float:
+        """Of the step that begins at so many samples seen."""
+        return learning_rate(
+            samples_seen + self.global_batch,
+            peak=peak_learning_rate(self.recipe.optimizer, self.global_batch)[0],
+            schedule=self.recipe.schedule,
+            epoch_size=self.epoch_size,
+        )
+
+    def passed(self, every_epochs: float, last: int, state: TrainState) -> bool:
+        """Whether a multiple of ``every_epochs``, or the end, lies between ``last`` (samples seen) and ``state``."""
+        interval, seen = every_epochs * self.epoch_size, state.samples_seen
+        return seen // interval > last // interval or (state.step >= self.total_steps and last < seen)

@@ -172,7 +172,7 @@ class RealLabels:
 def _read(path: Path, num_classes: int) -> Sequence[frozenset[int]]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--real: {path} cannot be read: {error}") from None
     if not isinstance(content, list) or not all(isinstance(labels, list) for labels in content):
         raise UserError(f"--real: {path} is not a list with one list of labels per image")

@@ -75,7 +75,7 @@ class Probes:
         data: the run's own input, whose size and normalization are applied to the set.
         batch_size: images per rank and forward pass.
         control: CPU group for agreements.
-        where: ranks, device and handling of bad samples, keyword arguments of ``EvalLoader``.
+        place: ranks, device and handling of bad samples, keyword arguments of ``EvalLoader``.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Probes:
         *,
         batch_size: int,
         control: dist.ProcessGroup,
-        where: dict[str, Any],
+        place: dict[str, Any],
     ) -> None:
         self.section = section
         self._train, self._val = sets
         self._input = data.model_copy(update={"path": section.path, "cache": section.cache})
-        self._batch_size, self._control, self._where = batch_size, control, where
+        self._batch_size, self._control, self._place = batch_size, control, place
 
     def run(self, engine: Any, dtype: torch.dtype, *, stop: Callable[[], bool]) -> Probed:
         """Probe the weights as they are. Collective; every rank makes the same number of forward passes.
@@ -143,7 +143,7 @@ class Probes:
         self, engine: Any, dtype: torch.dtype, dataset: Dataset, poll: Callable[[], None]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share in batches: features (m, C) fp32, labels (m,), and whether a row counts (m,) uint8."""
-        loader = EvalLoader(dataset, self._input, batch_size=self._batch_size, **self._where)
+        loader = EvalLoader(dataset, self._input, batch_size=self._batch_size, **self._place)
         try:
             for batch in loader:
                 poll()

@@ -22,10 +22,10 @@ class StopAgreement:
     never synchronised.
     """
 
-    def __init__(self, flag: Flag, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, flag: Flag, group: dist.ProcessGroup) -> None:
         self.flag = flag
         self.agreed = False
-        self._group = group
+        self.group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def at_step_boundary(self) -> bool:
@@ -38,13 +38,13 @@ class StopAgreement:
             self.agreed = bool(value.item())
         if not self.agreed:
             value = torch.tensor([int(bool(self.flag))], dtype=torch.int32)
-            work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             assert work is not None
             self._pending = (work, value)
         return self.agreed
 
     def reason(self) -> str:
         """The reason of the lowest rank that has one. Collective: call it on all ranks, once agreed."""
-        reasons: list[str] = [""] * dist.get_world_size(self._group)
-        dist.all_gather_object(reasons, self.flag.reason, group=self._group)
+        reasons: list[str] = [""] * dist.get_world_size(self.group)
+        dist.all_gather_object(reasons, self.flag.reason, group=self.group)
         return next((reason for reason in reasons if reason), "asked to stop")

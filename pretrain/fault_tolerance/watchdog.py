@@ -19,7 +19,7 @@ TELLING_GETS_S = 20.0
 """Longest time for writing the stacks."""
 OTHERS_GET_S = 5.0
 """The first rank to notice waits so long before it ends, since the launcher then ends the others."""
-SPEAKS_FIRST_S = 60.0
+REPORT_FIRST_S = 60.0
 """Collectives may take so much longer than the limit: their own error would not say where the other ranks are."""
 
 
@@ -29,24 +29,32 @@ class Watchdog:
     Args:
         folder: where the stacks are written, one file per rank and hang.
         rank: this rank.
-        start_s: limit, in seconds, until the first ``beat``, and within patient phases.
+        start_s: limit, in seconds, while starting, and within phases that may take as long.
         step_s: limit, in seconds, otherwise.
-
-    ``on_hang`` may be set to a function that is called with the reason, in one line, before the process ends.
+        on_hang: called with the reason, in one line, before the process ends.
     """
 
-    def __init__(self, folder: Path, rank: int, *, start_s: float, step_s: float) -> None:
-        self.on_hang: Callable[[str], object] | None = None
-        self._folder, self._rank = folder, rank
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        *,
+        start_s: float,
+        step_s: float,
+        on_hang: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self._folder, self._rank, self._on_hang = folder, rank, on_hang
         self._start_s, self._step_s = start_s, step_s
+        self.starting = True
+        """Whether the long limit holds for every phase: until the first step, which may compile, is over."""
         self._beat = (time.monotonic(), "starting", start_s)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, phase: str, *, patient: bool = False) -> None:
-        """Say that this rank goes on, and what it does next; patient phases have the long limit."""
-        self._beat = (time.monotonic(), phase, self._start_s if patient else self._step_s)
+    def beat(self, phase: str, *, startup: bool = False) -> None:
+        """Record that this rank proceeds to ``phase``; the limit of the start holds for it where ``startup``."""
+        self._beat = (time.monotonic(), phase, self._start_s if startup or self.starting else self._step_s)
 
     @property
     def phase(self) -> str:
@@ -77,11 +85,15 @@ class Watchdog:
         os._exit(ExitCode.RETRY)
 
     def _tell(self, reason: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
-        with file.open("w") as handle:
-            handle.write(f"{reason}\n\n")
-            handle.flush()
-            faulthandler.dump_traceback(handle, all_threads=True)
-        if self.on_hang is not None:
-            self.on_hang(f"{reason}; stacks of all threads in {file}")
+        where = f"in {file}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with file.open("w") as handle:
+                handle.write(f"{reason}\n\n")
+                handle.flush()
+                faulthandler.dump_traceback(handle, all_threads=True)
+        except OSError as error:
+            where = f"in the log, since {file} could not be written: {error}"
+            faulthandler.dump_traceback(2, all_threads=True)
+        self._on_hang(f"{reason}; stacks of all threads {where}")

@@ -9,24 +9,49 @@ The folder is laid out as a repository of the Hugging Face Hub.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from data_pipeline.files import write_atomically
-from data_pipeline.transforms import InputConfig
 from models import LaViT, LaViTConfig
-from pretrain.files import digest, digest_of_file, fsync, write_json
+from pretrain.fields import explain
+from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff.hub import fetch, is_hub_name
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, storage_code
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
 _OWN_DIGEST = "config_blake2"
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class HandoffInput(BaseModel):
+    """What the network expects of its input. Independent of the loader's configuration, which may change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int | tuple[int, int]
+    """Side of the square, or (height, width), in pixels."""
+    mean: tuple[float, float, float]
+    """Subtracted from each channel; red, green, blue in 0..1."""
+    std: tuple[Positive, Positive, Positive]
+    """Each channel is divided by it after the mean is subtracted."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"]
+    """How images are resized, with antialiasing."""
+    eval_crop_ratio: float = Field(gt=0, le=1)
+    """The short side is resized to image size / this ratio, then the center is cropped."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class HandoffConfig(BaseModel):
@@ -38,14 +63,13 @@ class HandoffConfig(BaseModel):
     """``LaViTConfig`` as a dictionary."""
     num_classes: int
     class_names: list[str]
-    """As a person reads them, in the order of the logits."""
+    """Readable names, in the order of the logits."""
     class_ids: list[str] | None = None
-    """What a class is called everywhere, such as its WordNet id, in the order of the logits. None in a hand-off written
-    before they were kept: only the names are known then."""
+    """Unique ids, such as WordNet's, in the order of the logits. None in a hand-off written before they were kept, of
+    which only the names are known."""
     class_levels: list[int] | None = None
     """Level of each class in the hierarchy that semantic softmax was trained on; scores compare within a level only."""
-    input: InputConfig
-    """Size, mean, standard deviation, interpolation and crop that evaluation uses."""
+    input: HandoffInput
     weights: str
     """Which weights these are: "raw" are the last step's, "average" their exponential moving average."""
     weights_blake2: str
@@ -57,7 +81,15 @@ class HandoffConfig(BaseModel):
     """Of the last evaluation during training; percent, the loss in nats."""
     samples_seen: int
     initialized_from: dict[str, Any] | None = None
-    """The hand-off that training began with: its digest, run, data, and what it was initialized from itself."""
+    """The hand-off of the initial weights: its digest, run, data, and what it was initialized from itself."""
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _of_the_loader(cls, value: Any) -> Any:
+        """Older hand-offs have the loader's whole configuration, which names the data's path."""
+        if isinstance(value, dict) and "path" in value:
+            return {name: value[name] for name in HandoffInput.model_fields if name in value}
+        return value
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "HandoffConfig":
@@ -85,13 +117,13 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     """Write a hand-off; ``config.json`` comes last, so that a folder without it is unfinished.
 
     Args:
-        folder: made where needed; an older hand-off in it is replaced.
+        folder: created if needed; an older hand-off in it is replaced.
         weights: by parameter name.
-        content: fields of ``HandoffConfig`` but for ``weights_blake2``.
+        content: fields of ``HandoffConfig`` except ``weights_blake2``.
         card: Markdown.
 
     Raises:
-        UserError: the disk does not take it.
+        UserError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,10 +136,10 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         draft.replace(folder / WEIGHTS)
         fsync(folder)
         config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
-        write_json(folder / CONFIG, config | {_OWN_DIGEST: _digest_of_fields(config)})
+        write_json(folder / CONFIG, config | {_OWN_DIGEST: digest_of_fields(config)})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the hand-off cannot be written to {folder} ({error}): make space or mend the storage, then "
+            f"the hand-off cannot be written to {folder} ({error}): make space or fix the storage, then "
             "`python -m pretrain.export RUN` writes it from the newest checkpoint"
         ) from None
 
@@ -116,7 +148,7 @@ def load_handoff(source: Path | str) -> tuple[LaViT, HandoffConfig]:
     """Build the model of a hand-off, in evaluation mode on the CPU.
 
     Args:
-        source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is no folder here: a
+        source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is not a folder: a
             repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
 
     Raises:
@@ -152,7 +184,7 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
             "`python -m pretrain.export RUN` writes one"
         ) from None
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error}") from None
+        raise UserError(f"{source} cannot be read: {error}", storage_code(error)) from None
     if digest(content) != config.weights_blake2:
         raise UserError(
             f"{folder / WEIGHTS} has other content than when it was handed off with this {CONFIG}: copy both again"
@@ -168,23 +200,16 @@ def _config(text: bytes, path: Path) -> HandoffConfig:
         fields = json.loads(text)
         # A hand-off from before config.json had a digest has none; it is still checked field by field.
         stated = fields.pop(_OWN_DIGEST, None) if isinstance(fields, dict) else None
-        if stated is not None and stated != _digest_of_fields(fields):
+        if stated is not None and stated != digest_of_fields(fields):
             raise UserError(
                 f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
                 "if it was changed on purpose"
             )
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}") from None
-    except ValueError as error:
+        raise UserError(f"{path}: {explain(HandoffConfig, fields, error)[0][1]}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
-
-
-def _digest_of_fields(fields: dict[str, Any]) -> str:
-    """Of what ``config.json`` says, whichever way it is indented."""
-    return digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def _one_line(error: Exception) -> str:

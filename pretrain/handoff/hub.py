@@ -18,11 +18,11 @@ def is_hub_name(source: str) -> bool:
 def fetch(source: str, files: Sequence[str]) -> Path:
     """Download files of a repository into the Hub's cache on this machine, unless they are there.
 
-    Which commit it is that was taken is said on stderr, since a branch moves, and since without a network the cache's
-    newest stands in for it. HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and tokens are the library's affair.
+    The commit that was taken is printed on stderr, since a branch moves, and since without a network the newest in the
+    cache is taken. The library reads HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and tokens.
 
     Args:
-        source: a name as ``is_hub_name`` wants it. Without a revision it is the main branch.
+        source: a name for which ``is_hub_name`` is true. Without a revision it is the main branch.
         files: their names in the repository.
 
     Returns:
@@ -38,7 +38,7 @@ def fetch(source: str, files: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - optional
     except ImportError as error:
         raise UserError(
-            f"{source} is no folder here, and to look for it on the Hugging Face Hub huggingface_hub is needed "
+            f"{source} is not a folder, and to look for it on the Hugging Face Hub huggingface_hub is needed "
             f"({error}): pip install --constraint constraints.txt huggingface_hub, or give the path of a folder"
         ) from None
     try:
@@ -46,7 +46,7 @@ def fetch(source: str, files: Sequence[str]) -> Path:
     except Exception as error:  # noqa: BLE001  (its own, the HTTP library's and the system's, a dozen kinds)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UserError(
-            f"{source} is no folder here, and it cannot be had from the Hugging Face Hub ({reason}): check the name "
+            f"{source} is not a folder, and it cannot be fetched from the Hugging Face Hub ({reason}): check the name "
             "and the network, and log in with `hf auth login` if it is private"
         ) from None
     print(f"{source}: commit {folder.name} of the Hugging Face Hub", file=sys.stderr)  # noqa: T201

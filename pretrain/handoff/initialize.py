@@ -1,4 +1,4 @@
-"""The weights a run begins with: those of another run's hand-off, fitted to other classes and another image size."""
+"""Initial weights of a run from another run's hand-off, fitted to other classes and another image size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ MAY_DIFFER = ("name", "num_classes", "image_size", "drop_path", "norm")
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a start of a run begins with."""
+    """Initial weights of a run."""
 
     origin: dict[str, Any] | None
-    """The hand-off that the run was initialized from, for its folder and its own hand-off; None: fresh weights."""
+    """Hand-off that the run was initialized from, for its folder and its own hand-off; None: fresh weights."""
     initialized: bool
     """Whether the model was filled now, on this rank alone."""
     notes: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Beginning:
 def begin(folder: RunFolder, model: LaViT, recipe: Recipe, train_set: Dataset) -> Beginning:
     """Fill a fresh model from the recipe's hand-off, if the run has no checkpoint yet. For one rank, under the lock.
 
-    A run that has one reads no hand-off, which may be gone by then.
+    A run that has one reads no hand-off, which may have been removed.
 
     Raises:
         UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
@@ -61,10 +61,10 @@ def initialize(
         recipe: has ``initialize_from``.
         class_ids: the training split's, in the order of its labels.
         fingerprint: the training split's.
-        recorded: the origin that a former start of this run wrote down, if there was one.
+        recorded: the origin that a previous attempt of this run recorded, if there was one.
 
     Returns:
-        the run's origin, for its folder and its own hand-off; and lines about what was done.
+        the run's origin, for its folder and its own hand-off; and lines that report what was done.
 
     Raises:
         UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
@@ -85,9 +85,7 @@ def initialize(
                 fresh[here] = state[name][there]
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"initialize_from: {section.handoff} lacks weights that its config tells of: {reason}"
-        ) from None
+        raise UserError(f"initialize_from: {section.handoff} lacks weights that its config names: {reason}") from None
     new = model.config.num_classes - len(rows)
     if new and section.head_init_scale != 1:
         head += f", their fresh weights times {section.head_init_scale:g}"
@@ -100,9 +98,9 @@ def initialize(
 
 
 def share_weights(model: torch.nn.Module, device: torch.device) -> None:
-    """Give every rank the weights of rank 0, before the engine partitions them. Collective.
+    """Broadcast the weights of rank 0, before the engine partitions them. Collective.
 
-    One rank reads the hand-off, so that hundreds do not, and all have the same even if the folder changes meanwhile.
+    Only one rank reads the hand-off, and all have the same weights even if the folder changes meanwhile.
     """
     for tensor in model.state_dict().values():
         there = tensor.to(device)
@@ -133,7 +131,7 @@ def check_architecture(section: InitializeSection, config: HandoffConfig, wanted
 
 
 def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, run: Path) -> None:
-    """Where a run that goes on names another place than it began with, compare what lies there; else read nothing.
+    """Compare the hand-off that a resumed run names with its own, if it is at another place; else read nothing.
 
     Raises:
         UserError: it is another hand-off, or cannot be read.
@@ -145,18 +143,18 @@ def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, 
 
 
 def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:
-    """Which rows of a hand-off's head are those of the classes here: the same ids.
+    """Find the rows of a hand-off's head that belong to the classes here, by their ids.
 
-    Ids that are nothing but the labels (shards indexed in place have such) say nothing about what a class is; they
-    are compared only where the data is the same to the last picture.
+    Ids that are only the labels (as of shards indexed in place) do not identify a class; they are compared only where
+    the data is the same to the last image.
 
     Returns:
-        row here -> row there, and a line about it.
+        row here -> row there, and a line that reports it.
     """
     wanted, known = list(class_ids), config.class_ids
     counts = f"{len(wanted)} classes here, {config.num_classes} there"
     if known is None:
-        return {}, f"a new head ({counts}; the hand-off does not tell its class ids)"
+        return {}, f"a new head ({counts}; the hand-off has no class ids)"
     numbers = all(ids == [str(label) for label in range(len(ids))] for ids in (wanted, list(known)))
     if numbers and config.dataset["fingerprint"] != fingerprint:
         return {}, f"a new head ({counts}, whose ids are only numbers, which may mean other things elsewhere)"
@@ -173,7 +171,7 @@ def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str)
 
 
 def _origin(section: InitializeSection, config: HandoffConfig) -> dict[str, Any]:
-    """What is remembered of a hand-off, and of what it came from itself."""
+    """Record of a hand-off, and of what it was initialized from itself."""
     return {
         "handoff": section.handoff,
         "weights_blake2": config.weights_blake2,
@@ -189,13 +187,13 @@ def _check_same(section: InitializeSection, found: Mapping[str, Any], recorded: 
     if found["weights_blake2"] != recorded["weights_blake2"]:
         raise UserError(
             f"initialize_from: {section.handoff} holds other weights ({found['weights_blake2']}) than this run was "
-            f"started from ({recorded['weights_blake2']} of {recorded['handoff']}): put those back, or choose another "
+            f"started from ({recorded['weights_blake2']} of {recorded['handoff']}): restore those, or choose another "
             "name with --set name=..."
         )
 
 
 def _input_warnings(recipe: Recipe, config: HandoffConfig) -> list[str]:
-    """Pictures that are normalised otherwise than those that the weights know."""
+    """Warnings about another normalization than the weights were trained with."""
     return [
         f"WARNING initialized: the hand-off was trained with {name} {there}, this recipe has {here}"
         for name in ("mean", "std")

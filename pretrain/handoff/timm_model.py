@@ -12,11 +12,11 @@ from pretrain.outcome import UserError
 def create_timm_model(handoff: Path | str, **arguments: Any) -> nn.Module:
     """Build timm's model of a hand-off, with its weights.
 
-    `timm.data.resolve_model_data_config` then knows the hand-off's size, mean, deviation, interpolation and crop.
+    `timm.data.resolve_model_data_config` then gives the hand-off's size, mean, std, interpolation and crop.
 
     Args:
         handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
-        **arguments: what `timm.create_model` takes: another `num_classes` starts a fresh classifier, another `img_size`
+        **arguments: those of `timm.create_model`: another `num_classes` starts a fresh classifier, another `img_size`
             resamples, `features_only=True` gives the four maps, `drop_path_rate` and so on.
 
     Raises:

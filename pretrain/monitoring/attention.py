@@ -1,4 +1,4 @@
-"""What the attention of a few fixed pictures looks like as the network learns."""
+"""The attention of a few fixed images as the network learns."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import torch
 
 from models.config import Grid, LaViTConfig
 from models.diagnostics import BlockDiagnostics, attention_diagnostics
-from pretrain.monitoring.pictures import BlockMap
+from pretrain.monitoring.images import BlockMap
 
 
 class AttentionWatch:
-    """Keeps the first pictures that this rank evaluates, and looks at their attention.
+    """Keeps the first images that this rank evaluates, and measures and maps their attention.
 
     Args:
-        pictures: how many; 0 for none.
+        count: how many; 0 for none.
     """
 
-    def __init__(self, pictures: int) -> None:
-        self._count = pictures
+    def __init__(self, count: int) -> None:
+        self._count = count
         self.images: torch.Tensor | None = None
-        """(m, 3, H, W) normalised, once there was an evaluation."""
+        """(m, 3, H, W) normalized; None before the first evaluation."""
 
     def keep(self, images: torch.Tensor) -> None:
-        """Take the pictures from the first batch that this is called with."""
+        """Take the images from the first batch that this is called with."""
         if self.images is None and self._count:
             self.images = images[: self._count].clone()
 

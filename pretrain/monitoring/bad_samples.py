@@ -1,7 +1,9 @@
 """How many pictures of a run could not be used so far."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
+
+from pretrain.files import json_object
 
 
 class BadSampleCount:
@@ -12,20 +14,12 @@ class BadSampleCount:
         self._ids: set[int] = set()
 
     def __call__(self) -> int:
-        """The number so far.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        if self._path.exists() and self._path.stat().st_size > self._offset:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                added = file.read()
+        """The number so far; where the file cannot be read, that of the last time."""
+        with suppress(OSError), self._path.open("rb") as file:
+            file.seek(self._offset)
+            added = file.read()
             whole = added[: added.rfind(b"\n") + 1]  # another rank may be writing the last line
             self._offset += len(whole)
-            for line in whole.splitlines():
-                try:
-                    self._ids.add(json.loads(line)["id"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut by a crash, and the next line with it
+            rows = map(json_object, whole.splitlines())  # None: cut by a crash, and the next line with it
+            self._ids |= {row["id"] for row in rows if row is not None and isinstance(row.get("id"), int)}
         return len(self._ids)

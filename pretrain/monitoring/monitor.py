@@ -1,60 +1,80 @@
-"""Puts together what is measured and shown of a run beside its loss; nothing of it changes what is trained."""
+"""Measures a run and returns plain values and images; nothing of it changes what is trained, and it writes nothing."""
 
-import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch
 from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
-from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
+from pretrain.monitoring.images import draw_attention, draw_grid, to_pixels
 from pretrain.monitoring.norms import PartNorms, norms_of
-from pretrain.monitoring.pictures import draw_attention, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import PHASES, StepTimer
 
 GRID = 32
-"""Training pictures that are drawn at a time."""
+"""Training images that are drawn at a time."""
 GIB = 2**30
+Pixels = NDArray[np.uint8]
+"""An image, (height, width, 3)."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Interval:
     """An interval of training, equal on all ranks."""
 
+    losses: dict[str, float]
+    """Means of the loss and its parts; empty where nothing was finite."""
+    step_losses: list[float]
+    """Loss of each step, over its global batch."""
+    grad_norm: float | None
+    """Of the whole gradient before clipping, in the last step; None where it is not known."""
     norms: dict[str, float]
-    """Of each part of the network: of the gradient before clipping, in the interval's last step, and of the weights."""
+    """Of each part of the network: of the gradient before clipping, in the last step, and of the weights."""
     seconds: dict[str, float]
     """Of a step, as the mean over the ranks: "total" and each phase; "slowest_data": of the rank that waits longest."""
+    images_per_second: float
+    """Over all ranks."""
     data_wait: float
     """Share of the step's time that went into waiting for data."""
     mfu: float | None
-    """Model FLOPs utilisation; None where the device's peak is not known."""
+    """Model FLOPs utilization; None where the device's peak is not known."""
     memory_gib: float
     """Of the rank that has most: on a GPU the most that was allocated so far, else what the process occupies now."""
+    images_requested: bool
+    """Whether images were asked for on rank 0."""
+
+    def rates(self) -> dict[str, float]:
+        """Throughput and memory, rounded, as they are logged."""
+        values = {"images_per_second": round(self.images_per_second, 2), "data_wait": round(self.data_wait, 4)}
+        if self.mfu is not None:
+            values["mfu"] = round(self.mfu, 4)
+        return values | {"memory_gib": round(self.memory_gib, 3)}
 
 
 class Monitor:
-    """The measuring of one rank. ``measure`` is collective, and ``look`` is at ZeRO stage 3; rank 0 alone shows.
+    """Measures one rank. Losses are summed on the device, so that no step waits for it.
 
     Args:
         engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
         shards: of the engine.
         device: of this rank.
         precision: what the engine computes in.
-        attention_pictures: pictures whose attention is looked at; 0 for none.
-        data: how the pictures were made, to show them as they were.
-        class_names: captions of the training pictures, by label.
-        request: while this file exists, pictures are asked for; it is removed when they are drawn.
-        fresh: whether the run begins here, so that its first training pictures are shown.
+        attention_images: images whose attention is measured and drawn; 0 for none.
+        data: how the images were made, to show them as they were.
+        class_names: captions of the training images, by label.
+        show_batch: keep the next training batch, to show it.
     """
 
     def __init__(
@@ -64,101 +84,147 @@ class Monitor:
         *,
         device: torch.device,
         precision: Precision,
-        attention_pictures: int,
+        attention_images: int,
         data: InputConfig,
         class_names: tuple[str, ...],
-        request: Path,
-        fresh: bool,
+        show_batch: bool = False,
     ) -> None:
         self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
-        self._first = dist.get_rank() == 0
-        self.norms = PartNorms(shards)
         self._flops, self._peak = model_flops_per_image(count_macs(engine.module.config)), peak_of(device, precision)
-        self._attention = AttentionWatch(attention_pictures)
-        self._names, self._request = class_names, request
-        self._wants_batch = fresh and self._first
+        self._attention, self._names = AttentionWatch(attention_images), class_names
+        self.norms = PartNorms(shards)
+        self.timer = StepTimer(device)
+        self.show_batch = show_batch
+        """Whether the next training batch is kept for ``training_images``."""
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.reset()
 
-    def see(self, batch: Batch) -> None:
-        """Look at a training batch; keeps its first pictures, on the device, where they are wanted."""
-        if self._wants_batch:
-            self._batch, self._wants_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
+        self._finite = torch.zeros((), device=self._device)
+        self._steps = 0
+        self._began = time.monotonic()
 
-    def keep(self, batch: Batch, _: torch.Tensor) -> None:
-        """Look at a batch of evaluation and its logits; the first one's first pictures are those of ``look``."""
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave time that is not training, such as an evaluation, out of the interval."""
+        began = time.monotonic()
+        self.timer.enter(None)
+        try:
+            yield
+        finally:
+            self.timer.enter("other")
+            self._began += time.monotonic() - began
+
+    def see_batch(self, batch: Batch) -> None:
+        """Keep the first images of a training batch, on the device, where they are wanted."""
+        if self.show_batch:
+            self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
+
+    def see_evaluation(self, batch: Batch, _: torch.Tensor) -> None:
+        """Keep the first images of the first evaluation batch, for ``attention``."""
         self._attention.keep(batch.images)
 
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add the losses of a micro-batch, scalars on the device; left out of the means where one is not finite.
+
+        The first is the loss that is minimized; it is also kept for each step.
+        """
+        stacked = torch.stack([value.detach().float() for value in losses.values()])
+        self._losses.append(stacked[0])
+        finite = stacked.isfinite().all()
+        self._finite = self._finite + finite
+        for name, value in zip(losses, torch.where(finite, stacked, 0.0), strict=True):
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def step_done(self) -> None:
+        """Count a step of the optimizer."""
+        self.timer.enter("other")
+        self._steps += 1
+
+    def means(self) -> tuple[dict[str, float], list[float]]:
+        """``losses`` and ``step_losses`` of the interval so far. Collective; waits for the device."""
+        if not self._sums:
+            return {}, []
+        stacked = torch.stack([*self._sums.values(), self._finite, *self._losses])
+        dist.all_reduce(stacked)
+        values = stacked.tolist()
+        sums, count, losses = values[: len(self._sums)], values[len(self._sums)], values[len(self._sums) + 1 :]
+        size = len(losses) // self._steps
+        micro_batches = zip(*[iter(losses)] * size, strict=True)
+        step_losses = [sum(step) / (size * dist.get_world_size()) for step in micro_batches]
+        return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}, step_losses
+
     @torch.no_grad()
-    def measure(
-        self, timer: StepTimer, *, steps: int, images_per_second: float, grad_norm: float | None
-    ) -> tuple[Measured, bool]:
-        """Measure an interval of so many steps. Collective; waits for the device.
+    def measure(self, *, global_batch: int, images_requested: bool) -> Interval:
+        """Measure the interval so far. Collective; waits for the device.
 
         Args:
-            timer: of the interval.
-            steps: in it.
-            images_per_second: over all ranks.
-            grad_norm: of the whole gradient before clipping, where it is known.
-
-        Returns:
-            what was measured, and whether pictures are asked for, on all ranks alike.
+            global_batch: images of a step, over all ranks.
+            images_requested: whether images are asked for, on rank 0.
         """
-        ranks, rank, parts = dist.get_world_size(), dist.get_rank(), self.norms.parts
+        ranks, parts = dist.get_world_size(), self.norms.parts
+        losses, step_losses = self.means()
+        norm = self._engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        rate = self._steps * global_batch / (time.monotonic() - self._began)
         gradients, weights = self.norms.squares(self._device)
-        split = timer.split()
-        mine = torch.zeros(ranks, len(PHASES) + 1)
-        mine[rank] = torch.tensor([*(split[phase] / steps for phase in PHASES), self._memory() / GIB])
-        asked = self._first and self._request.exists()
-        told = torch.tensor([float(asked)])
-        shared = torch.cat([gradients.cpu(), weights.cpu(), told, mine.flatten()]).to(self._device)
+        split = self.timer.split()
+        by_rank = torch.zeros(ranks, len(PHASES) + 1)
+        by_rank[dist.get_rank()] = torch.tensor(
+            [*(split[phase] / self._steps for phase in PHASES), self._memory() / GIB]
+        )
+        requested = torch.tensor([float(images_requested and dist.get_rank() == 0)])
+        shared = torch.cat([gradients.cpu(), weights.cpu(), requested, by_rank.flatten()]).to(self._device)
         dist.all_reduce(shared)
         values = shared.tolist()
-        norms = norms_of(parts, values[: len(parts)], grad_norm)
+        of_gradients = norms_of(parts, values[: len(parts)], norm)
         of_weights = norms_of(parts, values[len(parts) : 2 * len(parts)], None)
         by_rank = torch.tensor(values[2 * len(parts) + 1 :]).view(ranks, -1)
         mean, most = by_rank.mean(0).tolist(), by_rank.max(0).values.tolist()
         seconds = dict(zip(PHASES, mean, strict=False))
-        measured = Measured(
+        return Interval(
+            losses=losses,
+            step_losses=step_losses,
+            grad_norm=norm,
             norms=_rounded(
-                {f"gradient/{part}": norm for part, norm in norms.items()}
-                | {f"weight/{part}": norm for part, norm in of_weights.items()}
+                {f"gradient/{part}": value for part, value in of_gradients.items()}
+                | {f"weight/{part}": value for part, value in of_weights.items()}
             ),
             seconds=_rounded({"total": sum(mean[:-1]), **seconds, "slowest_data": most[PHASES.index("data")]}),
+            images_per_second=rate,
             data_wait=seconds["data"] / max(sum(mean[:-1]), 1e-9),
-            mfu=None if self._peak is None else images_per_second * self._flops / (ranks * self._peak),
+            mfu=None if self._peak is None else rate * self._flops / (ranks * self._peak),
             memory_gib=most[-1],
+            images_requested=bool(values[2 * len(parts)]),
         )
-        return measured, bool(values[2 * len(parts)])
 
-    def requested(self) -> None:
-        """Take note, on rank 0, that pictures were asked for: the next training batch is kept."""
-        self._request.unlink(missing_ok=True)
-        self._wants_batch = True
+    def training_images(self) -> Pixels | None:
+        """Draw the training images that were kept, once; None where there are none."""
+        if self._batch is None:
+            return None
+        (images, labels), self._batch = self._batch, None
+        captions = [self._names[label] for label in labels.tolist()]
+        return draw_grid(to_pixels(images, self._data.mean, self._data.std), captions)
 
-    def look(self, metrics: MetricsWriter | None, samples_seen: int, where: dict[str, float] | None) -> None:
-        """Show the attention of a few pictures of the validation split, fixed for this start. Collective at stage 3.
+    def attention(self) -> tuple[dict[str, float], Pixels] | None:
+        """Measure and draw the attention of a few images of the validation split, fixed for this attempt.
 
-        Args:
-            metrics: on rank 0.
-            samples_seen: the x axis.
-            where: step and epoch, to write the numbers of every block with; None: they are not written.
+        Returns:
+            the numbers of every block, and the drawing; None where there are no images yet, and on other ranks than 0.
+            Collective at ZeRO stage 3.
         """
-        if self._attention.images is None or not (self._first or self._engine.zero_optimization_stage() == 3):
-            return
+        first = dist.get_rank() == 0
+        if self._attention.images is None or not (first or self._engine.zero_optimization_stage() == 3):
+            return None
         numbers, maps = self._attention.look(self._engine.module, self._dtype)
-        if metrics is not None:
-            if where is not None:
-                metrics.write("attention", samples_seen, where | _rounded(numbers))
-            pictures = to_pixels(self._attention.images, self._data.mean, self._data.std)
-            metrics.picture("pictures/attention", samples_seen, draw_attention(pictures, maps))
-
-    def show_batch(self, metrics: MetricsWriter, samples_seen: int) -> None:
-        """Show the training pictures that were kept, if any; on rank 0."""
-        if self._batch is not None:
-            (images, labels), self._batch = self._batch, None
-            captions = [self._names[label] for label in labels.tolist()]
-            grid = draw_grid(to_pixels(images, self._data.mean, self._data.std), captions)
-            metrics.picture("pictures/training", samples_seen, grid)
+        if not first:
+            return None
+        return _rounded(numbers), draw_attention(
+            to_pixels(self._attention.images, self._data.mean, self._data.std), maps
+        )
 
     def _memory(self) -> int:
         if self._device.type == "cuda":
@@ -167,18 +233,5 @@ class Monitor:
         return rss
 
 
-def describe(metrics: MetricsWriter, samples_seen: int, run: Path) -> None:
-    """Give the sinks recipe, environment and state of the source, as the run's folder has them."""
-    environment = json.loads((run / "environment.json").read_text())
-    facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
-    metrics.text("run/recipe", samples_seen, _code((run / "recipe.yaml").read_text()))
-    metrics.text("run/environment", samples_seen, _code(json.dumps(facts, indent=2)))
-    metrics.text("run/git", samples_seen, _code(json.dumps(environment.get("git"), indent=2)))
-
-
 def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in values.items()}
-
-
-def _code(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

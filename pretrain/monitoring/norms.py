@@ -1,6 +1,6 @@
 """Norms of gradients and weights, for each part of the network, at any ZeRO stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ EMBED, HEAD = "embed", "head"
 def part_of(name: str) -> str:
     """The part of a LaViT that a parameter belongs to: "embed", "stage1" to "stage4" or "head".
 
-    What stands at the entry of stages 2 to 4 belongs to its stage; the final norm and the pool belong to the head.
+    The embedding of stages 2 to 4 belongs to its stage; the final norm and the pool belong to the head.
     """
     first, *rest = name.split(".")
     if first != "stages":
@@ -24,8 +24,8 @@ def part_of(name: str) -> str:
 class PartNorms:
     """Sums of squares over the shards that this rank owns, so that adding the ranks' sums gives those of the network.
 
-    Gradients are looked at just before the optimizer steps, when they are averaged, in fp32 and in its partitions at
-    every stage. They are clipped there: all by one factor, so the norm before clipping, which DeepSpeed tells, restores
+    Gradients are measured just before the optimizer steps, when they are averaged, in fp32 and in its partitions at
+    every stage. They are clipped there: all by one factor, so the norm before clipping, which DeepSpeed knows, restores
     them. No host waits for the device here.
 
     Args:
@@ -34,8 +34,8 @@ class PartNorms:
 
     def __init__(self, shards: OptimizerShards) -> None:
         self._shards = shards
-        self.due: Callable[[], bool] = lambda: False
-        """Asked before each step of the optimizer; only where it says so are gradients looked at."""
+        self.wanted = False
+        """Whether the optimizer's next step measures the gradients."""
         self.parts = [EMBED, *sorted({part_of(name) for name in shards.names} - {EMBED, HEAD}), HEAD]
         """Names of the parts, in the order of the network."""
         self._by_partition: dict[int, list[OptimizerShard]] = {}
@@ -60,7 +60,7 @@ class PartNorms:
     @torch.no_grad()
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the optimizer steps, at ZeRO once for each partition."""
-        if not self.due():
+        if not self.wanted:
             return
         found = [
             (partition.grad.view(-1).narrow(0, shard.partition_offset, shard.length), shard)

@@ -1,10 +1,10 @@
 """Sinks for measurements besides ``metrics.jsonl``: TensorBoard always, wandb if the recipe asks for it."""
 
 import importlib
-import json
 import os
 import secrets
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import write_atomically, write_json
+from data_pipeline.errors import without_secrets
+from pretrain.files import read_sealed, write_atomically, write_sealed
 from pretrain.outcome import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Sink(Protocol):
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Take one measurement a name; ``kind`` is what they belong to, such as "train" or "eval"."""
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """Take a picture, (height, width, 3)."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """Take an image, (height, width, 3)."""
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """Take a text."""
@@ -50,7 +51,7 @@ class TensorBoard:
     """Event files for ``tensorboard --logdir``, opened by the first measurement.
 
     Args:
-        folder: where they lie; those of former incarnations stay.
+        folder: where they lie; those of previous attempts stay.
         purge_from: whatever they hold at so many samples seen or more is no longer shown.
     """
 
@@ -62,6 +63,7 @@ class TensorBoard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+        _date_back(self._folder, int(time.time()))
         writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
         compared = {name: ["Multiline", [f"eval/{name}", f"eval_average/{name}"]] for name in ("top1", "top5", "loss")}
         writer.add_custom_scalars({"evaluation: weights and their average": compared})
@@ -72,13 +74,13 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(f"{kind}/{name}", value, samples_seen)
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """A picture."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """An image."""
         self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """A text."""
-        self._writer.add_text(name, markdown, samples_seen)
+        self._writer.add_text(name, without_secrets(markdown), samples_seen)
 
     def flush(self) -> None:
         """Bring the event file up to date."""
@@ -87,6 +89,21 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+def _date_back(folder: Path, now: int) -> None:
+    """Rename event files that are dated now or later, so that the next one, dated ``now``, sorts behind all of them.
+
+    TensorBoard reads a folder in the order of names, which begin with the clock of whoever wrote them: after a clock
+    that was ahead, what a resumed run adds would not be shown.
+    """
+    prefix = "events.out.tfevents."
+    files = sorted(folder.glob(f"{prefix}*"))
+    dates = [file.name.removeprefix(prefix).partition(".")[0] for file in files]
+    if any(date >= f"{now:010d}" for date in dates):
+        for index, (file, date) in enumerate(zip(files, dates, strict=True)):
+            rest = file.name.removeprefix(prefix + date)
+            file.rename(folder / f"{prefix}{now - len(files) + index:010d}{rest}")
 
 
 class Wandb:
@@ -109,8 +126,8 @@ class Wandb:
         settings = self._library.Settings(**{name: value for name, value in wanted.items() if name in known})
         with _no_terminal():
             self._library.init(
-                project="lavit-pretrain", resume="allow", config=configuration, name=name, dir=str(folder),
-                id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
+                project="lavit-pretrain", resume="allow", config=without_secrets(configuration), name=name,
+                dir=str(folder), id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
             )  # fmt: skip
         self._library.define_metric(AXIS)
         self._library.define_metric("*", step_metric=AXIS)
@@ -119,8 +136,8 @@ class Wandb:
         """One row."""
         self._log(samples_seen, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """A picture."""
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+        """An image."""
         self._log(samples_seen, {name: self._library.Image(pixels)})
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
@@ -168,21 +185,21 @@ class ForwardOnly:
     def __init__(self, sink: Sink, marks: Path, told: Mapping[str, int]) -> None:
         self._sink = sink
         try:
-            known: dict[str, int] = json.loads(marks.read_text())
-        except (OSError, ValueError):
-            known = {}
+            known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
+        except (OSError, UserError, ValueError, TypeError, OverflowError):
+            known = {}  # then what metrics.jsonl holds is all that is known to have been sent
         self._told = {kind: max(known.get(kind, -1), told.get(kind, -1)) for kind in {*known, *told}}
-        write_json(marks, self._told)
+        write_sealed(marks, self._told)
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Pass on what is new."""
         if samples_seen > self._told.get(kind, -1):
             self._sink.scalars(kind, samples_seen, values)
 
-    def picture(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
+    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Pass on what is newer than all measurements that were told."""
         if samples_seen > max(self._told.values(), default=-1):
-            self._sink.picture(name, samples_seen, pixels)
+            self._sink.image(name, samples_seen, pixels)
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
         """Pass on."""

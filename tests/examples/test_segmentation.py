@@ -12,7 +12,7 @@ from PIL import Image
 from examples import segmentation
 from examples.shapes import CLASSES, EVALUATED, draw, draw_many
 from models import create_model
-from pretrain.handoff.folder import write_handoff
+from tests.pretrain.handoffs import hand_off
 
 SIDE, BATCH, STEPS = 32, 32, 150
 
@@ -34,14 +34,7 @@ def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
         F.cross_entropy(model((batch - 0.5) / 0.5), labels[drawn]).backward()
         optimizer.step()
-    content = {
-        "architecture": model.config.to_dict(), "num_classes": 10, "class_names": list("0123456789"),
-        "input": {"path": "digits", "image_size": SIDE, "mean": [0.5] * 3, "std": [0.5] * 3}, "weights": "raw",
-        "dataset": {"name": "digits"}, "recipe": {"name": "digits"}, "metrics": {}, "samples_seen": STEPS * BATCH,
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("examples") / "handoff"
-    write_handoff(folder, model.state_dict(), content, "card")
-    return folder
+    return hand_off(tmp_path_factory.mktemp("h") / "handoff", model, input={"mean": [0.5] * 3, "std": [0.5] * 3})
 
 
 @pytest.mark.slow

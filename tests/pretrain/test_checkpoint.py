@@ -65,7 +65,7 @@ def save_checkpoint(
     """Write one and wait for it; gives what went wrong."""
     writer = CheckpointWriter(folder, shards, retention=Retention(keep), facts=facts, group=group)
     writer.start(progress)
-    return writer.settle()
+    return writer.finish()
 
 
 def steps(engine: Any, first: int, count: int) -> list[float]:

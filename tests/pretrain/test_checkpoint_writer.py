@@ -35,7 +35,7 @@ def training_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
         writer.start(TrainState(2 * BATCH, 2))
         losses = steps(engine, 2, 3)  # collectives of training and of the writer's thread at the same time
         assert writer.busy
-        assert writer.settle() == ""
+        assert writer.finish() == ""
         assert not writer.busy
         other = build_engine(stage)
         load_newest(folder / f"{stage}", OptimizerShards(other), group=control)
@@ -60,7 +60,7 @@ def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
     deadline = time.monotonic() + 60
     while not list_checkpoints(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert writer.settle() == ""
+    assert writer.finish() == ""
     if dist.get_rank() == 0:
         assert len(said) == 1
         assert "WARNING checkpoint at step 1 could not be written: rank 1:" in said[0]
@@ -70,7 +70,7 @@ def second_try_succeeds(control: dist.ProcessGroup, folder: Path) -> None:
         shutil.rmtree(folder)  # as storage does that is mounted anew
     dist.barrier(control)
     writer.start(TrainState(2 * BATCH, 2))
-    assert writer.settle() == ""
+    assert writer.finish() == ""
     verify(folder / "step-00000002")
 
 
@@ -87,7 +87,7 @@ def keeps_as_asked(control: dist.ProcessGroup, folder: Path) -> None:
         if step in top1:
             evaluated, evaluation = step * BATCH, {"top1": top1[step]}
         writer.start(TrainState(step * BATCH, step, evaluated_at=evaluated, evaluation=evaluation))
-        assert writer.settle() == ""
+        assert writer.finish() == ""
     kept = sorted(int(path.name[5:]) for path in list_checkpoints(folder))
     # 12, 20 and 32 are the first at or behind 10, 20 and 30; 8 is the best; 28 and 32 are the newest.
     assert kept == [8, 12, 20, 28, 32]
@@ -106,7 +106,7 @@ def hole_is_refused(control: dist.ProcessGroup, folder: Path) -> None:
         shards = writer._shards.shards
         shards[-1] = dataclasses.replace(shards[-1], length=shards[-1].length - 1)
     writer.start(TrainState(BATCH, 1))
-    problem = writer.settle()
+    problem = writer.finish()
     assert "rank 0: " in problem
     assert "ends at element" in problem or "gap" in problem
     assert not list(folder.iterdir())
@@ -122,7 +122,7 @@ def sgd_goes_on(control: dist.ProcessGroup, folder: Path) -> None:
         steps(engine, 0, 3)
         writer = writer_of(folder / f"{stage}", engine)
         writer.start(TrainState(3 * BATCH, 3))
-        assert writer.settle() == ""
+        assert writer.finish() == ""
         losses = steps(engine, 3, 3)
         other = build_engine(stage, sgd=True)
         load_newest(folder / f"{stage}", OptimizerShards(other), group=control)

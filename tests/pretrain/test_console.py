@@ -18,8 +18,8 @@ VALUES = {"loss": 1.25, "lr": 0.001}
 
 
 def test_in_a_log_every_interval_is_one_line_and_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    for speaks in (True, False):
-        console = RunConsole(speaks=speaks, total_steps=40, first_step=0, global_batch=8)
+    for enabled in (True, False):
+        console = RunConsole(enabled=enabled, total_steps=40, first_step=0, global_batch=8)
         for step in range(1, 21):
             console.step_done(step)
             if step % 10 == 0:
@@ -39,7 +39,7 @@ def test_on_a_terminal_intervals_replace_each_other_and_events_stay(monkeypatch:
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "90")
-    console = RunConsole(speaks=True, total_steps=40, first_step=0, global_batch=8)
+    console = RunConsole(enabled=True, total_steps=40, first_step=0, global_batch=8)
     for step in range(1, 31):
         console.step_done(step)
         console.log_metrics(step, step / 10, VALUES | {"grad_norm": 1.0 / step})

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models import LaViT, create_model
-from pretrain import convert as door
+from pretrain import convert as command
 from pretrain.convert import METADATA, TOLERANCE, convert, main
 from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import UserError
@@ -32,7 +32,7 @@ def hand_off(folder: Path, name: str, **options: Any) -> Path:
         for parameter_name, parameter in model.named_parameters():
             matters = any(part in parameter_name for part in ("psi", "theta", "gamma", "pool", "head", "bias"))
             parameter.add_(torch.randn_like(parameter), alpha=(0.3 if matters else 0.02) / parameter.shape[-1] ** 0.5)
-    data = {"path": "d", "image_size": model.config.image_size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    data = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
     return handoffs.hand_off(folder, model, class_names=NAMES, class_ids=["n1", "n2", "n3"], input=data)
 
 
@@ -82,7 +82,7 @@ def test_an_onnx_file_of_another_size_and_opset_gives_torchs_logits_and_holds_wh
 def test_a_program_of_torch_export_gives_the_same_bits_and_holds_what_is_needed_around_them(tmp_path: Path) -> None:
     folder, written = hand_off(tmp_path / "h", "lavit_micro", pool="mean", **FEW_BLOCKS), tmp_path / "model.pt2"
     done = convert(folder, written)
-    assert (done.size, done.pictures, done.difference) == ((32, 32), 10, 0)
+    assert (done.size, done.images, done.difference) == ((32, 32), 10, 0)
     model, config = load_handoff(folder)
     extra = {METADATA: ""}
     program = torch.export.load(written, extra_files=extra)
@@ -107,15 +107,15 @@ def test_what_cannot_be_written_as_it_should_leaves_the_file_before_and_nothing_
         model.head.bias.data[0] += harm
         return model
 
-    original, limits = door._at_size, resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(door, "_at_size", wrong)
+    original, limits = command._at_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(command, "_at_size", wrong)
     out = tmp_path / "model.pt2"
     out.write_text("the file before")
-    told = "was not written: its logits would differ from torch's by" if harm else "cannot be written"
+    message = "was not written: its logits would differ from torch's by" if harm else "cannot be written"
     if not harm:  # no file may grow beyond 64 KiB: what a write sees is as on a full disk, but for the error's number
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"{out} {told}"):
+        with pytest.raises(UserError, match=f"{out} {message}"):
             convert(micro, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -155,6 +155,6 @@ def test_without_the_packages_the_error_says_how_to_get_them(
 def test_weights_beyond_onnxs_limit_name_the_other_format(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "ONNX_LIMIT", 1000)
+    monkeypatch.setattr(command, "ONNX_LIMIT", 1000)
     with pytest.raises(UserError, match=r"write a \.pt2 file"):
         convert(micro, tmp_path / "model.onnx")

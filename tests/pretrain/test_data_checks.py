@@ -16,10 +16,10 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from data_pipeline import store
 from data_pipeline.errors import DataError, StorageError
-from pretrain import assemble
+from pretrain import claim
 from pretrain.check import check_recipe_here
 from pretrain.checkpoints.checkpoint import FORMAT, MANIFEST, seal
-from pretrain.engine.distributed import Rank
+from pretrain.engine.distributed import Rank, first_of_node_checks
 from pretrain.evaluate import main as evaluate
 from pretrain.files import write_json
 from pretrain.handoff.initialize import Beginning
@@ -40,9 +40,9 @@ def rank_of(local: int, local_world: int) -> Rank:
 def one_node_and_two(control: dist.ProcessGroup) -> None:
     me = dist.get_rank()
     checked: list[bool] = []
-    assert assemble.first_of_node_checks(rank_of(me, 2), control, lambda check: checked.append(check) or "sets")
+    assert first_of_node_checks(rank_of(me, 2), control, lambda check: checked.append(check) or "sets")
     assert checked == [me == 0]
-    assert assemble.first_of_node_checks(rank_of(0, 1), control, lambda check: checked.append(check) or "sets")
+    assert first_of_node_checks(rank_of(0, 1), control, lambda check: checked.append(check) or "sets")
     assert checked[1:] == [True]
 
 
@@ -58,7 +58,7 @@ def refused_by_one(control: dist.ProcessGroup) -> None:
             return "sets"
 
         with pytest.raises(DataError, match=r"^the table is another$") as caught:
-            assemble.first_of_node_checks(rank_of(local, local_world), control, open_sets)
+            first_of_node_checks(rank_of(local, local_world), control, open_sets)
         assert type(caught.value) is kind
 
 
@@ -74,15 +74,15 @@ def test_the_first_rank_of_each_node_checks_files_and_its_refusal_is_that_of_all
 @pytest.fixture
 def start(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens a run's folder for splits of given content; returns its state."""
-    monkeypatch.setattr(assemble, "_lock", lambda _: None)
+    monkeypatch.setattr(claim, "_lock", lambda _: None)
     folder = RunFolder(tmp_path / "demo")
     recipe = load_recipe(RECIPE, [f"data.path={digits}"])
 
     def start(train: str, val: str) -> RunState:
-        state, _ = assemble._open_folder(
+        state, _ = claim.claim(
             folder,
             recipe,
-            cast("Any", SimpleNamespace(config={"train_batch_size": 64})),
+            {"train_batch_size": 64},
             {"dataset": {"fingerprint": train}},
             {"train": train, "val": val},
             rank=cast("Any", SimpleNamespace(world_size=1, job_id="", host="here")),

@@ -118,7 +118,7 @@ def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("door", "told"), [("main", f"{RECIPE}: seed: "), ("evaluate", "there/is/none")])
+@pytest.mark.parametrize(("door", "told"), [("main", "--set seed=no number: seed: "), ("evaluate", "there/is/none")])
 @pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
 def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
     who: str, rank: int, door: str, told: str, *, tmp_path: Path, digits: Path
@@ -141,23 +141,23 @@ EVALUATING = f"evaluating ({' '.join(DRIVER.split())})"
 
 def full_once(where: str, folder: Path, *fields: str) -> None:
     """The last rank has no memory left at a place, as torch or as the driver says it; who waits to end is written."""
-    from pretrain import main, run, train
+    from pretrain import losses, main, trainer
 
     rank = int(os.environ["RANK"])
-    original, last = train.micro_batch_loss, rank == int(os.environ["WORLD_SIZE"]) - 1
+    original, last = losses.TrainingLoss.__call__, rank == int(os.environ["WORLD_SIZE"]) - 1
 
-    def micro_batch_loss(run, batch):
-        if where == f"step {run.progress.step + 1}" and last:
+    def compute(loss, batch, state):
+        if where == f"step {state.step + 1}" and last:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
-        return original(run, batch)
+        return original(loss, batch, state)
 
     def sleep(seconds: float) -> None:
         (folder / f"waits-{rank}").touch()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever has seen the other's end need not wait for this one's
         time.sleep(seconds)
 
-    train.micro_batch_loss, main.time = micro_batch_loss, types.SimpleNamespace(sleep=sleep)
-    run.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
+    losses.TrainingLoss.__call__, main.time = compute, types.SimpleNamespace(sleep=sleep)
+    trainer.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
     through_the_door(folder, *fields)
 
 

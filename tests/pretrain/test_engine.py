@@ -160,7 +160,7 @@ def test_starting_tries_no_compiler_for_kernels_that_nobody_uses() -> None:
 
 def late_rank(control: dist.ProcessGroup) -> None:
     patient = new_cpu_group(600.0)
-    limit_collectives(1.0, but=(control, patient))
+    limit_collectives(1.0, exclude=(control, patient))
     if dist.get_rank() == 0:
         with pytest.raises((RuntimeError, dist.DistBackendError), match=r"(?i)timed? ?out"):
             dist.all_reduce(torch.zeros(1))

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,19 +19,17 @@ from pytorch_optimizer import Lamb
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
-from models.cost import count_parameters
-from pretrain.check import architecture, state_bytes
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.precision import input_dtype
-from pretrain.engine.schedule import drop_path_uniforms, learning_rate
-from pretrain.fault_tolerance.bad_steps import BadSteps
-from pretrain.losses import Classification
-from pretrain.meter import Meter
+from pretrain.engine.schedule import Schedule, drop_path_uniforms, learning_rate
+from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
+from pretrain.losses import Classification, TrainingLoss
 from pretrain.monitoring.monitor import Monitor
 from pretrain.recipe import Recipe, validate_recipe
-from pretrain.train import train_step
+from pretrain.state import TrainState
+from pretrain.trainer import Trainer
 from tests.pretrain.ranks import run_ranks
 
 STEPS, BATCH, CLASSES, EPOCH = 20, 8, 10, 100
@@ -108,26 +106,24 @@ def plain_loop(
 
 
 def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CPU, **deepspeed: Any) -> Any:
-    """A run of the trainer's own parts, as far as its step needs them. Collective."""
+    """A trainer as far as its step needs one: without loaders, log and checkpoints. Collective."""
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0}
     resolved = resolve_deepspeed_config(
-        config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind,
-        state_bytes=state_bytes(recipe, count_parameters(architecture(recipe, CLASSES))),
-    )  # fmt: skip
+        config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind
+    )
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, device)
-    shards = OptimizerShards(engine, average=recipe.ema is not None)
-    bad_steps = BadSteps(engine)
+    shards, dtype = OptimizerShards(engine, average=recipe.ema is not None), input_dtype(resolved.precision)
+    classification = Classification(recipe.loss, recipe.mixing, (), device)
     monitor = Monitor(
-        engine, shards, device=device, precision=resolved.precision, attention_pictures=2, data=recipe.data,
-        class_names=tuple("abcdefghij"), request=Path("nowhere"), fresh=False,
+        engine, shards, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
+        class_names=tuple("abcdefghij"),
     )  # fmt: skip
-    monitor.norms.due = lambda: True
-    return SimpleNamespace(
-        recipe=recipe, batch=resolved.batch, epoch_size=EPOCH, device=device, dtype=input_dtype(resolved.precision),
-        engine=engine, optimizer_shards=shards, bad_steps=bad_steps, monitor=monitor, meter=Meter(device),
-        classification=Classification(recipe.loss, recipe.mixing, (), device),
-        first_step=False, progress=SimpleNamespace(step=0, samples_seen=0),
-        watchdog=SimpleNamespace(beat=lambda *_, **__: None),
+    parts = ("train_loader", "eval_loader", "probes", "writer", "loss_level", "log", "stop", "watchdog", "startup")
+    return Trainer(
+        recipe=recipe, schedule=Schedule(recipe, EPOCH, BATCH), batch=resolved.batch, engine=engine, dtype=dtype,
+        optimizer_shards=shards, nonfinite=NonFiniteSteps(engine), monitor=monitor, state=TrainState(),
+        loss=TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=EPOCH),
+        profiler=None, **{part: mock.Mock() for part in parts},
     )  # fmt: skip
 
 
@@ -137,17 +133,17 @@ def trained(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> tuple
     return go_on(run, STEPS), whole_weights(run.engine)
 
 
-def go_on(run: Any, steps: int) -> list[float]:
-    """So many steps more, from where the run's progress stands; their losses. Collective."""
-    first, losses = run.progress.step, []
+def go_on(run: Any, steps: int, *, measure_norms: bool = True) -> list[float]:
+    """So many steps more, from where the run's state is; their losses. Collective."""
+    first, losses = run.state.step, []
     batches = micro_batches(run.batch.micro_batch, first=first, last=first + steps)
     for _ in range(steps):
-        train_step(run, batches)
-        run.progress.step += 1
-        run.progress.samples_seen += BATCH
-        losses.append(run.meter.means()["loss"])
-        run.meter.reset()
-    assert run.bad_steps.settled() == [False] * steps
+        run.train_step(batches, measure_norms=measure_norms)
+        run.state.step += 1
+        run.state.samples_seen += BATCH
+        losses.append(run.monitor.means()[0]["loss"])
+        run.monitor.reset()
+    assert run.nonfinite.skipped() == [False] * steps
     return losses
 
 

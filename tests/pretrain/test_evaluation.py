@@ -20,6 +20,7 @@ from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.manifest import FILE_NAME
+from data_pipeline.transforms import InputConfig
 from models import create_model
 from pretrain.evaluate import main
 from pretrain.evaluation.accuracy import Evaluation, evaluate
@@ -31,6 +32,7 @@ from tests.pretrain import handoffs
 from tests.pretrain.ranks import start_ranks
 
 CPU = torch.device("cpu")
+RECIPE = {"name": "r", "evaluation": {"batch_size": 90}, "data": {"max_bad_fraction": 0.01}}
 
 
 def hand_off(folder: Path, ids: list[str], *, bias: float = 0.0, **fields: Any) -> Path:
@@ -39,8 +41,8 @@ def hand_off(folder: Path, ids: list[str], *, bias: float = 0.0, **fields: Any) 
     model = create_model("lavit_micro", num_classes=len(ids), image_size=32, **handoffs.SMALL)
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.head.bias, mean=bias, std=0.3)
-    fields = {"class_names": ids, "class_ids": ids, "recipe": {"name": "r", "evaluation": {"batch_size": 90}}} | fields
-    return handoffs.hand_off(folder, model, input={"path": "x", "image_size": 32, "max_bad_fraction": 0.01}, **fields)
+    fields = {"class_names": ids, "class_ids": ids, "recipe": RECIPE} | fields
+    return handoffs.hand_off(folder, model, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +69,20 @@ def error_of(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
 def scores(handoff: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels of the val split by torch alone, in batches of another size."""
     model, config = load_handoff(handoff)
-    loader = EvalLoader(Dataset.open(data, "val"), config.input, batch_size=60, rank=0, world_size=1, device=CPU)
+    settings = InputConfig(path=data, **config.input.model_dump())
+    loader = EvalLoader(Dataset.open(data, "val"), settings, batch_size=60, rank=0, world_size=1, device=CPU)
     with torch.no_grad():
         parts = [(model(batch.images)[batch.valid], batch.labels[batch.valid]) for batch in loader]
     loader.close()
     logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return logits, labels
+
+
+def test_names_are_printed_as_they_are_but_for_control_characters(
+    handoff: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, tmp_path / "out")
+    assert r"/[red]:smile:\x1b[2J on " in capsys.readouterr().out
 
 
 def test_the_report_equals_plain_torch(handoff: Path, digits: Path, tmp_path: Path) -> None:

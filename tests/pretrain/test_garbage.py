@@ -9,8 +9,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from benchmarks.trainer import trainer_run
-from pretrain import train
+from benchmarks.trainer import build
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import BATCH, CPU, micro_batches, recipe
 
@@ -33,36 +32,36 @@ def collections_of_a_run(control: dist.ProcessGroup, folder: Path, digits: Path)
     data = chosen.data.model_copy(update={"path": digits})
     chosen = chosen.model_copy(update={"log_every_steps": EVERY, "data": data})
     changes = {"train_batch_size": BATCH, "zero_optimization": {"stage": 0}}
-    run = trainer_run(chosen, changes, folder, CPU, control)
-    run.train_loader.close()
-    run.train_loader = mock.MagicMock()
-    run.train_loader.__iter__.return_value = micro_batches(BATCH, last=STEPS)
-    within, cycles, original = [], [], train.train_step
+    trainer = build(chosen, changes, folder, CPU, control)
+    trainer.train_loader.close()
+    trainer.train_loader = mock.MagicMock()
+    trainer.train_loader.__iter__.return_value = micro_batches(BATCH, last=STEPS)
+    within, cycles, original = [], [], trainer.train_step
 
-    def watched(*arguments: Any) -> float:
+    def watched(*arguments: Any, **options: Any) -> float:
         before = collections()
-        lr = original(*arguments)
+        lr = original(*arguments, **options)
         cycles.append(weakref.ref(Cycle()))
         many = [Cycle() for _ in range(2000)]  # more than Python lets pass without looking for garbage
         del many
         within.append(collections() - before)
         return lr
 
-    train.train_step, start = watched, collections()
+    trainer.train_step, start = watched, collections()
     with contextlib.suppress(StopIteration):  # when the batches end
-        train.train(run)
-    assert run.progress.step == STEPS
+        trainer.train()
+    assert trainer.state.step == STEPS
     assert within[0] > 0, "the first step is left alone; what counts does count"
     assert within[1:] == [0] * (STEPS - 1)
     assert collections() - start - within[0] >= STEPS // EVERY
     last_line = STEPS // EVERY * EVERY
     assert [cycle() is None for cycle in cycles] == [step < last_line for step in range(STEPS)]
     assert gc.get_freeze_count() > 0
-    with run._beside_training():  # as around an evaluation or a checkpoint
+    with trainer._outside_training():  # as around an evaluation or a checkpoint
         assert cycles[-1]() is not None
     assert cycles[-1]() is None
-    run.eval_loader = run.train_loader
-    run.close()
+    trainer.eval_loader = trainer.train_loader
+    trainer.close()
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 

@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from models import create_model
-from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, _digest_of_fields, is_handoff, load_handoff, read_handoff
+from pretrain.files import digest_of_fields
+from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
@@ -35,7 +36,7 @@ def hand_off(folder: Path, model: Any) -> Path:
         card=lambda content: model_card(content, samples=40, evaluated_at=900),
         class_ids=["n0", "n1", "n2", "n3"],
         dataset={"name": "x: y", "fingerprint": "f", "samples": 100},
-        recipe={"name": "r", "data": {"val_split": "val", "image_size": 32, "mean": [0], "std": [1]}},
+        recipe={"name": "r", "data": {"val_split": "val"}},
     )
 
 
@@ -84,30 +85,36 @@ def test_the_loaded_model_gives_the_same_outputs_bit_for_bit(written: Path, mode
     assert is_handoff(written)
 
 
-def test_whoever_may_read_the_config_may_read_the_weights(written: Path) -> None:
+def test_all_files_have_the_same_mode(written: Path) -> None:
     assert len({path.stat().st_mode for path in written.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("digest", [True, False])
 def test_a_handoff_of_earlier_versions_still_loads(copied: Path, model: Any, digest: bool) -> None:
-    """From before class ids, with a field that there is no more; with a digest of what it says, or from before it."""
+    """From before class ids, with fields that there are no more; with a digest of its fields, or from before it."""
     config = json.loads((copied / CONFIG).read_text())
     del config["class_ids"], config["config_blake2"]
     config["architecture"]["attention_kernel"] = "triton"
+    expected = dict(config["input"])
+    config["input"] = {
+        "path": "data/x", "cache": None, "train_split": "train", "val_split": "val", **expected, "dtype": "float32",
+        "augment": {"horizontal_flip": 0.0}, "shuffle_window": 16, "threads": None, "a_setting_of_the_loader": 1,
+    }  # fmt: skip
     if digest:
-        config["config_blake2"] = _digest_of_fields(config)
+        config["config_blake2"] = digest_of_fields(config)
     (copied / CONFIG).write_text(json.dumps(config))
     (loaded, found), images = load_handoff(copied), torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), model(images))
     assert found.class_ids is None
+    assert found.input.model_dump(mode="json") == expected
 
 
-def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path) -> None:
+def test_the_card_states_the_results_for_readers_and_for_the_hub(written: Path) -> None:
     text = (written / CARD).read_text()
     assert "50.00 %" in text
-    assert "40 pictures" in text
+    assert "40 images" in text
     assert "10.0 epochs" in text
-    assert "after 900 pictures" in text
+    assert "after 900 images" in text
     card = ModelCard(text).data
     assert (card.model_name, card.library_name) == ("r", "lavit-pretrain")
     assert (card.license, card.datasets) == ("unknown", ["x: y"])
@@ -116,6 +123,24 @@ def test_the_card_says_what_was_measured_to_people_and_to_the_hub(written: Path)
         ("top-1 accuracy, percent", 50.0, "val"), ("top-5 accuracy, percent", 100.0, "val"),
         ("cross-entropy, nats", 1.25, "val"),
     ]  # fmt: skip
+
+
+def test_names_from_data_cannot_change_the_card() -> None:
+    evil = "x |\n---\n# [y](http://z) <b>&amp;`\x1b[2J"
+    origin = {"weights": "raw", "run": evil, "samples_seen": 1, "weights_blake2": "d", "initialized_from": None}
+    content = {
+        "architecture": {"name": "lavit_micro"}, "num_classes": 4, "weights": "raw", "samples_seen": 1,
+        "input": {"image_size": 32, "mean": [0], "std": [1], "interpolation": "bicubic"},
+        "dataset": {"name": evil, "fingerprint": "f", "samples": 100}, "metrics": {"top1": 1, "top5": 1, "loss": 1},
+        "recipe": {"name": "r", "data": {"val_split": evil}}, "initialized_from": origin | {"dataset": {"name": evil}},
+    }  # fmt: skip
+    text = model_card(content, samples=1, evaluated_at=1, license_id=evil)
+    plain = {**content, "dataset": {"name": "x", "fingerprint": "f", "samples": 100}}
+    assert text.count("\n") == model_card(plain, samples=1, evaluated_at=1, license_id="x").count("\n")
+    front, body = re.split(r"^---$", text, flags=re.MULTILINE)[1:]
+    assert ModelCard(text).data.datasets == [evil.replace("\n", r"\x0a").replace("\x1b", r"\x1b")]
+    assert not re.search(r"(?<!\\)[\[\]<>`&#]", "".join(re.findall(r"x \\\|.*?2J", body)))
+    assert "\x1b" not in front + body
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
@@ -145,7 +170,7 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
 
 
 @pytest.mark.parametrize(
-    ("alter", "said"),
+    ("alter", "message"),
     [
         (lambda c: c["architecture"].update(num_classes=5), r"num_classes is 5, but num_classes is 4"),
         (lambda c: c.update(class_names=list("abc")), r"class_names has 3 entries for 4 classes"),
@@ -153,22 +178,22 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
         (lambda c: c.update(class_ids=list("abca")), r"class_ids names a class twice"),
         (lambda c: c.update(class_levels=[0]), r"class_levels has 1 entries for 4 classes"),
         (lambda c: c["input"].update(image_size=64), r"input.image_size is \[64, 64\]"),
-        (lambda c: c["input"].update(mean=[0.5]), r"input.mean"),
+        (lambda c: c["input"].update(mean=[0.5]), r"input.mean: must be 3 values, each a number, got \[0.5\]"),
         (lambda c: c["architecture"].update(depths=[1, 1, 1, 1]), r"do not fit: Error.* Unexpected key"),
         (lambda c: c["architecture"].update(depths="deep"), r"do not fit: depths"),
         (lambda c: c["architecture"].update(magic=1), r"do not fit: LaViTConfig has no field magic"),
-        (lambda c: c.pop("weights"), r"weights: Field required"),
-        (lambda c: c.update(stranger=1), r"stranger: Extra inputs"),
+        (lambda c: c.pop("weights"), r"weights is missing"),
+        (lambda c: c.update(other=1), r"unknown key other"),
     ],
 )
 def test_a_config_that_was_altered_is_refused_by_its_digest_and_without_one_by_what_does_not_fit(
-    copied: Path, written: Path, alter: Any, said: str
+    copied: Path, written: Path, alter: Any, message: str
 ) -> None:
     change(copied, alter, digest=True)
     assert "has other content than when it was handed off" in refused(copied)
     shutil.copy(written / CONFIG, copied / CONFIG)
     change(copied, alter, digest=False)
-    assert re.search(said, refused(copied))
+    assert re.search(message, refused(copied))
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
@@ -183,7 +208,7 @@ def test_what_is_no_handoff_names_the_command_that_writes_one(tmp_path: Path) ->
         load_handoff(str(tmp_path / "x/y"))
 
 
-def test_a_handoff_that_the_disk_does_not_take_is_told_in_one_line(tmp_path: Path, model: Any) -> None:
+def test_a_handoff_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path, model: Any) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written to .*python -m pretrain\.export"):
         hand_off(tmp_path / "file", model)
@@ -193,7 +218,7 @@ def test_without_huggingface_hub_a_name_of_the_hub_is_refused_with_the_package_t
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"lab/lavit is no folder here.* pip install .*huggingface_hub"):
+    with pytest.raises(UserError, match=r"lab/lavit is not a folder.* pip install .*huggingface_hub"):
         load_handoff("lab/lavit")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(written, "lab/lavit")
@@ -214,7 +239,7 @@ for source in sys.argv[1:]:
 
 
 def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str], str]:
-    """Load hand-offs in a process of its own: digests of their weights or errors, and what was said on stderr."""
+    """Load hand-offs in a process of its own: digests of their weights or errors, and stderr."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
     ended = subprocess.run(
@@ -238,13 +263,15 @@ def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_
     publish(tmp_path / "hub", "lab/lavit", {FIRST: old, SECOND: new})
     with serving(tmp_path / "hub") as (url, asked):
         sources = ("lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none")
-        answers, said = load_elsewhere(url, tmp_path / "home", *sources)
+        answers, printed = load_elsewhere(url, tmp_path / "home", *sources)
         assert answers[:2] == [digests[1], digests[0]]
         for name, answer in zip(sources[2:], answers[2:], strict=True):
-            assert answer.startswith(f"error: {name} is no folder here, and it cannot be had from the Hugging Face Hub")
-        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in said
+            assert answer.startswith(
+                f"error: {name} is not a folder, and it cannot be fetched from the Hugging Face Hub"
+            )
+        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in printed
         assert not [path for path in asked if CARD in path], "the card is not needed to load it"
-    answers, said = load_elsewhere(url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
+    answers, printed = load_elsewhere(url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
     assert answers[:2] == [digests[1], digests[0]]
-    assert f"lab/lavit: commit {SECOND}" in said
-    assert "error: lab/other is no folder here, and it cannot be had" in answers[2]
+    assert f"lab/lavit: commit {SECOND}" in printed
+    assert "error: lab/other is not a folder, and it cannot be fetched" in answers[2]

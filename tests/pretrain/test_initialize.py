@@ -79,9 +79,9 @@ def test_the_trunk_comes_over_and_rows_of_known_classes_stay_theirs(handoff: Pat
     assert torch.equal(model.head.bias[[0, 2]], weights["head.bias"][[3, 1]])
     assert torch.equal(model.head.weight[1], 0.5 * fresh.head.weight[1])
     assert model.config.drop_path == 0.3
-    said = "\n".join(beginning.notes)
-    assert "rows of 2 classes are reused, of 5 there; 1 are new, their fresh weights times 0.5" in said
-    assert "average weights of source, 1,000 images of x" in said
+    reported = "\n".join(beginning.notes)
+    assert "rows of 2 classes are reused, of 5 there; 1 are new, their fresh weights times 0.5" in reported
+    assert "average weights of source, 1,000 images of x" in reported
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_trunk_comes_over_and_rows_of_known_classes_stay_theirs(handoff: Pat
         (["0", "1"], list("01234"), "here", ([], "a new head .*only numbers")),
         (list("01234"), list("01234"), "here", ([], "a new head .*only numbers")),
         (list("01234"), list("01234"), "there", ([0, 1, 2, 3, 4], "all 5")),
-        (KNOWN, None, "here", ([], "a new head .*does not tell its class ids")),
+        (KNOWN, None, "here", ([], "a new head .*has no class ids")),
     ],
 )
 def test_classes_are_matched_by_what_their_ids_mean(
@@ -107,7 +107,7 @@ def test_classes_are_matched_by_what_their_ids_mean(
     assert any(re.search(says, note) for note in beginning.notes)
 
 
-def test_other_means_and_deviations_than_the_weights_know_are_told(handoff: Path, tmp_path: Path) -> None:
+def test_another_normalization_than_that_of_the_weights_is_reported(handoff: Path, tmp_path: Path) -> None:
     chosen = recipe(handoff)
     data = chosen.data.model_copy(update={"mean": (0.5, 0.5, 0.5)})
     _, beginning = started(tmp_path, chosen.model_copy(update={"data": data}), KNOWN)
@@ -125,7 +125,7 @@ def test_a_handoff_of_another_network_is_refused(handoff: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("lost", ["head.bias", "norm.weight"])
 def test_a_handoff_that_lacks_a_tensor_is_refused_in_one_line(tmp_path: Path, lost: str) -> None:
-    with pytest.raises(UserError, match=f"lacks weights that its config tells of: .*{lost}") as caught:
+    with pytest.raises(UserError, match=f"lacks weights that its config names: .*{lost}") as caught:
         started(tmp_path / "run", recipe(write(tmp_path / "handoff", lost=lost)), KNOWN)
     assert "\n" not in str(caught.value)
 
@@ -167,7 +167,7 @@ def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder
             model, _ = started(folder / str(stage), chosen, KNOWN)
         share_weights(model, torch.device("cpu"))
         config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": zero(stage)}
-        resolved = resolve_deepspeed_config(config, world_size=2, state_bytes=0, has_bf16_gpu=False)
+        resolved = resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
         engine, _ = build_engine(model, chosen, resolved, torch.device("cpu"))
         shards = OptimizerShards(engine, average=True)
         found = whole_weights(engine)

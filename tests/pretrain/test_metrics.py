@@ -44,11 +44,46 @@ def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) 
     jsonl.write_bytes(content[:-1])  # cut between the line and its end
     write(tmp_path, 9, 9, resumed_at=8)
     assert seen(tmp_path) == [*range(1, 10)]
-    lines = jsonl.read_bytes().splitlines(keepends=True)
-    jsonl.write_bytes(b"".join([*lines[:3], b'{"kind": "train", "samp', *lines[3:], b'{"samples_seen": 9}\n']))
-    write(tmp_path, 9, 8, resumed_at=8)
-    assert jsonl.read_bytes() == b"".join([*lines[:3], *lines[4:8]])  # without the line that was cut and its successor
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_damaged_lines_are_dropped_and_counted_and_the_file_that_had_them_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, 1, 8, resumed_at=0)
+    jsonl, said = tmp_path / "metrics.jsonl", list[str]()
+    lines = jsonl.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(lines[4]) | {key: wrong} for key in ("kind", "samples_seen", "loss") for wrong in ([], {}, None)]
+    rows += [json.loads(lines[4]) | {"samples_seen": wrong} for wrong in (True, -1, 1.5, 2**63, "x")]
+    damage = [json.dumps(row).encode() for row in rows]
+    damage += [lines[4].rstrip().replace(key, b"k") for key in (b"kind", b"samples_seen")]
+    damage += [b'{"kind": "train", "samp', b"[" * 200_000, b"\xff", b'["kind", "samples_seen"]', b"", lines[4][:-7]]
+    content = b"".join([*lines[:4], b"\n".join([*damage, b""]), *lines[5:7], b'{"kind": "eval", "samp'])
+    jsonl.write_bytes(content)
+    opened(tmp_path, 8, say=said.append).close()
+    assert jsonl.read_bytes() == b"".join([*lines[:4], *lines[5:7]])
+    (aside,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert aside.read_bytes() == content
+    assert said == [f"WARNING {jsonl}: {len(damage)} damaged lines are dropped; the file that had them is {aside}"]
+
+
+def test_what_cannot_be_written_beside_the_lines_is_given_up_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    (tmp_path / "trackers.json").mkdir()
+    said: list[str] = []
+    writer = opened(tmp_path, 0, trackers={"book": mock.Mock()}, say=said.append)
+    writer.write("train", 1, {"loss": 1.0})
+    writer.close()
+    assert seen(tmp_path) == [1]
+    assert "but in metrics.jsonl: TensorBoard, book (" in said[0]
+
+
+def test_tensorboard_shows_all_points_whatever_the_clocks_of_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for first, clock in ((1, now), (5, now + 7200), (9, now), (13, now - 7200)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        write(tmp_path, first, first + 5, resumed_at=first - 1)  # two points are measured again
+    assert board_points(tmp_path)["train/loss"] == [*range(1, 19)]
 
 
 def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
@@ -100,10 +135,10 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_
         writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
-        writer.picture("grid", end, np.zeros((2, 3, 3), np.uint8))
+        writer.image("grid", end, np.zeros((2, 3, 3), np.uint8))
         writer.close()
     assert [call.args[:2] for call in book.scalars.call_args_list] == [("train", samples) for samples in range(1, 10)]
-    assert [call.args[:2] for call in book.picture.call_args_list] == [("grid", 8), ("grid", 9)]
+    assert [call.args[:2] for call in book.image.call_args_list] == [("grid", 8), ("grid", 9)]
 
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import itertools
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.monitoring.attention import drawn_blocks
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
-from pretrain.monitoring.pictures import CELL, LINE, draw_grid, to_pixels
+from pretrain.monitoring.images import CELL, LINE, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
+from pretrain.run_folder import RunFolder
+from pretrain.run_log import RunLog
+from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, micro_batches, recipe, training, whole_weights, zero
 from tests.pretrain.test_resume import state
@@ -103,11 +107,10 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
         results = []
         for watched in (False, True):
             run = training(recipe(), zero_optimization=zero(stage))
-            run.monitor.norms.due = lambda watched=watched: watched
-            losses = go_on(run, 2)
+            losses = go_on(run, 2, measure_norms=watched)
             if watched:
                 show_everything(run, Path(folder) / str(stage))
-            losses += go_on(run, 2)
+            losses += go_on(run, 2, measure_norms=watched)
             results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
@@ -118,37 +121,43 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
 def show_everything(run: Any, folder: Path) -> None:
     """All that a run shows at a time, as its log and its evaluation ask for it."""
     first = dist.get_rank() == 0
-    metrics = None
+    log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), None, 100)
     if first:
         folder.mkdir()
         metrics = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=0)
-        run.monitor._request = folder / "show"
-        run.monitor._request.touch()
+        log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, 100)
+        log.folder.show.touch()
+    run.log = log
     before = torch.get_rng_state()
     batch = next(micro_batches(run.batch.micro_batch))
-    run.monitor.look(metrics, 16, {"step": 2})  # nothing was evaluated yet: nothing is shown
+    assert run.monitor.attention() is None, "nothing was evaluated yet"
     run.engine.eval()
-    run.monitor.keep(batch, batch.labels)
+    run.monitor.see_evaluation(batch, batch.labels)
     run.engine(batch.images)
     run.engine.train()
-    measured, asked = run.monitor.measure(run.meter.timer, steps=2, images_per_second=1.0, grad_norm=1.0)
-    assert asked, "a rank does not know that pictures were asked for"
-    assert measured.mfu is None
-    assert measured.memory_gib > 0.05
-    assert measured.seconds["total"] == pytest.approx(sum(measured.seconds[phase] for phase in PHASES), rel=1e-4)
-    run.monitor.look(metrics, 16, {"step": 2})
-    if metrics is not None:
-        run.monitor.requested()
-        assert not (folder / "show").exists()
-        run.monitor.see(batch)
-        run.monitor.show_batch(metrics, 16)
+    run.monitor.step_done()
+    interval = run.monitor.measure(global_batch=8, images_requested=log.images_requested())
+    assert interval.images_requested, "a rank does not know that images were requested"
+    assert interval.mfu is None
+    assert interval.memory_gib > 0.05
+    assert interval.seconds["total"] == pytest.approx(sum(interval.seconds[phase] for phase in PHASES), rel=1e-4)
+    attention = run.monitor.attention()
+    assert (attention is not None) is first
+    run._show_images()
+    assert not (first and log.folder.show.exists())
+    assert run.monitor.show_batch is first
+    if attention is not None:
+        log.attention(*attention, TrainState(step=2))
+        run.monitor.see_batch(batch)
+        assert run.monitor.training_images() is not None
+        assert run.monitor.training_images() is None
         metrics.close()
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
-    _, asked = run.monitor.measure(run.meter.timer, steps=1, images_per_second=1.0, grad_norm=1.0)
-    assert not asked
+    assert not run.monitor.measure(global_batch=8, images_requested=log.images_requested()).images_requested
     assert torch.equal(before, torch.get_rng_state())
+    run.monitor.reset()
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from pretrain.engine.engine import build_model
 from pretrain.engine.schedule import drop_path_uniforms
 from pretrain.monitoring.norms import norms_of, part_of
 from pretrain.recipe import Recipe
-from pretrain.train import train_step
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.stand_in import HostWaits
 from tests.pretrain.test_equality import (
@@ -48,10 +47,7 @@ def by_part(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def measured(run: Any) -> Any:
-    norm = run.engine.get_global_grad_norm()
-    return run.monitor.measure(
-        run.meter.timer, steps=1, images_per_second=1.0, grad_norm=None if norm is None else float(norm)
-    )[0]
+    return run.monitor.measure(global_batch=BATCH, images_requested=False)
 
 
 def equal_the_whole(control: dist.ProcessGroup) -> None:
@@ -71,7 +67,7 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
         run = training(recipe(ema={"decay": 0.9}), accumulation=2, **config)
         weights = whole_weights(run.engine)
         batches = micro_batches(run.batch.micro_batch)
-        train_step(run, batches)
+        run.train_step(batches, measure_norms=True)
         found = measured(run).norms
         expected = {f"gradient/{part}": norm for part, norm in by_part(gradients).items()}
         assert {name: value for name, value in found.items() if name in expected} == pytest.approx(
@@ -85,15 +81,14 @@ def equal_the_whole(control: dist.ProcessGroup) -> None:
             assert found[f"weight/{part}"] == pytest.approx(norm, rel=allowed), config
         reads = []
         for due in (False, True):
-            run.monitor.norms.due = lambda due=due: due
             with HostWaits() as waits:
-                train_step(run, batches)
+                run.train_step(batches, measure_norms=due)
             reads.append(len(waits.found))
         assert reads[1] == reads[0], f"a host waits for the norms: {config}"
         waits = (
             "offload_optimizer" in config["zero_optimization"]
         )  # where the host must decide, which counts: so it does
-        assert bool(reads[0]) is run.bad_steps.waits is waits, f"a host waits for its device in a good step: {config}"
+        assert bool(reads[0]) is run.nonfinite.waits is waits, f"a host waits for its device in a good step: {config}"
         second = measured(run).norms
         assert second.keys() == found.keys()
         assert second != found

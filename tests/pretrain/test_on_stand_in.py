@@ -13,9 +13,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.mixing import soft_targets
 from models import SemanticSoftmax, create_model, within_level
 from pretrain.evaluation.accuracy import _scores
-from pretrain.fault_tolerance.bad_steps import RUN_AHEAD
+from pretrain.fault_tolerance.nonfinite import RUN_AHEAD
 from pretrain.outcome import ExitCode
-from pretrain.train import train, train_step
 from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
 from tests.pretrain.test_equality import BATCH, CLASSES, micro_batches, recipe, training
 
@@ -31,15 +30,15 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 
 def no_step_waits() -> None:
     for stage, sections in CASES:
-        zero = {"stage": stage, "contiguous_gradients": False, "reduce_bucket_size": 5_000_000}  # as in ds_config.json
+        zero = {"stage": stage, "reduce_bucket_size": 5_000_000}  # as in ds_config.json
         run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE, zero_optimization=zero, **sections)
-        assert not run.bad_steps.waits
+        assert not run.nonfinite.waits
         steps = iter(batches_on_device(steps=4))
-        run.monitor._wants_batch = True
+        run.monitor.show_batch = True
         for _ in range(3):  # DeepSpeed's own timers begin with the third
-            train_step(run, steps)
+            run.train_step(steps)
         with HostWaits() as waits:
-            train_step(run, steps)
+            run.train_step(steps)
         assert not waits.found, (stage, sections, waits.found)
 
 
@@ -57,16 +56,16 @@ def test_no_step_lets_the_host_wait_for_its_device_at_any_stage_and_precision() 
 
 def the_loop_does_not_wait() -> None:
     run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE)
-    for due in ("profile", "evaluation_due", "probes_due", "checkpoint_due", "log_due"):
+    for due in ("evaluation_due", "probes_due", "checkpoint_due"):
         setattr(run, due, lambda: False)
+    run.log_due = lambda ahead=0: False
     asked: list[int] = []
-    run.note_steps = lambda *, but: asked.append(but)
-    run.train_loader = batches_on_device(steps=3)
-    run.stop = SimpleNamespace(at_step_boundary=lambda: run.progress.step >= 3, reason=str)
-    run.progress.train_seconds, run.total_steps, run.saved_at, run.done = 0.0, 9, 3 * BATCH, False
-    run.console, run.logbook, run.settle_save = mock.Mock(), mock.Mock(), mock.Mock()
+    run.handle_skipped_steps = lambda *, skip_last: asked.append(skip_last)
+    run.train_loader, run.profiler, run.watchdog.starting = batches_on_device(steps=3), None, False
+    run.stop = SimpleNamespace(at_step_boundary=lambda: run.state.step >= 3, reason=str)
+    run.state.saved_at, run.writer = 3 * BATCH, mock.Mock(busy=False)
     with HostWaits() as waits:
-        assert train(run) is ExitCode.STOPPED
+        assert run.train() is ExitCode.STOPPED
     assert asked == [RUN_AHEAD] * 3
     assert not waits.found, waits.found
 

@@ -3,12 +3,9 @@
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,10 +14,8 @@ import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from pretrain.evaluation.probes import Probed, Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
+from pretrain.evaluation.probes import Probes, ProbesEndedError, fit_linear, nearest, open_probe_sets
 from pretrain.recipe import ProbesSection
-from pretrain.run import Run
-from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import go_on, recipe, training, whole_weights, zero
 
@@ -70,10 +65,10 @@ def test_the_linear_probe_is_logistic_regression() -> None:
 
 
 def probes_of(run: Any, digits: Path, control: dist.ProcessGroup, **fields: Any) -> Probes:
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": torch.device("cpu"),
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "device": torch.device("cpu"),
              "on_bad_sample": None}  # fmt: skip
     section = ProbesSection(path=digits, every_epochs=1, **fields)
-    return Probes(section, open_probe_sets(section), run.recipe.data, batch_size=90, control=control, where=where)
+    return Probes(section, open_probe_sets(section), run.recipe.data, batch_size=90, control=control, place=place)
 
 
 def they_end_together(control: dist.ProcessGroup, digits: Path) -> None:
@@ -124,32 +119,3 @@ def test_losses_are_bit_identical_with_and_without_probes_and_answers_the_same_o
     assert answers[0]["samples"] == 360
     assert 70 < answers[0]["knn_top1"] < 100
     assert 70 < answers[0]["linear_top1"] < 100
-
-
-def test_stopped_probes_are_due_again_and_abandoned_ones_are_told_and_are_not() -> None:
-    """``Run``'s own methods on as much of a run as they need."""
-    section, result = ProbesSection(path="x", every_epochs=1), Probed(50.0, 60.0, 10)
-    outcomes = [ProbesEndedError("stopped"), ProbesEndedError("too late"), result]
-    run: Any = object.__new__(Run)
-    run.__dict__ |= {
-        "recipe": SimpleNamespace(probes=section, ema=None), "epoch_size": 100, "total_steps": 99,
-        "progress": TrainState(), "engine": None, "dtype": None, "optimizer_shards": None, "console": mock.Mock(),
-        "logbook": mock.Mock(), "meter": SimpleNamespace(excluded=nullcontext), "watchdog": mock.Mock(),
-        "probes": mock.Mock(section=section, run=mock.Mock(side_effect=outcomes)),
-    }  # fmt: skip
-    assert not run.probes_due()
-    run.progress.samples_seen, run.progress.step = 128, 2
-    assert run.probes_due()
-    run.probe()
-    assert run.probes_due(), "a stop leaves them undone"
-    run.console.say.assert_not_called()
-    run.probe()
-    assert not run.probes_due()
-    run.console.say.assert_called_once_with("WARNING probes abandoned after 10 minutes (probes.time_limit_minutes)")
-    run.logbook.result.assert_not_called()
-    run.progress.samples_seen = 256
-    assert run.probes_due()
-    run.probe()
-    assert run.logbook.result.call_args.args == ("probe", result)
-    run.progress.samples_seen, run.progress.step = 290, 99
-    assert run.probes_due(), "the end is always probed"

@@ -59,7 +59,7 @@ def write_run(run: Path, *, lr: float = 1e-3) -> Path:
     (run / "evaluation").mkdir()
     (run / "evaluation/x-val.json").write_text(json.dumps({"top1": 56.25, "per_class": classes}))
     with SummaryWriter(str(run / "tensorboard")) as board:
-        board.add_image("pictures/training", np.zeros((3, 4, 4)))
+        board.add_image("images/training", np.zeros((3, 4, 4)))
     return run
 
 
@@ -102,7 +102,7 @@ def test_two_runs_are_compared_with_events_images_and_differences(tmp_path: Path
     assert [len(trace["x"]) for trace in losses] == [40, 40]
     assert {trace["name"] for chart in curves for trace in chart} >= {str(tmp_path / "a"), f"{tmp_path / 'b'} average"}
     images = [attributes for tag, attributes in shown.elements if tag == "img"]
-    assert [one["alt"] for one in images] == ["pictures/training"] * 2
+    assert [one["alt"] for one in images] == ["images/training"] * 2
 
 
 def test_names_from_data_stay_text_and_nothing_is_loaded(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.fault_tolerance.spikes import NEEDED, LossLevel, write_spikes
-from pretrain.meter import Meter
+from pretrain.monitoring.monitor import Monitor
 from tests.pretrain.ranks import run_ranks
 
 BATCH = 8
@@ -69,20 +70,23 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
 
 
 def losses_are_global(control: dist.ProcessGroup) -> None:
-    meter, rank = Meter(torch.device("cpu")), dist.get_rank()
+    monitor, rank = Monitor.__new__(Monitor), dist.get_rank()
+    monitor._device, monitor.timer = torch.device("cpu"), mock.Mock()
+    monitor.reset()
     for step in range(3):
         for part in range(2):
-            meter.add({"loss": torch.tensor(float(10 * step + 4 * part + rank))})
-        meter.steps += 1
-    means = meter.means()
-    assert meter.step_losses == [2.5, 12.5, 22.5]  # over two micro-batches and two ranks
+            monitor.add({"loss": torch.tensor(float(10 * step + 4 * part + rank))})
+        monitor.step_done()
+    means, step_losses = monitor.means()
+    assert step_losses == [2.5, 12.5, 22.5]  # over two micro-batches and two ranks
     assert means == {"loss": 12.5}
-    meter.reset()
-    meter.add({"loss": torch.tensor(math.nan if rank else 1.0)})
-    meter.steps += 1
-    assert meter.means() == {"loss": 1.0}
-    assert math.isnan(meter.step_losses[0])
+    monitor.reset()
+    monitor.add({"loss": torch.tensor(math.nan if rank else 1.0)})
+    monitor.step_done()
+    means, step_losses = monitor.means()
+    assert means == {"loss": 1.0}
+    assert math.isnan(step_losses[0])
 
 
-def test_the_meter_keeps_every_steps_loss_over_the_global_batch() -> None:
+def test_the_monitor_keeps_every_steps_loss_over_the_global_batch() -> None:
     run_ranks(2, losses_are_global)

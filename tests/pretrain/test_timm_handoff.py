@@ -1,4 +1,4 @@
-"""A hand-off as one of timm's models: the same numbers, and timm's data configuration knows its input."""
+"""A hand-off as one of timm's models: the same numbers, and timm's data configuration has its input."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tests.pretrain.handoffs import hand_off
 def written(folder: Path, name: str, *, classes: int, size: int, **overrides: Any) -> Path:
     torch.manual_seed(0)
     model = create_model(name, num_classes=classes, image_size=size, **overrides)
-    data = {"path": "d", "image_size": size, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "eval_crop_ratio": 1.0}
+    data = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "eval_crop_ratio": 1.0}
     return hand_off(folder, model, input=data | {"interpolation": "bilinear"})
 
 

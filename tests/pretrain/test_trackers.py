@@ -26,7 +26,7 @@ writer = MetricsWriter(run / "metrics.jsonl", run / "tensorboard", samples_seen=
 for samples in range(start + 1, end + 1):
     writer.write("train", samples, {"loss": 1 / samples, "grad_norm": float("nan")})
     writer.write("norms", samples, {"gradient/stage1": 2.0})
-writer.picture("pictures/training", end, np.full((20, 30, 3), 100, np.uint8))
+writer.image("images/training", end, np.full((20, 30, 3), 100, np.uint8))
 writer.text("run/recipe", end, "name: demo")
 writer.flush()
 if dies:
@@ -80,7 +80,7 @@ def test_wandb_has_each_point_and_picture_once_though_the_run_was_killed(
     for name in ("train/loss", "norms/gradient/stage1"):
         assert [int(row["samples_seen"]) for row in rows if name in row] == [*range(1, 13)]
     assert [float(row["train/loss"]) for row in rows if "train/loss" in row] == [1 / n for n in range(1, 13)]
-    assert [int(row["samples_seen"]) for row in rows if "pictures/training.path" in row] == [8, 12]
+    assert [int(row["samples_seen"]) for row in rows if "images/training.path" in row] == [8, 12]
     assert len({name.name.split("-")[-1] for name in (run / "wandb").glob("offline-run-*")}) == 1, "two runs"
 
 

@@ -358,10 +358,10 @@ def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: P
 def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_cluster: Maker, digits: Path) -> None:
     run = on_cluster(4)
     run.cluster.ask("scontrol", "update", f"NodeName={run.cluster.names[3]}", "State=DRAIN", "Reason=test")
-    # The stage is frozen as it was written, and chosen on the nodes by the ranks that there are.
-    changed = changes(deepspeed__train_batch_size=16, deepspeed__zero_optimization__stage="auto")
+    # The micro-batch is frozen as it was written, and chosen on the nodes by the ranks that there are.
+    changed = changes(deepspeed__train_batch_size=16)
     plan = run.launch(digits, "--min-nodes", "1", *changed, nodes=4)
-    assert json.loads((run.folder / "slurm/ds_config.json").read_text())["zero_optimization"]["stage"] == "auto"
+    assert json.loads((run.folder / "slurm/ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == "auto"
     assert "a restart also takes 1 or 2 nodes" in plan
     run.wait_for_step(1)
     (chapter,) = run.chapters()

@@ -83,9 +83,9 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
     folder = SlurmFolder(tmp_path / "demo")
     door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     door.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import assemble, main\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import claim, main\n"
         "from pretrain.fault_tolerance.signals import StopFlag\n"
-        "assemble.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
+        "claim.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     folder.run.mkdir()
     with (folder.run / ".lock").open("a") as former:

@@ -19,14 +19,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch.distributed as dist  # noqa: E402
 
-from pretrain import main, train  # noqa: E402
+from pretrain import losses, main  # noqa: E402
 from pretrain.fault_tolerance.signals import StopFlag, watch_launcher  # noqa: E402
 
 local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
 words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 told = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: not word.startswith("--"), words))
 arguments = words[len(told) :]
-original = train.micro_batch_loss
+original = losses.TrainingLoss.__call__
 flag = StopFlag()
 
 
@@ -37,8 +37,8 @@ def hits(kind, step):
     return last and any(int(span[0]) <= step <= int(span[-1]) for span in spans)
 
 
-def instructed(run, batch):
-    step = run.progress.step + 1
+def instructed(compute, batch, state):
+    step = state.step + 1
     if "digests" in told:
         with (Path(told["digests"]) / f"{dist.get_world_size()}-{dist.get_rank()}.txt").open("a") as lines:
             for row, image, label in zip(batch.rows, batch.images, batch.labels, strict=True):
@@ -50,10 +50,10 @@ def instructed(run, batch):
         os.kill(os.getpid(), signal.SIGSTOP)
     if hits("raise", step):
         raise RuntimeError("an injected fault")
-    loss, parts = original(run, batch)
+    loss, parts = original(compute, batch, state)
     return (loss * float("nan") if hits("nan", step) else loss), parts
 
 
-train.micro_batch_loss = instructed
+losses.TrainingLoss.__call__ = instructed
 watch_launcher(flag)
 sys.exit(main.main(flag, arguments))

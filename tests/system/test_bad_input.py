@@ -1,4 +1,4 @@
-"""What a person gets wrong: one clear line, the exit status for "will fail again", no traceback."""
+"""Wrong input: one clear line, the exit status for "will fail again", no traceback."""
 
 import shutil
 import signal
@@ -27,10 +27,10 @@ def error_of(folder: Path, *arguments: str, ranks: int = 0) -> str:
     return lines[0]
 
 
-def test_help_explains_itself() -> None:
+def test_the_help_lists_arguments_exit_statuses_and_fields() -> None:
     command = [sys.executable, "pretrain/main.py", "--help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for word in ("--recipe", "--deepspeed_config", "--set", "resumes", "exit status", "optimizer.lr (required)"):
+    for word in ("--recipe", "--deepspeed_config", "--set", "resumes", "exit status", "optimizer.lr: a number > 0"):
         assert word in text
 
 

@@ -26,7 +26,8 @@ FP16 = changes(
 
 @pytest.mark.parametrize("precision", [BF16, FP16], ids=["bf16", "fp16"])
 def test_a_run_stopped_on_a_gpu_resumes_bit_for_bit(precision: list[str], tmp_path: Path, digits: Path) -> None:
-    fields = changes(data__path=digits, schedule__epochs=0.9, log_every_steps=1, ema__decay=0.9, mixing__mixup=0.8)
+    fields = changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.3, log_every_steps=1)
+    fields += changes(ema__decay=0.9, mixing__mixup=0.8)
     fields += [*precision, *changes(deterministic="true")]
     with launched(tmp_path / "straight", *fields, ranks=1, gpu=True) as run:
         assert run.end() == ExitCode.FINISHED, run.output()

@@ -93,7 +93,7 @@ def test_a_finished_run_is_whole_and_a_second_start_does_nothing(straight: Path,
 Start = tuple[int, int, list[str]]
 """Ranks, the stage that they must have, and what is said of it."""
 AT_1: list[str] = []  # as `short` has it
-AUTO = changes(deepspeed__zero_optimization__stage="auto")
+AT_0 = changes(deepspeed__zero_optimization__stage=0)
 OFFLOADED = changes(deepspeed__zero_optimization__offload_optimizer__device="cpu")
 
 
@@ -102,8 +102,8 @@ OFFLOADED = changes(deepspeed__zero_optimization__offload_optimizer__device="cpu
     [
         ("SIGTERM to the launcher", (2, 1, AT_1), (2, 1, AT_1)),
         ("SIGKILL of a rank", (2, 1, AT_1), (2, 1, AT_1)),
-        ("Ctrl-C on the terminal", (2, 1, AT_1), (4, 0, AUTO)),
-        ("SIGKILL of the launcher's half that starts the ranks", (2, 0, AUTO), (1, 1, [*AUTO, *OFFLOADED])),
+        ("Ctrl-C on the terminal", (2, 1, AT_1), (4, 0, AT_0)),
+        ("SIGKILL of the launcher's half that starts the ranks", (2, 0, AT_0), (1, 1, OFFLOADED)),
     ],
     ids=["SIGTERM", "SIGKILL of a rank", "Ctrl-C, stage 1 to 0", "SIGKILL of the launcher, stage 0 to 1"],
 )
@@ -138,7 +138,6 @@ def test_ended_in_the_middle_it_resumes_where_it_was_and_the_curve_goes_on(
         text = resumed.output()
         resumed.assert_no_rank_stays()
     assert f"ZeRO stage {next_stage}, fp32" in text
-    assert text.count("ZeRO stage: ") == (resumed_by != AT_1), "told once where it was chosen, else not at all"
     assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == next_stage
     first = int(text.split("at step ")[1].split()[0])
     assert first >= (6 if crashed else 8), text

@@ -35,8 +35,8 @@ def run_with_faults(folder: Path, digits: Path, fault: str, **fields: object) ->
 
 
 BAD_NUMBERS = {
-    "schedule__epochs": 0.9, "checkpoint__every_steps": 4, "ema__decay": 0.9, "bad_numbers__skipped_steps": 3,
-    "bad_numbers__rollbacks": 1,
+    "schedule__epochs": 0.9, "schedule__warmup_epochs": 0.9, "checkpoint__every_steps": 4, "ema__decay": 0.9,
+    "bad_numbers__skipped_steps": 3, "bad_numbers__rollbacks": 1,
 }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_the_reason_of_the_rank_that_failed_first_is_the_runs(tmp_path: Path, di
 def test_two_checkpoints_that_cannot_be_written_end_the_run_and_it_starts_again_with_space(
     tmp_path: Path, digits: Path
 ) -> None:
-    fields = changes(data__path=digits, schedule__epochs=0.9, checkpoint__every_steps=6)
+    fields = changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.9, checkpoint__every_steps=6)
     with launched(tmp_path, *fields, file_size_limit=500_000) as run:  # a rank's file has several megabytes
         assert run.end() == ExitCode.WILL_FAIL_AGAIN, run.output()
         run.assert_no_rank_stays()

@@ -38,7 +38,7 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
         assert [point.value for point in points] == pytest.approx([row[field] for row in rows], rel=1e-5)
         assert len({row["samples_seen"] for row in rows}) == len(rows) > 1
     for image in ("training", "attention"):
-        assert board.Images(name, f"pictures/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
+        assert board.Images(name, f"images/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
     for title, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
         events = board.Tensors(name, f"run/{title}/text_summary")
         texts = [event.tensor_proto.string_val[0].decode() for event in events]
@@ -53,7 +53,7 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
 def test_chosen_steps_of_all_ranks_are_profiled_and_the_summary_says_where_their_time_went(
     tmp_path: Path, digits: Path
 ) -> None:
-    fields = changes(data__path=digits, schedule__epochs=0.2, log_every_steps=1)
+    fields = changes(data__path=digits, schedule__epochs=0.2, schedule__warmup_epochs=0, log_every_steps=1)
     with launched(tmp_path, *fields, "--profile", "2:3", "--profile-ranks", "all") as run:
         assert run.end() == ExitCode.FINISHED, run.output()
         assert run.output().count("profile of steps 2 to 3: ") == 1

@@ -1,4 +1,4 @@
-"""Pictures for eyes: training pictures with their labels, and attention laid over pictures."""
+"""Draws training images with their labels, and attention laid over images."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Pixels = NDArray[np.uint8]
 """(height, width, 3)."""
 COLUMNS = 8
 CELL = 112
-"""Side of a drawn picture in pixels, whatever its own."""
+"""Side of a drawn image in pixels, whatever its own."""
 LINE = 16
 """Height of a line of text in pixels."""
 SHADES = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float32)
@@ -21,17 +21,17 @@ SHADES = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], 
 
 
 def to_pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> list[Pixels]:
-    """What the network is fed, (m, 3, H, W) normalised, as pictures again."""
+    """What the network is fed, (m, 3, H, W) normalized, as pixels again."""
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
     plain = (images.float().cpu() * scale + shift).nan_to_num().clamp(0, 1)
     return list((255 * plain).round().byte().permute(0, 2, 3, 1).numpy())
 
 
-def draw_grid(pictures: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
-    """Pictures beside and below each other, each with a line of text below it; 8 in a row."""
-    columns = min(COLUMNS, len(pictures))
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(pictures) / columns) * (CELL + LINE)), "white")
-    for index, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
+def draw_grid(images: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
+    """Draw images in rows of 8, each with a line of text below it."""
+    columns = min(COLUMNS, len(images))
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(images) / columns) * (CELL + LINE)), "white")
+    for index, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = index % columns * CELL, index // columns * (CELL + LINE)
         sheet.paste(_cell(pixels), (x, y))
         _write(sheet, (x, y + CELL), caption)
@@ -40,24 +40,24 @@ def draw_grid(pictures: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Where one block of the network looks, averaged over heads, for each of m pictures."""
+    """Where one block of the network looks, averaged over heads, for each of m images."""
 
     title: str
     everywhere: NDArray[np.float32]
     """(m, h, w) over the key grid: attention that a place is paid by all queries together."""
     middle: NDArray[np.float32]
-    """(m, h, w): attention that it is paid by the query in the picture's middle."""
+    """(m, h, w): attention that it is paid by the query in the image's middle."""
 
 
-def draw_attention(pictures: Sequence[Pixels], maps: Sequence[BlockMap]) -> Pixels:
-    """A row a picture and kind of map, a column a block; each map has its own scale, from none to its highest value.
+def draw_attention(images: Sequence[Pixels], maps: Sequence[BlockMap]) -> Pixels:
+    """A row for each image and kind of map, a column for each block; each map is scaled to its highest value.
 
-    The first column has the pictures, the middle query's place marked where its attention is what the row shows.
+    The first column has the images, the middle query's place marked where its attention is what the row shows.
     """
-    sheet = Image.new("RGB", ((len(maps) + 1) * CELL, LINE + 2 * len(pictures) * CELL), "white")
+    sheet = Image.new("RGB", ((len(maps) + 1) * CELL, LINE + 2 * len(images) * CELL), "white")
     for column, block in enumerate(maps):
         _write(sheet, ((column + 1) * CELL, 0), block.title)
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         for kind in range(2):
             y = LINE + (2 * number + kind) * CELL
             plain = _cell(pixels)

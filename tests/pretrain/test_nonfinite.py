@@ -12,13 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.fault_tolerance.bad_steps import (
-    RUN_AHEAD,
-    BadSteps,
-    clip_tensors_by_global_norm,
-    mask_nan_or_inf_with_val_inplace,
-)
-from pretrain.train import train_step
+from pretrain.deepspeed_compat import clip_tensors_by_global_norm, mask_nan_or_inf_with_val_inplace
+from pretrain.fault_tolerance.nonfinite import RUN_AHEAD, NonFiniteSteps
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_equality import micro_batches, recipe, training, zero
 from tests.pretrain.test_resume import state
@@ -56,28 +51,28 @@ def test_the_host_asks_a_gpu_only_how_a_step_went_that_it_is_two_ahead_of(monkey
             return self.as_subclass(torch.Tensor)
 
     monkeypatch.setattr(torch.cuda, "Event", event)
-    steps = BadSteps.__new__(BadSteps)
+    steps = NonFiniteSteps.__new__(NonFiniteSteps)
     steps.waits, steps._flags = False, collections.deque()
     answers = []
     for step in range(1, 7):
-        steps._bad = torch.tensor(float(step == 3)).as_subclass(OnGpu)
+        steps._nonfinite = torch.tensor(float(step == 3)).as_subclass(OnGpu)
         steps.note_step()
-        answers.append(steps.settled(but=RUN_AHEAD))
+        answers.append(steps.skipped(skip_last=RUN_AHEAD))
         assert [one.synchronize.called for one in events] == [made <= step - RUN_AHEAD for made in range(1, step + 1)]
     assert answers == [[], [], [False], [False], [True], [False]]
-    assert steps.settled() == [False, False]
+    assert steps.skipped() == [False, False]
 
 
 def test_fp16s_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 itself needs a GPU; its scaler does not."""
     from deepspeed.runtime.fp16 import loss_scaler
 
-    def begin(scale: int) -> tuple[Any, BadSteps]:
+    def begin(scale: int) -> tuple[Any, NonFiniteSteps]:
         scaler = loss_scaler.DynamicLossScaler(
             scale, scale_window=4, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
         )
         zero = SimpleNamespace(loss_scaler=scaler, optimizer=SimpleNamespace(defaults={}))
-        return scaler, BadSteps(mock.Mock(optimizer=zero, zero_optimization_stage=lambda: 1))
+        return scaler, NonFiniteSteps(mock.Mock(optimizer=zero, zero_optimization_stage=lambda: 1))
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
     (scaler, first), (other, second) = begin(2**8), begin(2**16)
@@ -117,16 +112,16 @@ def bad_step_changes_nothing(control: dist.ProcessGroup) -> None:
     for chosen, config in cases:
         run = training(chosen, **config)
         batches = micro_batches(run.batch.micro_batch)
-        train_step(run, batches)
+        run.train_step(batches)
         before = state_of(run)
         good = next(batches)
         bad = dataclasses.replace(good, images=good.images * (math.nan if last else 1.0))
-        train_step(run, iter([bad]))
+        run.train_step(iter([bad]))
         assert all(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True)), (chosen.optimizer, config)
-        assert run.bad_steps.settled() == [False, True], config
-        train_step(run, batches)
+        assert run.nonfinite.skipped() == [False, True], config
+        run.train_step(batches)
         after = state_of(run)
-        assert run.bad_steps.settled() == [False], config
+        assert run.nonfinite.skipped() == [False], config
         assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), config
         assert all(tensor.isfinite().all() for tensor in after), config
 

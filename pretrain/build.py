@@ -1,0 +1,253 @@
+"""From a checked recipe to a trainer that is ready for its first step."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import EvalLoader, TrainLoader
+from pretrain.checkpoints.checkpoint import load_newest
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
+from pretrain.checkpoints.writer import CheckpointWriter, Retention
+from pretrain.claim import claim
+from pretrain.console import RunConsole
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.distributed import Rank, first_of_node_checks, first_rank_decides, new_cpu_group
+from pretrain.engine.engine import build_engine, build_model
+from pretrain.engine.precision import input_dtype
+from pretrain.engine.schedule import Schedule, draw_step
+from pretrain.evaluation.probes import Probes, open_probe_sets
+from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
+from pretrain.fault_tolerance.signals import StopFlag
+from pretrain.fault_tolerance.spikes import LossLevel
+from pretrain.fault_tolerance.stop import StopAgreement
+from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog
+from pretrain.handoff.initialize import Beginning, begin, share_weights
+from pretrain.losses import Classification, TrainingLoss
+from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.profile import StepProfiler
+from pretrain.monitoring.sinks import check_trackers, open_trackers
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder, checkpoint_facts
+from pretrain.run_log import RunLog, RunStatus
+from pretrain.run_state import RunState
+from pretrain.startup import StartUp
+from pretrain.state import TrainState
+from pretrain.trainer import Trainer
+
+
+def build_trainer(
+    recipe: Recipe,
+    resolved: ResolvedDeepSpeed,
+    folder: RunFolder,
+    *,
+    rank: Rank,
+    device: torch.device,
+    flag: StopFlag,
+    control: dist.ProcessGroup,
+    watchdog: Watchdog,
+    status: RunStatus,
+    startup: StartUp,
+    profile: tuple[int, int] | None = None,
+    profile_this_rank: bool = False,
+    verbose: bool = False,
+) -> Trainer:
+    """Open the data, build network and engine, load the newest checkpoint, start the loaders. Collective.
+
+    Args:
+        recipe: of the run.
+        resolved: DeepSpeed's configuration.
+        folder: of the run.
+        rank: of this process.
+        device: of this rank.
+        flag: set when the run shall stop.
+        control: CPU group of all ranks for small objects.
+        watchdog: of this rank.
+        status: of the run; this attempt owns it as soon as the folder is claimed.
+        startup: times the phases.
+        profile: first and last step to profile.
+        profile_this_rank: whether this rank does it.
+        verbose: let DeepSpeed print what it wants.
+
+    Raises:
+        UserError: recipe, run folder or checkpoints do not fit together.
+        DataError: the dataset is missing or damaged.
+        StorageError: storage or network failed.
+    """
+    check_trackers(recipe.watch.sinks)
+    train_set, val_set, probe_sets = _open_datasets(recipe, rank, control)
+    fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
+    classification = Classification(recipe.loss, recipe.mixing, train_set.class_ids, device)
+    startup.end("data")
+    model = build_model(recipe, train_set.num_classes)
+
+    def claim_folder() -> tuple[RunState, Beginning]:
+        return claim(
+            folder,
+            recipe,
+            resolved.config,
+            {"dataset": _describe_dataset(train_set, classification)},
+            fingerprints,
+            rank=rank,
+            begin=partial(begin, folder, model, recipe, train_set),
+        )
+
+    run_state, beginning = first_rank_decides(control, claim_folder)
+    status.run_state, folder.locked = run_state, True
+    if beginning.initialized:
+        share_weights(model, device)
+    engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
+    startup.end("engine")
+    shards = OptimizerShards(engine, average=recipe.ema is not None)
+    loaded = load_newest(folder.checkpoints, shards, group=control)
+    state, warnings = (loaded[0].loaded(), loaded[1]) if loaded else (TrainState(), [])
+    startup.end("checkpoint")
+    nonfinite = NonFiniteSteps(engine)
+    nonfinite.set_loss_scale(state.loss_scale)
+    schedule = Schedule(recipe, len(train_set), resolved.batch.global_batch)
+    run_state.total_steps = schedule.total_steps
+    console = RunConsole(
+        enabled=rank.is_first,
+        total_steps=schedule.total_steps,
+        first_step=state.step,
+        global_batch=resolved.batch.global_batch,
+    )
+    for line in (*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {warning}" for warning in warnings)):
+        console.say(line)
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    batch = resolved.batch
+    console.say(
+        f"{recipe.model.name}: {parameters:,} parameters; {recipe.data.path}: {len(train_set):,} train, "
+        f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
+        f"{batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}; ZeRO stage {resolved.stage}, "
+        f"{resolved.precision}, {device.type}"
+    )
+    if loaded:
+        console.say(
+            f"resuming {folder.path} at step {state.step} of {schedule.total_steps}, {state.samples_seen:,} images seen"
+        )
+    place: dict[str, Any] = {
+        "rank": rank.rank,
+        "world_size": rank.world_size,
+        "device": device,
+        "local_ranks": rank.local_world_size,
+        "on_bad_sample": partial(folder.append_bad_sample, rank=rank.rank),
+    }
+    metrics = _open_metrics(recipe, folder, state, console) if rank.is_first else None
+    log = RunLog(folder, status, console, metrics, len(train_set))
+    log.start(state, warnings)
+    dtype = input_dtype(resolved.precision)
+    loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=len(train_set))
+    monitor = Monitor(
+        engine,
+        shards,
+        device=device,
+        precision=resolved.precision,
+        attention_images=recipe.watch.attention_images,
+        data=recipe.data,
+        class_names=train_set.class_names,
+        show_batch=rank.is_first and not state.step,
+    )
+    writer = CheckpointWriter(
+        folder.checkpoints,
+        shards,
+        retention=Retention(recipe.checkpoint.keep, recipe.checkpoint.keep_every_steps, recipe.checkpoint.keep_best),
+        facts=checkpoint_facts(recipe, fingerprints, beginning.origin),
+        group=new_cpu_group(60 * recipe.watchdog.start_minutes + REPORT_FIRST_S),
+        say=console.say,
+    )
+    profiler = None
+    if profile is not None:
+        profiler = StepProfiler(
+            profile,
+            step=state.step,
+            total_steps=schedule.total_steps,
+            folder=folder.profile,
+            rank=rank.rank,
+            device=device,
+        )
+    probes, size = None, recipe.evaluation.batch_size
+    if recipe.probes is not None and probe_sets is not None:
+        probes = Probes(recipe.probes, probe_sets, recipe.data, batch_size=size, control=control, place=place)
+    trainer = Trainer(
+        recipe=recipe,
+        schedule=schedule,
+        batch=resolved.batch,
+        engine=engine,
+        dtype=dtype,
+        optimizer_shards=shards,
+        loss=loss,
+        nonfinite=nonfinite,
+        train_loader=TrainLoader(
+            train_set,
+            recipe.data,
+            seed=recipe.seed,
+            global_batch=resolved.batch.global_batch,
+            micro_batch=resolved.batch.micro_batch,
+            start_sample=state.samples_seen,
+            start_step=state.step,
+            draw=partial(draw_step, recipe, model),
+            **place,
+        ),
+        eval_loader=EvalLoader(val_set, recipe.data, batch_size=size, **place),
+        probes=probes,
+        writer=writer,
+        monitor=monitor,
+        loss_level=LossLevel(),
+        log=log,
+        stop=StopAgreement(flag, control),
+        watchdog=watchdog,
+        startup=startup,
+        profiler=profiler if profile_this_rank else None,
+        state=state,
+    )
+    startup.end("data")
+    return trainer
+
+
+def _open_datasets(
+    recipe: Recipe, rank: Rank, control: dist.ProcessGroup
+) -> tuple[Dataset, Dataset, tuple[Dataset, Dataset] | None]:
+    """Training split, validation split, and both of the probes' set. Collective."""
+    data, probes = recipe.data, recipe.probes
+
+    def open_all(check_files: bool) -> tuple[Dataset, Dataset, tuple[Dataset, Dataset] | None]:
+        return (
+            Dataset.open(data.path, data.train_split, data.cache, check_files=check_files),
+            Dataset.open(data.path, data.val_split, data.cache, check_files=check_files),
+            None if probes is None else open_probe_sets(probes, check_files=check_files),
+        )
+
+    return first_of_node_checks(rank, control, open_all)
+
+
+def _describe_dataset(train_set: Dataset, classification: Classification) -> dict[str, Any]:
+    """What ``environment.json`` records of the training split."""
+    return {
+        "name": train_set.name,
+        "fingerprint": train_set.fingerprint,
+        "samples": len(train_set),
+        "class_names": list(train_set.class_names),
+        "class_ids": list(train_set.class_ids),
+        "class_levels": None if classification.levels is None else classification.levels.tolist(),
+    }
+
+
+def _open_metrics(recipe: Recipe, folder: RunFolder, state: TrainState, console: RunConsole) -> MetricsWriter:
+    """Continue the metrics behind what the checkpoint has seen."""
+    return MetricsWriter(
+        folder.metrics,
+        folder.tensorboard,
+        samples_seen=state.samples_seen,
+        done={
+            "eval": state.evaluated_at,
+            "eval_average": state.evaluated_at,
+            "attention": state.evaluated_at,
+            "probe": state.probed_at,
+        },
+        trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+        say=console.say,
+    )

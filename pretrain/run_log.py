@@ -1,0 +1,167 @@
+"""What a run reports: lines on the console, measurements, events and ``run.json``."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.console import RunConsole
+from pretrain.evaluation.accuracy import Evaluation
+from pretrain.evaluation.probes import Probed
+from pretrain.events import EventName, write_event, write_start
+from pretrain.fault_tolerance.spikes import Spike, write_spikes
+from pretrain.metrics import MetricsWriter
+from pretrain.monitoring.bad_samples import BadSampleCount
+from pretrain.run_folder import RunFolder
+from pretrain.run_state import RunState, State
+from pretrain.state import TrainState
+
+
+class RunStatus:
+    """Writes ``run.json`` on rank 0, and the reason of a failure on the rank that fails first.
+
+    Args:
+        folder: of the run.
+        first: whether this is rank 0.
+    """
+
+    def __init__(self, folder: RunFolder, *, first: bool) -> None:
+        self._folder, self._first = folder, first
+        self.run_state: RunState | None = None
+        """Of this attempt, from when it has claimed the folder."""
+        self.state: TrainState | None = None
+        """Where the run is, once that is known."""
+
+    def write(self, status: State, reason: str = "") -> None:
+        """Replace ``run.json``.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._first and self.run_state is not None:
+            self.run_state.state, self.run_state.reason = status, reason
+            if self.state is not None:
+                self.run_state.step, self.run_state.samples_seen = self.state.step, self.state.samples_seen
+            self._folder.write_state(self.run_state)
+
+    def fail(self, reason: str) -> bool:
+        """Record in ``run.json`` why the run fails: the reason of the rank that fails first.
+
+        Returns:
+            whether this is the first.
+        """
+        self.write("running")  # where it is
+        return self._folder.note_failure(reason)
+
+
+class RunLog:
+    """Writes rank 0's record of a run; on other ranks it does nothing. A full disk stops no training.
+
+    Args:
+        folder: of the run.
+        status: of the run.
+        console: prints on rank 0.
+        metrics: on rank 0, else None.
+        epoch_size: images in the training split.
+    """
+
+    def __init__(
+        self, folder: RunFolder, status: RunStatus, console: RunConsole, metrics: MetricsWriter | None, epoch_size: int
+    ) -> None:
+        self.folder, self.status, self.console = folder, status, console
+        self.say = console.say
+        self._metrics, self._epoch_size = metrics, epoch_size
+        self._bad_samples = BadSampleCount(folder.bad_samples)
+        self._described = False
+        """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
+
+    def start(self, state: TrainState, passed_over: Iterable[str]) -> None:
+        """Record the start of this attempt, where it starts, and the damaged checkpoints that were passed over."""
+        self.status.state, run_state = state, self.status.run_state
+        if self._metrics is not None and run_state is not None:
+            run_state.step, run_state.samples_seen = state.step, state.samples_seen
+            write_start(self.folder.events, run_state, self.folder.read_state())
+            for warning in passed_over:
+                self.event("checkpoint passed over", warning, state)
+            self.status.write("running")
+
+    def interval(
+        self, state: TrainState, losses: dict[str, float], rows: dict[str, dict[str, float]], image: NDArray | None
+    ) -> None:
+        """Write an interval of training.
+
+        Args:
+            state: after it.
+            losses: shown on the console and written as "train" with counters of the run.
+            rows: further measurements by kind; those of "train" are added to the losses.
+            image: the training images of the interval, drawn, if there are any.
+        """
+        self.console.log_metrics(state.step, state.samples_seen / self._epoch_size, losses)
+
+        def write(metrics: MetricsWriter) -> None:
+            restarts = self.status.run_state.restarts if self.status.run_state else 0
+            counts = {"bad_samples": self._bad_samples(), "restarts": restarts}
+            for kind, values in (rows | {"train": losses | rows.get("train", {}) | counts}).items():
+                metrics.write(kind, state.samples_seen, self._position(state) | values)
+            if image is not None:
+                metrics.image("images/training", state.samples_seen, image)
+            if not self._described:
+                metrics.describe_run(state.samples_seen)
+                self._described = True
+            self.status.write("running")
+
+        self._guarded(write)
+
+    def result(self, kind: str, result: Evaluation | Probed, seconds: float, state: TrainState) -> None:
+        """Write the result of an evaluation or of probes, and how long they took."""
+        self.say(f"{kind}  epoch {state.samples_seen / self._epoch_size:.2f}  {result}")
+        values = self._position(state) | asdict(result) | {"seconds": round(seconds, 3)}
+        self._guarded(lambda metrics: metrics.write(kind, state.samples_seen, values))
+
+    def attention(self, numbers: dict[str, float] | None, drawing: NDArray[np.uint8], state: TrainState) -> None:
+        """Write the drawn attention, and its numbers where they belong to an evaluation."""
+
+        def write(metrics: MetricsWriter) -> None:
+            if numbers is not None:
+                metrics.write("attention", state.samples_seen, self._position(state) | numbers)
+            metrics.image("images/attention", state.samples_seen, drawing)
+
+        self._guarded(write)
+
+    def spikes(self, spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]) -> None:
+        """Write the steps whose loss was far above the level; ``samples`` is that of ``TrainLoader``."""
+        if self._metrics is not None:
+            write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
+
+    def images_requested(self) -> bool:
+        """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
+        return self._metrics is not None and self.folder.show.exists()
+
+    def clear_image_request(self) -> None:
+        """Remove that file."""
+        self._guarded(lambda _: self.folder.show.unlink(missing_ok=True))
+
+    def event(self, name: EventName, text: str, state: TrainState) -> None:
+        """Add a line to ``events.jsonl``."""
+        position = {"step": state.step, "samples_seen": state.samples_seen}
+        self._guarded(lambda _: write_event(self.folder.events, name, text=text, **position))
+
+    def flush(self) -> None:
+        """Bring to disk what was written so far."""
+        self._guarded(lambda metrics: metrics.flush())
+
+    def close(self) -> None:
+        """Flush, and restore the terminal."""
+        self.console.close()
+        self._guarded(lambda metrics: metrics.close())
+
+    def _position(self, state: TrainState) -> dict[str, float]:
+        return {"step": state.step, "epoch": round(state.samples_seen / self._epoch_size, 4)}
+
+    def _guarded(self, write: Callable[[MetricsWriter], None]) -> None:
+        if self._metrics is not None:
+            try:
+                write(self._metrics)
+            except OSError as error:
+                self.say(f"WARNING metrics or state could not be written: {error}")
