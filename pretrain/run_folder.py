@@ -125,8 +125,8 @@ class RunFolder:
         batch = deepspeed.get("train_batch_size")
         if not isinstance(batch, int):
             raise UserError(
-                f"train_batch_size must be given as a number, got {batch!r}: {self.path} continues only with the global "
-                f"batch that it has, {before.get('train_batch_size')}"
+                f"train_batch_size must be given as a number, got {batch!r}: {self.path} continues only with its "
+                f"global batch, {before.get('train_batch_size')}"
             )
         lines += [
             f"{key}: {before.get(key)} -> {deepspeed.get(key)}"
