@@ -11,6 +11,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,10 +41,17 @@ def check_version() -> None:
 
 
 def skip_op_compilation() -> None:
-    """Keep DeepSpeed from compiling kernels: on a CPU a shared-memory all-reduce, a minute on every rank."""
+    """Keep DeepSpeed from compiling kernels: on a CPU a shared-memory all-reduce, a minute on every rank.
+
+    Muon, which no recipe can ask for, is replaced by an empty class: ZeRO imports it to compare the optimizer with it,
+    and with it come torch._dynamo and torch._inductor, seconds on every rank.
+    """
     import deepspeed  # noqa: PLC0415 - slow to import
 
     deepspeed.ops.__compatible_ops__ = {}
+    muon = ModuleType("deepspeed.runtime.zero.muon.original_muon")
+    vars(muon).update(MuonWithAuxAdam=type("MuonWithAuxAdam", (), {}), adam_update=None, muon_update=None)
+    sys.modules.setdefault(muon.__name__, muon)
 
 
 def zero_optimizer(engine: Any) -> Any:
