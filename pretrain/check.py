@@ -40,7 +40,7 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     The hand-off is not read where ``run`` has a checkpoint.
 
     Raises:
-        UserError: data, model, class tree or hand-off cannot be used as the recipe says; in one line.
+        UserError: data, model, class tree or hand-off cannot be used as the recipe asks; in one line.
     """
     try:
         train_set = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)

@@ -1,5 +1,7 @@
 """Shows a run: a live view on a terminal, plain lines in a log. Only rank 0 prints."""
 
+import os
+import select
 import sys
 import time
 from collections.abc import Iterable
@@ -51,6 +53,7 @@ class RunConsole:
         if self._view is not None:
             self._view.events = [*self._view.events, lines[0]][-EVENTS:]
         if self._enabled:
+            discard_lost_output()
             self._console.print("\n".join(lines), markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
@@ -92,6 +95,15 @@ class RunConsole:
         per_step = (time.monotonic() - self._clock[1]) / (step - self._clock[0])
         left = timedelta(seconds=round(per_step * (self._total - step)))
         return f"{self._batch / per_step:.0f} images/s  ETA {left}"
+
+
+def discard_lost_output() -> None:
+    """Send to /dev/null what is printed to a closed terminal or a pipe that nobody reads: it must not end the run."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class LiveView(Live):

@@ -27,6 +27,7 @@ from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.fault_tolerance.full_memory import tell_full_memory
+from pretrain.fault_tolerance.preflight import meet
 from pretrain.fault_tolerance.signals import StopFlag, first_speaks
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
@@ -36,6 +37,7 @@ from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.summary import record_handoff_evaluation, summary_lines
 
+MEET_WITHIN_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -250,7 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
             by_position=options.classes_by_position,
             check_files=rank.local_rank == 0,
         )
-        control = init_distributed(device) if rank.world_size > 1 else None
+        control = None
+        if rank.world_size > 1:
+            meet(rank, MEET_WITHIN_S)
+            control = init_distributed(device)
         if rank.is_first:
             for warning in subject.classes.warnings:
                 _say(f"WARNING {warning}", sys.stderr)

@@ -28,7 +28,7 @@ def explain(
         hint: what follows an unknown key; None names the most similar one of its section.
 
     Returns:
-        pairs of a dotted key, "" for the whole, and a text that names it.
+        pairs of a dotted key, "" for the model itself, and a text that names it.
     """
     found: dict[str, str] = {}  # a field of several types has one error for each of them
     for detail in error.errors():
@@ -39,7 +39,7 @@ def explain(
             text = f"unknown key {key}" + (hint(key) if hint else did_you_mean(*similar(model, key)))
         elif detail["type"] == "missing" and len(location) == len(detail["loc"]):
             text = f"{key} is missing"
-        elif detail["type"] == "value_error":  # a check of the model itself, which says what is wrong
+        elif detail["type"] == "value_error":  # a check of the model itself, whose message says what is wrong
             text = f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
         else:
             for part in location:

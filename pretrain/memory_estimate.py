@@ -123,7 +123,7 @@ class _Tracker(MemTracker):
 def trace(
     config: LaViTConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
 ) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
-    """Trace one micro-batch as ``pretrain.train`` runs it.
+    """Trace one micro-batch as ``Trainer.train_step`` runs it.
 
     Returns:
         names and elements of the parameters in the order in which their gradients arrive; and bytes in one vector: the

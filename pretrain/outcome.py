@@ -6,7 +6,7 @@ from data_pipeline.errors import StorageError, is_lasting, printable, without_se
 
 
 class ExitCode(IntEnum):
-    """Exit status of ``pretrain/main.py``. Whoever starts runs decides by these alone.
+    """Exit status of ``pretrain/main.py``. Launchers decide by these alone.
 
     Python ends with 1 on an uncaught exception and argparse with 2 on bad usage, so those numbers keep their sense.
     """

@@ -156,7 +156,7 @@ class ProbesSection(Section):
     knn_temperature: float = Field(default=0.07, gt=0)
     """A neighbor of cosine similarity s has ``exp(s / temperature)`` votes."""
     linear_iterations: int = Field(default=100, ge=1)
-    """Steps of L-BFGS on the linear classifier, over the whole set each."""
+    """Steps of L-BFGS on the linear classifier, over the complete training split each."""
     time_limit_minutes: float = Field(default=10.0, gt=0)
     """Probes that take longer are abandoned with a warning, until they are due again."""
 

@@ -51,11 +51,8 @@ class RunStatus:
         Returns:
             whether this is the first.
         """
-        if self.run_state is None or not self._first:
-            return self._folder.note_failure(reason)
-        first = self._folder.first_failure(reason)
-        self.write("failed", first)
-        return first == reason
+        self.write("running")  # where it is
+        return self._folder.note_failure(reason)
 
 
 class RunLog:

@@ -54,9 +54,9 @@ REFUSED = {
     "curriculum_learning": "it was removed from DeepSpeed",
 }
 
-_SKIPS = "it must stay true, or steps with gradients that are not finite are not skipped"
+_SKIPS = "it must stay true, or steps with non-finite gradients are not skipped"
 _FP32_STATE = "it must stay false: checkpoints hold fp32 weights and moments"
-_UNREAD = "nobody has tested that checkpoints read its state rightly: leave it out"
+_UNREAD = "untested with checkpoints, which may not read its state: leave it out"
 _OLD_OFFLOAD = 'it is DeepSpeed\'s old name: write "offload_optimizer": {"device": "cpu"}'
 
 # Fields of sections: the values that are allowed, and why no others.
@@ -75,7 +75,7 @@ REFUSED_WITHIN: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
     ("zero_optimization", "zero_quantized_gradients"): ((False,), _UNREAD),
     ("offload_optimizer", "ratio"): ((1, 1.0), "what stays on the GPU would be missing in checkpoints: leave it out"),
     ("offload_optimizer", "super_offload"): ((False,), _UNREAD),
-    ("data_types", "param_dtype"): ((None,), "the sections bf16 and fp16 say it: leave it out"),
+    ("data_types", "param_dtype"): ((None,), "the sections bf16 and fp16 set it: leave it out"),
     ("data_types", "buffer_dtype"): ((None,), "the model has no buffers that it would change: leave it out"),
     ("data_types", "keep_in_fp32_modules"): ((None,), _UNREAD),
 }

@@ -1,8 +1,12 @@
 """What is printed of a run: in a log one line an interval, on a terminal a view that goes up by what it takes."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -88,3 +92,21 @@ def test_what_libraries_print_while_starting_is_kept_out_and_their_warnings_are_
         warnings.warn("later", stacklevel=1)
     assert ("MA 0.46 GB" in capsys.readouterr().out) is wanted
     assert [str(one.message) for one in told] == (["something real"] if first else []) + ["later"]
+
+
+@pytest.mark.parametrize("open_pair", [os.openpty, os.pipe])
+def test_a_closed_terminal_or_pipe_does_not_end_the_run(open_pair: Callable[[], tuple[int, int]]) -> None:
+    program = (
+        "from pretrain.console import RunConsole\n"
+        "console = RunConsole(speaks=True, total_steps=1, first_step=0, global_batch=1)\n"
+        "console.say('ready')\ninput()\nconsole.say('lost')\nconsole.close()"
+    )
+    reader, writer = open_pair()
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=writer, stderr=writer)
+    os.close(writer)
+    printed = b""
+    while b"ready" not in printed:
+        printed += os.read(reader, 1000)
+    os.close(reader)
+    child.communicate(b"\n")
+    assert child.returncode == 0

@@ -111,11 +111,11 @@ def test_what_cannot_be_written_as_it_should_leaves_the_file_before_and_nothing_
     monkeypatch.setattr(command, "_at_size", wrong)
     out = tmp_path / "model.pt2"
     out.write_text("the file before")
-    told = "was not written: its logits would differ from torch's by" if harm else "cannot be written"
+    message = "was not written: its logits would differ from torch's by" if harm else "cannot be written"
     if not harm:  # no file may grow beyond 64 KiB: what a write sees is as on a full disk, but for the error's number
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"{out} {told}"):
+        with pytest.raises(UserError, match=f"{out} {message}"):
             convert(micro, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

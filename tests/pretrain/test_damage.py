@@ -69,7 +69,7 @@ class Readers:
         self.control, self.intact = control, set[bytes]()
         self.recipe = load_recipe(run / "recipe.yaml")
         self.config = read_sealed(run / "ds_config.json")
-        resolved = resolve_deepspeed_config(self.config, world_size=1, state_bytes=0, has_bf16_gpu=False)
+        resolved = resolve_deepspeed_config(self.config, world_size=1, has_bf16_gpu=False)
         engine, _ = build_engine(build_model(self.recipe, 10), self.recipe, resolved, torch.device("cpu"))
         self.shards = OptimizerShards(engine, average=True)
 

@@ -53,7 +53,7 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"bfloat16": {"enabled": True}}, "write bf16"),
         ({"torch_autocast": {"enabled": True, "dtyp": "bfloat16"}}, "did you mean dtype?"),
         ({"torch_autocast": {"enabled": "auto"}}, "torch_autocast.enabled is true or false"),
-        ({"data_types": {"param_dtype": "bf16"}}, "the sections bf16 and fp16 say it"),
+        ({"data_types": {"param_dtype": "bf16"}}, "the sections bf16 and fp16 set it"),
         ({"data_types": {"grad_acum_dtype": "bf16"}}, "did you mean grad_accum_dtype?"),
         ({"gradient_clipping": "auto"}, "gradient_clipping is the largest norm"),
         ({"gradient_clipping": -1.0}, "gradient_clipping is the largest norm"),
@@ -62,7 +62,7 @@ def test_the_recipes_section_is_laid_over_the_file_key_by_key(tmp_path: Path) ->
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "only cpu and none"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "leave it out"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "offload_optimizer"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "nobody has tested"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "untested with checkpoints"),
     ],
 )
 def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:

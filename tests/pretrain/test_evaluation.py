@@ -78,6 +78,13 @@ def scores(handoff: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
+def test_names_are_printed_as_they_are_but_for_control_characters(
+    handoff: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, tmp_path / "out")
+    assert r"/[red]:smile:\x1b[2J on " in capsys.readouterr().out
+
+
 def test_the_report_equals_plain_torch(handoff: Path, digits: Path, tmp_path: Path) -> None:
     found = report_of(handoff, digits, tmp_path)
     logits, labels = scores(handoff, digits)

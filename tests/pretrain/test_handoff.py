@@ -170,7 +170,7 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
 
 
 @pytest.mark.parametrize(
-    ("alter", "said"),
+    ("alter", "message"),
     [
         (lambda c: c["architecture"].update(num_classes=5), r"num_classes is 5, but num_classes is 4"),
         (lambda c: c.update(class_names=list("abc")), r"class_names has 3 entries for 4 classes"),
@@ -187,13 +187,13 @@ def test_a_single_bit_changed_anywhere_in_the_config_is_refused_or_means_the_sam
     ],
 )
 def test_a_config_that_was_altered_is_refused_by_its_digest_and_without_one_by_what_does_not_fit(
-    copied: Path, written: Path, alter: Any, said: str
+    copied: Path, written: Path, alter: Any, message: str
 ) -> None:
     change(copied, alter, digest=True)
     assert "has other content than when it was handed off" in refused(copied)
     shutil.copy(written / CONFIG, copied / CONFIG)
     change(copied, alter, digest=False)
-    assert re.search(said, refused(copied))
+    assert re.search(message, refused(copied))
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
@@ -263,15 +263,15 @@ def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_
     publish(tmp_path / "hub", "lab/lavit", {FIRST: old, SECOND: new})
     with serving(tmp_path / "hub") as (url, asked):
         sources = ("lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none")
-        answers, said = load_elsewhere(url, tmp_path / "home", *sources)
+        answers, printed = load_elsewhere(url, tmp_path / "home", *sources)
         assert answers[:2] == [digests[1], digests[0]]
         for name, answer in zip(sources[2:], answers[2:], strict=True):
             assert answer.startswith(
                 f"error: {name} is not a folder, and it cannot be fetched from the Hugging Face Hub"
             )
-        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in said
+        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in printed
         assert not [path for path in asked if CARD in path], "the card is not needed to load it"
-    answers, said = load_elsewhere(url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
+    answers, printed = load_elsewhere(url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
     assert answers[:2] == [digests[1], digests[0]]
-    assert f"lab/lavit: commit {SECOND}" in said
+    assert f"lab/lavit: commit {SECOND}" in printed
     assert "error: lab/other is not a folder, and it cannot be fetched" in answers[2]

@@ -79,9 +79,9 @@ def test_the_trunk_comes_over_and_rows_of_known_classes_stay_theirs(handoff: Pat
     assert torch.equal(model.head.bias[[0, 2]], weights["head.bias"][[3, 1]])
     assert torch.equal(model.head.weight[1], 0.5 * fresh.head.weight[1])
     assert model.config.drop_path == 0.3
-    said = "\n".join(beginning.notes)
-    assert "rows of 2 classes are reused, of 5 there; 1 are new, their fresh weights times 0.5" in said
-    assert "average weights of source, 1,000 images of x" in said
+    reported = "\n".join(beginning.notes)
+    assert "rows of 2 classes are reused, of 5 there; 1 are new, their fresh weights times 0.5" in reported
+    assert "average weights of source, 1,000 images of x" in reported
 
 
 @pytest.mark.parametrize(

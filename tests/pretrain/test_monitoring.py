@@ -144,7 +144,7 @@ def show_everything(run: Any, folder: Path) -> None:
     attention = run.monitor.attention()
     assert (attention is not None) is first
     run._show_images()
-    assert not log.folder.show.exists()
+    assert not (first and log.folder.show.exists())
     assert run.monitor.show_batch is first
     if attention is not None:
         log.attention(*attention, TrainState(step=2))

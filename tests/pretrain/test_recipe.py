@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.errors import without_secrets
 from pretrain.arguments import parse_arguments
-from pretrain.check import count_parameters_here, resolve_for
+from pretrain.check import check_recipe_here, resolve_for
 from pretrain.console import RunConsole
 from pretrain.engine.schedule import checkpoint_interval, log_interval
 from pretrain.fields import describe_fields
@@ -106,7 +106,7 @@ def test_a_learning_rate_that_would_rise_to_its_end_is_refused() -> None:
     for batch, fails in ((64, True), (640, False)):
         config = {"train_batch_size": batch, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
         with pytest.raises(UserError, match=r"schedule.min_lr .0.01. is above the peak") if fails else nullcontext():
-            resolve_for(recipe, config, parameters=1, world_size=1, has_gpu=False, has_bf16_gpu=False)
+            resolve_for(recipe, config, world_size=1, has_gpu=False, has_bf16_gpu=False)
 
 
 @pytest.mark.parametrize(("steps", "log", "checkpoint"), [(1, 1, 10), (336, 3, 33), (9000, 50, 900), (10**6, 50, 1000)])
@@ -129,14 +129,14 @@ def test_what_may_be_a_secret_of_a_url_is_not_shown(
     recipe = load_recipe(DEMO, [f"data.path={url}", f"data.cache={{folder: {tmp_path / 'cache'}, gigabytes: 1}}"])
     assert recipe.data.path == url, "a run needs it"
     with pytest.raises(UserError) as caught:
-        count_parameters_here(recipe)
+        check_recipe_here(recipe, RunFolder(tmp_path / "none"))
     monkeypatch.setattr("sys.argv", ["main.py", "--set", f"data.path={url}"])
     folder = RunFolder(tmp_path / "run")
     folder.write_description(recipe, {}, {})
     folder.write_state(RunState(state="failed", reason=f"OSError: {url}\x1b[2J"))
-    RunConsole(speaks=True, total_steps=1, first_step=0, global_batch=1).say(f"[b]{url}: \x1b[2J:smile:\n(see {url})")
-    said = capsys.readouterr().out
-    assert said == "[b]memory://host/data: \\x1b[2J:smile:\n(see memory://host/data)\n"
+    RunConsole(enabled=True, total_steps=1, first_step=0, global_batch=1).say(f"[b]{url}: \x1b[2J:smile:\n(see {url})")
+    printed = capsys.readouterr().out
+    assert printed == "[b]memory://host/data: \\x1b[2J:smile:\n(see memory://host/data)\n"
     shown = [str(caught.value), refusal(f"optimizer.lr={url}"), *folder.path.glob("*.json")]
     for text in (part if isinstance(part, str) else part.read_text() for part in shown):
         assert "ter2" not in text

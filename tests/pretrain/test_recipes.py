@@ -16,7 +16,7 @@ from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
-CLASSES_AND_PICTURES = {
+CLASSES_AND_IMAGES = {
     "data/imagenet-1k": (1_000, 1_281_167),
     "data/imagenet-21k": (21_841, 14_197_122),
     "data/imagenet-21k-p": (10_450, 11_060_223),
@@ -35,7 +35,7 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
     path = ROOT / f"recipes/{name}.yaml"
     recipe = load_recipe(path)
     assert recipe.name == name
-    classes, pictures = CLASSES_AND_PICTURES[str(recipe.data.path)]
+    classes, images = CLASSES_AND_IMAGES[str(recipe.data.path)]
     with torch.device("meta"):
         model = create_model(recipe.model.name, classes, recipe.data.size, **recipe.model.overrides)
     model.set_activation_checkpointing(recipe.model.activation_checkpointing)
@@ -51,8 +51,8 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
         assert (resolved.precision, resolved.stage) == ("bf16", 1)
 
     schedule, total = recipe.schedule, resolved.batch.global_batch
-    steps = count_steps(schedule, epoch_size=pictures, global_batch=total)
-    assert steps * total <= schedule.epochs * pictures < (steps + 1) * total
+    steps = count_steps(schedule, epoch_size=images, global_batch=total)
+    assert steps * total <= schedule.epochs * images < (steps + 1) * total
     peak = peak_learning_rate(recipe.optimizer, total)[0]
     assert schedule.min_lr < peak
 

@@ -36,12 +36,12 @@ def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
         assert go_on(stopped, HALF) == losses[:HALF]
         case = folder / f"{stage}"
         writer = CheckpointWriter(case, stopped.optimizer_shards, retention=Retention(), facts={}, group=group)
-        writer.start(TrainState(stopped.progress.samples_seen, stopped.progress.step))
+        writer.start(TrainState(stopped.state.samples_seen, stopped.state.step))
         assert writer.finish() == ""
         resumed = training(chosen, **options)
         loaded = load_newest(case, resumed.optimizer_shards, group=control)
         assert loaded is not None
-        resumed.progress = loaded[0]
+        resumed.state = loaded[0]
         assert go_on(resumed, HALF) == losses[HALF:], f"stage {stage}: the losses are not bit-identical"
         assert all(torch.equal(a, b) for a, b in zip(state(resumed), state(straight), strict=True)), stage
         weights, expected = whole_weights(resumed.engine), whole_weights(straight.engine)

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from pretrain.evaluate import main as evaluate_door
+from pretrain.export import export_run
+from pretrain.handoff.folder import CONFIG
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
+from pretrain.recipe import validate_recipe
+from pretrain.run_folder import RunFolder
 from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, ROOT, changes
 
@@ -58,6 +62,12 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     assert [found[name] for name in TOTALS] == [expected[name] for name in TOTALS]
     assert json.loads((folder / "summary.json").read_text())["handoff_top1"] == expected["top1"]
     assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
+    run, facts = RunFolder(folder), json.loads((folder / "environment.json").read_text())
+    remote = run.read_recipe() | {"data": {"path": "s3://me:secret@bucket/digits?sig=secret", "image_size": 32}}
+    run.write_description(validate_recipe(remote, "recipe"), {}, facts)
+    handed_off = (export_run(run) / CONFIG).read_text()
+    assert "s3://bucket/digits" in handed_off
+    assert "secret" not in handed_off
 
 
 @pytest.mark.slow

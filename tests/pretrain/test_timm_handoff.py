@@ -1,4 +1,4 @@
-"""A hand-off as one of timm's models: the same numbers, and timm's data configuration knows its input."""
+"""A hand-off as one of timm's models: the same numbers, and timm's data configuration has its input."""
 
 from pathlib import Path
 from typing import Any

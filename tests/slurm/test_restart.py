@@ -116,7 +116,7 @@ def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
 
 
 def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
-    text = f"pretrain.fault_tolerance.preflight.PeersMissingError: {nodes} (rank {ranks}) did not arrive within 600 s"
+    text = f"{nodes} (rank {ranks}) did not arrive within 600 s"
     return rank(ExitCode.RETRY, text, rank=rank_number, node=node)
 
 
@@ -131,6 +131,7 @@ def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "
         ((HANG, LOST_PEER), ""),
         ((HANG, KILLED), ""),
         ((BUSY,), ""),
+        ((rank(ExitCode.RETRY, "port 12345 is taken: choose another one"),), ""),
         ((missing("b"), missing("b", rank_number=2, node="c")), "b"),
         ((missing("b, c", ranks="1, 2"), missing("a", rank_number=1, node="b", ranks="0")), "a"),  # a cannot be reached
         ((missing("b, c", ranks="1, 2"),), ""),

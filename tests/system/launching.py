@@ -22,7 +22,7 @@ PATIENCE_S = 180.0
 
 
 class Launched:
-    """A started ``deepspeed`` (or bare ``python``) with the log that it writes."""
+    """A started launcher (or bare ``python``) with the log that it writes."""
 
     def __init__(self, command: list[str], log: Path, file_size_limit: int | None, gpu: bool) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
@@ -96,11 +96,14 @@ def launched(
     folder: Path,
     *arguments: str,
     ranks: int = 2,
+    launcher: str = "deepspeed",
     program: tuple[str, ...] = ("pretrain/main.py",),
     file_size_limit: int | None = None,
     gpu: bool = False,
 ) -> Iterator[Launched]:
-    """Start training with ``deepspeed`` on so many ranks; with 0, start ``program`` bare. Runs lie in ``folder``.
+    """Start training with ``deepspeed`` or ``torchrun`` on so many ranks; with 0, start ``program`` bare.
+
+    Runs lie in ``folder``.
 
     Without ``gpu`` it runs on the CPU, whatever there is. No file can grow beyond ``file_size_limit`` bytes where it is
     given: the write fails, as on a full disk.
@@ -109,8 +112,11 @@ def launched(
     number = len(list(folder.glob("launch-*.log")))
     starter = [sys.executable]
     if ranks:
-        deepspeed = Path(sys.executable).parent / "deepspeed"
-        starter = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        options = {
+            "deepspeed": ["--num_accelerators", str(ranks), "--master_port", str(free_port())],
+            "torchrun": ["--standalone", "--nproc_per_node", str(ranks)],
+        }
+        starter = [str(Path(sys.executable).parent / launcher), *options[launcher]]
     command = [*starter, *program, "--recipe", str(RECIPE), "--runs", str(folder), *arguments]
     started = Launched(command, folder / f"launch-{number}.log", file_size_limit, gpu)
     try:

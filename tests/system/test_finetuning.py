@@ -107,7 +107,7 @@ def test_the_handoff_tells_what_training_began_with(course: Path, at_32: tuple[f
     begun = read_json(course / "half/handoff/config.json")["weights_blake2"]
     tuned = course / "32/tuned/handoff"
     assert read_json(tuned / "config.json")["initialized_from"]["weights_blake2"] == begun
-    row = f"| began with | raw weights of half, 10,080 pictures of shards, digest {begun} |"
+    row = f"| initialized from | raw weights of half, 10,080 images of shards, digest {begun} |"
     assert row in (tuned / "README.md").read_text()
 
 

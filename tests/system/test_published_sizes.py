@@ -25,7 +25,7 @@ def test_an_onnx_file_of_each_published_size_gives_torchs_logits(
     done = convert(folder, out)
     model, _ = load_handoff(folder)
     assert done.size == (224, 224)
-    assert done.pictures == 10
+    assert done.images == 10
     assert done.difference <= TOLERANCE
     assert largest_difference(model, run_onnx(out), (224, 224)) <= TOLERANCE
     onnx.checker.check_model(out, full_check=True)

@@ -80,6 +80,22 @@ def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(tmp
     assert "rank 0 hangs: computing, or waiting for the other ranks" in state(tmp_path)["reason"]
 
 
+def test_when_torchrun_dies_its_ranks_save_and_a_single_process_resumes(tmp_path: Path, digits: Path) -> None:
+    words = changes(data__path=digits, log_every_steps=1, schedule__epochs=4, evaluation__every_epochs=4)
+    with launched(tmp_path, *words, launcher="torchrun") as run:
+        run.wait_for_steps(tmp_path / "demo", 3)
+        run.process.kill()
+        run.assert_no_rank_stays()
+    told = state(tmp_path)
+    assert (told["state"], told["world_size"]) == ("preempted", 2)
+    assert told["reason"] in ("the launcher died", "SIGTERM")  # the latter is the kernel's word for it
+    with launched(tmp_path, *words, ranks=0) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        assert f"at step {told['step']} of 89" in run.output()
+    rows = read_metrics(tmp_path / "demo/metrics.jsonl", "train")
+    assert [row["step"] for row in rows] == list(range(1, 90))
+
+
 def test_the_reason_of_the_rank_that_failed_first_is_the_runs(tmp_path: Path, digits: Path) -> None:
     code, output = run_with_faults(tmp_path, digits, "raise=4")
     assert code == ExitCode.RETRY, output
