@@ -206,7 +206,7 @@ def test_a_checkpoint_knows_what_its_run_may_not_change(tmp_path: Path) -> None:
     folder, recipe = RunFolder(tmp_path), load_recipe(DEMO)
     manifest = checkpoint_facts(recipe, {}, None)
     folder.check_checkpoint(tmp_path, manifest, load_recipe(DEMO, ["name=fork", "data.path=x", "checkpoint.keep=9"]))
-    for change in ("seed=1", "ema.decay=0.5", "data.mean=[0.4]", "model.overrides.drop_path=0.3"):
+    for change in ("seed=1", "ema.decay=0.5", "data.mean=[0.4,0.4,0.4]", "model.overrides.drop_path=0.3"):
         with pytest.raises(UserError, match=rf"another recipe \({change.split('=')[0].split('.')[0]}"):
             folder.check_checkpoint(tmp_path, manifest, load_recipe(DEMO, [change]))
     del manifest["recipe"]["seed"], manifest["recipe"]["data"]["mean"]  # as a version without these fields wrote it
