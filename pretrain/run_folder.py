@@ -82,6 +82,8 @@ class RunFolder:
             UserError: ``environment.json`` is not there or damaged.
         """
         origin: dict[str, Any] | None = self._read_fact("initialized_from", None)
+        if origin is not None and not (isinstance(origin, dict) and {"handoff", "weights_blake2"} <= origin.keys()):
+            raise UserError(f"{self.path / 'environment.json'} has no valid initialized_from: put it back")
         return origin
 
     def _read_fact(self, name: str, *default: Any) -> Any:
