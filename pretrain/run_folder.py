@@ -241,7 +241,7 @@ def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and source state, to repeat the run with."""
-    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130")
     versions = {}
     for name in packages:
         try:

@@ -106,8 +106,8 @@ def test_a_closed_terminal_or_pipe_does_not_end_the_run(open_pair: Callable[[], 
     os.close(writer)
     printed = b""
     while b"ready" not in printed:
-        printed += (text := os.read(reader, 1000))
-        assert text, printed
+        printed += (now := os.read(reader, 1000))
+        assert now, printed
     os.close(reader)
     child.communicate(b"\n")
     assert child.returncode == 0
