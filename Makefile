@@ -1,12 +1,10 @@
 # `make demo` and `make test` need Python 3.11+ and make only; both create the environment first.
-# DALI's build for CUDA 12 or 13; the choice is kept until another one is given.
-CUDA ?= $(or $(patsubst .venv/.installed-cuda%,%,$(firstword $(wildcard .venv/.installed-cuda*))),13)
 N ?= 100
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-cuda$(CUDA)
+STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .PHONY: setup demo test test-system test-cluster test-all soak bench lint clean
@@ -19,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages pinned in constraints.txt into $(VENV) (a few minutes)"
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[cuda$(CUDA),remote,dev]'
-	@rm -f $(VENV)/.installed-cuda* && touch $@
+	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev]'
+	@touch $@
 
 # With SIGINT ignored here, `deepspeed` waits while the ranks save and exit: Ctrl-C stops the run cleanly.
 demo: setup

@@ -1,1 +1,1 @@
-"""The recipe, the loop, checkpoints, metrics, evaluation and hand-off. The door is ``pretrain/main.py``."""
+"""The recipe, the loop, checkpoints, metrics, evaluation and hand-off. The entry point is ``pretrain/main.py``."""

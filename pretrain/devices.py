@@ -102,7 +102,7 @@ DEVICES = {
     "a100": Device("A100 80 GB SXM", r"\bA100\b.*80GB", 312e12, 156e12, 19.5e12, 80e9, 2.039e12, 300e9),
     "a100-40": Device("A100 40 GB SXM", r"\bA100\b(?!.*80GB)", 312e12, 156e12, 19.5e12, 40e9, 1.555e12, 300e9),
 }
-"""By the name that a person types."""
+"""By the name that a user types."""
 
 
 def find_device(torch_name: str) -> Device | None:

@@ -26,7 +26,7 @@ from pretrain.engine.distributed import Rank, choose_device, init_distributed, r
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
-from pretrain.fault_tolerance.full_memory import tell_full_memory
+from pretrain.fault_tolerance.full_memory import full_memory_message
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fault_tolerance.signals import StopFlag, first_speaks
 from pretrain.fields import explain
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not gpu_memory_is_full(error):
             raise
         return _fail(
-            tell_full_memory(error, "evaluating", "lower --batch-size"),
+            full_memory_message(error, "evaluating", "lower --batch-size"),
             rank,
             started=True,
             code=ExitCode.WILL_FAIL_AGAIN,

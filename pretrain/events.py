@@ -1,8 +1,8 @@
-"""``events.jsonl``: what happened to a run beside its measurements; one line each, never rewritten.
+"""``events.jsonl``: what happened to a run apart from its measurements; one line each, never rewritten.
 
 | event | when |
 |---|---|
-| start | each start; with ``after``, how ``run.json`` stood before it: its state, reason, step, samples seen and time |
+| start | each start; with ``after``, what ``run.json`` said before it: its state, reason, step, samples seen and time |
 | went back | the weights went back to a checkpoint, after too many skipped steps in a row |
 | checkpoint failed | a checkpoint could not be written |
 | checkpoint passed over | a damaged checkpoint was found while loading |
@@ -33,16 +33,16 @@ def write_event(file: Path, name: EventName, *, step: int, samples_seen: int, te
         print(f"WARNING event '{name}' could not be written: {error}", file=sys.stderr)  # noqa: T201
 
 
-def write_start(file: Path, state: RunState, former: RunState | None) -> None:
-    """A start: how it begins, and how the one before it had left ``run.json``; ``former`` is None for the first."""
+def write_start(file: Path, state: RunState, previous: RunState | None) -> None:
+    """The start of an attempt, and how the ``previous`` one left ``run.json``; None for the first."""
     after = None
-    if former is not None:
+    if previous is not None:
         after = {
-            "state": former.state,
-            "reason": former.reason,
-            "step": former.step,
-            "samples_seen": former.samples_seen,
-            "time": former.updated,
+            "state": previous.state,
+            "reason": previous.reason,
+            "step": previous.step,
+            "samples_seen": previous.samples_seen,
+            "time": previous.updated,
         }
     text = f"{state.world_size} rank{'s' * (state.world_size != 1)}, host {state.host}" + (
         f", job {state.job_id}" if state.job_id else ""

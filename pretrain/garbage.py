@@ -9,7 +9,7 @@ import gc
 
 
 def keep_out_of_steps() -> None:
-    """From now on collect only where `collect` is called, and only what was made since: all before it lives on."""
+    """From now on collect only where `collect` is called, and only what was made since: all before it stays."""
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the imports that take seconds: a launcher m
 
 import torch.distributed as dist  # noqa: E402
 
-from data_pipeline.errors import DataError  # noqa: E402
+from data_pipeline.errors import DataError, without_secrets  # noqa: E402
 from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import parse_arguments  # noqa: E402
 from pretrain.build import build_trainer  # noqa: E402
@@ -125,7 +125,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             text, why = explain_full_memory(error, phase, state)
             print(f"error: {where}: {text}", file=sys.stderr)  # noqa: T201
         else:
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         _give_up(trainer, status, f"{where}: {text}", why)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201

@@ -1,7 +1,7 @@
 """Memory of one GPU: activations from a fake-tensor trace of the network, and what DeepSpeed 0.19 holds as sums.
 
 One forward and backward pass of the network runs under torch's FakeTensorMode, with shapes and data types but without
-memory, and torch's MemTracker counts the tensors that are alive. Two micro-batches give every other one, because bytes
+memory, and torch's MemTracker counts the live tensors. Two micro-batches give every other one, because bytes
 are affine in it. What the engine holds follows the source of DeepSpeed (``runtime/zero/stage_1_and_2.py``,
 ``stage3.py``). ``tests/system/test_planned_memory.py`` compares the sum with
 measured peaks. What is no tensor is not counted: CUDA context, buffers of NCCL and DALI, fragmentation.
@@ -127,8 +127,8 @@ def trace(
 
     Returns:
         names and elements of the parameters in the order in which their gradients arrive; and bytes in one vector: the
-        peak of each part of the forward pass (four stages; batch, head and loss), what each part adds to what is alive
-        until it has ended, and the peak before each gradient arrives.
+        peak of each part of the forward pass (four stages; batch, head and loss), what each part adds to the live
+        tensors until it has ended, and the peak before each gradient arrives.
     """
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
     forward: list[int] = []

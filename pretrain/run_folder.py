@@ -43,7 +43,7 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.profile = path / "profile"
         self.show = path / "show"
-        """A person makes this file to see training pictures and attention; the run removes it."""
+        """A user creates this file to see training images and attention; the run removes it."""
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run.
@@ -127,8 +127,8 @@ class RunFolder:
         batch = deepspeed.get("train_batch_size")
         if not isinstance(batch, int):
             raise UserError(
-                f"train_batch_size must be given as a number, got {batch!r}: {self.path} goes on only with the global "
-                f"batch that it has, {before.get('train_batch_size')}"
+                f"train_batch_size must be given as a number, got {batch!r}: {self.path} continues only with its "
+                f"global batch, {before.get('train_batch_size')}"
             )
         lines += [
             f"{key}: {before.get(key)} -> {deepspeed.get(key)}"
@@ -186,12 +186,12 @@ class RunFolder:
         damaged |= {path: f"{path} is no folder" for path in folders if path.exists() and not path.is_dir()}
         for path, why in damaged.items():
             moved = path.rename(aside(path))
-            print(f"WARNING {why}; the run goes on without it, it is now {moved}", file=sys.stderr)  # noqa: T201
+            print(f"WARNING {why}; the run continues without it, it is now {moved}", file=sys.stderr)  # noqa: T201
 
     def first_failure(self, reason: str) -> str:
-        """Note why this rank fails, unless another one did before; the result is the reason of the first.
+        """Record why this rank fails, unless another one did before; the result is the reason of the first.
 
-        When one rank fails the others soon do too, with reasons that are its echo. ``failure.txt`` is of this start
+        When one rank fails the others soon do too, as a consequence. ``failure.txt`` is of this start
         only: the next one removes it.
         """
         try:
@@ -208,10 +208,10 @@ class RunFolder:
             with self.bad_samples.open("a") as handle:
                 handle.write(f"{line}\n")
         except OSError as error:
-            print(f"WARNING bad sample {bad.name} could not be listed: {error}", file=sys.stderr)  # noqa: T201
+            print(f"WARNING bad sample {printable(bad.name)} could not be listed: {error}", file=sys.stderr)  # noqa: T201
 
     def note_failure(self, reason: str) -> bool:
-        """Write into ``run.json`` why a start fails that has no `Run` yet; any rank may.
+        """Write into ``run.json`` why an attempt fails; any rank may.
 
         Nothing is written where there is no folder, where the run is finished or another process trains it, or where
         another rank was first.
@@ -242,8 +242,8 @@ def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine and source state, for whoever wants to repeat the run."""
-    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    """Versions, machine and source state, to repeat the run with."""
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130")
     versions = {}
     for name in packages:
         try:

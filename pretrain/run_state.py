@@ -1,4 +1,4 @@
-"""``run.json``: how a run stands. Imports nothing heavy, since whoever watches runs reads it often."""
+"""``run.json``: the status of a run. Imports nothing heavy, since tools that watch runs read it often."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ State = Literal["running", "preempted", "finished", "failed"]
 
 @dataclass
 class RunState:
-    """``run.json``: what a person or a launcher needs to know about a run."""
+    """``run.json``: what a user or a launcher needs to know about a run."""
 
     state: State
     reason: str = ""

@@ -11,8 +11,8 @@ def write_summary(folder: RunFolder, *, top1: float, train_images: int, seconds:
     Args:
         folder: the run.
         top1: of the last evaluation during training, in percent.
-        train_images: pictures trained on, counted over all epochs.
-        seconds: wall-clock time of the training loop over all incarnations, evaluations and checkpoints included.
+        train_images: images trained on, counted over all epochs.
+        seconds: wall-clock time of the training loop over all attempts, evaluations and checkpoints included.
     """
     write_sealed(
         folder.summary,

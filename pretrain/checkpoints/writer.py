@@ -1,8 +1,8 @@
-"""Writes checkpoints while training goes on: the loop waits for a copy in memory, a thread does the rest.
+"""Writes checkpoints while training continues: the loop waits for a copy in memory, a thread does the rest.
 
-Every rank copies the shards that it owns to the CPU and goes on. Its thread writes its file; the threads of all ranks
+Every rank copies the shards that it owns to the CPU and continues. Its thread writes its file; the threads of all ranks
 then agree, over a process group of their own, and rank 0 publishes the checkpoint and removes old ones. Whether it
-worked is told at once, but asked for at points that all ranks reach together (``finish``), so that they never differ.
+worked is printed at once, but acted on at points that all ranks reach together (``finish``), so that they never differ.
 """
 
 import json
@@ -144,8 +144,8 @@ class CheckpointWriter:
             verdict: list[Any] = ["", False]  # what failed; whether to try again
             problem = self._attempt(progress, index)
             if self._rank == 0 and problem:
-                told = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
-                self._say(told if pause is None else f"{told}; trying again for a while")
+                text = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
+                self._say(text if pause is None else f"{text}; trying again for a while")
                 verdict = [problem, pause is not None and not self._hurry.wait(pause)]
             dist.broadcast_object_list(verdict, src=0, group=self.group)
             if not verdict[1]:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rank:
-    """Where this process stands, as whoever started it says in the environment."""
+    """The place of this process among the ranks, from the environment variables of its launcher."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Rank:
     job_id: str
     """Slurm's, or ""."""
     nodes: tuple[str, ...] = ()
-    """Names of the nodes in the order of their ranks, where whoever started this process says so."""
+    """Names of the nodes in the order of their ranks, where the launcher gives them."""
 
     @property
     def is_first(self) -> bool:

@@ -107,7 +107,7 @@ def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torc
     fused, problem = _apex_lamb()
     if fused is not None:
         try:
-            # It clips by itself at 1.0 unless told otherwise; clipping is said once, in ds_config.json.
+            # It clips by itself at 1.0 unless set otherwise; clipping is set once, in ds_config.json.
             optimizer = fused(groups, bias_correction=False, max_grad_norm=math.inf, **options)
         except (ImportError, RuntimeError) as error:  # apex says so only when the optimizer is constructed
             problem = f"NVIDIA's apex is installed without its CUDA extensions ({' '.join(str(error).split())})"

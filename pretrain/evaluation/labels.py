@@ -107,7 +107,7 @@ class RealLabels:
     Images without a label are left out.
 
     Args:
-        path: a JSON list with one list of labels per picture, in the order of the names ILSVRC2012_val_00000001 and
+        path: a JSON list with one list of labels per image, in the order of the names ILSVRC2012_val_00000001 and
             following; labels are the dataset's.
         dataset: the split that is evaluated.
 

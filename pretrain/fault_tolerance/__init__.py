@@ -1,1 +1,1 @@
-"""What keeps a run alive or ends it in order: signals, stops, hangs, bad numbers, nodes that are not there."""
+"""Stops, signals, hangs, non-finite gradients, loss spikes, missing nodes."""

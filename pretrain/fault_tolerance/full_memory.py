@@ -1,9 +1,9 @@
-"""What is told, and what follows, where a GPU's memory is full."""
+"""The message and the exit status where a GPU's memory is full."""
 
 from pretrain.outcome import ExitCode
 from pretrain.state import TrainState
 
-_CURES = {
+_ADVICE = {
     "evaluating": "lower evaluation.batch_size",
     "probing": "give probes a smaller set, or leave them out",
     "copying a checkpoint": "the copy is pinned in the host's memory, which may be what is full: give the job "
@@ -15,13 +15,13 @@ _TRAINING = (
 )
 
 
-def tell_full_memory(error: BaseException, phase: str, cure: str) -> str:
-    """One line for a person: what was being done, the library's words, and what to do."""
-    return f"the GPU's memory is full, {phase} ({' '.join(str(error).split())[:200]}): {cure}"
+def full_memory_message(error: BaseException, phase: str, advice: str) -> str:
+    """One line: what was being done, the library's words, and what to do."""
+    return f"the GPU's memory is full, {phase} ({' '.join(str(error).split())[:200]}): {advice}"
 
 
 def explain_full_memory(error: BaseException, phase: str, progress: TrainState | None) -> tuple[str, ExitCode]:
-    """One line for a person, and the exit code.
+    """One line, and the exit code.
 
     What this run has done before did fit, so that something else was in the way, or the ranks are fewer; the limit of
     restarts without a new checkpoint holds. What it has never done would fail again.
@@ -31,8 +31,8 @@ def explain_full_memory(error: BaseException, phase: str, progress: TrainState |
         phase: what this rank was doing, in the words of ``Watchdog.beat``.
         progress: of the run; None while it is put together.
     """
-    told = tell_full_memory(error, phase, _CURES.get(phase, _TRAINING))
+    text = full_memory_message(error, phase, _ADVICE.get(phase, _TRAINING))
     if progress is None or phase == "copying a checkpoint":
-        return told, ExitCode.RETRY
+        return text, ExitCode.RETRY
     done = {"evaluating": progress.evaluated_at, "probing": progress.probed_at}.get(phase, progress.step)
-    return told, ExitCode.RETRY if done else ExitCode.WILL_FAIL_AGAIN
+    return text, ExitCode.RETRY if done else ExitCode.WILL_FAIL_AGAIN

@@ -59,7 +59,7 @@ class NonFiniteSteps:
         event = None
         if self._nonfinite.is_cuda:
             self._nonfinite = self._nonfinite.to("cpu", non_blocking=True)  # pinned; readable after the event
-            event = torch.cuda.Event(blocking=True)  # whoever waits for it leaves the core to the decoders
+            event = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to the decoders
             event.record()
         self._flags.append((self._nonfinite, event))
         self._nonfinite = None

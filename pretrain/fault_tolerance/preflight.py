@@ -26,7 +26,7 @@ MATRIX = {"cuda": 4096, "cpu": 256}
 REPEATS = 3
 TAKEN = "port {} is taken: choose another one with the launcher's --master_port"
 
-_stores: list[TCPStore] = []  # rank 0's server lives as long as the process; torch's own rendezvous shares it
+_stores: list[TCPStore] = []  # rank 0's server must last as long as the process; torch's own rendezvous shares it
 
 
 class PeersMissingError(UserError):
@@ -147,7 +147,7 @@ def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> lis
         control: CPU group for small objects.
 
     Returns:
-        lines for a person on rank 0, the first of them the all-reduce, the others warnings; else nothing.
+        lines to print on rank 0, the first of them the all-reduce, the others warnings; else nothing.
     """
     if rank.world_size == 1:
         return []

@@ -49,7 +49,7 @@ class LossLevel:
         """Take in the losses of the last steps, oldest first, of which the last is ``step``; give the spikes.
 
         Args:
-            losses: means over the global batch; those that are not finite are passed over, they are told as skipped.
+            losses: means over the global batch; non-finite ones are passed over (reported as skipped).
             step: number of the last step.
             samples_seen: images trained on after it.
             global_batch: images of a step.

@@ -1,4 +1,4 @@
-"""How many pictures of a run could not be used so far."""
+"""Counts the images of a run that could not be used so far."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -28,5 +28,5 @@ def peak_of(device: torch.device, precision: str) -> float | None:
 
 
 def model_flops_per_image(macs: int) -> int:
-    """FLOP that a training step needs for one picture whose forward pass has ``macs``, without what is recomputed."""
+    """FLOP that a training step needs for one image whose forward pass has ``macs``, without what is recomputed."""
     return FLOPS_PER_MAC * macs

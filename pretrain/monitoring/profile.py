@@ -59,7 +59,7 @@ class StepProfiler:
             )
         if self.first <= step:
             raise UserError(
-                f"--profile {self.first}:{self.last}: the run goes on at step {step + 1}; choose steps from there on"
+                f"--profile {self.first}:{self.last}: the run continues at step {step + 1}; choose later steps"
             )
         self._base = folder / f"rank-{rank:05d}-steps-{self.first}-{self.last}"
         self._device = device
@@ -88,7 +88,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)  # noqa: SLF001 - its only door
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)  # noqa: SLF001 - its only interface
         self._timer = StepTimer(self._device)
         self._profile = profile(activities=activities)
         self._profile.start()

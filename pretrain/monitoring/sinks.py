@@ -94,7 +94,7 @@ class TensorBoard:
 def _date_back(folder: Path, now: int) -> None:
     """Rename event files that are dated now or later, so that the next one, dated ``now``, sorts behind all of them.
 
-    TensorBoard reads a folder in the order of names, which begin with the clock of whoever wrote them: after a clock
+    TensorBoard reads a folder in the order of names, which begin with the clock of their writer: after a clock
     that was ahead, what a resumed run adds would not be shown.
     """
     prefix = "events.out.tfevents."
@@ -155,7 +155,7 @@ class Wandb:
 
 
 def _token(file: Path) -> str:
-    """What tells this run from another one of its name, which may have been removed."""
+    """What distinguishes this run from another one of its name, which may have been removed."""
     if not file.exists():
         write_atomically(file, secrets.token_hex(4).encode())
     return file.read_text()
@@ -174,31 +174,31 @@ def _no_terminal() -> Iterator[None]:
 
 
 class ForwardOnly:
-    """Keeps a sink that cannot forget from being told twice what a run measures again after a crash.
+    """Keeps measurements that a run repeats after a crash from a sink that cannot delete.
 
     Args:
         sink: the sink.
-        marks: file that remembers, over incarnations, up to how many samples seen each kind was told.
-        told: the same as far as it is known otherwise.
+        marks: file that remembers, over all attempts, up to how many samples seen each kind was sent.
+        sent: the same as far as it is known otherwise.
     """
 
-    def __init__(self, sink: Sink, marks: Path, told: Mapping[str, int]) -> None:
+    def __init__(self, sink: Sink, marks: Path, sent: Mapping[str, int]) -> None:
         self._sink = sink
         try:
             known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
         except (OSError, UserError, ValueError, TypeError, OverflowError):
             known = {}  # then what metrics.jsonl holds is all that is known to have been sent
-        self._told = {kind: max(known.get(kind, -1), told.get(kind, -1)) for kind in {*known, *told}}
-        write_sealed(marks, self._told)
+        self._sent = {kind: max(known.get(kind, -1), sent.get(kind, -1)) for kind in {*known, *sent}}
+        write_sealed(marks, self._sent)
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Pass on what is new."""
-        if samples_seen > self._told.get(kind, -1):
+        if samples_seen > self._sent.get(kind, -1):
             self._sink.scalars(kind, samples_seen, values)
 
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """Pass on what is newer than all measurements that were told."""
-        if samples_seen > max(self._told.values(), default=-1):
+        """Pass on what is newer than all measurements that were sent."""
+        if samples_seen > max(self._sent.values(), default=-1):
             self._sink.image(name, samples_seen, pixels)
 
     def text(self, name: str, samples_seen: int, markdown: str) -> None:
@@ -218,7 +218,7 @@ class Guarded:
     """Several sinks as one that never raises: one that fails is given up, which is said.
 
     Args:
-        sinks: by the name that a person knows them by.
+        sinks: by the name that users know.
         say: prints a line.
     """
 
@@ -252,7 +252,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 def open_trackers(
     names: Sequence[Tracker], run: Path, configuration: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Sink]:
-    """The sinks that a recipe asks for; one that cannot be opened is told and left out."""
+    """The sinks that a recipe asks for; one that cannot be opened is left out with a warning."""
     sinks: dict[str, Sink] = {}
     for name in names:
         try:

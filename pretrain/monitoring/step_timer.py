@@ -29,7 +29,7 @@ class StepTimer:
         self._marks: deque[tuple[Phase | None, torch.cuda.Event | float]] = deque()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self.listeners: list[Callable[[Phase | None], None]] = []
-        """Told of every change of phase."""
+        """Called at every change of phase."""
 
     def enter(self, phase: Phase | None) -> None:
         """From here on time is of this phase; None: of none, as during an evaluation."""

@@ -98,7 +98,7 @@ def test_what_libraries_print_while_starting_is_kept_out_and_their_warnings_are_
 def test_a_closed_terminal_or_pipe_does_not_end_the_run(open_pair: Callable[[], tuple[int, int]]) -> None:
     program = (
         "from pretrain.console import RunConsole\n"
-        "console = RunConsole(speaks=True, total_steps=1, first_step=0, global_batch=1)\n"
+        "console = RunConsole(enabled=True, total_steps=1, first_step=0, global_batch=1)\n"
         "console.say('ready')\ninput()\nconsole.say('lost')\nconsole.close()"
     )
     reader, writer = open_pair()
@@ -106,7 +106,8 @@ def test_a_closed_terminal_or_pipe_does_not_end_the_run(open_pair: Callable[[], 
     os.close(writer)
     printed = b""
     while b"ready" not in printed:
-        printed += os.read(reader, 1000)
+        printed += (now := os.read(reader, 1000))
+        assert now, printed
     os.close(reader)
     child.communicate(b"\n")
     assert child.returncode == 0

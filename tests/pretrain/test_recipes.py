@@ -35,6 +35,7 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
     path = ROOT / f"recipes/{name}.yaml"
     recipe = load_recipe(path)
     assert recipe.name == name
+    assert recipe.model.compile
     classes, images = CLASSES_AND_IMAGES[str(recipe.data.path)]
     with torch.device("meta"):
         model = create_model(recipe.model.name, classes, recipe.data.size, **recipe.model.overrides)

@@ -63,8 +63,9 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     assert json.loads((folder / "summary.json").read_text())["handoff_top1"] == expected["top1"]
     assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
     run, facts = RunFolder(folder), json.loads((folder / "environment.json").read_text())
-    remote = run.read_recipe() | {"data": {"path": "s3://me:secret@bucket/digits?sig=secret", "image_size": 32}}
-    run.write_description(validate_recipe(remote, "recipe"), {}, facts)
+    content = run.read_recipe()
+    content["data"]["path"] = "s3://me:secret@bucket/digits?sig=secret"
+    run.write_description(validate_recipe(content, "recipe"), {}, facts)
     handed_off = (export_run(run) / CONFIG).read_text()
     assert "s3://bucket/digits" in handed_off
     assert "secret" not in handed_off

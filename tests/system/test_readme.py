@@ -14,6 +14,7 @@ import yaml
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
 from tests.pages import ROOT, snippets
+from tests.system.launching import changes
 
 pytestmark = pytest.mark.slow
 EXAMPLES = {
@@ -27,10 +28,10 @@ ELSEWHERE = ("slurm.", "pretrain.evaluate RUN_OR_HANDOFF --data DEST [--split va
 
 
 def commands() -> list[str]:
-    """``python -m`` and ``deepspeed`` commands of the README, with the optional parts, each once."""
+    """``python``, ``deepspeed`` and ``torchrun`` commands of the README, with the optional parts, each once."""
     text = (ROOT / "README.md").read_text()
-    found = re.findall(r"`((?:python -m|deepspeed) [^`]+)`", text)
-    found += re.findall(r"^ {4}((?:python -m|deepspeed) .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    found = re.findall(r"`((?:python|deepspeed) [^`]+)`", text)
+    found += re.findall(r"^ {4}((?:python|deepspeed|torchrun) .*?)(?: {2,}.*)?$", text, re.MULTILINE)
     complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
     return [one for one in complete if not any(name in one for name in ELSEWHERE)]
 
@@ -61,12 +62,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: P
 def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     words = words_of(command)
     if words[0] == "deepspeed":
         words[1:1] = ["--num_accelerators", "2", "--master_port", str(free_port())]
-        words += ["--set", "schedule.epochs=0.1", "--set", "schedule.warmup_epochs=0", "--set", "name=readme"]
+    if "pretrain/main.py" in words:
+        words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{words[0]}")
     ended = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
