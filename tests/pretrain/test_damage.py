@@ -173,6 +173,7 @@ def survives(control: dist.ProcessGroup, run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_damage_of_300_is_silent_or_a_traceback(tmp_path: Path, digits: Path) -> None:
     run = train(tmp_path, digits, 1, stage=1, checkpoint__every_steps=8, log_every_steps=1)
     assert evaluate.main([str(run), "--data", str(digits)]) == ExitCode.FINISHED
