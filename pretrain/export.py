@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import without_secrets
-from models import create_model
+from pretrain.check import architecture
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
     list_checkpoints,
@@ -60,13 +60,13 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         raise UserError(
             f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
         )
-    class_names, class_levels = dataset.pop("class_names"), dataset.pop("class_levels", None)
+    class_names, class_levels = dataset.pop("class_names", None), dataset.pop("class_levels", None)
     class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
-    model = create_model(
-        recipe.model.name, num_classes=len(class_names), image_size=recipe.data.size, **recipe.model.overrides
-    )
+    facts = (class_names, dataset.get("name"), dataset.get("samples"))
+    if [type(fact) for fact in facts] != [list, str, int]:
+        raise UserError(f"{folder.path / 'environment.json'} does not describe a dataset: put it back")
     handoff = {
-        "architecture": model.config.to_dict(),
+        "architecture": architecture(recipe, len(class_names)).to_dict(),
         "num_classes": len(class_names),
         "class_names": class_names,
         "class_ids": class_ids,

@@ -82,6 +82,8 @@ class RunFolder:
             UserError: ``environment.json`` is not there or damaged.
         """
         origin: dict[str, Any] | None = self._read_fact("initialized_from", None)
+        if origin is not None and not (isinstance(origin, dict) and {"handoff", "weights_blake2"} <= origin.keys()):
+            raise UserError(f"{self.path / 'environment.json'} has no valid initialized_from: put it back")
         return origin
 
     def _read_fact(self, name: str, *default: Any) -> Any:
@@ -186,19 +188,6 @@ class RunFolder:
             moved = path.rename(aside(path))
             print(f"WARNING {why}; the run continues without it, it is now {moved}", file=sys.stderr)  # noqa: T201
 
-    def first_failure(self, reason: str) -> str:
-        """Record why this rank fails, unless another one did before; the result is the reason of the first.
-
-        When one rank fails the others soon do too, as a consequence. ``failure.txt`` is of this start
-        only: the next one removes it.
-        """
-        try:
-            with self.failure.open("x") as handle:
-                handle.write(without_secrets(reason))
-        except FileExistsError:
-            return self.failure.read_text() or reason
-        return reason
-
     def append_bad_sample(self, bad: BadSample, *, rank: int) -> None:
         """Add a line to ``bad_samples.jsonl``; any rank may. A disk that refuses it is only reported."""
         line = json.dumps({**asdict(bad), "rank": rank, "time": time.time()})
@@ -208,26 +197,37 @@ class RunFolder:
         except OSError as error:
             print(f"WARNING bad sample {printable(bad.name)} could not be listed: {error}", file=sys.stderr)  # noqa: T201
 
-    def note_failure(self, reason: str) -> bool:
-        """Write into ``run.json`` why an attempt fails; any rank may.
+    def note_failure(self, reason: str, position: tuple[int, int] | None = None) -> bool:
+        """Write into ``run.json`` why an attempt fails; any rank may, and the first one does.
 
-        Nothing is written where there is no folder, where the run is finished or another process trains it, or where
-        another rank was first.
+        When one rank fails the others soon do too, with reasons that follow from its own. ``failure.txt`` is of this
+        attempt only: the next one removes it. Nothing is written where there is no folder, where the run is finished or
+        another process trains it.
+
+        Args:
+            reason: one line.
+            position: step and samples seen, once they are known.
 
         Returns:
-            whether this rank is the first that fails, as far as it can know.
+            False where another rank of this attempt was first.
         """
-        if self.locked:  # by rank 0 of this start
-            first = self.first_failure(reason)
-        elif self.path.is_dir() and (handle := lock(self.path / ".lock")) is not None:
-            first, self._held = reason, handle
-        else:
+        reason = without_secrets(reason)
+        if self.locked:  # by rank 0 of this attempt
+            try:
+                with self.failure.open("x") as handle:
+                    handle.write(reason)
+            except FileExistsError:
+                return False
+        elif not self.path.is_dir() or (held := lock(self.path / ".lock")) is None:
             return True
+        else:
+            self._held = held  # until this process ends
         state = self.read_state() or RunState("running")
         if state.state != "finished" and not (state.state == "failed" and state.updated > self._opened):
-            state.state, state.reason = "failed", first
+            state.state, state.reason = "failed", reason
+            state.step, state.samples_seen = position or (state.step, state.samples_seen)
             self.write_state(state)
-        return first == reason
+        return True
 
 
 def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[str, Any] | None) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class RunStatus:
         Returns:
             whether this is the first.
         """
-        self.write("running")  # where it is
-        return self._folder.note_failure(reason)
+        at = self.state
+        return self._folder.note_failure(reason, None if at is None else (at.step, at.samples_seen))
 
 
 class RunLog:

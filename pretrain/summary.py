@@ -47,7 +47,7 @@ def summary_lines(folder: RunFolder) -> list[str]:
                 f"({summary['images_per_second']:.0f} images/s, evaluations included)"
             ),
         ]
-    except (OSError, UserError, KeyError, ValueError, TypeError) as error:
+    except (OSError, UserError, KeyError, ValueError, TypeError, OverflowError) as error:
         why = error if isinstance(error, UserError) else f"{folder.summary} is missing or damaged"
         results = [f"WARNING       {why}; metrics.jsonl has the results"]
     lines = [

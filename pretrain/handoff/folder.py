@@ -126,6 +126,13 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         UserError: it cannot be written.
     """
     try:
+        config = HandoffConfig(**content, weights_blake2="").model_dump(mode="json")
+    except ValidationError as error:
+        why = explain(HandoffConfig, content, error)[0][1]
+        raise UserError(
+            f"no hand-off in {folder}: {why}: put recipe.yaml and environment.json of the run back"
+        ) from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
         write_atomically(folder / CARD, card.encode())
@@ -135,7 +142,7 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         fsync(draft)
         draft.replace(folder / WEIGHTS)
         fsync(folder)
-        config = HandoffConfig(**content, weights_blake2=digest_of_file(folder / WEIGHTS)).model_dump(mode="json")
+        config |= {"weights_blake2": digest_of_file(folder / WEIGHTS)}
         write_json(folder / CONFIG, config | {_OWN_DIGEST: digest_of_fields(config)})
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -158,7 +165,7 @@ def load_handoff(source: Path | str) -> tuple[LaViT, HandoffConfig]:
     try:
         model = LaViT(LaViTConfig.from_dict(config.architecture))
         model.load_state_dict(weights)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UserError(f"{source}: {WEIGHTS} and {CONFIG} do not fit: {_one_line(error)}") from None
     return model.eval(), config
 
@@ -208,7 +215,7 @@ def _config(text: bytes, path: Path) -> HandoffConfig:
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(HandoffConfig, fields, error)[0][1]}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
 
 

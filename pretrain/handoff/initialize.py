@@ -116,7 +116,7 @@ def check_architecture(section: InitializeSection, config: HandoffConfig, wanted
     """
     try:
         there, here = LaViTConfig.from_dict(config.architecture).to_dict(), wanted.to_dict()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"initialize_from: {section.handoff}: {' '.join(str(error).split())}") from None
     differ = [
         f"{name} is {there[name]} there and {here[name]} here"

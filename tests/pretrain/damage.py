@@ -69,7 +69,7 @@ def take_neighbor(file: Path, draw: random.Random) -> None:
     shutil.copy(draw.choice(different), file) if different else empty(file, draw)
 
 
-def change_value(file: Path, draw: random.Random) -> None:
+def change_value(file: Path, draw: random.Random, *, digest: bool = True) -> None:
     """Valid JSON or YAML in which a value anywhere is removed, or of another type; in a file of lines, in one line."""
     head, text = "", file.read_text(errors="replace")
     if file.suffix == ".yaml":
@@ -84,8 +84,15 @@ def change_value(file: Path, draw: random.Random) -> None:
         del parent[key]
     else:
         parent[key] = draw.choice([v for v in (None, "x", 7, -1.5, [], {}, [1], True, 10**400) if v != parent[key]])
+    if not digest and isinstance(content, dict):
+        head, content = "", {key: value for key, value in content.items() if key not in ("blake2", "config_blake2")}
     lines[place] = json.dumps(content)
     file.write_text((f"{head}\n" if head else "") + "\n".join(lines) + "\n")
+
+
+def change_without_digest(file: Path, draw: random.Random) -> None:
+    """The same in a file as older versions wrote it."""
+    change_value(file, draw, digest=False)
 
 
 def _parse(file: Path, text: str) -> Any:
@@ -101,7 +108,7 @@ def _containers(content: Any) -> Iterator[Any]:
             yield from _containers(one)
 
 
-STRUCTURE = (change_value,)
+STRUCTURE = (change_value, change_without_digest)
 KINDS: tuple[Damage, ...] = (flip_some, truncate, zero, empty, delete, make_folder, nest, take_neighbor)
 
 

@@ -18,6 +18,7 @@ from pretrain.checkpoints.checkpoint import (
     load_newest,
     read_manifest,
     read_weights,
+    seal,
     verify,
 )
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
@@ -271,6 +272,14 @@ def test_a_manifest_changed_by_hand_is_not_trusted(two_checkpoints: Path, tmp_pa
     manifest.write_text(manifest.read_text().replace('"samples_seen": 24', '"samples_seen": 16'))
     with pytest.raises(CheckpointDamagedError, match="other content"):
         read_manifest(copy)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", "a/b", ""])
+def test_a_manifest_names_only_files_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    manifest = {"format": 1, "progress": {}, "files": {name: {"size": 1, "blake2": "x"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointDamagedError, match="no plain name of a file"):
+        read_manifest(tmp_path)
 
 
 def full_disk(control: dist.ProcessGroup, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Checkpoints are written while training goes on, tried again, kept as asked, and never with a hole."""
 
 import dataclasses
+import errno
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +98,27 @@ def keeps_as_asked(control: dist.ProcessGroup, folder: Path) -> None:
 
 def test_the_newest_the_first_of_every_interval_and_the_best_are_kept(tmp_path: Path) -> None:
     run_ranks(1, keeps_as_asked, tmp_path)
+
+
+def pruning_fails(control: dist.ProcessGroup, folder: Path) -> None:
+    said: list[str] = []
+    writer = writer_of(folder, build_engine(1), said, newest=1)
+    for name in ("step-00000099 (copy)", "step-latest"):  # a user's own
+        (folder / name).mkdir(parents=True)
+    writing._hide = mock.Mock(side_effect=OSError(errno.EACCES, "Permission denied"))
+    for step in (1, 2):
+        writer.start(TrainState(step * BATCH, step))
+        assert writer.finish() == ""
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000001"]
+    (line,) = said
+    assert line.startswith("WARNING old checkpoints could not be removed: [Errno 13]")
+    assert len({path.stat().st_mode for path in (folder / "step-00000002").iterdir()}) == 1, (
+        "some cannot be read by all"
+    )
+
+
+def test_a_checkpoint_counts_as_written_though_an_old_one_cannot_be_removed(tmp_path: Path) -> None:
+    run_ranks(1, pruning_fails, tmp_path)
 
 
 def hole_is_refused(control: dist.ProcessGroup, folder: Path) -> None:

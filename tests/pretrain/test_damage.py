@@ -35,7 +35,7 @@ from pretrain.run_state import RunState
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from slurm.folder import SlurmFolder
 from slurm.standing import _last_training_row
-from tests.pretrain.damage import KINDS, STRUCTURE, delete, unreadable
+from tests.pretrain.damage import KINDS, STRUCTURE, change_without_digest, delete, unreadable
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_round_trip import train
 
@@ -161,7 +161,8 @@ def survives(control: dist.ProcessGroup, run: Path) -> None:
             cases += 1
             for name in names:
                 value, told = read(name, kind, file)
-                allowed = kind is delete and file.name in ("run.json", "summary.json")
+                allowed = kind is change_without_digest  # then it is enough that nothing crashes
+                allowed = allowed or (kind is delete and file.name in ("run.json", "summary.json"))
                 allowed = allowed or (value is not None and any(part in str(file) for part in MEASURED))
                 named = any(part in line for line in told for part in (file.name, file.parent.name))
                 if value != good[name] and not named and not allowed:
@@ -172,6 +173,7 @@ def survives(control: dist.ProcessGroup, run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_damage_of_300_is_silent_or_a_traceback(tmp_path: Path, digits: Path) -> None:
     run = train(tmp_path, digits, 1, stage=1, checkpoint__every_steps=8, log_every_steps=1)
     assert evaluate.main([str(run), "--data", str(digits)]) == ExitCode.FINISHED

@@ -220,15 +220,21 @@ import sys, threading
 from pathlib import Path
 from data_pipeline.store import patiently
 from pretrain.fault_tolerance.watchdog import Watchdog
-watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=0.5, step_s=5.0)
+watchdog = Watchdog(Path(sys.argv[1]), 3, start_s=0.5, step_s=5.0, on_hang=lambda reason: print(reason, flush=True))
 patiently(threading.Event().wait, "/data/digits-train-000001.tar")
 """
 
 
-def test_a_rank_that_hangs_names_the_file_that_it_reads(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", READING, str(tmp_path)]
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_rank_that_hangs_names_the_file_that_it_reads_and_where_its_stacks_are(tmp_path: Path, blocked: bool) -> None:
+    root, hangs = Path(__file__).parents[2], tmp_path / "hangs"
+    if blocked:
+        hangs.touch()
+    command = [sys.executable, "-c", READING, str(hangs)]
     ended = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True, timeout=120)
     assert ended.returncode == ExitCode.RETRY
     assert ended.stderr.startswith("error: rank 3 hangs: starting for ")
     assert "(reading /data/digits-train-000001.tar takes " in ended.stderr
+    assert f"stacks of all threads in {'the log' if blocked else hangs}" in ended.stdout
+    stacks = ended.stderr if blocked else next(hangs.iterdir()).read_text()
+    assert "most recent call first" in stacks

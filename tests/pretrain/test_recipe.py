@@ -11,9 +11,10 @@ from pretrain.check import check_recipe_here, resolve_for
 from pretrain.console import RunConsole
 from pretrain.engine.schedule import checkpoint_interval, log_interval
 from pretrain.fields import describe_fields
+from pretrain.files import lock
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe, recipe_differences
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, checkpoint_facts
 from pretrain.run_state import RunState
 
 DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
@@ -181,13 +182,52 @@ def test_a_resume_without_its_global_batch_names_it(tmp_path: Path, batch: dict[
         folder.check_recipe(recipe, {"train_batch_size": 32, **clipping})
 
 
-@pytest.mark.parametrize("content", ["[1]", "null", "{"])
-def test_a_damaged_configuration_of_a_run_is_reported_in_one_line(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("file", ["ds_config.json", "recipe.yaml"])
+def test_a_damaged_description_of_a_run_is_refused_and_one_without_a_digest_is_not(tmp_path: Path, file: str) -> None:
+    folder, recipe, deepspeed = RunFolder(tmp_path), load_recipe(DEMO), {"train_batch_size": 64, "zero": 1}
+    folder.write_description(recipe, deepspeed, {})
+    path = tmp_path / file
+    text = path.read_text()
+    for content in ("[1]", "null", "{"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=rf"{file} cannot be read \(.*\): put it back"):
+            folder.check_recipe(recipe, deepspeed)
+    changed = text.replace("digits", "numbers").replace('"zero"', '"one"')  # what a resume would not look at
+    path.write_text(changed)
+    with pytest.raises(
+        UserError, match=rf"{file} has other content than when it was written: .* take blake2 out of it"
+    ):
+        folder.check_recipe(recipe, deepspeed)
+    path.write_text("".join(line for line in changed.splitlines(True) if "blake2" not in line).replace("1,\n}", "1\n}"))
+    folder.check_recipe(recipe, deepspeed)
+
+
+def test_a_checkpoint_knows_what_its_run_may_not_change(tmp_path: Path) -> None:
     folder, recipe = RunFolder(tmp_path), load_recipe(DEMO)
-    folder.write_description(recipe, {"train_batch_size": 64}, {})
-    (tmp_path / "ds_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"ds_config.json cannot be read \(.*\): put it back"):
-        folder.check_recipe(recipe, {"train_batch_size": 64})
+    manifest = checkpoint_facts(recipe, {}, None)
+    folder.check_checkpoint(tmp_path, manifest, load_recipe(DEMO, ["name=fork", "data.path=x", "checkpoint.keep=9"]))
+    for change in ("seed=1", "ema.decay=0.5", "data.mean=[0.4,0.4,0.4]", "model.overrides.drop_path=0.3"):
+        with pytest.raises(UserError, match=rf"another recipe \({change.split('=')[0].split('.')[0]}"):
+            folder.check_checkpoint(tmp_path, manifest, load_recipe(DEMO, [change]))
+    del manifest["recipe"]["seed"], manifest["recipe"]["data"]["mean"]  # as a version without these fields wrote it
+    folder.check_checkpoint(tmp_path, manifest, load_recipe(DEMO, ["seed=1"]))
+
+
+def test_why_a_start_fails_is_recorded_unless_the_run_is_anothers_or_finished(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "none").note_failure("a mistyped name")
+    assert not (tmp_path / "none").exists()
+    RunFolder(tmp_path).note_failure("no data")
+    state = RunFolder(tmp_path).read_state()
+    assert state is not None
+    assert (state.state, state.reason) == ("failed", "no data")
+    held = lock(tmp_path / ".lock")
+    assert held is not None
+    RunFolder(tmp_path).note_failure("another process trains it")
+    held.close()
+    RunFolder(tmp_path).write_state(RunState("finished", "all done"))
+    RunFolder(tmp_path).note_failure("it is finished")
+    assert (state := RunFolder(tmp_path).read_state()) is not None
+    assert (state.state, state.reason) == ("finished", "all done")
 
 
 def test_the_help_has_what_each_field_takes_its_default_and_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:

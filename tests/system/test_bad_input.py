@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
+from pretrain.run_state import read_state
 from tests.data_pipeline.datasets import change_table, retable
 from tests.system.launching import ROOT, changes, launched
 
@@ -66,6 +67,39 @@ def test_a_replaced_validation_split_is_refused_on_resume(tmp_path: Path, digits
     assert refused in error_of(tmp_path, *fields)
     (tmp_path / "demo/run.json").unlink()  # the checkpoint remembers it, too
     assert refused in error_of(tmp_path, *fields)
+
+
+def test_a_run_resumes_under_a_new_name_and_what_is_damaged_is_named_in_its_state(tmp_path: Path, digits: Path) -> None:
+    fields = changes(data__path=digits, schedule__epochs=0.3, schedule__warmup_epochs=0.1, log_every_steps=1)
+    with launched(tmp_path, *fields, ranks=0, program=("tests/system/inject.py", "hold=3")) as run:
+        run.wait_for_steps(tmp_path / "demo", 2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == ExitCode.STOPPED, run.output()
+    fork = shutil.copytree(tmp_path / "demo", tmp_path / "fork")
+    (tmp_path / "demo/recipe.yaml").write_text("[" * 200_000)
+    line = error_of(tmp_path, *fields)
+    assert f"{tmp_path}/demo/recipe.yaml cannot be read (" in line
+    assert f"error: {read_state(tmp_path / 'demo').reason}" == line
+    shutil.rmtree(fork / "hangs", ignore_errors=True)
+    (fork / "hangs").touch()
+    (fork / "run.json").write_text("[" * 200_000)
+    fields += ["--set", "name=fork"]
+    with launched(tmp_path, *fields, ranks=0) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        assert f"resuming {fork} at step 3" in run.output()
+        for name in ("hangs", "run.json"):
+            assert f"it is now {fork / name}.damaged-" in run.output()
+    (fork / "summary.json").unlink()
+    with launched(tmp_path, *fields, ranks=0) as run:
+        assert run.end() == ExitCode.FINISHED, run.output()
+        assert f"{fork / 'summary.json'} is missing" in run.output()
+    line = error_of(tmp_path, *fields, *changes(schedule__epochs=0.6))
+    assert (
+        f"to train its weights further, start a new run with --set name=... --set initialize_from.handoff={fork}"
+        in line
+    )
+    assert read_state(fork).state == "finished"
+    assert "at most 200" in error_of(tmp_path, *changes(data__path=digits, name="n" * 300))
 
 
 def test_ranks_that_do_not_divide_the_global_batch(tmp_path: Path, digits: Path) -> None:
