@@ -36,6 +36,7 @@ from pretrain.engine.distributed import (  # noqa: E402
     read_rank,
     use_deterministic_algorithms,
 )
+from pretrain.engine.engine import compilation_error  # noqa: E402
 from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
@@ -118,20 +119,27 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(trainer, status, str(error), exit_code(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be reported and end this rank
-        text, why = f"{type(error).__name__}: {error}", ExitCode.RETRY
         where = f"rank {rank.rank if rank else '?'}"
-        if gpu_memory_is_full(error):
-            phase, state = (trainer.watchdog.phase, trainer.state) if trainer else ("starting", None)
-            text, why = explain_full_memory(error, phase, state)
-            print(f"error: {where}: {text}", file=sys.stderr)  # noqa: T201
-        else:
+        explained = _explain(error, trainer)
+        if explained is None:
             print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
-        _give_up(trainer, status, f"{where}: {text}", why)
+            _give_up(trainer, status, f"{where}: {type(error).__name__}: {error}", ExitCode.RETRY)
+        print(f"error: {where}: {explained[0]}", file=sys.stderr)  # noqa: T201
+        _give_up(trainer, status, f"{where}: {explained[0]}", explained[1])
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
     dist.destroy_process_group()
     return code
+
+
+def _explain(error: Exception, trainer: Trainer | None) -> tuple[str, ExitCode] | None:
+    """One line and the exit status for what users may meet on their GPUs; None for any other error."""
+    if gpu_memory_is_full(error):
+        phase, state = (trainer.watchdog.phase, trainer.state) if trainer else ("starting", None)
+        return explain_full_memory(error, phase, state)
+    refused = compilation_error(error)
+    return None if refused is None else (str(refused), refused.code)
 
 
 def _already_finished(folder: RunFolder, rank: Rank) -> bool:

@@ -13,7 +13,7 @@ from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
 from pretrain.noise import start_up_noise
-from pretrain.outcome import UserError
+from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 
 
@@ -90,6 +90,16 @@ def compile_forward(model: LaViT) -> None:
     """
     # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign, assignment]
+
+
+def compilation_error(error: Exception) -> UserError | None:
+    """The one line for a network that torch could not compile when it was first called; None for any other error."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    cause = error.__cause__ or error.__context__
+    code = storage_code(cause) if isinstance(cause, OSError) else ExitCode.WILL_FAIL_AGAIN
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"model.compile: the network cannot be compiled here: {reason}; try model.compile=false", code)
 
 
 def _require_compilers(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Compiled and deterministic training, what refuses them, and collectives that hang."""
 
+import errno
 import functools
 import re
 import time
@@ -14,8 +15,8 @@ import torch.distributed as dist
 
 from pretrain import devices
 from pretrain.engine.distributed import limit_collectives, new_cpu_group
-from pretrain.engine.engine import _require_compilers
-from pretrain.outcome import UserError
+from pretrain.engine.engine import _require_compilers, compilation_error
+from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks, start_ranks
 from tests.pretrain.test_equality import assert_equal, recipe, trained, training, zero
@@ -80,6 +81,21 @@ def compiling_is_refused(control: dist.ProcessGroup) -> None:
 
 def test_compiling_at_stage_3_or_without_a_compiler_is_refused_before_training() -> None:
     run_ranks(1, compiling_is_refused)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(RuntimeError("no kernel"), ExitCode.WILL_FAIL_AGAIN), (OSError(errno.ENOSPC, "full"), ExitCode.RETRY)],
+)
+def test_a_network_that_cannot_be_compiled_is_one_line(failure: Exception, code: ExitCode) -> None:
+    network = torch.compile(torch.nn.Linear(2, 2), backend=mock.Mock(side_effect=failure), fullgraph=True)
+    with pytest.raises(Exception, match=str(failure.args[-1])) as caught:
+        network(torch.ones(1, 2))
+    refused = compilation_error(caught.value)
+    assert refused is not None
+    assert refused.code == code
+    assert re.fullmatch(r"model\.compile: .*; try model\.compile=false", str(refused))
+    assert compilation_error(failure) is None
 
 
 def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
