@@ -98,7 +98,7 @@ def compilation_error(error: Exception) -> UserError | None:
         return None
     cause = error.__cause__ or error.__context__
     code = storage_code(cause) if isinstance(cause, OSError) else ExitCode.WILL_FAIL_AGAIN
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split("\n\n")[0].split())[:300]  # without advice for torch's developers
     return UserError(f"model.compile: the network cannot be compiled here: {reason}; try model.compile=false", code)
 
 

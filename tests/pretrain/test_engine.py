@@ -85,7 +85,7 @@ def test_compiling_at_stage_3_or_without_a_compiler_is_refused_before_training()
 
 @pytest.mark.parametrize(
     ("failure", "code"),
-    [(RuntimeError("no kernel"), ExitCode.WILL_FAIL_AGAIN), (OSError(errno.ENOSPC, "full"), ExitCode.RETRY)],
+    [(RuntimeError("no kernel"), ExitCode.WILL_FAIL_AGAIN), (OSError(errno.EIO, "no answer"), ExitCode.RETRY)],
 )
 def test_a_network_that_cannot_be_compiled_is_one_line(failure: Exception, code: ExitCode) -> None:
     network = torch.compile(torch.nn.Linear(2, 2), backend=mock.Mock(side_effect=failure), fullgraph=True)
