@@ -26,7 +26,7 @@ class StorageError(DataError):
 _LASTING = frozenset(
     {
         errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
-        errno.EINVAL, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+        errno.EINVAL, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
     }
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.claim import claim
 from pretrain.console import RunConsole
+from pretrain.deepspeed_compat import count_parameters
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import Rank, first_of_node_checks, first_rank_decides, new_cpu_group
 from pretrain.engine.engine import build_engine, build_model
@@ -51,8 +52,7 @@ def build_trainer(
     watchdog: Watchdog,
     status: RunStatus,
     startup: StartUp,
-    profile: tuple[int, int] | None = None,
-    profile_this_rank: bool = False,
+    profiler: StepProfiler | None = None,
     verbose: bool = False,
 ) -> Trainer:
     """Open the data, build network and engine, load the newest checkpoint, start the loaders. Collective.
@@ -68,8 +68,7 @@ def build_trainer(
         watchdog: of this rank.
         status: of the run; this attempt owns it as soon as the folder is claimed.
         startup: times the phases.
-        profile: first and last step to profile.
-        profile_this_rank: whether this rank does it.
+        profiler: of this rank.
         verbose: let DeepSpeed print what it wants.
 
     Raises:
@@ -78,10 +77,12 @@ def build_trainer(
         StorageError: storage or network failed.
     """
     check_trackers(recipe.watch.sinks)
+    watchdog.beat("opening the data", startup=True)
     train_set, val_set, probe_sets = _open_datasets(recipe, rank, control)
     fingerprints = {"train": train_set.fingerprint, "val": val_set.fingerprint}
     classification = Classification(recipe.loss, recipe.mixing, train_set.class_ids, device)
     startup.end("data")
+    watchdog.beat("building the engine", startup=True)
     model = build_model(recipe, train_set.num_classes)
 
     def claim_folder() -> tuple[RunState, Beginning]:
@@ -101,9 +102,12 @@ def build_trainer(
         share_weights(model, device)
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     startup.end("engine")
+    watchdog.beat("loading a checkpoint", startup=True)
     shards = OptimizerShards(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, shards, group=control)
-    state, warnings = (loaded[0].loaded(), loaded[1]) if loaded else (TrainState(), [])
+    state, warnings = loaded or (TrainState(), [])
+    if loaded:
+        state.reset_saves()
     startup.end("checkpoint")
     nonfinite = NonFiniteSteps(engine)
     nonfinite.set_loss_scale(state.loss_scale)
@@ -117,10 +121,9 @@ def build_trainer(
     )
     for line in (*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {warning}" for warning in warnings)):
         console.say(line)
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
     batch = resolved.batch
     console.say(
-        f"{recipe.model.name}: {parameters:,} parameters; {recipe.data.path}: {len(train_set):,} train, "
+        f"{recipe.model.name}: {count_parameters(model):,} parameters; {recipe.data.path}: {len(train_set):,} train, "
         f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
         f"{batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}; ZeRO stage {resolved.stage}, "
         f"{resolved.precision}, {device.type}"
@@ -136,6 +139,8 @@ def build_trainer(
         "local_ranks": rank.local_world_size,
         "on_bad_sample": partial(folder.append_bad_sample, rank=rank.rank),
     }
+    if profiler is not None and (line := profiler.check(state.step, schedule.total_steps)):
+        console.say(line)
     metrics = _open_metrics(recipe, folder, state, console) if rank.is_first else None
     log = RunLog(folder, status, console, metrics, len(train_set))
     log.start(state, warnings)
@@ -159,16 +164,6 @@ def build_trainer(
         group=new_cpu_group(60 * recipe.watchdog.start_minutes + REPORT_FIRST_S),
         say=console.say,
     )
-    profiler = None
-    if profile is not None:
-        profiler = StepProfiler(
-            profile,
-            step=state.step,
-            total_steps=schedule.total_steps,
-            folder=folder.profile,
-            rank=rank.rank,
-            device=device,
-        )
     probes, size = None, recipe.evaluation.batch_size
     if recipe.probes is not None and probe_sets is not None:
         probes = Probes(recipe.probes, probe_sets, recipe.data, batch_size=size, control=control, place=place)
@@ -201,7 +196,7 @@ def build_trainer(
         stop=StopAgreement(flag, control),
         watchdog=watchdog,
         startup=startup,
-        profiler=profiler if profile_this_rank else None,
+        profiler=profiler,
         state=state,
     )
     startup.end("data")
@@ -242,12 +237,7 @@ def _open_metrics(recipe: Recipe, folder: RunFolder, state: TrainState, console:
         folder.metrics,
         folder.tensorboard,
         samples_seen=state.samples_seen,
-        done={
-            "eval": state.evaluated_at,
-            "eval_average": state.evaluated_at,
-            "attention": state.evaluated_at,
-            "probe": state.probed_at,
-        },
+        done=state.measured_until(),
         trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
         say=console.say,
     )

@@ -10,7 +10,7 @@ from pretrain.checkpoints.checkpoint import CheckpointDamagedError, list_checkpo
 from pretrain.engine.distributed import Rank
 from pretrain.files import lock
 from pretrain.handoff.initialize import Beginning
-from pretrain.outcome import BusyError, UserError, storage_code
+from pretrain.outcome import BusyError, ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
@@ -48,11 +48,16 @@ def claim(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
+        folder.failure.unlink(missing_ok=True)  # that of the previous attempt
+        folder.locked = True
         folder.check_recipe(recipe, deepspeed)
         previous = folder.read_state()
         _check_content(folder, recipe, fingerprints, previous)
         if previous is not None and previous.state == "finished":
-            raise UserError(f"{folder.path} was finished by another process meanwhile; there is nothing left to do")
+            raise UserError(
+                f"{folder.path} was finished by another process meanwhile; there is nothing left to do",
+                ExitCode.FINISHED,
+            )
         beginning = begin()
         folder.write_description(recipe, deepspeed, facts | {"initialized_from": beginning.origin})
     except OSError as error:
@@ -73,11 +78,12 @@ def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], prev
     recorded = [] if previous is None else [previous.fingerprints]
     if folder.read_recipe() is not None and (folder.path / "environment.json").exists():
         recorded.append({"train": folder.read_dataset()["fingerprint"]})
-    for path in list_checkpoints(folder.checkpoints)[:1]:
+    for path in list_checkpoints(folder.checkpoints):
         with suppress(CheckpointDamagedError):  # it is passed over later
             manifest = read_manifest(path)
             folder.check_checkpoint(path, manifest, recipe)
             recorded.append(manifest.get("fingerprints", {}))
+            break
     for split, fingerprint in here.items():
         if any(old.get(split, fingerprint) != fingerprint for old in recorded):
             raise UserError(

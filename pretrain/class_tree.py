@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, storage_code
 
 
 def read_ancestors(path: Path, class_ids: Sequence[str]) -> list[list[int]]:
@@ -23,7 +23,8 @@ def read_ancestors(path: Path, class_ids: Sequence[str]) -> list[list[int]]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"loss.class_tree: {path} cannot be read: {error}") from None
+        code = storage_code(error) if isinstance(error, OSError) else None
+        raise UserError(f"loss.class_tree: {path} cannot be read: {error}", code) from None
     parents: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         words = line.split()

@@ -5,6 +5,7 @@ import select
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from math import ceil
 
@@ -54,7 +55,8 @@ class RunConsole:
             self._view.events = [*self._view.events, lines[0]][-EVENTS:]
         if self._enabled:
             discard_lost_output()
-            self._console.print("\n".join(lines), markup=False)
+            with suppress(OSError):  # such as a full disk, on which the log is
+                self._console.print("\n".join(lines), markup=False)
 
     def step_done(self, step: int, waited_s: float = 0.0) -> None:
         """Move the bar; called after every step. ``waited_s`` is time that was not training, such as evaluation."""

@@ -161,6 +161,11 @@ def list_shards(
             yield name, tuple(parameter.shape), here.start, here.numel, flat, there.start
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of a network, also where ZeRO stage 3 holds only a part of each."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
 def flat_partitions(engine: Any) -> list[torch.Tensor]:
     """This rank's flat fp32 partition of each parameter group at stages 1 to 3; it may be padding only."""
     zero = engine.optimizer

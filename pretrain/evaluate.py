@@ -28,7 +28,7 @@ from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.fault_tolerance.full_memory import full_memory_message
 from pretrain.fault_tolerance.preflight import meet
-from pretrain.fault_tolerance.signals import StopFlag, first_speaks
+from pretrain.fault_tolerance.signals import StopFlag, first_reports
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
@@ -341,7 +341,7 @@ def _fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> i
     flag = StopFlag()
     if not started and rank is not None and rank.local_rank > 0:
         flag.install_signal_handlers()
-        if first_speaks(flag):  # rank 0 has printed the same error
+        if first_reports(flag):  # rank 0 has printed the same error
             os._exit(code)
     print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
     if rank is not None and rank.world_size > 1:

@@ -54,7 +54,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
     progress = manifest["progress"]
     if step is not None and progress["step"] != step:
         raise UserError(
-            f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again", code
+            f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again", ExitCode.RETRY
         )
     if not progress["evaluation"]:
         raise UserError(

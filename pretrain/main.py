@@ -10,7 +10,7 @@ from typing import NoReturn
 # The launcher puts this file's folder first on the path; the packages are one above, whether or not they are installed.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.fault_tolerance.signals import StopFlag, first_speaks, watch_launcher  # noqa: E402
+from pretrain.fault_tolerance.signals import StopFlag, first_reports, watch_launcher  # noqa: E402
 
 if __name__ == "__main__":  # before the imports that take seconds: a launcher may die meanwhile
     FLAG = StopFlag()
@@ -40,7 +40,7 @@ from pretrain.engine.engine import compilation_error  # noqa: E402
 from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
-from pretrain.monitoring.profile import parse_steps  # noqa: E402
+from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
 from pretrain.run_folder import RunFolder  # noqa: E402
@@ -97,6 +97,9 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
         startup.end("rendezvous")
+        profiler = None
+        if steps is not None and (rank.is_first or options.profile_ranks == "all"):
+            profiler = StepProfiler(steps, folder=folder.profile, rank=rank.rank, device=device)
         trainer = build_trainer(
             recipe,
             resolved,
@@ -107,15 +110,14 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             control=control,
             watchdog=watchdog,
             status=status,
-            profile=steps,
-            profile_this_rank=rank.is_first or options.profile_ranks == "all",
+            profiler=profiler,
             startup=startup,
             verbose=options.verbose,
         )
         code = trainer.train()
         trainer.close()
     except (UserError, DataError, CheckpointDamagedError) as error:
-        if trainer is not None or rank is None or rank.local_rank == 0 or not first_speaks(flag):
+        if trainer is not None or rank is None or rank.local_rank == 0 or not first_reports(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(trainer, status, str(error), exit_code(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be reported and end this rank

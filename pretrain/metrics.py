@@ -114,14 +114,15 @@ class MetricsWriter:
         self._sinks.each(lambda sink: sink.text(name, samples_seen, markdown))
 
     def flush(self) -> None:
-        """Flush the sinks."""
+        """Bring all to disk."""
+        os.fsync(self._lines.fileno())
         self._sinks.each(lambda sink: sink.flush())
 
     def close(self) -> None:
         """Flush everything to disk."""
+        self._sinks.each(lambda sink: sink.close())
         os.fsync(self._lines.fileno())
         self._lines.close()
-        self._sinks.each(lambda sink: sink.close())
 
 
 def _cut(

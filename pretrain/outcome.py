@@ -50,4 +50,5 @@ def exit_code(error: Exception) -> ExitCode:
     """The exit status of a command that ends with this error, whose text is its one line."""
     if isinstance(error, StorageError):
         return ExitCode.RETRY
-    return error.code if isinstance(error, UserError) else ExitCode.WILL_FAIL_AGAIN
+    code: ExitCode = getattr(error, "code", ExitCode.WILL_FAIL_AGAIN)
+    return code

@@ -24,7 +24,7 @@ from data_pipeline.store import CacheConfig
 from data_pipeline.transforms import InputConfig, MixingConfig, as_location
 from pretrain.engine.deepspeed_keys import ALLOWED, check_overrides
 from pretrain.fields import describe, did_you_mean, dotted_names, explain, shown, similar
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, storage_code
 
 
 class Section(BaseModel):
@@ -310,7 +310,8 @@ def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
         near = sorted(str(p) for p in path.parent.glob("*.yaml"))
         raise UserError(f"{path}: no such recipe" + (f"; there are: {', '.join(near)}" if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        code = storage_code(error) if isinstance(error, OSError) else None
+        raise UserError(f"{path}: cannot be read: {error}", code) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

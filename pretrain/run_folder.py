@@ -1,4 +1,4 @@
-"""A run on disk: what really ran, how it stands, what it measured."""
+"""A run folder: recipe, environment, status, measurements."""
 
 import json
 import os
@@ -24,7 +24,11 @@ from pretrain.run_state import RunState, read_state
 
 
 class RunFolder:
-    """``runs/NAME``. Only rank 0 writes to it, but for checkpoints."""
+    """``runs/NAME``. Rank 0 writes it.
+
+    Other ranks write their files of checkpoints, ``bad_samples.jsonl``, ``hangs/``, ``profile/`` and, where they fail
+    first, ``failure.txt`` and ``run.json``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -209,7 +213,7 @@ class RunFolder:
             position: step and samples seen, once they are known.
 
         Returns:
-            False where another rank of this attempt was first.
+            False where another rank of this attempt was first; True otherwise, also where nothing was written.
         """
         reason = without_secrets(reason)
         if self.locked:  # by rank 0 of this attempt

@@ -1,6 +1,7 @@
 """What a run reports: lines on the console, measurements, events and ``run.json``."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -30,7 +31,7 @@ class RunStatus:
         self._folder, self._first = folder, first
         self.run_state: RunState | None = None
         """Of this attempt, from when it has claimed the folder."""
-        self.state: TrainState | None = None
+        self.train_state: TrainState | None = None
         """Where the run is, once that is known."""
 
     def write(self, status: State, reason: str = "") -> None:
@@ -39,10 +40,11 @@ class RunStatus:
         Raises:
             OSError: it cannot be written.
         """
-        if self._first and self.run_state is not None:
+        failed = status == "running" and self._folder.failure.exists()  # another rank has recorded why
+        if self._first and self.run_state is not None and not failed:
             self.run_state.state, self.run_state.reason = status, reason
-            if self.state is not None:
-                self.run_state.step, self.run_state.samples_seen = self.state.step, self.state.samples_seen
+            if self.train_state is not None:
+                self.run_state.step, self.run_state.samples_seen = self.train_state.step, self.train_state.samples_seen
             self._folder.write_state(self.run_state)
 
     def fail(self, reason: str) -> bool:
@@ -51,7 +53,7 @@ class RunStatus:
         Returns:
             whether this is the first.
         """
-        at = self.state
+        at = self.train_state
         return self._folder.note_failure(reason, None if at is None else (at.step, at.samples_seen))
 
 
@@ -78,7 +80,7 @@ class RunLog:
 
     def start(self, state: TrainState, passed_over: Iterable[str]) -> None:
         """Record the start of this attempt, where it starts, and the damaged checkpoints that were passed over."""
-        self.status.state, run_state = state, self.status.run_state
+        self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
             write_start(self.folder.events, run_state, self.folder.read_state())
@@ -136,7 +138,9 @@ class RunLog:
 
     def images_requested(self) -> bool:
         """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
-        return self._metrics is not None and self.folder.show.exists()
+        with suppress(OSError):
+            return self._metrics is not None and self.folder.show.exists()
+        return False
 
     def clear_image_request(self) -> None:
         """Remove that file."""

@@ -3,24 +3,18 @@
 from pretrain.files import read_sealed, write_sealed
 from pretrain.outcome import UserError
 from pretrain.run_folder import RunFolder
+from pretrain.state import TrainState
 
 
-def write_summary(folder: RunFolder, *, top1: float, train_images: int, seconds: float) -> None:
-    """Write the summary of a finished run.
-
-    Args:
-        folder: the run.
-        top1: of the last evaluation during training, in percent.
-        train_images: images trained on, counted over all epochs.
-        seconds: wall-clock time of the training loop over all attempts, evaluations and checkpoints included.
-    """
+def write_summary(folder: RunFolder, state: TrainState) -> None:
+    """Write the summary of a finished run."""
     write_sealed(
         folder.summary,
         {
-            "top1": top1,
-            "train_images": train_images,
-            "seconds": round(seconds, 2),
-            "images_per_second": round(train_images / seconds, 2),
+            "top1": state.evaluation["top1"],
+            "train_images": state.samples_seen,
+            "seconds": round(state.train_seconds, 2),
+            "images_per_second": round(state.samples_seen / state.train_seconds, 2),
             "handoff_top1": None,
         },
     )

@@ -35,13 +35,13 @@ from pretrain.startup import StartUp
 from pretrain.state import TrainState
 from pretrain.summary import write_summary
 
-FAILED_SAVES_ALLOWED = 1
-"""One checkpoint in a row may fail to be written: by the next one there may be space again."""
-
 
 @dataclass
 class Trainer:
-    """Trains on this rank. Its parts are built by ``build_trainer``; ``state`` is all of it that changes."""
+    """Trains on this rank; ``build_trainer`` builds its parts.
+
+    ``state`` is all that a checkpoint saves beside weights and moments; what the other parts remember may be lost.
+    """
 
     recipe: Recipe
     schedule: Schedule
@@ -69,12 +69,12 @@ class Trainer:
     def train(self) -> ExitCode:
         """Train until all steps are taken or a stop is agreed on; either way the state is on disk afterwards.
 
-        What is due at a step boundary is derived from ``state``, so that a run resumed at a boundary does there what
-        the previous attempt had not reached.
+        What is due is derived from ``state``: a run resumed at a boundary does there what was not reached before.
         """
-        batches = iter(self.train_loader)
+        batches, self._clock = iter(self.train_loader), time.monotonic()
         while True:
-            self._profile()
+            if self.profiler is not None and (line := self.profiler.after_step(self.state.step, self.monitor.timer)):
+                self.log.say(line)
             if self.evaluation_due():
                 self.evaluate()
             if self.probes_due():
@@ -85,11 +85,11 @@ class Trainer:
                     self.save()
             if self.done or self.stop.at_step_boundary():
                 break
-            began = time.monotonic()
+            if self.profiler is not None:
+                self.profiler.before_step(self.state.step, self.monitor.timer)
             learning_rate = self.train_step(batches, measure_norms=self.log_due(ahead=1))
             self.state.step += 1
             self.state.samples_seen += self.batch.global_batch
-            self.state.train_seconds += time.monotonic() - began
             if self.watchdog.starting:
                 self._end_startup()
             self.log.console.step_done(self.state.step)
@@ -99,8 +99,7 @@ class Trainer:
         if self.done and not self.evaluation_due() and not self.probes_due():
             self._finish()
             return ExitCode.FINISHED
-        self._stop()
-        return ExitCode.STOPPED
+        return self._stop()
 
     def train_step(self, batches: Iterator[Batch], *, measure_norms: bool = False) -> float:
         """One optimizer step over the global batch, in micro-batches.
@@ -155,7 +154,10 @@ class Trainer:
         newest = max(state.saved_at, state.save_tried_at, 0)
         due = state.samples_seen - newest >= self.schedule.checkpoint_every * self.batch.global_batch
         best = section.keep_best and state.best_at == state.samples_seen
-        return state.samples_seen > newest and (self.done or due or best)
+        # A stop saves before an evaluation that it interrupted: the same step is saved again with its result.
+        evaluated = state.evaluated_at == state.samples_seen > state.evaluation_saved_at
+        new = state.samples_seen > newest
+        return (new and (self.done or due or best)) or (evaluated and (self.done or best))
 
     def log_due(self, ahead: int = 0) -> bool:
         """Whether measurements are written after this step, or after the one that is so many steps ahead."""
@@ -176,13 +178,9 @@ class Trainer:
             attention = self.monitor.attention()
         for kind, (result, seconds) in results.items():
             self.log.result(kind, result, seconds, self.state)
-            self.state.evaluation = asdict(result)
         if attention is not None:
             self.log.attention(*attention, self.state)
-        self.state.evaluated_at = self.state.samples_seen
-        if self.state.evaluation["top1"] > self.state.best_top1:
-            self.state.best_top1 = self.state.evaluation["top1"]
-            self.state.best_at = self.state.samples_seen
+        self.state.record_evaluation(asdict([*results.values()][-1][0]))
 
     def _evaluate(self) -> Evaluation | None:
         self.watchdog.beat("evaluating")
@@ -204,12 +202,15 @@ class Trainer:
         self.watchdog.beat("probing")
         average = self.optimizer_shards.averaged_weights() if self.recipe.ema is not None else nullcontext()
         with self._outside_training():
-            try:
-                with average:
+            result, stopped = None, False
+            with average:
+                try:
                     result = self.probes.run(self.engine, self.dtype, stop=lambda: self._stopped_while("probing"))
-            except ProbesEndedError as ended:
-                if ended.why == "stopped":
-                    return
+                except ProbesEndedError as ended:  # on all ranks alike
+                    stopped = ended.why == "stopped"
+            if stopped:
+                return
+            if result is None:
                 limit = self.probes.section.time_limit_minutes
                 self.log.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
             else:
@@ -229,8 +230,10 @@ class Trainer:
         self.finish_save()
         with self._outside_training():
             self.handle_skipped_steps()
+            self._count_seconds()
             self.watchdog.beat("copying a checkpoint", startup=True)
             self.state.save_tried_at = self.state.samples_seen
+            self.state.evaluation_saved_at = self.state.evaluated_at
             self.state.loss_scale = self.nonfinite.loss_scale()
             self.log.flush()  # first: what a checkpoint has seen is never measured again
             self.writer.start(self.state)
@@ -247,7 +250,7 @@ class Trainer:
             return
         with self._outside_training():
             self.watchdog.beat("waiting for a checkpoint to be written", startup=True)
-            problem = self.writer.finish()
+            problem = self.writer.finish(hurry=self.stop.agreed or not self.done)
         state = self.state
         if not problem:
             state.saved_at, state.failed_saves = state.save_tried_at, 0
@@ -255,10 +258,11 @@ class Trainer:
         state.failed_saves += 1
         self.log.event("checkpoint failed", problem, state)
         last = self.done and state.save_tried_at == state.samples_seen
-        if state.failed_saves > FAILED_SAVES_ALLOWED or last:
+        if state.failed_saves > 1 or last:  # by the next one there may be space again
             raise UserError(
                 f"{'the last checkpoint' if last else 'two checkpoints in a row'} could not be written to "
-                f"{self.log.folder.checkpoints} ({problem}): make space or repair the storage, then start again"
+                f"{self.log.folder.checkpoints} ({problem}): make space or repair the storage, then start again",
+                ExitCode.WILL_FAIL_AGAIN if self.writer.lasting else ExitCode.RETRY,
             )
 
     def handle_skipped_steps(self, *, skip_last: int = 0) -> None:
@@ -284,26 +288,27 @@ class Trainer:
             self.log.say(f"WARNING step {step} was skipped: a gradient was not finite; {where}")
             if self.state.skipped_in_a_row >= self.recipe.bad_numbers.skipped_steps:
                 self._roll_back(where)
+                self.state.skipped_steps += sum(skipped[index + 1 :])
+                break
 
     def _roll_back(self, where: str) -> None:
         """Load the weights of the newest checkpoint before the skipped steps; the position in the data stays."""
-        state, allowed = self.state, self.recipe.bad_numbers.rollbacks
+        state, allowed, group = self.state, self.recipe.bad_numbers.rollbacks, self.stop.group
         why = f"{state.skipped_in_a_row} steps in a row had gradients that were not finite, the last on {where}"
         advice = "lower optimizer.lr or lengthen schedule.warmup_epochs, under a new name"
         if state.rollbacks >= allowed:
             raise UserError(f"{why}, after going back {state.rollbacks} times: {advice}")
         self.finish_save()
         self.watchdog.beat("going back to a checkpoint", startup=True)
-        loaded = load_newest(
-            self.log.folder.checkpoints,
-            self.optimizer_shards,
-            group=self.stop.group,
-            good=lambda found: not found.skipped_in_a_row,
-        )
+        folder = self.log.folder.checkpoints
+        loaded = load_newest(folder, self.optimizer_shards, group=group, good=lambda found: not found.skipped_in_a_row)
         if loaded is None:
             raise UserError(f"{why}, and there is no checkpoint to go back to: {advice}")
         for warning in loaded[1]:
             self.log.say(f"WARNING {warning}")
+            self.log.event("checkpoint passed over", warning, state)
+        self.nonfinite.set_loss_scale(loaded[0].loss_scale)
+        state.skipped_steps += sum(self.nonfinite.skipped())  # of steps that the old weights took meanwhile
         state.rollbacks += 1
         state.skipped_in_a_row = 0
         what = f"{why}: back to the weights of step {loaded[0].step}, continuing behind these images"
@@ -316,8 +321,7 @@ class Trainer:
         state, batch = self.state, self.batch.global_batch
         interval = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
         losses = interval.losses | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
-        if interval.grad_norm is not None:
-            losses["grad_norm"] = interval.grad_norm
+        losses |= {} if interval.grad_norm is None else {"grad_norm": interval.grad_norm}
         rows = {"train": interval.rates(), "norms": interval.norms, "time": interval.seconds}
         self.log.interval(state, losses, rows, self.monitor.training_images())
         spikes = self.loss_level.spikes(
@@ -338,11 +342,6 @@ class Trainer:
         self.log.clear_image_request()
         self.monitor.show_batch = dist.get_rank() == 0
 
-    def _profile(self) -> None:
-        """Begin or end the profile that was asked for, where its first or last step is next or done."""
-        if self.profiler is not None and (line := self.profiler.between_steps(self.state.step, self.monitor.timer)):
-            self.log.say(line)
-
     def _end_startup(self) -> None:
         """Compilation is over: shorten the limits of the watchdog and of collectives."""
         self.watchdog.starting = False
@@ -352,7 +351,7 @@ class Trainer:
         limit = 60 * self.recipe.watchdog.step_minutes + REPORT_FIRST_S
         limit_collectives(limit, exclude=(self.stop.group, self.writer.group))
 
-    def _stop(self) -> None:
+    def _stop(self) -> ExitCode:
         """Save what a stop leaves, and record it."""
         state = self.state
         self.finish_save()
@@ -363,18 +362,15 @@ class Trainer:
         outcome = "saved; the same command resumes from here" if saved else "nothing new was saved"
         self.log.say(f"stopped at step {state.step} of {self.schedule.total_steps} ({reason}), {outcome}")
         self.log.status.write("preempted", reason)
+        return ExitCode.STOPPED
 
     def _finish(self) -> None:
         """Hand off the final weights and write the summary; rank 0 does it, the others wait."""
         self.watchdog.beat("handing off", startup=True)
+        self._count_seconds()
         if dist.get_rank() == 0:
             export_run(self.log.folder, step=self.state.step)
-            write_summary(
-                self.log.folder,
-                top1=self.state.evaluation["top1"],
-                train_images=self.state.samples_seen,
-                seconds=self.state.train_seconds,
-            )
+            write_summary(self.log.folder, self.state)
             self.log.status.write("finished")
         dist.barrier(self.stop.group)
 
@@ -390,11 +386,15 @@ class Trainer:
 
     @contextmanager
     def _outside_training(self) -> Iterator[None]:
-        """Count the block as time of the run, but keep it out of the rates of training."""
+        """Keep the time of the block out of the rates of training."""
         began = time.monotonic()
         with self.monitor.excluded():
             yield
             garbage.collect()
-        took = time.monotonic() - began
-        self.state.train_seconds += took
-        self.log.console.step_done(self.state.step, waited_s=took)
+        self.log.console.step_done(self.state.step, waited_s=time.monotonic() - began)
+
+    def _count_seconds(self) -> None:
+        """Add the time since the last call to that of the run."""
+        now = time.monotonic()
+        self.state.train_seconds += now - self._clock
+        self._clock = now

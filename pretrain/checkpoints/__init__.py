@@ -1,1 +1,1 @@
-"""Checkpoints: shards of the state keyed by name, files that are whole or not there, written beside training."""
+"""Checkpoints: shards of the state keyed by name, files that are complete or absent, written while training continues."""

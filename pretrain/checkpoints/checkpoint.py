@@ -6,7 +6,7 @@
         manifest.json              format, progress, sizes and BLAKE2 digests of the files; written last
 
 A checkpoint is written into a hidden folder that is renamed when all is on disk, so it is complete or absent. It is
-verified when read; one that fails is passed over, loudly, for the one before. Nothing in it is ever unpickled.
+verified when read; one that fails is passed over, with a warning, for the one before. Nothing in it is ever unpickled.
 """
 
 import json
@@ -57,20 +57,20 @@ def load_newest(
     group: dist.ProcessGroup,
     good: Callable[[TrainState], bool] = lambda _: True,
 ) -> tuple[TrainState, list[str]] | None:
-    """Fill the engine from the newest checkpoint that is whole and ``good``. Collective.
+    """Fill the engine from the newest checkpoint that is intact and ``good``. Collective.
 
     Returns:
         progress and a line for each newer checkpoint that was passed over as damaged; None if there is no checkpoint.
 
     Raises:
-        UserError: there are checkpoints but none is whole, or the newest whole one is of another model.
+        UserError: there are checkpoints but none is intact; the newest intact one is of another model; or, with
+            ``ExitCode.RETRY``, one cannot be read now.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     listing = [list_checkpoints(folder) if rank == 0 else []]
     dist.broadcast_object_list(listing, src=0, group=group)
     warnings: list[str] = []
     damaged: list[Path] = []
-    code = ExitCode.WILL_FAIL_AGAIN
     for path in listing[0]:
         problem: CheckpointDamagedError | None = None
         try:
@@ -80,6 +80,8 @@ def load_newest(
         problems: list[CheckpointDamagedError | None] = [None] * world
         dist.all_gather_object(problems, problem, group=group)
         problem = next(filter(None, problems), None)
+        if any(one is not None and one.code is ExitCode.RETRY for one in problems):
+            raise UserError(f"{problem}; nothing was given up: start again", ExitCode.RETRY)
         if problem is None:
             try:
                 progress = TrainState(**read_manifest(path)["progress"])
@@ -92,12 +94,9 @@ def load_newest(
                 warnings += _put_aside(damaged)
             return progress, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
-        code = ExitCode.RETRY if problem.code is ExitCode.RETRY else code
         damaged.append(path)
     if warnings:
-        raise UserError(
-            f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over", code
-        )
+        raise UserError(f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over")
     return None
 
 

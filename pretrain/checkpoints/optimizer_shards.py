@@ -51,7 +51,7 @@ class OptimizerShards:
 
         Args:
             engine: ``deepspeed.DeepSpeedEngine``.
-            average: keep a moving average of the weights beside the moments.
+            average: keep a moving average of the weights next to the moments.
         """
         self._engine = engine
         self.stage: int = engine.zero_optimization_stage()
@@ -128,12 +128,13 @@ class OptimizerShards:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Let the model compute with the average of its weights within the block. Collective."""
+        """Let the model compute with the average of its weights within the block, which must end alike on all ranks.
+
+        Collective.
+        """
         self._swap_average()
-        try:
-            yield
-        finally:
-            self._swap_average()
+        yield
+        self._swap_average()  # not after an error, which may be this rank's alone
 
     @torch.no_grad()
     def _swap_average(self) -> None:

@@ -6,6 +6,7 @@ worked is printed at once, but acted on at points that all ranks reach together 
 """
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from data_pipeline.errors import is_lasting
 from pretrain.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -46,9 +48,9 @@ class Retention:
     newest: int = 2
     """So many of the newest."""
     every_steps: int | None = None
-    """Beside these the first one at or behind every multiple of so many optimizer steps."""
+    """In addition, the first one at or behind every multiple of so many optimizer steps."""
     best: bool = False
-    """Beside these the one with the highest top-1 of those that were evaluated where they stand."""
+    """In addition, the one with the highest top-1 of those that were evaluated where they stand."""
 
 
 class CheckpointWriter:
@@ -79,17 +81,14 @@ class CheckpointWriter:
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
-        self._outcome: str | BaseException = ""
+        self._outcome: tuple[str, bool] | BaseException = ("", False)
+        self.lasting = False
+        """Whether the problem that ``finish`` returned will not pass by itself."""
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint was begun whose outcome nobody asked for yet."""
         return self._thread is not None
-
-    @property
-    def writing(self) -> bool:
-        """Whether this rank's thread is still at work on it."""
-        return self._thread is not None and self._thread.is_alive()
 
     def start(self, state: TrainState) -> None:
         """Copy this rank's shards and begin to write them; the one before must be finished."""
@@ -101,8 +100,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(self) -> str:
+    def finish(self, *, hurry: bool = True) -> str:
         """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
+
+        Args:
+            hurry: try as often, but without pauses.
 
         Returns:
             "" when it is on disk, else what failed on which rank; the same on all ranks.
@@ -112,12 +114,14 @@ class CheckpointWriter:
         """
         if self._thread is None:
             return ""
-        self._hurry.set()  # the loop waits now: no more pauses
+        if hurry:
+            self._hurry.set()
         self._thread.join()
         self._thread = None
         if isinstance(self._outcome, BaseException):
             raise self._outcome
-        return self._outcome
+        problem, self.lasting = self._outcome
+        return problem
 
     def _copy_shards(self) -> None:
         optimizer, shards = self._shards.optimizer, self._shards.shards
@@ -139,24 +143,25 @@ class CheckpointWriter:
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
             self._outcome = error
 
-    def _try(self, progress: dict[str, Any], index: list[Any]) -> str:
+    def _try(self, progress: dict[str, Any], index: list[Any]) -> tuple[str, bool]:
         for pause in (*PAUSES_S, None):
-            verdict: list[Any] = ["", False]  # what failed; whether to try again
-            problem = self._attempt(progress, index)
-            if self._rank == 0 and problem:
-                text = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
+            result: list[Any] = ["", False]
+            result[:] = self._attempt(progress, index)
+            if self._rank == 0 and result[0]:
+                text = f"WARNING checkpoint at step {progress['step']} could not be written: {result[0]}"
                 self._say(text if pause is None else f"{text}; trying again for a while")
-                verdict = [problem, pause is not None and not self._hurry.wait(pause)]
-            dist.broadcast_object_list(verdict, src=0, group=self.group)
-            if not verdict[1]:
+                if pause is not None:
+                    self._hurry.wait(pause)
+            dist.broadcast_object_list(result, src=0, group=self.group)
+            if not result[0]:
                 break
-        return str(verdict[0])
+        return result[0], result[1]
 
-    def _attempt(self, progress: dict[str, Any], index: list[Any]) -> str:
-        """Write this rank's file; rank 0 publishes when all have theirs, and alone learns what failed."""
+    def _attempt(self, progress: dict[str, Any], index: list[Any]) -> tuple[str, bool]:
+        """Write this rank's file; rank 0 publishes when all have theirs, and learns what failed and if it lasts."""
         final = self._folder / f"step-{progress['step']:08d}"
         draft = self._folder / f".{final.name}.unfinished"
-        problem, files = "", {}
+        problem, lasting, files = "", False, {}
         try:
             draft.mkdir(parents=True, exist_ok=True)
             file = draft / f"rank-{self._rank:05d}.safetensors"
@@ -166,12 +171,13 @@ class CheckpointWriter:
                 file.chmod(draft.stat().st_mode & 0o666)
             files = {file.name: {"size": file.stat().st_size, "blake2": digest_of_file(file)}}
         except (OSError, SafetensorError, RuntimeError) as error:
-            problem = f"rank {self._rank}: {error}"
+            problem, lasting = f"rank {self._rank}: {error}", _is_lasting(error)
         reports: list[Any] | None = [None] * self._world if self._rank == 0 else None
-        dist.gather_object((problem, files, index), reports, dst=0, group=self.group)
+        dist.gather_object((problem, files, index, lasting), reports, dst=0, group=self.group)
         if reports is None:
-            return ""
+            return "", False
         problem = next((report[0] for report in reports if report[0]), "")
+        lasting = all(report[3] for report in reports if report[0])
         try:
             if not problem:
                 _check_index([report[2] for report in reports], final)
@@ -179,15 +185,23 @@ class CheckpointWriter:
                 manifest = {"format": FORMAT, "progress": progress, **self._facts, "world_size": self._world}
                 _publish(draft, final, manifest | {"zero_stage": self._shards.stage, "files": all_files})
         except (OSError, CheckpointDamagedError) as error:
-            problem = f"rank 0: {error}"
+            problem, lasting = f"rank 0: {error}", _is_lasting(error)
         if problem:
             shutil.rmtree(draft, ignore_errors=True)
-            return problem
+            return problem, lasting
         try:
             _prune(self._folder, self._retention)
         except OSError as error:
             self._say(f"WARNING old checkpoints could not be removed: {error}; tried again with the next one")
-        return ""
+        return "", False
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether what kept a file from being written will not pass by itself; safetensors gives the number as text."""
+    if isinstance(error, OSError):
+        return is_lasting(error)
+    number = re.search(r"os error (\d+)", str(error))
+    return number is None or is_lasting(OSError(int(number[1]), ""))
 
 
 def _check_index(indices: list[list[Any]], where: Path) -> None:
@@ -231,12 +245,12 @@ def _kept(found: list[Path], retention: Retention) -> set[Path]:
             first[step_of(path) // retention.every_steps] = path
         kept |= {path for interval, path in first.items() if interval}
     if retention.best:
-        rated = [(top1, path) for path in found if (top1 := _top1_where_it_stands(path)) is not None]
+        rated = [(top1, path) for path in found if (top1 := _top1_of(path)) is not None]
         kept |= {max(rated)[1]} if rated else set()
     return kept
 
 
-def _top1_where_it_stands(path: Path) -> float | None:
+def _top1_of(path: Path) -> float | None:
     """Top-1 of the very weights in a checkpoint, in percent; None where they were not evaluated, or it is damaged."""
     try:
         progress = read_manifest(path)["progress"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
 from pretrain.engine.precision import Precision, check_precision, choose_precision
-from pretrain.outcome import UserError
+from pretrain.outcome import UserError, storage_code
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,15 @@ def read_deepspeed_config(
             had.
 
     Raises:
-        UserError: unreadable, not JSON, or keys that DeepSpeed or this project would not honour.
+        UserError: unreadable, not JSON, or keys that DeepSpeed or this project would not honor.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such DeepSpeed configuration; name one with --deepspeed_config") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+        code = storage_code(error) if isinstance(error, OSError) else None
+        raise UserError(f"{path}: not readable as JSON: {error}", code) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
     merged = _merge(content, overrides)

@@ -29,7 +29,7 @@ def explain_full_memory(error: BaseException, phase: str, progress: TrainState |
     Args:
         error: of which ``gpu_memory_is_full`` is true.
         phase: what this rank was doing, in the words of ``Watchdog.beat``.
-        progress: of the run; None while it is put together.
+        progress: of the run; None before it is built.
     """
     text = full_memory_message(error, phase, _ADVICE.get(phase, _TRAINING))
     if progress is None or phase == "copying a checkpoint":

@@ -17,9 +17,9 @@ import psutil
 from pretrain.outcome import ExitCode
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-FIRST_SPEAKS_S = 15.0
-"""While starting all ranks meet the same error, and the first of a node tells it: the others leave it so long for that,
-since the launcher ends it as soon as one of them is gone."""
+REPORT_WAIT_S = 15.0
+"""While starting, all ranks meet the same error and the first of a node reports it: the others give it this time,
+since the launcher ends it as soon as one of them exits."""
 
 
 class StopFlag:
@@ -55,9 +55,9 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
-def first_speaks(flag: StopFlag) -> bool:
-    """Whether the first rank tells the error, too: it is gone then, and the launcher asks this one to stop."""
-    until = time.monotonic() + FIRST_SPEAKS_S
+def first_reports(flag: StopFlag) -> bool:
+    """Whether the first rank reports the error, too: it exits then, and the launcher asks this one to stop."""
+    until = time.monotonic() + REPORT_WAIT_S
     while not flag and time.monotonic() < until:
         time.sleep(0.1)
     return bool(flag)

@@ -72,7 +72,7 @@ class LossLevel:
 def write_spikes(
     file: Path, spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]], say: Callable[[str], None]
 ) -> None:
-    """Add a line to ``loss_spikes.jsonl`` for each, with the images of its batch, and say so.
+    """Add a line to ``loss_spikes.jsonl`` for each, with the images of its batch, and print a line.
 
     Args:
         file: where to.

@@ -19,7 +19,7 @@ class StopAgreement:
 
     Each boundary starts an asynchronous maximum over the ranks' flags and reads the one that the boundary before
     started, so the answer is the same everywhere and one step old. It runs on a CPU (gloo) group: the device is
-    never synchronised.
+    never synchronized.
     """
 
     def __init__(self, flag: Flag, group: dist.ProcessGroup) -> None:
@@ -29,7 +29,7 @@ class StopAgreement:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def at_step_boundary(self) -> bool:
-        """Whether all ranks stop here. Every rank must call this equally often."""
+        """Whether all ranks stop here. Collective: every rank must call this equally often."""
         if self.agreed:
             return True
         if self._pending is not None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from data_pipeline.store import hanging_read
 from pretrain.outcome import ExitCode
 
-TELLING_GETS_S = 20.0
+WRITE_LIMIT_S = 20.0
 """Longest time for writing the stacks."""
-OTHERS_GET_S = 5.0
+EXIT_DELAY_S = 5.0
 """The first rank to notice waits so long before it ends, since the launcher then ends the others."""
 REPORT_FIRST_S = 60.0
 """Collectives may take so much longer than the limit: their own error would not say where the other ranks are."""
@@ -78,13 +78,13 @@ class Watchdog:
             reason = f"{reason} ({read})"
         os.write(2, f"error: {reason}\n".encode())
         # In a thread of its own: what hangs may be the very storage that this writes to.
-        telling = threading.Thread(target=self._tell, args=(reason,), daemon=True)
-        telling.start()
-        telling.join(TELLING_GETS_S)
-        time.sleep(OTHERS_GET_S)
+        report = threading.Thread(target=self._report, args=(reason,), daemon=True)
+        report.start()
+        report.join(WRITE_LIMIT_S)
+        time.sleep(EXIT_DELAY_S)
         os._exit(ExitCode.RETRY)
 
-    def _tell(self, reason: str) -> None:
+    def _report(self, reason: str) -> None:
         file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
         where = f"in {file}"
         try:

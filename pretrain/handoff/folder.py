@@ -21,7 +21,7 @@ from models import LaViT, LaViTConfig
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff.hub import fetch, is_hub_name
-from pretrain.outcome import UserError, storage_code
+from pretrain.outcome import ExitCode, UserError, storage_code
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -147,7 +147,8 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the hand-off cannot be written to {folder} ({error}): make space or fix the storage, then "
-            "`python -m pretrain.export RUN` writes it from the newest checkpoint"
+            "`python -m pretrain.export RUN` writes it from the newest checkpoint",
+            storage_code(error) if isinstance(error, OSError) else ExitCode.WILL_FAIL_AGAIN,
         ) from None
 
 

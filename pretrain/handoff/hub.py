@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.outcome import UserError
+from pretrain.outcome import ExitCode, UserError
 
+_REFUSALS = ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "HFValidationError")
+"""What the library raises where asking again is pointless."""
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -47,7 +49,8 @@ def fetch(source: str, files: Sequence[str]) -> Path:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UserError(
             f"{source} is not a folder, and it cannot be fetched from the Hugging Face Hub ({reason}): check the name "
-            "and the network, and log in with `hf auth login` if it is private"
+            "and the network, and log in with `hf auth login` if it is private",
+            ExitCode.WILL_FAIL_AGAIN if type(error).__name__ in _REFUSALS else ExitCode.RETRY,
         ) from None
     print(f"{source}: commit {folder.name} of the Hugging Face Hub", file=sys.stderr)  # noqa: T201
     return folder

@@ -32,7 +32,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Interval:
-    """An interval of training, equal on all ranks."""
+    """An interval of training: means over the ranks, equal on all of them; rates by this rank's clock."""
 
     losses: dict[str, float]
     """Means of the loss and its parts; empty where nothing was finite."""
@@ -168,7 +168,7 @@ class Monitor:
         ranks, parts = dist.get_world_size(), self.norms.parts
         losses, step_losses = self.means()
         norm = self._engine.get_global_grad_norm()
-        norm = None if norm is None else float(norm)
+        norm = None if norm is None or norm < 0 else float(norm)  # DeepSpeed writes -1 for a non-finite norm
         rate = self._steps * global_batch / (time.monotonic() - self._began)
         gradients, weights = self.norms.squares(self._device)
         split = self.timer.split()

@@ -3,7 +3,6 @@
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -11,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pretrain.monitoring.step_timer import PHASES, Phase, StepTimer
 from pretrain.outcome import UserError
 
-Ranks = Literal["first", "all"]
 ROWS = 20
 """Operators in the summary."""
 SNAPSHOT_EVENTS = 200_000
@@ -39,41 +37,38 @@ class StepProfiler:
 
     Args:
         steps: first and last.
-        step: steps that the run has taken.
-        total_steps: of the run.
         folder: where to.
         rank: of this process.
         device: of this process.
-
-    Raises:
-        UserError: the run does not come to these steps any more.
     """
 
-    def __init__(
-        self, steps: tuple[int, int], *, step: int, total_steps: int, folder: Path, rank: int, device: torch.device
-    ) -> None:
+    def __init__(self, steps: tuple[int, int], *, folder: Path, rank: int, device: torch.device) -> None:
         self.first, self.last = steps
-        if self.last > total_steps:
-            raise UserError(
-                f"--profile {self.first}:{self.last}: the run has {total_steps} steps; choose steps that it takes"
-            )
-        if self.first <= step:
-            raise UserError(
-                f"--profile {self.first}:{self.last}: the run continues at step {step + 1}; choose later steps"
-            )
         self._base = folder / f"rank-{rank:05d}-steps-{self.first}-{self.last}"
         self._device = device
         self._profile: profile | None = None
         self._span = ExitStack()
         self._phase: Phase | None = None
 
-    def between_steps(self, step: int, timer: StepTimer) -> str:
-        """Begin or end, called before the first and after each step; a line to say, or ""."""
-        if step == self.first - 1 and self._profile is None:
-            return self._begin(timer)
-        if step == self.last and self._profile is not None:
-            return self._end(timer)
-        return ""
+    def check(self, step: int, total_steps: int) -> str:
+        """Compare with the steps taken and those of the run; a line to print where they are past, or "".
+
+        Raises:
+            UserError: the run does not have these steps.
+        """
+        asked = f"--profile {self.first}:{self.last}"
+        if self.last > total_steps:
+            raise UserError(f"{asked}: the run has {total_steps} steps; choose steps that it takes")
+        return f"WARNING {asked}: the run is at step {step}; nothing is profiled" if self.first <= step else ""
+
+    def before_step(self, step: int, timer: StepTimer) -> None:
+        """Begin where the first step to profile follows step ``step``."""
+        if step == self.first - 1:
+            self._begin(timer)
+
+    def after_step(self, step: int, timer: StepTimer) -> str:
+        """End after the last step to profile; a line to print, or ""."""
+        return self._end(timer) if step == self.last and self._profile is not None else ""
 
     def abandon(self) -> str:
         """End without a result where a stop came between; a line to say, or ""."""
@@ -84,7 +79,7 @@ class StepProfiler:
         self._profile = None
         return f"WARNING the profile of steps {self.first} to {self.last} was not written: the run ended before"
 
-    def _begin(self, timer: StepTimer) -> str:
+    def _begin(self, timer: StepTimer) -> None:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -94,7 +89,6 @@ class StepProfiler:
         self._profile.start()
         timer.listeners.append(self._entered)
         self._entered("other")
-        return ""
 
     def _entered(self, phase: Phase | None) -> None:
         self._timer.enter(phase)

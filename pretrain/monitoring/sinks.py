@@ -164,13 +164,13 @@ def _token(file: Path) -> str:
 @contextmanager
 def _no_terminal() -> Iterator[None]:
     """On a terminal wandb would ask for an account, and all ranks would wait for the answer: let it fail instead."""
-    keyboard = sys.stdin
+    stdin = sys.stdin
     with open(os.devnull) as nothing:  # noqa: PTH123 - a device
         sys.stdin = nothing
         try:
             yield
         finally:
-            sys.stdin = keyboard
+            sys.stdin = stdin
 
 
 class ForwardOnly:
@@ -215,7 +215,7 @@ class ForwardOnly:
 
 
 class Guarded:
-    """Several sinks as one that never raises: one that fails is given up, which is said.
+    """Several sinks as one that never raises: one that fails is given up, with a warning.
 
     Args:
         sinks: by the name that users know.
@@ -242,7 +242,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
     """Refuse what is not installed.
 
     Raises:
-        UserError: says how to get it.
+        UserError: one is not; with the command that installs it.
     """
     for name in names:
         if find_spec(name) is None:

@@ -106,7 +106,7 @@ def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
     from pretrain import evaluate
     from pretrain.fault_tolerance import signals
 
-    signals.FIRST_SPEAKS_S = 20.0 if who == "all" else 1.0
+    signals.REPORT_WAIT_S = 20.0 if who == "all" else 1.0
     sys.stderr = (folder / f"told-{os.environ['RANK']}").open("w")
     first = os.environ["RANK"] == "0"
     if first:

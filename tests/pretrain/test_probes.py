@@ -77,10 +77,10 @@ def they_end_together(control: dist.ProcessGroup, digits: Path) -> None:
     go_on(run, 1)  # from here on the average is other than the weights
     weights = whole_weights(run.engine)
     late = probes_of(run, digits, control, time_limit_minutes=1e-6)
-    with pytest.raises(ProbesEndedError, match="too late"), run.optimizer_shards.averaged_weights():
+    with run.optimizer_shards.averaged_weights(), pytest.raises(ProbesEndedError, match="too late"):
         late.run(run.engine, run.dtype, stop=lambda: False)
     polls = itertools.count()
-    with pytest.raises(ProbesEndedError, match="stopped"), run.optimizer_shards.averaged_weights():
+    with run.optimizer_shards.averaged_weights(), pytest.raises(ProbesEndedError, match="stopped"):
         probes_of(run, digits, control).run(run.engine, run.dtype, stop=lambda: next(polls) == 3)
     assert run.engine.training
     after = whole_weights(run.engine)

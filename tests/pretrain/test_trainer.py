@@ -12,7 +12,7 @@ from pretrain import trainer as module
 from pretrain.engine.schedule import Schedule
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed, ProbesEndedError
-from pretrain.recipe import CheckpointSection, EvaluationSection, ProbesSection
+from pretrain.recipe import BadNumbersSection, CheckpointSection, EvaluationSection, ProbesSection
 from pretrain.state import TrainState
 from pretrain.trainer import Trainer
 
@@ -96,3 +96,30 @@ def test_what_is_due_is_derived_from_the_state_and_asking_changes_nothing(traine
     assert due["log_due"] == [1, *range(4, 100, 4), 99]
     trainer.nonfinite.skipped.assert_not_called()
     trainer.writer.assert_not_called()
+
+
+def test_what_a_stop_interrupted_at_the_end_is_saved_when_it_is_done(trainer: Any) -> None:
+    at(trainer, 99)
+    trainer.state.reset_saves()  # resumed from the checkpoint that the stop wrote
+    assert trainer.evaluation_due()
+    assert not trainer.checkpoint_due()
+    trainer.state.record_evaluation({"top1": 50.0})
+    assert trainer.checkpoint_due(), "the hand-off is made from a checkpoint"
+    trainer.handle_skipped_steps = trainer.finish_save = mock.Mock()
+    trainer.monitor.excluded, trainer._clock = nullcontext, 0.0
+    trainer.save()
+    assert not trainer.checkpoint_due()
+
+
+def test_skipped_steps_of_the_weights_before_a_rollback_are_counted_and_roll_back_no_further(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.recipe.bad_numbers = BadNumbersSection(skipped_steps=2, rollbacks=1)
+    found = TrainState(loss_scale={"cur_scale": 8.0})
+    monkeypatch.setattr(module, "load_newest", mock.Mock(return_value=(found, [])))
+    trainer.finish_save = mock.Mock()
+    trainer.nonfinite.skipped.side_effect = [[False, True, True, True, True], [True]]
+    at(trainer, 8)
+    trainer.handle_skipped_steps(skip_last=1)
+    assert (trainer.state.rollbacks, trainer.state.skipped_in_a_row, trainer.state.skipped_steps) == (1, 0, 5)
+    trainer.nonfinite.set_loss_scale.assert_called_once_with({"cur_scale": 8.0})

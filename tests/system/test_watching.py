@@ -72,14 +72,14 @@ def test_chosen_steps_of_all_ranks_are_profiled_and_the_summary_says_where_their
     assert len(read_metrics(tmp_path / "demo/metrics.jsonl", "train")) == 4
 
 
-def test_steps_that_the_run_does_not_come_to_are_refused(tmp_path: Path) -> None:
+def test_steps_that_the_run_does_not_have_are_refused_and_past_ones_reported(tmp_path: Path) -> None:
     def profiler(first: int, last: int) -> StepProfiler:
-        return StepProfiler((first, last), step=2, total_steps=8, folder=tmp_path, rank=0, device=torch.device("cpu"))
+        return StepProfiler((first, last), folder=tmp_path, rank=0, device=torch.device("cpu"))
 
     with pytest.raises(UserError, match="--profile 3:9: the run has 8 steps; choose steps that it takes"):
-        profiler(3, 9)
-    with pytest.raises(UserError, match="--profile 2:3: the run goes on at step 3; choose steps from there on"):
-        profiler(2, 3)
+        profiler(3, 9).check(2, 8)
+    assert profiler(2, 3).check(2, 8) == "WARNING --profile 2:3: the run is at step 2; nothing is profiled"
+    assert profiler(3, 8).check(2, 8) == ""
     assert "was not written" not in profiler(3, 8).abandon()
 
 
