@@ -1,1 +1,1 @@
-"""Checkpoints: shards of the state keyed by name, files that are complete or absent, written while training continues."""
+"""Checkpoints: shards of the state keyed by name; files are complete or absent, written while training continues."""

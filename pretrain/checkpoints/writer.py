@@ -104,7 +104,7 @@ class CheckpointWriter:
         """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
 
         Args:
-            hurry: try as often, but without pauses.
+            hurry: try no more once an attempt failed.
 
         Returns:
             "" when it is on disk, else what failed on which rank; the same on all ranks.
@@ -145,15 +145,15 @@ class CheckpointWriter:
 
     def _try(self, progress: dict[str, Any], index: list[Any]) -> tuple[str, bool]:
         for pause in (*PAUSES_S, None):
-            result: list[Any] = ["", False]
-            result[:] = self._attempt(progress, index)
-            if self._rank == 0 and result[0]:
-                text = f"WARNING checkpoint at step {progress['step']} could not be written: {result[0]}"
+            problem, lasting = self._attempt(progress, index)
+            again = False
+            if self._rank == 0 and problem:
+                text = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
                 self._say(text if pause is None else f"{text}; trying again for a while")
-                if pause is not None:
-                    self._hurry.wait(pause)
+                again = pause is not None and not self._hurry.wait(pause)
+            result: list[Any] = [problem, lasting, again]
             dist.broadcast_object_list(result, src=0, group=self.group)
-            if not result[0]:
+            if not result[2]:
                 break
         return result[0], result[1]
 
