@@ -1,6 +1,6 @@
 """What runs in every task of a job: one rank of training, watched. ``python -m slurm.job RUN`` or through submitit.
 
-It holds nothing but the run's folder. Any incarnation finds the newest checkpoint there by itself; submitit's own
+It holds nothing but the run's folder. Any attempt finds the newest checkpoint there by itself; submitit's own
 ``checkpoint()`` and requeue are not used, since a save is collective and cannot be made in a signal handler.
 """
 
@@ -15,12 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from data_pipeline.errors import without_secrets
 from pretrain.outcome import ExitCode
-from slurm.folder import Incarnation, SlurmFolder
-from slurm.incarnation import this_incarnation
+from slurm.attempt import this_attempt
+from slurm.folder import Attempt, SlurmFolder, read_json_object
 from slurm.restart import RankExit
 
 MAIN = Path(__file__).resolve().parent.parent / "pretrain" / "main.py"
@@ -39,7 +39,7 @@ class Place:
     local_rank: int
     local_world_size: int
     node: str
-    incarnation: Incarnation
+    attempt: Attempt
 
     @classmethod
     def from_slurm(cls) -> "Place":
@@ -51,8 +51,13 @@ class Place:
             local_rank=int(os.environ["SLURM_LOCALID"]),
             local_world_size=world_size // int(os.environ["SLURM_STEP_NUM_NODES"]),
             node=os.environ["SLURMD_NODENAME"],
-            incarnation=this_incarnation(),
+            attempt=this_attempt(),
         )
+
+    def write_exit(self, folder: SlurmFolder, code: int, cause: str, message: str, **facts: Any) -> None:
+        """Write down how this rank ended."""
+        ended = RankExit(self.rank, self.node, code, time.time(), cause=cause, message=message, **facts)
+        folder.write_exit(self.attempt, ended)
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,12 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
         the exit status for the task. Having stopped as asked is 0: a task that ends with anything else makes Slurm kill
         the others, which may still be closing their files.
     """
-    log = folder.log(place.incarnation, place.rank)
+    log, record = folder.log(place.attempt, place.rank), folder.exit_record(place.attempt, place.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
     first = os.environ["NODE_NAMES"].split(",")[0]
     if place.rank == 0 and place.node != first:
-        error = f"rank 0 runs on {place.node}, but the others look for it on {first}"
-        folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.RETRY, time.time(), error))
+        message = f"rank 0 runs on {place.node}, but the others look for it on {first}"
+        place.write_exit(folder, ExitCode.RETRY, "failed", message)
         return ExitCode.RETRY
     launch = folder.read_launch()
     limit = launch.policy.time_to_save_s
@@ -105,29 +110,34 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
 
     for signum in FORWARDED:
         signal.signal(signum, forward)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for whoever started this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the terminal sends it
     if asked := folder.stop_request():  # its signal may have come before srun had any task that could hear it
-        if place.rank == 0:
-            folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.STOPPED, time.time(), asked))
+        place.write_exit(folder, ExitCode.STOPPED, "stopped", asked)
         return 0
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
          str(folder.deepspeed_config), "--runs", str(folder.run.parent), "--device", launch.device],
-        env=_environment(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=_environment(place) | {"EXIT_RECORD": str(record)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     if told:  # before there was a child
         child.terminate()
     output = Output(child, log, echo=place.rank == 0)
     code = child.wait()
-    error = output.last_error()
+    printed = output.last_error()
     if overdue or (told and -code in FORWARDED):  # the latter: before it listened to signals
         code = ExitCode.STOPPED
-    if code == ExitCode.STOPPED:
-        error = "".join((*told[:1], *overdue))
+    if code == ExitCode.FINISHED:
+        place.write_exit(folder, code, "finished", "")
+    elif code == ExitCode.STOPPED:
+        place.write_exit(folder, code, "not saved" if overdue else "stopped", "".join((*told[:1], *overdue)))
+    elif "cause" in (facts := read_json_object(record)):
+        place.write_exit(folder, code, **{key: facts[key] for key in ("cause", "message", "phase", "blamed")})
     elif code < 0:
-        error = f"killed by {signal.Signals(-code).name}" + (f" after: {output.error}" if output.error else "")
-    if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or overdue or place.rank == 0:
-        folder.write_exit(place.incarnation, RankExit(place.rank, place.node, code, time.time(), error))
+        by = f"killed by {signal.Signals(-code).name}" + (f" after: {output.error}" if output.error else "")
+        place.write_exit(folder, code, "killed", by)
+    else:
+        place.write_exit(folder, code, "failed", printed)
     if code < 0:
         return 128 - code
     return 0 if code == ExitCode.STOPPED else code
@@ -175,17 +185,10 @@ class Output:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank: of a task of Slurm, or of ``slurm.launch --local``."""
+    """Run the rank of a task of Slurm."""
     parser = argparse.ArgumentParser(prog="python -m slurm.job", description=main.__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
-    parser.add_argument("--local", nargs=4, metavar=("JOB", "RESTART", "RANK", "RANKS"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    folder = SlurmFolder(options.run.resolve())
-    if options.local is None:
-        return run_rank(folder, Place.from_slurm())
-    job, restart, rank, ranks = options.local[0], *(int(number) for number in options.local[1:])
-    node = os.environ["NODE_NAMES"]
-    return run_rank(folder, Place(rank, ranks, rank, ranks, node, Incarnation(job, restart)))
+    return run_rank(SlurmFolder(parser.parse_args(arguments).run.resolve()), Place.from_slurm())
 
 
 if __name__ == "__main__":

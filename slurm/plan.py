@@ -11,15 +11,15 @@ import yaml
 
 from data_pipeline.errors import without_secrets
 from pretrain.check import check_recipe_here, resolve_for
-from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
+from slurm.attempt_records import History
 from slurm.folder import SlurmFolder
-from slurm.history import History, current_job
+from slurm.job_state import current_job
 from slurm.scheduler import queue
 
 
@@ -46,10 +46,9 @@ def make_plan(
     nodes: int,
     min_nodes: int,
     gpus_per_node: int,
-    on_cluster: bool,
     device: str = "auto",
 ) -> Plan:
-    """Check everything that can be checked here; ``device`` is as for ``use_gpu``, and "auto" is GPUs on a cluster.
+    """Check everything that can be checked here; ``device`` is as for ``use_gpu``, and "auto" is GPUs.
 
     Raises:
         UserError: what is wrong, in one line.
@@ -61,7 +60,7 @@ def make_plan(
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
 
-    on_gpus = device != "cpu" if on_cluster else use_gpu(device)
+    on_gpus = device != "cpu"
 
     def resolve(with_nodes: int) -> ResolvedDeepSpeed:
         return resolve_for(
@@ -78,8 +77,7 @@ def make_plan(
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
     folder = SlurmFolder(run.path)
-    if on_cluster:
-        _refuse_a_second_job(folder)
+    _refuse_a_second_job(folder)
     needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     batch = resolved.batch
     steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
@@ -126,7 +124,7 @@ def _goes(resolve: Callable[[int], ResolvedDeepSpeed], nodes: int) -> bool:
 
 
 def _refuse_a_second_job(folder: SlurmFolder) -> None:
-    job = current_job(folder, History(folder.history).chapters(), queue())
+    job = current_job(folder, History(folder.history).records(), queue())
     if job is not None:
         raise UserError(
             f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "

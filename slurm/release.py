@@ -12,14 +12,13 @@ from pathlib import Path
 from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
+from slurm.attempt import copy_submission
+from slurm.attempt_records import AttemptRecord, History
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import Chapter, History, current_job, ended_job
-from slurm.incarnation import copy_submission
+from slurm.job_state import find_state
 from slurm.restart import nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
-from slurm.standing import find_runs, standing_of
-
-SUBMITTED_AGAIN = "submitted again"
+from slurm.status import find_runs
 
 DESCRIPTION = """\
 Release the jobs of runs that Slurm holds since it could not launch them, and submit again those that ended without a
@@ -41,14 +40,17 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
         SlurmError: Slurm did not take the order.
     """
     history = History(folder.history)
-    chapters = history.chapters()
-    last, job = chapters[-1] if chapters else None, current_job(folder, chapters, queue)
-    if job is None:
-        return _submit_again(folder, history, last, queue)
-    if not job.launch_failed:
-        return ""
-    if folder.stop_request():
-        return f"{folder.run}: job {job.id} stays held: {folder.stop_request()}"
+    records = history.records()
+    found, last = find_state(folder, records, queue), records[-1] if records else None
+    if found.remedy == "submit":
+        return _submit_again(folder, history, last)
+    if found.remedy == "release" and found.job is not None:
+        return _release_held(folder, history, last, found.job)
+    return ""
+
+
+def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | None, job: Job) -> str:
+    """Release a job that Slurm could not launch, unless that was so too often; a line."""
     failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
     if failed > limit:
         return (
@@ -57,43 +59,38 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
         )
     scheduler.release(job.id)
     if last is not None:
-        history.note(last.incarnation, f"held since a launch failed; released {stamp()}")
+        history.note(last.attempt, f"held since a launch failed; released {stamp()}")
     return f"{folder.run}: job {job.id} was held since a launch failed, and is released"
 
 
-def _submit_again(folder: SlurmFolder, history: History, last: Chapter | None, queue: dict[str, Job]) -> str:
-    """Submit the script of a run again whose job ended otherwise than by it or by a person; a line, or ""."""
-    gone = ended_job(folder, last, queue)
-    if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
-        return ""
+def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | None) -> str:
+    """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
     held = lock(folder.release_lock)
     if held is None:
         return f"{folder.run}: another slurm.release is at it"
     with held:
-        queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
-        if standing_of(folder.run, queue).state != "lost":  # somebody has launched it meanwhile
+        found = find_state(folder, history.records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
+        if found.remedy != "submit":  # somebody has launched it meanwhile
             return ""
-        return _submit_in_place_of(gone, folder, history, last)
+        gone, launch = found.job.id if found.job else last.job if last else "", folder.read_launch()
+        tries = last.submitted_again if last else len(folder.submitted()) - 1
+        ended = f"job {gone} ended" + (f" as {found.job.state}" if found.job else "")
+        ended += " and could not be started again" if last and last.action == "release" else " without a word"
+        if tries >= launch.policy.max_restarts:
+            return (
+                f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
+                "launch it again"
+            )
+        exclude = nodes_to_exclude(history.past(None))
+        follower = scheduler.submit(folder.script(gone), launch.environment, exclude=exclude)
+        copy_submission(folder, gone, follower)
+        if last is not None:
+            text = f"{ended}; submitted again as job {follower} {stamp()}"
+            history.note(last.attempt, text, next_job=follower, again=True)
+        return f"{folder.run}: {ended} and is submitted again as job {follower}"
 
 
-def _submit_in_place_of(gone: Job, folder: SlurmFolder, history: History, last: Chapter | None) -> str:
-    """Submit the script of a dead job again, unless that was done too often; a line."""
-    tries = sum(SUBMITTED_AGAIN in note for note in last.notes) if last else len(folder.submitted()) - 1
-    how = f"{folder.run}: job {gone.id} ended as {gone.state} without a word"
-    if tries >= folder.read_launch().policy.max_restarts:
-        return f"{how} and stays lost: submitted again {tries} times in a row without a start; launch it again"
-    script = folder.submitit / f"{gone.id}_submission.sh"
-    follower = scheduler.submit(
-        script if script.exists() else folder.plain_script, exclude=nodes_to_exclude(history.past(None))
-    )
-    copy_submission(folder, gone.id, follower)
-    if last is not None:
-        text = f"job {gone.id} ended as {gone.state} without a word; {SUBMITTED_AGAIN} as job {follower} {stamp()}"
-        history.note(last.incarnation, text, next_job=follower)
-    return f"{how} and is submitted again as job {follower}"
-
-
-def failed_launches(job: Job, last: Chapter | None) -> int:
+def failed_launches(job: Job, last: AttemptRecord | None) -> int:
     """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
     restarts = int(scheduler.show_job(job.id, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
     ran = last.restart + 1 if last is not None and last.job == job.id else 0

@@ -17,8 +17,8 @@ from typing import TypeVar
 import psutil
 
 from pretrain.ports import COUNT, FIRST
-from slurm.folder import Incarnation
-from slurm.incarnation import rendezvous_port
+from slurm.attempt import rendezvous_port
+from slurm.folder import Attempt
 
 T = TypeVar("T")
 PATIENCE_S = 200.0
@@ -226,7 +226,7 @@ def first_job() -> int:
     own = own_part(range(FIRST, FIRST + COUNT))
     begins = own[: len(own) // 2]  # each cluster has some jobs
     return random.SystemRandom().choice(
-        [job for job in range(1000, 60_000) if rendezvous_port(Incarnation(str(job), 0)) in begins]
+        [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
     )
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from pretrain.outcome import ExitCode
-from slurm import incarnation, scheduler
+from slurm import attempt, scheduler
 from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
 from tests.slurm.cluster import Cluster
@@ -92,7 +92,7 @@ def test_a_run_that_ends_while_the_controller_does_not_answer_waits_for_it_and_g
             lambda: any("trying again" in said.read_text() for said in run.folder.glob("slurm/submitit/*.out")),
             "the batch script waits",
         )
-    crashed, begun = run.wait_for_chapters(2)
+    crashed, begun = run.wait_for_attempts(2)
     assert (crashed.cause, crashed.action, begun.job) == ("crashed", "requeue", run.job)
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.finish()
@@ -118,7 +118,7 @@ def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_o
     assert (run.status()["job"], run.release()) == (other, "")
     assert f"is job {other} already" in run.launch(digits, code=2)
     run.cluster.ask("scontrol", "release", other)
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert begun.job == other
     run.finish()
     assert_equals(run.folder, reference)
@@ -138,8 +138,8 @@ def test_the_batch_script_of_a_job_that_slurm_has_forgotten_submits_another_once
     itself = {"SLURM_JOB_ID": run.job, "SLURM_JOB_NODELIST": ",".join(run.cluster.names)}
     with mock.patch.dict(os.environ, run.cluster.environment | itself):
         for _ in range(2):
-            assert incarnation.main(["end", str(run.folder), "--status", "1"]) == ExitCode.RETRY
-    lost, begun = run.wait_for_chapters(2)
+            assert attempt.main(["end", str(run.folder), "--status", "1"]) == ExitCode.RETRY
+    lost, begun = run.wait_for_attempts(2)
     assert (lost.action, lost.next_job) == ("requeue", begun.job)
     assert len(run.cluster.ask("squeue", "-h", "-t", "all").splitlines()) == 1
     assert_resumed(run, begun, at_least=SAVED_EVERY)

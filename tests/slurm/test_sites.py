@@ -1,4 +1,4 @@
-"""Other ways to the same job: without submitit, without Slurm, only as a script; and what tests leave behind."""
+"""What sbatch is asked for and what it refuses; and what tests leave behind."""
 
 import json
 import os
@@ -13,32 +13,11 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import local_command
-from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
+from tests.slurm.runs import ClusterRun
 from tests.system.launching import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 Maker = Callable[[int], ClusterRun]
-
-
-def test_a_plain_batch_script_runs_the_same_and_submits_itself_where_requeueing_is_refused(
-    on_cluster: Maker, digits: Path, reference: Path
-) -> None:
-    run = on_cluster(2)
-    text = run.launch(digits, "--plain")
-    run.job = run.cluster.ask(*text.split("submit")[1].split()).split()[-1]
-    saved = SAVED_EVERY
-    for follow_ups in (1, 2):  # the second one is submitted by the first
-        run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
-        run.wait_for_checkpoint(saved)
-        run.rank(0).kill()
-        begun = run.wait_for_chapters(follow_ups + 1)[follow_ups]
-        assert begun.job != run.job
-        assert "killed by SIGKILL" in run.chapters()[follow_ups - 1].reason
-        assert_resumed(run, begun, at_least=saved)
-        run.job, saved = begun.job, begun.step + SAVED_EVERY
-    run.finish()
-    assert_equals(run.folder, reference)
 
 
 @pytest.fixture
@@ -89,32 +68,6 @@ def test_what_slurm_refuses_is_told_in_one_line_and_may_be_launched_otherwise(on
     assert not run.cluster.ask("squeue", "-h")
     run.launch(digits, "--partition", "batch", nodes=1)
     assert run.status()["job"] == run.job
-
-
-def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
-    tmp_path: Path, digits: Path, reference: Path, beside: ClusterRun
-) -> None:
-    run = beside
-    command = local_command(run.runs, digits)
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    run.wait_for_step(6)
-    assert run.status()["state"] == "running"
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == ExitCode.STOPPED
-    assert run.status()["state"] == "stopped"
-    saved = run.chapters()[0].end_step
-    assert saved >= 6
-    with (tmp_path / "second.log").open("w") as log:
-        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    run.wait_for_checkpoint(saved + SAVED_EVERY)
-    ranks = [p for p in psutil.Process(second.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
-    ranks[0].kill()
-    assert second.wait(120) == ExitCode.FINISHED, (tmp_path / "second.log").read_text()
-    stopped, crashed, finished = run.chapters()
-    assert (stopped.cause, crashed.cause, finished.cause) == ("stopped", "crashed", "finished")
-    assert_resumed(run, crashed, at_least=saved, at_most=saved)
-    assert_resumed(run, finished, at_least=saved + SAVED_EVERY)
-    assert_equals(run.folder, reference)
 
 
 def test_a_killed_test_run_leaves_neither_daemons_nor_files() -> None:

@@ -1,0 +1,114 @@
+"""``history.jsonl``: every attempt of a run, from its first line to the reason of its end.
+
+``pretrain.report`` reads the ``time``, ``cause`` and ``reason`` of its ends.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.files import json_lines
+from slurm.folder import Attempt
+from slurm.restart import Cause, Decision, Past
+
+
+@dataclass
+class AttemptRecord:
+    """One attempt, from its lines in the history."""
+
+    job: str
+    restart: int
+    begun: float
+    nodes: list[str]
+    ranks: int
+    step: int
+    """Of the newest checkpoint when it began."""
+    ended: float = 0.0
+    """0 while nobody has told of its end."""
+    end_step: int = 0
+    cause: Cause | None = None
+    reason: str = ""
+    action: str = ""
+    node: str = ""
+    slow: list[str] = field(default_factory=list)
+    """Nodes that preflight found slow."""
+    code: str = ""
+    """Digest of the code that it ran."""
+    next_job: str = ""
+    """The job that goes on in its place, where it could not be requeued."""
+    submitted_again: int = 0
+    """How often ``slurm.release`` has submitted a job in its place."""
+    notes: list[str] = field(default_factory=list)
+    """What else was done: follow-up jobs, nodes excluded, waits."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """Its name."""
+        return Attempt(self.job, self.restart)
+
+
+class History:
+    """Reads and extends the file. The running batch script writes to it; while none runs, ``slurm.release``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def records(self) -> list[AttemptRecord]:
+        """All attempts, the earliest first; lines that a crash cut are passed over."""
+        records: list[AttemptRecord] = []
+        found: dict[Attempt, AttemptRecord] = {}  # the newest of each name: see SlurmFolder.forget_exits
+        for line in self._lines():
+            attempt = Attempt(line["job"], line["restart"])
+            if line["event"] == "begin":
+                values = {key: line[key] for key in ("nodes", "ranks", "step")} | {"code": line.get("code", "")}
+                found[attempt] = AttemptRecord(attempt.job, attempt.restart, line["time"], **values)
+                records.append(found[attempt])
+            elif attempt in found and line["event"] == "end":
+                record = found[attempt]
+                record.ended, record.end_step = line["time"], line["step"]
+                record.cause, record.reason = line["cause"], line["reason"]
+                record.action, record.node = line["action"], line["node"]
+                record.slow = line.get("slow", [])  # runs that began before this was written down go on too
+            elif attempt in found:
+                record = found[attempt]
+                record.notes.append(line["text"])
+                record.next_job = line["next_job"] or record.next_job
+                record.submitted_again += line.get("again", False)
+        return records
+
+    def past(self, before: Attempt | None) -> list[Past]:
+        """Attempts but this one, as ``slurm.restart`` takes them."""
+        return [
+            Past(record.step, record.cause or "lost", record.node, tuple(record.slow))
+            for record in self.records()
+            if record.attempt != before
+        ]
+
+    def begin(self, attempt: Attempt, *, nodes: list[str], ranks: int, step: int, code: str = "") -> None:
+        """An attempt begins; ``step`` is that of the newest checkpoint."""
+        self._write("begin", attempt, {"nodes": nodes, "ranks": ranks, "step": step, "code": code})
+
+    def end(self, attempt: Attempt, decision: Decision, *, step: int) -> None:
+        """An attempt has ended."""
+        facts = {"cause": decision.cause, "reason": decision.reason, "action": decision.action}
+        self._write("end", attempt, facts | {"node": decision.node, "slow": decision.slow, "step": step})
+
+    def note(self, attempt: Attempt, text: str, *, next_job: str = "", again: bool = False) -> None:
+        """Something else was done about it; ``again``: ``slurm.release`` submitted ``next_job``."""
+        self._write("note", attempt, {"text": text, "next_job": next_job, "again": again})
+
+    def _write(self, event: str, attempt: Attempt, facts: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"event": event, "job": attempt.job, "restart": attempt.restart, "time": time.time(), **facts}
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [line for line in json_lines(self.path) if line is not None]
