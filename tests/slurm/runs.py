@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -51,15 +51,18 @@ class ClusterRun:
         """Seconds between two ``slurm.release`` while something is waited for, as cron would call it."""
         self.released: list[str] = []
         """What that had to do."""
+        self.variables: dict[str, str] = {}
+        """What the user's environment has besides."""
         self._looked = time.monotonic()
         self._capture = capture
 
-    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
-        """``python -m slurm.launch``; what it printed."""
+    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS,
+               inside: Sequence[str] = ()) -> str:  # fmt: skip
+        """``python -m slurm.launch``, ``inside`` another command; what it printed."""
         words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
                  "--device", "cpu", "--recipe", str(RECIPE), "--runs", str(self.runs),
                  *settings(data, steps), *more]  # fmt: skip
-        text = "".join(self._call(launch.main, words, code))
+        text = "".join(self._call(launch.main, words, code, inside))
         for line in text.splitlines():
             if line.startswith("job  "):
                 self.job = line.split()[1]
@@ -84,8 +87,14 @@ class ClusterRun:
         wide = self.cluster.environment | {"COLUMNS": "400"}
         return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
 
-    def _call(self, command: Any, words: list[str], code: int = 0) -> tuple[str, str]:
+    def _call(self, command: Any, words: list[str], code: int = 0, inside: Sequence[str] = ()) -> tuple[str, str]:
         """What a command prints to stdout and to stderr."""
+        if self.cluster.site:
+            done = self.cluster.as_user(
+                *inside, self.cluster.python, "-m", command.__module__, *words, **self.variables
+            )
+            assert done.returncode == code, done.stdout + done.stderr
+            return done.stdout, done.stderr
         self._capture.readouterr()
         with mock.patch.dict(os.environ, self.cluster.environment), contextlib.chdir(ROOT):
             ended = command(words)

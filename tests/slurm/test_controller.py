@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from pretrain.outcome import ExitCode
-from slurm import attempt, scheduler
+from slurm import attempt, job_state, scheduler
 from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
 from tests.slurm.cluster import Cluster
@@ -43,7 +43,7 @@ def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
 ) -> None:
     script = tmp_path / "script.sh"
     script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\n#SBATCH --requeue\nsleep 600\n")
-    first = scheduler.submit(script)
+    first = scheduler.submit(script, {})
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job")
     begin, told = silence(small, monkeypatch)
     begin()
@@ -62,7 +62,7 @@ def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
         return found
 
     monkeypatch.setattr(scheduler, "_jobs_of", then_silent)
-    second = scheduler.submit(script)
+    second = scheduler.submit(script, {})
     assert "looking whether it was heard" in "".join(told)
     assert asked[0] == {first}
     assert {*scheduler.queue()} == {first, second}
@@ -75,8 +75,8 @@ def test_a_command_that_was_refused_is_not_repeated(small: Cluster) -> None:
     with pytest.raises(SlurmError, match="nvalid partition"):
         scheduler.run("sbatch", "-p", "none", "--wrap", "true", retry_s=600)
     assert scheduler.show_job("1") == {}
-    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=False) == "forgotten"
-    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=True) == "cancelled"
+    assert job_state.job_state("1", 0, save_within_s=1, node_down=False) == "forgotten"
+    assert job_state.job_state("1", 0, save_within_s=1, node_down=True) == "cancelled"
     assert time.monotonic() - began < 100
 
 
