@@ -140,7 +140,7 @@ class Cluster:
         (folder / "slurm.conf").write_text(self._config)
         prolog = folder / "prolog"
         prolog.write_text(
-            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 12\n[ ! -e {self._launches_fail} ]\n"
+            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {self._launches_fail} ]\n"
         )
         prolog.chmod(0o755)
         typed = "Type=h100 " if site else ""
@@ -174,7 +174,7 @@ class Cluster:
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
 
     def _start_accounting(self) -> None:
-        """Start munge, a database and slurmdbd, with account and wckey "lab" and QOS "normal" and "one" for the user."""
+        """Start munge, a database and slurmdbd, with account and wckey "lab", QOS "normal" and "one"."""
 
         def start(program: str, *words: str) -> None:
             self._order("start", program, str(self.folder / f"{program}-output.log"), program, *words)

@@ -34,11 +34,13 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(beside: ClusterRun, digi
     text = beside.launch(
         digits, "--dry-run", "--min-nodes", "2", "--partition", "big", "--account", "lab", "--qos", "high",
         "--constraint", "h100", "--time", "12:00:00", "--cpus-per-gpu", "12", "--mem", "500G", "--exclude", "bad1,bad2",
-        "--sbatch", "mem-per-gpu=9G", "--sbatch", "cpus-per-gpu=", "--sbatch", "gres=gpu:h100:1", "--sbatch", "exclusive",
-        "--sbatch", "reservation=maintenance day", "--sbatch", "gpus-per-node=", "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
+        "--sbatch", "mem-per-gpu=9G", "--sbatch", "cpus-per-gpu=", "--sbatch", "gres=gpu:h100:1",
+        "--sbatch", "exclusive", "--sbatch", "reservation=a day", "--sbatch", "gpus-per-node=",
+        "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
     )  # fmt: skip
     for line in ("nodes=2-4", "gres=gpu:h100:1", "partition=big", "account=lab", "qos=high",
-                 "constraint=h100", "time=12:00:00", "mem-per-gpu=9G", "exclusive", "reservation='maintenance day'", "mem=500G", "exclude=bad1,bad2",
+                 "constraint=h100", "time=12:00:00", "mem-per-gpu=9G", "exclusive", "reservation='a day'", "mem=500G",
+                 "exclude=bad1,bad2",
                  "signal=USR2@300", "requeue", "job-name=demo"):  # fmt: skip
         assert text.count(f"#SBATCH --{line}\n") == 1
     for absent in ("wckey", "gpus-per-node", "cpus-per-gpu", "submitit\n"):
