@@ -110,7 +110,7 @@ class SlurmFolder:
 
     def is_script(self, command: str) -> bool:
         """Whether a job's command is one of the batch scripts of this run."""
-        return Path(command).is_relative_to(self.own)
+        return command.startswith(f"{self.own}/")
 
     def script(self, job: str) -> Path:
         """Batch script of a job."""

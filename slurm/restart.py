@@ -32,7 +32,7 @@ FAILURES_TO_EXCLUDE = 2
 """A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
 WORDS = 300
 """Characters of srun's words that are kept."""
-_ENDED_BY_SRUN = re.compile("Terminated|Killed")
+_ENDED_BY_SRUN = re.compile("Terminated|Killed|CANCELLED")
 
 
 @dataclass(frozen=True)

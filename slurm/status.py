@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _queue() -> dict[str, Job] | None:
     """Slurm's jobs; None where it cannot be asked, which is not the same as an empty queue."""
     try:
-        return scheduler.queue()
+        return {job.id: job for job in scheduler.queue().values() if "/slurm/" in job.command}
     except SlurmError as error:
         print(f"WARNING Slurm cannot be asked, this is what the folders say: {error}", file=sys.stderr)  # noqa: T201
         return None

@@ -16,7 +16,7 @@ from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.fault_tolerance.preflight import Measured, slow_ones
 from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
-from slurm import job_state, release, scheduler
+from slurm import job_state, release, scheduler, status
 from slurm.attempt import _adopt_submission, rendezvous_port
 from slurm.attempt_records import AttemptRecord, History
 from slurm.folder import Attempt, Launch, SlurmFolder
@@ -284,3 +284,23 @@ def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path)
     status = status_of(run, {})
     assert (status.state, status.step) == ("lost", 7)
     assert "no process of here holds the run" in status.why
+
+
+def test_the_table_has_a_row_for_each_run_whatever_its_files_and_reasons_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("crashed", "odd", "torn"):
+        history = History(tmp_path / name / "slurm/history.jsonl")
+        history.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
+        history.end(ATTEMPT, Decision("none", "crashed", "rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J"), step=5)
+    (tmp_path / "odd/run.json").write_text('{"state": ["running"], "step": "[red]"}')
+    (tmp_path / "torn/run.json").write_bytes(b"\xff{")
+    (tmp_path / "torn/slurm/history.jsonl").write_text('{"event": "begin"}\n')
+    (tmp_path / "crashed/run.json").write_text(json.dumps({"state": "running", "step": 7}))
+    assert status.main(["--runs", str(tmp_path)]) == 0
+    head, crashed, odd, torn = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "state"]
+    for line in (crashed, odd):
+        assert line.endswith(r"rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J")
+    assert torn.split()[:2] == ["torn", "unknown"]
+    assert "cannot be read" in torn

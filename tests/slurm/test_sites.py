@@ -95,7 +95,7 @@ def test_a_node_that_cannot_launch_ranks_is_blamed_and_srun_says_why(
     with run.cluster.slow_prolog(second):
         run.launch(digits, "--container", "env", "--container-python", str(python))
         ended = run.wait_for_end(0)
-    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second), ended.reason
     assert f"failed on node {second}" in run.status()["why"]
     Path(f"{broken}-{second}").touch()
     ended = run.wait_for_end(1)
