@@ -8,9 +8,7 @@ away; it therefore imports nothing heavy.
 import argparse
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +17,10 @@ from pretrain.events import write_event
 from pretrain.files import digest, digest_of_file
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
-from slurm.attempt_records import AttemptRecord, History
-from slurm.folder import Attempt, Launch, SlurmFolder, say
+from slurm.folder import Launch, SlurmFolder, say
+from slurm.history import History
 from slurm.job_state import current_job, job_state, running_attempt
-from slurm.restart import Decision, Outcome, decide
+from slurm.restart import Attempt, AttemptRecord, Decision, Outcome, decide
 from slurm.scheduler import SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +50,7 @@ def begin(folder: SlurmFolder) -> str:
         return _leave(f"job {other.job} runs this run already", ExitCode.FINISHED)
     if _gave_up_on_the_lost(folder, history, attempt, launch):
         return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
-    _adopt_submission(folder, attempt.job)
+    folder.adopt(attempt.job)
     given = scheduler.expand(os.environ["SLURM_JOB_NODELIST"])
     usable = max((n for n in launch.usable_nodes if n <= len(given)), default=0)
     if not usable:
@@ -140,7 +138,7 @@ def end(folder: SlurmFolder, status: int) -> int:
         nodes=tuple(record.nodes) if record else (),
         srun_errors=errors,
     )
-    decision = decide(outcome, history.past(attempt), launch.policy)
+    decision = decide(outcome, history.before(attempt), launch.policy)
     history.end(attempt, decision, step=step)
     say(f"attempt {attempt} ended: {decision.cause}: {decision.reason}")
     try:
@@ -165,7 +163,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
         history.note(attempt, f"job {other.id} goes on in its place", next_job=other.id)
         say(f"job {other.id} goes on in its place already")
         return
-    exclude = [node for node in decision.exclude if _can_do_without(node, decision, folder)]
+    exclude = _can_do_without(decision, folder.read_launch().min_nodes)
     if newly := {decision.node, *decision.slow} & {*exclude}:
         history.note(attempt, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
     if decision.action == "requeue":
@@ -183,50 +181,34 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
             )
             waits = f", {decision.wait_s:.0f} s from now as --retry-wait asks" if decision.wait_s else ""
             history.note(attempt, f"goes on as job {follower}{waits}", next_job=follower)
-            copy_submission(folder, job, follower)
             say(f"job {follower} goes on in its place")
             return
-    if exclude:
-        _tolerating(lambda: scheduler.exclude_nodes(job, exclude))
-    _tolerating(lambda: _wait(decision.wait_s, history, attempt))
-
-
-def _wait(asked_s: float, history: History, attempt: Attempt) -> None:
-    """Let the job start after what is asked, or after what Slurm imposes, whichever is later."""
-    imposed_s = scheduler.imposed_wait_s()
-    if asked_s > imposed_s:
-        scheduler.start_after(attempt.job, asked_s)
-        history.note(attempt, f"starts again after {asked_s:.0f} s, as --retry-wait asks")
-    else:
-        history.note(attempt, f"starts again after {imposed_s:.0f} s, which Slurm imposes")
-
-
-def _adopt_submission(folder: SlurmFolder, job: str) -> None:
-    """Give submitit its files for a job whose submission nobody lived to write down."""
-    known = folder.submitted()
-    if known and job not in known:
-        copy_submission(folder, known[-1], job)
-
-
-def copy_submission(folder: SlurmFolder, job: str, follower: str) -> None:
-    """Give submitit its files under the new job's id, where it looks for them."""
-    if job == follower:  # a slurmctld that forgot a job counts from where it was before
-        return
-    for path in folder.submitit.glob(f"{job}_subm*"):
-        shutil.copy2(path, path.with_name(path.name.replace(job, follower, 1)))
-
-
-def _can_do_without(node: str, decision: Decision, folder: SlurmFolder) -> bool:
-    """Whether enough nodes stay when all that failed are left out; with too few the job would wait for ever."""
-    try:
-        left = scheduler.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) - set(decision.exclude)
+    try:  # what follows improves a restart but is not worth losing it
+        imposed_s = scheduler.imposed_wait_s()
+        if decision.wait_s > imposed_s:
+            scheduler.start_after(job, decision.wait_s)
+        asked = "as --retry-wait asks" if decision.wait_s > imposed_s else "which Slurm imposes"
+        history.note(attempt, f"starts again after {max(decision.wait_s, imposed_s):.0f} s, {asked}")
+        if exclude:
+            scheduler.exclude_nodes(job, exclude)
     except SlurmError as error:
-        say(f"WARNING {node} failed more than once, but nothing can be asked about the partition: {error}")
-        return False
-    if len(left) >= folder.read_launch().min_nodes:
-        return True
-    say(f"{node} failed more than once, but the partition has too few other nodes to do without it")
-    return False
+        say(f"WARNING {error}")
+
+
+def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
+    """The nodes to avoid, if enough stay when all are left out; with too few the job would wait for ever."""
+    if not decision.exclude:
+        return ()
+    failed = f"{', '.join(decision.exclude)} failed more than once, but"
+    try:
+        left = scheduler.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) - {*decision.exclude}
+    except SlurmError as error:
+        say(f"WARNING {failed} nothing can be asked about the partition: {error}")
+        return ()
+    if len(left) < min_nodes:
+        say(f"{failed} the partition has too few other nodes to do without")
+        return ()
+    return decision.exclude
 
 
 def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Attempt, launch: Launch) -> bool:
@@ -234,24 +216,16 @@ def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Attempt, la
     former = next(iter(reversed(history.records())), None)
     if former is None or former.ended or former.attempt == now:
         return False
-    step = folder.saved_step()
+    lost, step = former.attempt, folder.saved_step()
     outcome = Outcome("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=former.step,
-                      saved_at=step, slow=folder.slow_nodes(former.attempt))  # fmt: skip
-    decision = decide(outcome, history.past(former.attempt), launch.policy)
+                      saved_at=step, slow=folder.slow_nodes(lost))  # fmt: skip
+    decision = decide(outcome, history.before(lost), launch.policy)
     saved = f"saved at step {step}" if step else "nothing was saved"
     reason = f"killed with its node, or before it could say anything; {saved}"
     gave_up = decision.action == "none"
     ended = Decision("none" if gave_up else "leave", "lost", reason, slow=outcome.slow)
-    history.end(former.attempt, ended, step=step)
+    history.end(lost, ended, step=step)
     return gave_up
-
-
-def _tolerating(act: Callable[[], None]) -> None:
-    """Do what improves a restart but is not worth losing it."""
-    try:
-        act()
-    except SlurmError as error:
-        say(f"WARNING {error}")
 
 
 def _leave(why: str, status: ExitCode) -> str:

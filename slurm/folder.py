@@ -14,6 +14,7 @@
 import contextlib
 import json
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +24,7 @@ from typing import Any
 from pretrain.files import json_object, write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
-from slurm.restart import Policy, RankExit
+from slurm.restart import Attempt, Policy, RankExit
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,6 @@ class Launch:
     """As ``pretrain/main.py --device``."""
     environment: dict[str, str] = field(default_factory=dict)
     """Of the launch, without secrets and what is Slurm's; empty for runs of older versions."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Which start of a run: Slurm's job and how often Slurm has restarted that job."""
-
-    job: str
-    restart: int
-
-    def __str__(self) -> str:
-        return f"{self.job}-{self.restart}"
 
 
 class SlurmFolder:
@@ -120,6 +110,13 @@ class SlurmFolder:
         """Jobs that submitit has submitted for this run, the earliest first."""
         names = [path.name.split("_")[0] for path in self.submitit.glob("*_submission.sh")]
         return sorted((name for name in names if name.isdigit()), key=int)
+
+    def adopt(self, job: str) -> None:
+        """Give submitit its files under the id of another job that runs the newest script."""
+        known = self.submitted()
+        if known and job not in known:
+            for path in self.submitit.glob(f"{known[-1]}_subm*"):
+                shutil.copy2(path, path.with_name(path.name.replace(known[-1], job, 1)))
 
     def state(self) -> RunState | None:
         """``run.json``; None before the first start, or where it cannot be read."""

@@ -5,15 +5,15 @@ Neither the folder nor Slurm is believed alone. What follows an attempt is decid
 
 import fcntl
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pretrain import run_state
+from pretrain.run_state import RunState
 from slurm import scheduler
-from slurm.attempt_records import AttemptRecord
 from slurm.folder import SlurmFolder
-from slurm.restart import JobState
+from slurm.history import AttemptRecord
+from slurm.restart import AttemptRecord, JobState
 from slurm.scheduler import Job
 
 Remedy = Literal["", "release", "submit"]
@@ -88,53 +88,80 @@ def _number(job: str) -> int:
     return int(job) if job.isdigit() else 0
 
 
-@dataclass(frozen=True)
-class Found:
-    """The state of a run."""
+@dataclass
+class RunStatus:
+    """A run, for a table or for ``--json``. Unknown numbers are None."""
 
+    name: str
     state: str
     """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed, lost or unknown."""
     why: str = ""
-    job: Job | None = None
+    """What it waits for, or why it ended or was started again last."""
+    job: str = ""
     """That runs, waits, or has ended last."""
     remedy: Remedy = ""
+    step: int = 0
+    total_steps: int | None = None
+    saved_step: int = 0
+    images_per_second: float | None = None
+    loss: float | None = None
+    eta_s: float | None = None
+    restarts: int = 0
+    nodes: list[str] = field(default_factory=list)
+    ranks: int | None = None
+    heartbeat_s: float | None = None
+    """Seconds since the run wrote its state last."""
+    log: str = ""
+    """Of rank 0 of the newest attempt."""
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job] | None) -> Found:
-    """The state of a run.
+def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job] | None) -> RunStatus:
+    """Name, state, reason, job and remedy of a run.
 
     Args:
         folder: its folder.
         records: its attempts.
         queue: the jobs that Slurm knows; None where there is no Slurm.
     """
-    state = folder.state()
+    job, run, last = current_job(folder, records, queue or {}), folder.state(), records[-1] if records else None
+    remedy: Remedy = ""
+    if run is not None and run.state == "finished":
+        state, why = "finished", ""
+    elif job is not None:
+        state, why = _with_job(folder, run, records, job)
+        remedy = "release" if state == "held" and job.launch_failed else ""
+    elif last is None and not folder.launched():
+        state, why = _started_by_hand(folder, run)
+    else:
+        job = _ended_job(folder, last, queue or {})
+        put_off = last is not None and last.action == "release" and not last.next_job
+        possible: Remedy = "submit" if put_off or (job and job.failed) else ""
+        state, why = _without_job(folder, run, last, queue, job, possible)
+        remedy = possible if state == "lost" else ""
+    gone = last.next_job or last.job if last else ""
+    return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy)
+
+
+def _with_job(folder: SlurmFolder, run: RunState | None, records: list[AttemptRecord], job: Job) -> tuple[str, str]:
     last = records[-1] if records else None
-    if state is not None and state.state == "finished":
-        return Found("finished")
-    job = current_job(folder, records, queue or {})
-    if job is None:
-        return _without_job(folder, state, last, queue)
-    reason = last.reason if last else ""
     if folder.stop_request():
-        return Found("stopping", folder.stop_request(), job)
+        return "stopping", folder.stop_request()
     if job.state == "PENDING":
-        before = f"; before: {reason}" if reason else ""
-        if job.held:
-            return Found("held", _who_releases(folder, job) + before, job, "release" if job.launch_failed else "")
-        return Found("waiting", f"Slurm: {job.reason}{before}", job)
+        before = f"; before: {last.reason}" if last and last.reason else ""
+        return (
+            ("held", _who_releases(folder, job) + before) if job.held else ("waiting", f"Slurm: {job.reason}{before}")
+        )
     before = next((record.reason for record in reversed(records[:-1]) if record.reason), "")
     if last is None or (last.ended and job.state != "COMPLETING"):
-        return Found("starting", reason, job)
+        return "starting", last.reason if last else ""
     if last.ended:
-        return Found("restarting" if last.action in ("leave", "requeue") else "stopping", reason, job)
+        return ("restarting" if last.action in ("leave", "requeue") else "stopping"), last.reason
     if job.state == "COMPLETING":
-        return Found("stopping", before, job)
-    if state is None or state.updated < last.begun:
-        return Found("starting", before, job)
-    if state.state != "running":
-        return Found("stopping", state.reason, job)
-    return Found("running", before, job)
+        return "stopping", before
+    if run is None or run.updated < last.begun:
+        return "starting", before
+    return ("running", before) if run.state == "running" else ("stopping", run.reason)
 
 
 def _who_releases(folder: SlurmFolder, job: Job) -> str:
@@ -148,42 +175,37 @@ def _who_releases(folder: SlurmFolder, job: Job) -> str:
 
 def _without_job(
     folder: SlurmFolder,
-    state: run_state.RunState | None,
+    run: RunState | None,
     last: AttemptRecord | None,
     queue: dict[str, Job] | None,
-) -> Found:
-    """State of a run that has no job which runs or waits."""
-    if last is None and not folder.launched():
-        return _started_by_hand(folder, state)
-    final = last is not None and last.ended and last.action in ("none", "cancel")
-    if final and last is not None and last.cause not in ("stopped", "cancelled"):
-        return Found("failed", last.reason)
+    gone: Job | None,
+    remedy: Remedy,
+) -> tuple[str, str]:
+    final = last if last is not None and last.ended and last.action in ("none", "cancel") else None
+    if final is not None and final.cause not in ("stopped", "cancelled"):
+        return "failed", final.reason
     if folder.stop_request():  # a launch withdraws it, so it is newer than what the last one came to
-        return Found("stopped", folder.stop_request())
-    if final and last is not None:
-        return Found(str(last.cause), last.reason)
+        return "stopped", folder.stop_request()
+    if final is not None:
+        return final.cause, final.reason
     if queue is None and last is not None and last.ended:
-        return Found("restarting", f"{last.reason}; Slurm could not be asked")
+        return "restarting", f"{last.reason}; Slurm could not be asked"
     if queue is None:
-        return Found(state.state if state else "unknown", "as its folder says; Slurm could not be asked")
-    gone = _ended_job(folder, last, queue)
+        return (run.state if run else "unknown"), "as its folder says; Slurm could not be asked"
     if gone is not None and gone.state == "CANCELLED":
-        return Found("cancelled", f"job {gone.id} was cancelled", gone)
-    put_off = last is not None and last.action == "release" and not last.next_job
-    remedy: Remedy = "submit" if put_off or (gone and gone.failed) else ""
+        return "cancelled", f"job {gone.id} was cancelled"
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
     again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
     before = f"; before: {last.reason}" if last and last.reason else ""
-    return Found("lost", f"{what}, and nothing goes on in its place: {again}{before}", gone, remedy)
+    return "lost", f"{what}, and nothing goes on in its place: {again}{before}"
 
 
-def _started_by_hand(folder: SlurmFolder, state: run_state.RunState | None) -> Found:
-    if state is None:
-        return Found("unknown", "run.json cannot be read")
-    if state.state == "running" and not _locked(folder.run):
-        why = f"run.json says running, but no process of {state.host} holds the run; seen from this machine"
-        return Found("lost", why)
-    return Found(state.state, state.reason)
+def _started_by_hand(folder: SlurmFolder, run: RunState | None) -> tuple[str, str]:
+    if run is None:
+        return "unknown", "run.json cannot be read"
+    if run.state == "running" and not _locked(folder.run):
+        return "lost", f"run.json says running, but no process of {run.host} holds the run; seen from this machine"
+    return run.state, run.reason
 
 
 def _locked(run: Path) -> bool:

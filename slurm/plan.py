@@ -17,8 +17,8 @@ from pretrain.files import write_json
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from slurm.attempt_records import History
 from slurm.folder import SlurmFolder
+from slurm.history import History
 from slurm.job_state import current_job
 from slurm.scheduler import queue
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
-from slurm.attempt import copy_submission
-from slurm.attempt_records import AttemptRecord, History
 from slurm.folder import SlurmFolder, stamp
+from slurm.history import History
 from slurm.job_state import find_state
-from slurm.restart import nodes_to_exclude
+from slurm.restart import AttemptRecord, nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
 from slurm.status import find_runs
 
@@ -44,23 +43,21 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     found, last = find_state(folder, records, queue), records[-1] if records else None
     if found.remedy == "submit":
         return _submit_again(folder, history, last)
-    if found.remedy == "release" and found.job is not None:
-        return _release_held(folder, history, last, found.job)
-    return ""
+    return _release_held(folder, history, last, found.job) if found.remedy == "release" else ""
 
 
-def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | None, job: Job) -> str:
+def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | None, job: str) -> str:
     """Release a job that Slurm could not launch, unless that was so too often; a line."""
     failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
     if failed > limit:
         return (
-            f"{folder.run}: job {job.id} stays held: {failed} launches in a row failed; `sinfo -R` tells what is wrong "
-            f"with the nodes, then: scontrol release {job.id}"
+            f"{folder.run}: job {job} stays held: {failed} launches in a row failed; `sinfo -R` tells what is wrong "
+            f"with the nodes, then: scontrol release {job}"
         )
-    scheduler.release(job.id)
+    scheduler.release(job)
     if last is not None:
         history.note(last.attempt, f"held since a launch failed; released {stamp()}")
-    return f"{folder.run}: job {job.id} was held since a launch failed, and is released"
+    return f"{folder.run}: job {job} was held since a launch failed, and is released"
 
 
 def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | None) -> str:
@@ -69,31 +66,32 @@ def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | N
     if held is None:
         return f"{folder.run}: another slurm.release is at it"
     with held:
-        found = find_state(folder, history.records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
+        queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
+        found, launch = find_state(folder, history.records(), queue), folder.read_launch()
         if found.remedy != "submit":  # somebody has launched it meanwhile
             return ""
-        gone, launch = found.job.id if found.job else last.job if last else "", folder.read_launch()
+        gone = queue.get(found.job)
         tries = last.submitted_again if last else len(folder.submitted()) - 1
-        ended = f"job {gone} ended" + (f" as {found.job.state}" if found.job else "")
+        ended = f"job {found.job} ended" + (f" as {gone.state}" if gone else "")
         ended += " and could not be started again" if last and last.action == "release" else " without a word"
         if tries >= launch.policy.max_restarts:
             return (
                 f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
                 "launch it again"
             )
-        exclude = nodes_to_exclude(history.past(None))
-        follower = scheduler.submit(folder.script(gone), launch.environment, exclude=exclude)
-        copy_submission(folder, gone, follower)
+        exclude = nodes_to_exclude(history.records())
+        follower = scheduler.submit(folder.script(found.job), launch.environment, exclude=exclude)
+        folder.adopt(follower)
         if last is not None:
             text = f"{ended}; submitted again as job {follower} {stamp()}"
             history.note(last.attempt, text, next_job=follower, again=True)
         return f"{folder.run}: {ended} and is submitted again as job {follower}"
 
 
-def failed_launches(job: Job, last: AttemptRecord | None) -> int:
+def failed_launches(job: str, last: AttemptRecord | None) -> int:
     """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
-    restarts = int(scheduler.show_job(job.id, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
-    ran = last.restart + 1 if last is not None and last.job == job.id else 0
+    restarts = int(scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
+    ran = last.restart + 1 if last is not None and last.job == job else 0
     return restarts - ran
 
 

@@ -9,7 +9,8 @@
 
 import re
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain.outcome import ExitCode
@@ -77,15 +78,50 @@ class RankExit:
 
 
 @dataclass(frozen=True)
-class Past:
-    """An earlier attempt. ``step`` is that of the newest checkpoint when it began."""
+class Attempt:
+    """Which start of a run: Slurm's job and how often Slurm has restarted that job."""
+
+    job: str
+    restart: int
+
+    def __str__(self) -> str:
+        return f"{self.job}-{self.restart}"
+
+
+@dataclass
+class AttemptRecord:
+    """One attempt, from its lines in ``history.jsonl``."""
 
     step: int
-    cause: Cause
+    """Of the newest checkpoint when it began."""
+    cause: Cause = "lost"
     node: str = ""
     """The node at fault, where one was."""
-    slow: tuple[str, ...] = ()
+    slow: Sequence[str] = ()
     """Nodes that preflight found slow."""
+    job: str = ""
+    restart: int = 0
+    begun: float = 0.0
+    nodes: list[str] = field(default_factory=list)
+    ranks: int = 0
+    code: str = ""
+    """Digest of the code that it ran."""
+    ended: float = 0.0
+    """0 while its end is not recorded."""
+    end_step: int = 0
+    reason: str = ""
+    action: str = ""
+    next_job: str = ""
+    """The job that goes on in its place, where it could not be requeued."""
+    submitted_again: int = 0
+    """How often ``slurm.release`` has submitted a job in its place."""
+    notes: list[str] = field(default_factory=list)
+    """What else was done: follow-up jobs, nodes excluded, waits."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """Its name."""
+        return Attempt(self.job, self.restart)
 
 
 @dataclass(frozen=True)
@@ -128,7 +164,7 @@ class Decision:
     """Nodes that preflight found slow this time."""
 
 
-def decide(outcome: Outcome, past: list[Past], policy: Policy) -> Decision:
+def decide(outcome: Outcome, past: Sequence[AttemptRecord], policy: Policy) -> Decision:
     """Decide what follows an attempt.
 
     Args:
@@ -146,7 +182,7 @@ def decide(outcome: Outcome, past: list[Past], policy: Policy) -> Decision:
     if outcome.job_state == "cancelled":
         return _end(outcome, "cancelled", "cancelled with scancel")
     cause, reason, node = _why(outcome)
-    now = Past(outcome.begun_at, cause, node, outcome.slow)
+    now = AttemptRecord(outcome.begun_at, cause, node, outcome.slow)
     tries = restarts_without_progress([*past, now], outcome.saved_at)
     if tries > policy.max_restarts:
         return _end(outcome, cause, f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint", node)
@@ -161,7 +197,7 @@ def decide(outcome: Outcome, past: list[Past], policy: Policy) -> Decision:
     )
 
 
-def restarts_without_progress(past: list[Past], saved_at: int) -> int:
+def restarts_without_progress(past: Sequence[AttemptRecord], saved_at: int) -> int:
     """How many of the newest attempts ended badly without leading to a checkpoint beyond ``saved_at``'s."""
     count = 0
     for one in reversed(past):
@@ -171,7 +207,7 @@ def restarts_without_progress(past: list[Past], saved_at: int) -> int:
     return count
 
 
-def nodes_to_exclude(past: list[Past]) -> tuple[str, ...]:
+def nodes_to_exclude(past: Sequence[AttemptRecord]) -> tuple[str, ...]:
     """Nodes that were at fault, did not arrive or were slow in more than one attempt."""
     failed = [node for one in past for node in {one.node, *one.slow} if node]
     return tuple(sorted({node for node in failed if failed.count(node) >= FAILURES_TO_EXCLUDE}))

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from data_pipeline.errors import printable
 from pretrain.files import is_measurement, json_object
 from pretrain.outcome import ExitCode
 from slurm import scheduler
-from slurm.attempt_records import History
 from slurm.folder import SlurmFolder, stamp
-from slurm.job_state import find_state
+from slurm.history import History
+from slurm.job_state import RunStatus, find_state
 from slurm.scheduler import Job, SlurmError
 
 TAIL_BYTES = 65_536
@@ -30,32 +30,6 @@ states: waiting (for nodes), held (until someone releases it), starting, running
 stopped (slurm.stop), cancelled (scancel), failed (will not be started again; the reason says what to change), lost
 (nothing runs and nothing waits), unknown (its folder cannot be read)
 """
-
-
-@dataclass
-class RunStatus:
-    """A run, for a table or for ``--json``. Unknown numbers are None."""
-
-    name: str
-    state: str
-    """As ``slurm.job_state`` finds it."""
-    why: str = ""
-    """What it waits for, or why it ended or was started again last."""
-    step: int = 0
-    total_steps: int | None = None
-    saved_step: int = 0
-    images_per_second: float | None = None
-    loss: float | None = None
-    eta_s: float | None = None
-    restarts: int = 0
-    nodes: list[str] = field(default_factory=list)
-    ranks: int | None = None
-    heartbeat_s: float | None = None
-    """Seconds since the run wrote its state last."""
-    job: str = ""
-    log: str = ""
-    """Of rank 0 of the newest attempt."""
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -79,10 +53,8 @@ def status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
 def _status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
     folder = SlurmFolder(run)
     records, state = History(folder.history).records(), folder.state()
-    found, last = find_state(folder, records, queue), records[-1] if records else None
-    alive = found.job is not None and not found.job.over
-    status = RunStatus(run.name, found.state, found.why, saved_step=folder.saved_step())
-    status.job = found.job.id if found.job and alive else ""
+    status, last = find_state(folder, records, queue), records[-1] if records else None
+    status.saved_step = folder.saved_step()
     if state is not None:
         status.step, status.total_steps = state.step, state.total_steps or None
         status.restarts, status.ranks = state.restarts, state.world_size or None
@@ -95,7 +67,7 @@ def _status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
     if row := _last_training_row(run / "metrics.jsonl"):
         status.loss, status.step = row.get("loss"), max(status.step, row["step"])
         status.images_per_second = row.get("images_per_second")
-        if found.state == "running" and status.total_steps and status.images_per_second:
+        if status.state == "running" and status.total_steps and status.images_per_second:
             left = (status.total_steps - status.step) * row["samples_seen"] / row["step"]
             status.eta_s = round(left / status.images_per_second, 1)
     return status

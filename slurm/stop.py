@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
-from slurm.attempt_records import History
 from slurm.folder import SlurmFolder, stamp
+from slurm.history import History
 from slurm.job_state import current_job
 from slurm.scheduler import SlurmError
 

@@ -21,7 +21,7 @@ import psutil
 
 from pretrain.ports import COUNT, FIRST
 from slurm.attempt import ROOT, rendezvous_port
-from slurm.folder import Attempt
+from slurm.restart import Attempt
 
 T = TypeVar("T")
 PATIENCE_S = 200.0

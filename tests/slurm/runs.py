@@ -16,8 +16,9 @@ import pytest
 
 from pretrain.metrics import read_metrics
 from slurm import launch, release, status, stop
-from slurm.attempt_records import AttemptRecord, History
 from slurm.folder import SlurmFolder
+from slurm.history import History
+from slurm.restart import AttemptRecord
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes, reached
 

@@ -15,7 +15,8 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from slurm.attempt import rendezvous_port
-from slurm.folder import Attempt, SlurmFolder
+from slurm.folder import SlurmFolder
+from slurm.restart import Attempt
 from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 from tests.system.launching import ROOT

@@ -6,48 +6,11 @@
 import json
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.files import json_lines
-from slurm.folder import Attempt
-from slurm.restart import Cause, Decision, Past
-
-
-@dataclass
-class AttemptRecord:
-    """One attempt, from its lines in the history."""
-
-    job: str
-    restart: int
-    begun: float
-    nodes: list[str]
-    ranks: int
-    step: int
-    """Of the newest checkpoint when it began."""
-    ended: float = 0.0
-    """0 while nobody has told of its end."""
-    end_step: int = 0
-    cause: Cause | None = None
-    reason: str = ""
-    action: str = ""
-    node: str = ""
-    slow: list[str] = field(default_factory=list)
-    """Nodes that preflight found slow."""
-    code: str = ""
-    """Digest of the code that it ran."""
-    next_job: str = ""
-    """The job that goes on in its place, where it could not be requeued."""
-    submitted_again: int = 0
-    """How often ``slurm.release`` has submitted a job in its place."""
-    notes: list[str] = field(default_factory=list)
-    """What else was done: follow-up jobs, nodes excluded, waits."""
-
-    @property
-    def attempt(self) -> Attempt:
-        """Its name."""
-        return Attempt(self.job, self.restart)
+from slurm.restart import Attempt, AttemptRecord, Decision
 
 
 class History:
@@ -63,8 +26,8 @@ class History:
         for line in self._lines():
             attempt = Attempt(line["job"], line["restart"])
             if line["event"] == "begin":
-                values = {key: line[key] for key in ("nodes", "ranks", "step")} | {"code": line.get("code", "")}
-                found[attempt] = AttemptRecord(attempt.job, attempt.restart, line["time"], **values)
+                facts = {key: line[key] for key in ("step", "job", "restart", "nodes", "ranks")}
+                found[attempt] = AttemptRecord(**facts, begun=line["time"], code=line.get("code", ""))
                 records.append(found[attempt])
             elif attempt in found and line["event"] == "end":
                 record = found[attempt]
@@ -79,13 +42,9 @@ class History:
                 record.submitted_again += line.get("again", False)
         return records
 
-    def past(self, before: Attempt | None) -> list[Past]:
-        """Attempts but this one, as ``slurm.restart`` takes them."""
-        return [
-            Past(record.step, record.cause or "lost", record.node, tuple(record.slow))
-            for record in self.records()
-            if record.attempt != before
-        ]
+    def before(self, attempt: Attempt) -> list[AttemptRecord]:
+        """All attempts but this one."""
+        return [record for record in self.records() if record.attempt != attempt]
 
     def begin(self, attempt: Attempt, *, nodes: list[str], ranks: int, step: int, code: str = "") -> None:
         """An attempt begins; ``step`` is that of the newest checkpoint."""
