@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pretrain.run_state import RunState
 from slurm import scheduler
 from slurm.folder import SlurmFolder
-from slurm.history import AttemptRecord
 from slurm.restart import AttemptRecord, JobState
 from slurm.scheduler import Job
 
@@ -137,7 +136,7 @@ def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[st
         job = _ended_job(folder, last, queue or {})
         put_off = last is not None and last.action == "release" and not last.next_job
         possible: Remedy = "submit" if put_off or (job and job.failed) else ""
-        state, why = _without_job(folder, run, last, queue, job, possible)
+        state, why = _without_job(folder, run, last, gone=job, remedy=possible, asked=queue is not None)
         remedy = possible if state == "lost" else ""
     gone = last.next_job or last.job if last else ""
     return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy)
@@ -177,9 +176,10 @@ def _without_job(
     folder: SlurmFolder,
     run: RunState | None,
     last: AttemptRecord | None,
-    queue: dict[str, Job] | None,
+    *,
     gone: Job | None,
     remedy: Remedy,
+    asked: bool,
 ) -> tuple[str, str]:
     final = last if last is not None and last.ended and last.action in ("none", "cancel") else None
     if final is not None and final.cause not in ("stopped", "cancelled"):
@@ -188,9 +188,9 @@ def _without_job(
         return "stopped", folder.stop_request()
     if final is not None:
         return final.cause, final.reason
-    if queue is None and last is not None and last.ended:
+    if not asked and last is not None and last.ended:
         return "restarting", f"{last.reason}; Slurm could not be asked"
-    if queue is None:
+    if not asked:
         return (run.state if run else "unknown"), "as its folder says; Slurm could not be asked"
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled"

@@ -178,7 +178,7 @@ def start_after(job: str, seconds: float) -> None:
     run("scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds:.0f}", retry_s=PATIENCE_S)
 
 
-def exclude_nodes(job: str, nodes: list[str]) -> None:
+def exclude_nodes(job: str, nodes: Sequence[str]) -> None:
     """Let a pending job avoid nodes."""
     run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
 

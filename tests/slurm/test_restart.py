@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pretrain.outcome import ExitCode
-from slurm.restart import AttemptRecord, Outcome, Policy, RankExit, decide
+from slurm.restart import AttemptRecord as Past
+from slurm.restart import Outcome, Policy, RankExit, decide
 
 POLICY = Policy(max_restarts=3, retry_wait_s=60.0, save_within_s=120)
 ENDED = Outcome(job_state="running", exits=(), status=0, node_down=False, finished=False, stop_request="", begun_at=100,
@@ -86,11 +87,11 @@ def test_the_rank_at_fault_is_told_once_rather_than_those_that_lost_it() -> None
     assert decide(replace(ENDED, exits=(full,)), [], POLICY).reason == "rank 3 on b: the GPU's memory is full"
 
 
-def without_progress(number: int, cause: str = "crashed") -> list[AttemptRecord]:
+def without_progress(number: int, cause: str = "crashed") -> list[Past]:
     return [
-        AttemptRecord(0, "preempted"),
-        AttemptRecord(100, "finished"),
-        *[AttemptRecord(200, cause) for _ in range(number)],
+        Past(0, "preempted"),
+        Past(100, "finished"),
+        *[Past(200, cause) for _ in range(number)],
     ]
 
 
@@ -105,9 +106,7 @@ def without_progress(number: int, cause: str = "crashed") -> list[AttemptRecord]
         ({"job_state": "preempted", "exits": (), "status": 0}, without_progress(50, "preempted"), 0),
     ],
 )
-def test_each_restart_without_progress_waits_longer(
-    ending: dict[str, Any], past: list[AttemptRecord], wait: float
-) -> None:
+def test_each_restart_without_progress_waits_longer(ending: dict[str, Any], past: list[Past], wait: float) -> None:
     crash = {"exits": (CRASHED,), "status": 1, "begun_at": 200}
     decision = decide(replace(ENDED, **crash | ending), past, POLICY)
     assert (decision.action, decision.wait_s) == ("requeue", wait)
@@ -180,17 +179,17 @@ PREEMPTED = {"job_state": "preempted", "exits": (STOPPED,)}
         (PREEMPTED | {"slow": ("b", "c")}, [], ()),
         (
             PREEMPTED | {"slow": ("b", "c")},
-            [AttemptRecord(0, "crashed", "b"), AttemptRecord(5, "preempted", "", ("d",))],
+            [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))],
             ("b",),
         ),
         (CRASH | {"slow": ("b",)}, [], ()),  # one attempt counts once
-        (CRASH, [AttemptRecord(0, "crashed", "a")], ()),
-        (CRASH, [AttemptRecord(0, "crashed", "b"), AttemptRecord(5, "crashed", "a")], ("b",)),
-        (PREEMPTED, [AttemptRecord(0, "crashed", "b"), AttemptRecord(5, "crashed", "b")], ("b",)),
+        (CRASH, [Past(0, "crashed", "a")], ()),
+        (CRASH, [Past(0, "crashed", "b"), Past(5, "crashed", "a")], ("b",)),
+        (PREEMPTED, [Past(0, "crashed", "b"), Past(5, "crashed", "b")], ("b",)),
     ],
 )
 def test_a_node_that_failed_or_was_slow_twice_is_avoided_whatever_ended_the_run(
-    ending: dict[str, Any], past: list[AttemptRecord], excluded: tuple[str, ...]
+    ending: dict[str, Any], past: list[Past], excluded: tuple[str, ...]
 ) -> None:
     decision = decide(replace(ENDED, **ending), past, POLICY)
     assert (decision.slow, decision.exclude) == (ending.get("slow", ()), excluded)
