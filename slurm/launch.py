@@ -74,16 +74,7 @@ def launch(options: argparse.Namespace) -> int:
     Raises:
         UserError, SlurmError: what is wrong, in one line.
     """
-    plan = make_plan(
-        options.recipe,
-        options.deepspeed_config,
-        options.assignments,
-        runs=options.runs,
-        nodes=options.nodes,
-        min_nodes=options.min_nodes,
-        gpus_per_node=options.tasks_per_node,
-        device=options.device,
-    )
+    plan = make_plan(options)
     _say("\n".join(plan.lines))
     executor = executor_for(options, plan.folder, plan.recipe.name)
     if ignored := ignored_variables(os.environ):

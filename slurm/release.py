@@ -1,8 +1,7 @@
 """Let runs go on that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
 
-When a launch fails (a prolog fails, a node that is being repaired refuses, slurmctld was killed as it started the job),
-Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or its host dies where
-jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
+When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
+its host dies where jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
 """
 
 import argparse

@@ -159,10 +159,15 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: it is not allowed.
     """
+    _order("scontrol", "requeue", job, done="pending", retry_s=OUTAGE_S)
+
+
+def _order(*words: str, done: str, retry_s: float) -> None:
+    """Run a command that is refused with these words where it had been heard before."""
     try:
-        run("scontrol", "requeue", job, retry_s=OUTAGE_S)
+        run(*words, retry_s=retry_s)
     except SlurmError as error:
-        if "pending" not in str(error):  # else it had been heard before
+        if done not in str(error):
             raise
 
 
@@ -194,14 +199,8 @@ def submit(
 ) -> str:
     """Submit a batch script again as a job of its own, once, however often the controller has to be asked; the new id.
 
-    Args:
-        script: its path.
-        environment: of the launch as it was kept, to which the secrets of this process are added; where it is empty,
-            that of this process.
-        after: the job that has to end first.
-        wait_s: seconds before it may start.
-        exclude: nodes to avoid.
-        retry_s: how long to ask a controller that does not answer.
+    The environment is that of the launch as it was kept, with the secrets of this process; that of this process where it
+    is empty. The job waits for the end of job ``after`` and for ``wait_s`` seconds.
     """
     words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
@@ -236,11 +235,7 @@ def release(job: str) -> None:
     Raises:
         SlurmError: it is not allowed, as where an administrator holds it.
     """
-    try:
-        run("scontrol", "release", job, retry_s=PATIENCE_S)
-    except SlurmError as error:
-        if "no longer pending" not in str(error):  # else it had been heard before
-            raise
+    _order("scontrol", "release", job, done="no longer pending", retry_s=PATIENCE_S)
 
 
 def cancel(job: str, signal: str = "") -> None:

@@ -75,19 +75,19 @@ def executor_for(options: Namespace, folder: SlurmFolder, name: str) -> "submiti
     """Make submitit's executor for a run, whose job is called ``name``.
 
     Raises:
-        UserError: submitit or Slurm is not installed here, or an option cannot be given.
+        UserError: Slurm is not installed here, or an option cannot be given.
     """
+    import submitit  # noqa: PLC0415 - slow
+
+    run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
+    in_task = f"{options.container} {options.container_python}" if options.container else python
+
     try:
-        import submitit  # noqa: PLC0415 - slow
-    except ImportError:
-        raise UserError("submitit is not installed: pip install submitit") from None
-    try:
-        executor = submitit.SlurmExecutor(folder.submitit, python=task_python(options))
+        executor = submitit.SlurmExecutor(folder.submitit, python=in_task)
     except RuntimeError:
         raise UserError(
             "srun: no such command: this is not a machine of a Slurm cluster; `deepspeed pretrain/main.py` trains here"
         ) from None
-    run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
     executor.update_parameters(
         job_name=name,
         wckey=None,
@@ -131,11 +131,6 @@ def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]"
         if isinstance(failed, UnreachedError):
             failed.args = (f"{failed}; it may have been heard: look with squeue --me, scancel it, then launch again",)
         raise failed from None
-
-
-def task_python(options: Namespace) -> str:
-    """Shell words that start Python in a task."""
-    return f"{options.container} {options.container_python}" if options.container else shlex.quote(sys.executable)
 
 
 def submitit_script(executor: "submitit.SlurmExecutor") -> str:
