@@ -144,8 +144,9 @@ def end(folder: SlurmFolder, status: int) -> int:
     try:
         _act(decision, folder, history, attempt)
     except SlurmError as error:
-        reason = f"{decision.reason}; could not be started again: {error}"
-        history.end(attempt, replace(decision, action="release", reason=reason), step=step)
+        reason = f"{decision.reason}; {decision.action} failed: {error}"
+        action = "release" if decision.action == "requeue" else decision.action
+        history.end(attempt, replace(decision, action=action, reason=reason), step=step)
         say(reason)
         return ExitCode.RETRY
     return int(STATUS.get(decision.cause, ExitCode.RETRY))

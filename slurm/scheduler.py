@@ -199,8 +199,8 @@ def submit(
 ) -> str:
     """Submit a batch script again as a job of its own, once, however often the controller has to be asked; the new id.
 
-    The environment is that of the launch as it was kept, with the secrets of this process; that of this process where it
-    is empty. The job waits for the end of job ``after`` and for ``wait_s`` seconds.
+    The environment is that of the launch as it was kept, with the secrets of this process; where it is empty, that of
+    this process. The job waits for the end of job ``after`` and for ``wait_s`` seconds.
     """
     words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
