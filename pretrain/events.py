@@ -6,6 +6,7 @@
 | went back | the weights went back to a checkpoint, after too many skipped steps in a row |
 | checkpoint failed | a checkpoint could not be written |
 | checkpoint passed over | a damaged checkpoint was found while loading |
+| other code | ``slurm`` starts the run again, with other code than before |
 
 A line has ``event``, ``time`` (Unix), ``step``, ``samples_seen`` and ``text``. What stands elsewhere is not said again:
 skipped steps are counted in ``metrics.jsonl``, bad samples, loss spikes and hangs have files of their own, and the end
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from pretrain.run_state import RunState
 
-EventName = Literal["start", "went back", "checkpoint failed", "checkpoint passed over"]
+EventName = Literal["start", "went back", "checkpoint failed", "checkpoint passed over", "other code"]
 
 
 def write_event(file: Path, name: EventName, *, step: int, samples_seen: int, text: str, **facts: Any) -> None:

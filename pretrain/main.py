@@ -37,6 +37,7 @@ from pretrain.engine.distributed import (  # noqa: E402
     use_deterministic_algorithms,
 )
 from pretrain.engine.engine import compilation_error  # noqa: E402
+from pretrain.exit_record import record_exit  # noqa: E402
 from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
@@ -157,6 +158,7 @@ def _already_finished(folder: RunFolder, rank: Rank) -> bool:
 def _give_up(trainer: Trainer | None, status: RunStatus | None, reason: str, code: ExitCode) -> NoReturn:
     """Record in run.json why a run failed, restore the terminal, and end this rank whatever happens."""
     try:
+        record_exit(trainer.watchdog.phase if trainer else "starting", reason, error=sys.exception())
         if trainer is not None:
             trainer.log.console.close()
         if status is not None and not status.fail(reason.splitlines()[0] if reason else ""):

@@ -28,6 +28,8 @@ class UserError(Exception):
     """
 
     code = ExitCode.WILL_FAIL_AGAIN
+    exit_cause = "failed"
+    """As ``pretrain.exit_record`` has it."""
 
     def __init__(self, text: str, code: ExitCode | None = None) -> None:
         super().__init__(printable(without_secrets(text)))
@@ -39,6 +41,7 @@ class BusyError(UserError):
     """Another process has what this one needs, perhaps a previous attempt on a node that is not down yet."""
 
     code = ExitCode.RETRY
+    exit_cause = "busy"
 
 
 def storage_code(error: OSError) -> ExitCode:

@@ -1,32 +1,35 @@
-"""What this room keeps in a run's folder. Imports nothing heavy: it is read on batch hosts while the seconds count.
+"""What ``slurm`` keeps in a run's folder. Imports nothing heavy: it is read on batch hosts while the seconds count.
 
 ::
 
-    runs/NAME/slurm/launch.json       how the run was launched: what every incarnation needs to know
+    runs/NAME/slurm/launch.json       how the run was launched: what every attempt needs to know
     runs/NAME/slurm/recipe.yaml, ds_config.json      as launched; later edits of the originals do not reach the run
-    runs/NAME/slurm/pretrain.sbatch   the batch script of ``slurm.launch --plain``
-    runs/NAME/slurm/history.jsonl     the incarnations: where each ran and why it ended
-    runs/NAME/slurm/stop              someone asked to stop: nothing restarts this run while it exists
+    runs/NAME/slurm/history.jsonl     the attempts: where each ran and why it ended
+    runs/NAME/slurm/stop              a user asked to stop: nothing restarts this run while it exists
     runs/NAME/slurm/release.lock      held by the one ``slurm.release`` that submits it again
     runs/NAME/slurm/submitit/         submitit's batch scripts, pickles and outputs
-    runs/NAME/logs/JOB-RESTART/       one log per rank, and how ranks that did not finish ended
+    runs/NAME/logs/JOB-RESTART/       of an attempt: one log and one exit.json per rank, and what srun reported
 """
 
+import contextlib
 import json
+import re
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from pretrain.files import write_atomically, write_json
+from pretrain.files import json_object, write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
-from slurm.restart import Policy, RankExit
+from slurm.restart import Attempt, Policy, RankExit
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``launch.json``: what incarnations need to know about how the run was launched."""
+    """``launch.json``: what attempts need to know about how the run was launched."""
 
     gpus_per_node: int
     min_nodes: int
@@ -36,21 +39,12 @@ class Launch:
     policy: Policy
     device: str = "auto"
     """As ``pretrain/main.py --device``."""
-
-
-@dataclass(frozen=True)
-class Incarnation:
-    """Which start of a run: Slurm's job and how often Slurm has restarted that job."""
-
-    job: str
-    restart: int
-
-    def __str__(self) -> str:
-        return f"{self.job}-{self.restart}"
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of the launch, without secrets and what is Slurm's; empty for runs of older versions."""
 
 
 class SlurmFolder:
-    """``runs/NAME`` as this room sees it."""
+    """``runs/NAME`` as ``slurm`` sees it."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -58,7 +52,6 @@ class SlurmFolder:
         self.recipe = self.own / "recipe.yaml"
         self.deepspeed_config = self.own / "ds_config.json"
         self.submitit = self.own / "submitit"
-        self.plain_script = self.own / "pretrain.sbatch"
         self.release_lock = self.own / "release.lock"
         self.history = self.own / "history.jsonl"
         self._launch = self.own / "launch.json"
@@ -107,12 +100,23 @@ class SlurmFolder:
 
     def is_script(self, command: str) -> bool:
         """Whether a job's command is one of the batch scripts of this run."""
-        return Path(command).is_relative_to(self.own)
+        return command.startswith(f"{self.own}/")
+
+    def script(self, job: str) -> Path:
+        """Batch script of a job."""
+        return self.submitit / f"{job}_submission.sh"
 
     def submitted(self) -> list[str]:
         """Jobs that submitit has submitted for this run, the earliest first."""
         names = [path.name.split("_")[0] for path in self.submitit.glob("*_submission.sh")]
         return sorted((name for name in names if name.isdigit()), key=int)
+
+    def adopt(self, job: str) -> None:
+        """Give submitit its files under the id of another job that runs the newest script."""
+        known = self.submitted()
+        if known and job not in known:
+            for path in self.submitit.glob(f"{known[-1]}_subm*"):
+                shutil.copy2(path, path.with_name(path.name.replace(known[-1], job, 1)))
 
     def state(self) -> RunState | None:
         """``run.json``; None before the first start, or where it cannot be read."""
@@ -126,33 +130,66 @@ class SlurmFolder:
         steps = [path.name.removeprefix("step-") for path in (self.run / "checkpoints").glob("step-*")]
         return max((int(step) for step in steps if step.isdigit()), default=0)
 
-    def logs(self, incarnation: Incarnation) -> Path:
-        """Folder of the logs of one incarnation."""
-        return self.run / "logs" / str(incarnation)
+    def logs(self, attempt: Attempt) -> Path:
+        """Folder of the logs of one attempt."""
+        return self.run / "logs" / str(attempt)
 
-    def log(self, incarnation: Incarnation, rank: int) -> Path:
+    def log(self, attempt: Attempt, rank: int) -> Path:
         """Log of a rank."""
-        return self.logs(incarnation) / f"rank-{rank:05d}.log"
+        return self.logs(attempt) / f"rank-{rank:05d}.log"
 
-    def write_exit(self, incarnation: Incarnation, ended: RankExit) -> None:
-        """Write down how a rank ended."""
-        path = self.logs(incarnation) / f"rank-{ended.rank:05d}.exit.json"
-        write_atomically(path, json.dumps(asdict(ended)).encode())
+    def exit_record(self, attempt: Attempt, rank: int) -> Path:
+        """``exit.json`` of a rank."""
+        return self.logs(attempt) / f"rank-{rank:05d}.exit.json"
 
-    def forget_exits(self, incarnation: Incarnation) -> None:
+    def srun_log(self, attempt: Attempt) -> Path:
+        """What srun reported."""
+        return self.logs(attempt) / "srun.txt"
+
+    def srun_errors(self, attempt: Attempt, since: float) -> tuple[str, ...]:
+        """Errors that srun reported, and those with which slurmstepd has ended the output of a task since a time."""
+        lines = []
+        for path in (self.srun_log(attempt), *sorted(self.submitit.glob(f"{attempt.job}_*_log.out"))):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime >= since:
+                    text = path.read_text(errors="replace").splitlines()
+                    lines += text if path.name == "srun.txt" else text[-1:]
+        return tuple(dict.fromkeys(line for line in lines if re.match(r"(srun|slurmstepd\S*): error: ", line)))
+
+    def write_exit(self, attempt: Attempt, ended: RankExit) -> None:
+        """Complete the record that a rank left, or make it."""
+        path = self.exit_record(attempt, ended.rank)
+        write_atomically(path, json.dumps(read_json_object(path) | asdict(ended)).encode())
+
+    def forget_exits(self, attempt: Attempt) -> None:
         """Remove what one of the same name left: a slurmctld that forgot a job may give its number again."""
-        for path in self.logs(incarnation).glob("rank-*.exit.json"):
+        for path in (self.srun_log(attempt), *self.logs(attempt).glob("rank-*.exit.json")):
             path.unlink(missing_ok=True)
 
-    def read_exits(self, incarnation: Incarnation) -> list[RankExit]:
-        """How the ranks of an incarnation ended, as far as they could tell, the earliest first."""
-        found = []
-        for path in self.logs(incarnation).glob("rank-*.exit.json"):
+    def read_exits(self, attempt: Attempt) -> list[RankExit]:
+        """How the ranks of an attempt ended, as far as they could tell, the earliest first."""
+        found, known = [], {one.name for one in fields(RankExit)}
+        for path in self.logs(attempt).glob("rank-*.exit.json"):
+            facts = read_json_object(path)
+            facts["message"] = facts.get("message") or facts.get("error", "")  # as older versions call it
+            facts["blamed"] = tuple(facts.get("blamed", ()))
             try:
-                found.append(RankExit(**json.loads(path.read_text())))
-            except (OSError, ValueError, TypeError, RecursionError):  # a node died while it was being written
+                found.append(RankExit(**{key: value for key, value in facts.items() if key in known}))
+            except TypeError:  # its node died before slurm.job could complete it
                 continue
         return sorted(found, key=lambda ended: ended.time)
+
+    def slow_nodes(self, attempt: Attempt) -> tuple[str, ...]:
+        """Nodes that the preflight of an attempt found slow."""
+        return tuple(read_json_object(self.exit_record(attempt, 0)).get("slow", ()))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty where it is not there or cut."""
+    try:
+        return json_object(path.read_bytes()) or {}
+    except OSError:
+        return {}
 
 
 def stamp(seconds: float | None = None) -> str:

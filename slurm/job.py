@@ -1,12 +1,11 @@
 """What runs in every task of a job: one rank of training, watched. ``python -m slurm.job RUN`` or through submitit.
 
-It holds nothing but the run's folder. Any incarnation finds the newest checkpoint there by itself; submitit's own
+It holds nothing but the run's folder. Any attempt finds the newest checkpoint there by itself; submitit's own
 ``checkpoint()`` and requeue are not used, since a save is collective and cannot be made in a signal handler.
 """
 
 import argparse
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,40 +18,14 @@ from typing import IO
 
 from data_pipeline.errors import without_secrets
 from pretrain.outcome import ExitCode
-from slurm.folder import Incarnation, SlurmFolder
-from slurm.incarnation import this_incarnation
+from slurm.attempt import ROOT, this_attempt
+from slurm.folder import SlurmFolder, read_json_object
 from slurm.restart import RankExit
 
-MAIN = Path(__file__).resolve().parent.parent / "pretrain" / "main.py"
+MAIN = ROOT / "pretrain" / "main.py"
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
 DRAIN_S = 5.0
 """What a dead rank had printed is read for so long, in case something that it started holds its output open."""
-_ERROR = re.compile(r"(?:\[rank\d+\]: *)?(?:error: (.*)|([A-Za-z_.]*(?:Error|Exception)\b.*))")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    node: str
-    incarnation: Incarnation
-
-    @classmethod
-    def from_slurm(cls) -> "Place":
-        """As the environment of a task of Slurm says."""
-        world_size = int(os.environ["SLURM_STEP_NUM_TASKS"])
-        return cls(
-            rank=int(os.environ["SLURM_PROCID"]),
-            world_size=world_size,
-            local_rank=int(os.environ["SLURM_LOCALID"]),
-            local_world_size=world_size // int(os.environ["SLURM_STEP_NUM_NODES"]),
-            node=os.environ["SLURMD_NODENAME"],
-            incarnation=this_incarnation(),
-        )
 
 
 @dataclass(frozen=True)
@@ -63,28 +36,31 @@ class Job:
 
     def __call__(self) -> None:
         """Run this task's rank to its end; a bad end is the exit status of the task."""
-        status = run_rank(SlurmFolder(self.run), Place.from_slurm())
-        if status:
+        if status := run_rank(SlurmFolder(self.run)):
             sys.exit(status)
 
 
-def run_rank(folder: SlurmFolder, place: Place) -> int:
-    """Start ``main.py`` as a rank, pass signals on, keep its output, write down how it ended.
+def run_rank(folder: SlurmFolder) -> int:
+    """Start ``main.py`` as the rank of this task, pass signals on, keep its output, write down how it ended.
 
     Returns:
         the exit status for the task. Having stopped as asked is 0: a task that ends with anything else makes Slurm kill
         the others, which may still be closing their files.
     """
-    log = folder.log(place.incarnation, place.rank)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    attempt, rank, node = this_attempt(), int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
+    record = folder.exit_record(attempt, rank)
+    record.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_exit(code: int, cause: str, message: str = "", phase: str = "", blamed: tuple[str, ...] = ()) -> None:
+        folder.write_exit(attempt, RankExit(rank, node, code, time.time(), cause, phase, blamed, message))
+
     first = os.environ["NODE_NAMES"].split(",")[0]
-    if place.rank == 0 and place.node != first:
-        error = f"rank 0 runs on {place.node}, but the others look for it on {first}"
-        folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.RETRY, time.time(), error))
+    if rank == 0 and node != first:
+        write_exit(ExitCode.RETRY, "failed", f"rank 0 runs on {node}, but the others look for it on {first}")
         return ExitCode.RETRY
     launch = folder.read_launch()
     limit = launch.policy.time_to_save_s
-    told: list[str] = []
+    received: list[str] = []
     overdue: list[str] = []
     child: subprocess.Popen[bytes] | None = None
 
@@ -94,10 +70,10 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
             child.kill()
 
     def forward(signum: int, _frame: FrameType | None) -> None:
-        told.append(signal.Signals(signum).name)
+        received.append(signal.Signals(signum).name)
         if child is not None:
             child.send_signal(signum)
-        if signum == signal.SIGUSR2 and told.count("SIGUSR2") == 1:
+        if signum == signal.SIGUSR2 and received.count("SIGUSR2") == 1:
             # At the time limit Slurm kills the batch script too, and nobody would be left to start the run again.
             timer = threading.Timer(limit, give_up)
             timer.daemon = True
@@ -105,59 +81,57 @@ def run_rank(folder: SlurmFolder, place: Place) -> int:
 
     for signum in FORWARDED:
         signal.signal(signum, forward)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for whoever started this
     if asked := folder.stop_request():  # its signal may have come before srun had any task that could hear it
-        if place.rank == 0:
-            folder.write_exit(place.incarnation, RankExit(0, place.node, ExitCode.STOPPED, time.time(), asked))
+        write_exit(ExitCode.STOPPED, "stopped", asked)
         return 0
+    ranks = int(os.environ["SLURM_STEP_NUM_TASKS"])
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
          str(folder.deepspeed_config), "--runs", str(folder.run.parent), "--device", launch.device],
-        env=_environment(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(ranks // int(os.environ["SLURM_STEP_NUM_NODES"])),
+            "LAUNCHER_PID": str(os.getpid()), "EXIT_RECORD": str(record),
+        },
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    if told:  # before there was a child
+    if received:  # before there was a child
         child.terminate()
-    output = Output(child, log, echo=place.rank == 0)
+    output = Output(child, folder.log(attempt, rank), echo=rank == 0)
     code = child.wait()
-    error = output.last_error()
-    if overdue or (told and -code in FORWARDED):  # the latter: before it listened to signals
+    printed = output.last_line()
+    if overdue or (received and -code in FORWARDED):  # the latter: before it listened to signals
         code = ExitCode.STOPPED
-    if code == ExitCode.STOPPED:
-        error = "".join((*told[:1], *overdue))
+    if code == ExitCode.FINISHED:
+        write_exit(code, "finished")
+    elif code == ExitCode.STOPPED:
+        write_exit(code, "not saved" if overdue else "stopped", "".join((*received[:1], *overdue)))
+    elif "cause" in (facts := read_json_object(record)):
+        write_exit(code, **{key: facts[key] for key in ("cause", "message", "phase", "blamed")})
     elif code < 0:
-        error = f"killed by {signal.Signals(-code).name}" + (f" after: {output.error}" if output.error else "")
-    if code not in (ExitCode.FINISHED, ExitCode.STOPPED) or overdue or place.rank == 0:
-        folder.write_exit(place.incarnation, RankExit(place.rank, place.node, code, time.time(), error))
+        write_exit(code, "killed", f"killed by {signal.Signals(-code).name} after: {printed}")
+    else:
+        write_exit(code, "failed", printed)
     if code < 0:
         return 128 - code
     return 0 if code == ExitCode.STOPPED else code
 
 
-def _environment(place: Place) -> dict[str, str]:
-    return os.environ | {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-        "LAUNCHER_PID": str(os.getpid()),
-    }
-
-
 class Output:
-    """Copies what a rank prints to its log, and where ``echo`` to our own output, in a thread; keeps its last error."""
+    """Copies what a rank prints to its log, and where ``echo`` to our own output, in a thread."""
 
     def __init__(self, child: "subprocess.Popen[bytes]", log: Path, *, echo: bool) -> None:
         assert child.stdout is not None
         self._stream = child.stdout
         self._sinks: list[IO[bytes]] = [log.open("ab", buffering=0), *([sys.stdout.buffer] if echo else [])]
-        self.error = self._line = ""
+        self._line = ""
         self._thread = threading.Thread(target=self._copy, name="output", daemon=True)
         self._thread.start()
 
-    def last_error(self) -> str:
-        """The last error that was printed, else the last line; one line. Call it when the rank has ended."""
+    def last_line(self) -> str:
+        """The last line that was printed, such as that of an exception. Call it when the rank has ended."""
         self._thread.join(DRAIN_S)
-        return str(without_secrets((self.error or self._line)[:500]))
+        return str(without_secrets(self._line[:500].removeprefix("error: ")))
 
     def _copy(self) -> None:
         for line in self._stream:
@@ -168,24 +142,14 @@ class Output:
                 except OSError as problem:  # a full disk must not stop the reading, on which the rank would wait
                     self._sinks.remove(sink)
                     print(f"WARNING a log of this rank ends here: {problem}", file=sys.stderr)  # noqa: T201
-            text = line.decode(errors="replace").strip()
-            self._line = text or self._line
-            if found := _ERROR.match(text):
-                self.error = found[1] or found[2]
+            self._line = line.decode(errors="replace").strip() or self._line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank: of a task of Slurm, or of ``slurm.launch --local``."""
+    """Run the rank of a task of Slurm."""
     parser = argparse.ArgumentParser(prog="python -m slurm.job", description=main.__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
-    parser.add_argument("--local", nargs=4, metavar=("JOB", "RESTART", "RANK", "RANKS"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    folder = SlurmFolder(options.run.resolve())
-    if options.local is None:
-        return run_rank(folder, Place.from_slurm())
-    job, restart, rank, ranks = options.local[0], *(int(number) for number in options.local[1:])
-    node = os.environ["NODE_NAMES"]
-    return run_rank(folder, Place(rank, ranks, rank, ranks, node, Incarnation(job, restart)))
+    return run_rank(SlurmFolder(parser.parse_args(arguments).run.resolve()))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """Start a run on a cluster and keep it alive: ``python -m slurm.launch --recipe R --nodes 4 --gpus-per-node 8``."""
 
 import argparse
+import contextlib
+import os
+import re
+import shutil
 import sys
 
 from pretrain.arguments import add_device_argument, add_run_arguments
 from pretrain.outcome import ExitCode, UserError, exit_code
-from slurm.folder import Launch
+from slurm import scheduler
+from slurm.folder import Launch, SlurmFolder
 from slurm.job import Job
-from slurm.local import run_here
 from slurm.plan import Plan, freeze, make_plan
 from slurm.restart import Policy
-from slurm.scheduler import SlurmError
-from slurm.script import executor_for, plain_script, submit, submitit_script
+from slurm.scheduler import SlurmError, UnreachedError
+from slurm.script import executor_for, ignored_variables, submit, submitit_script
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
@@ -31,14 +35,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_argument_group("its size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
     size.add_argument("--min-nodes", type=int, help="go on with so few when some are gone; the global batch stays")
-    size.add_argument("--gpus-per-node", type=int, required=True, help="one task each")
+    size.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="one task each, such as 8 or h100:8")
     slurm = parser.add_argument_group("Slurm's")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
-    slurm.add_argument("--time", default="24:00:00", help="limit of one incarnation (default: 24:00:00)")
+    slurm.add_argument("--time", default="24:00:00", help="limit of one attempt (default: 24:00:00)")
     slurm.add_argument("--cpus-per-gpu", type=int, default=8, help="cores for each task (default: 8)")
     slurm.add_argument("--mem", help="memory per node, for example 500G")
     slurm.add_argument("--exclude", help="nodes to avoid, for example bad1,bad2")
+    slurm.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
+                       help="any other option of sbatch, for example gres=gpu:8, exclusive or reservation=R; an empty "
+                       "VALUE leaves out what is set here; may be repeated")  # fmt: skip
     slurm.add_argument("--setup", action="append", default=[], metavar="COMMAND",
                        help="shell line before all else, such as 'module load cuda'; may be repeated")  # fmt: skip
     slurm.add_argument("--container", metavar="COMMAND",
@@ -51,16 +58,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                        help="give up after so many in a row without a new checkpoint (default: 5)")  # fmt: skip
     alive.add_argument("--retry-wait", type=float, default=60.0, metavar="SECONDS",
                        help="wait before the second of these, then four times as long each (default: 60)")  # fmt: skip
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
-    how.add_argument("--plain", action="store_true", help="write a batch script to submit, for sites without submitit")
-    how.add_argument("--local", action="store_true", help="run the same job on this machine, without Slurm")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
     options = parser.parse_args(arguments)
     options.min_nodes = options.min_nodes or options.nodes
-    if min(options.nodes, options.gpus_per_node, options.min_nodes) < 1 or options.min_nodes > options.nodes:
+    found = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", options.gpus_per_node)
+    options.tasks_per_node = int(found[1]) if found else 0
+    if min(options.nodes, options.tasks_per_node, options.min_nodes) < 1 or options.min_nodes > options.nodes:
         parser.error("--nodes, --min-nodes and --gpus-per-node are at least 1, and --min-nodes at most --nodes")
-    if options.local and options.nodes > 1:
-        parser.error("--local has one node: leave --nodes out")
     return options
 
 
@@ -70,32 +74,23 @@ def launch(options: argparse.Namespace) -> int:
     Raises:
         UserError, SlurmError: what is wrong, in one line.
     """
-    plan = make_plan(
-        options.recipe,
-        options.deepspeed_config,
-        options.assignments,
-        runs=options.runs,
-        nodes=options.nodes,
-        min_nodes=options.min_nodes,
-        gpus_per_node=options.gpus_per_node,
-        on_cluster=not options.local,
-        device=options.device,
-    )
+    plan = make_plan(options)
     _say("\n".join(plan.lines))
-    if options.local:
-        _prepare(plan, options)
-        return run_here(plan.folder, options.gpus_per_node)
-    if options.plain:
-        _prepare(plan, options)
-        plan.folder.plain_script.write_text(plain_script(options, plan.folder, plan.recipe.name))
-        _say(f"submit        sbatch {plan.folder.plain_script}")
-        return ExitCode.FINISHED
     executor = executor_for(options, plan.folder, plan.recipe.name)
+    if ignored := ignored_variables(os.environ):
+        _say(f"ignored       of the environment: {', '.join(ignored)}")
     if options.dry_run:
         _say(submitit_script(executor))
         return ExitCode.FINISHED
+    new, asked = not plan.folder.own.exists(), plan.folder.stop_request()
     _prepare(plan, options)
-    job = submit(executor, Job(plan.folder.run))
+    try:
+        job = submit(executor, Job(plan.folder.run))
+    except UnreachedError:
+        raise
+    except SlurmError:
+        _undo(plan.folder, new=new, asked=asked)
+        raise
     _say(f"job           {job.job_id}")
     _say(f"watch         python -m slurm.status {plan.folder.run}")
     _say(f"output        tail -F {job.paths.stdout}")
@@ -106,10 +101,22 @@ def launch(options: argparse.Namespace) -> int:
 def _prepare(plan: Plan, options: argparse.Namespace) -> None:
     freeze(plan)
     policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
+    environment = scheduler.without_secrets(scheduler.cleaned(os.environ))
     plan.folder.write_launch(
-        Launch(options.gpus_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy, options.device)
-    )
+        Launch(options.tasks_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy, options.device,
+               {name: value for name, value in environment.items() if name not in scheduler.KEPT})
+    )  # fmt: skip
     plan.folder.withdraw_stop()
+
+
+def _undo(folder: SlurmFolder, *, new: bool, asked: str) -> None:
+    """Leave a run as it was before a launch that Slurm refused."""
+    if asked:
+        folder.request_stop(asked)
+    if new:
+        shutil.rmtree(folder.own)
+        with contextlib.suppress(OSError):  # there was a run before
+            folder.run.rmdir()
 
 
 def _say(text: str) -> None:

@@ -1,8 +1,9 @@
 """What can be checked before a job is submitted, and what it will be."""
 
+import argparse
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import yaml
 
 from data_pipeline.errors import without_secrets
 from pretrain.check import check_recipe_here, resolve_for
-from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
@@ -19,7 +19,8 @@ from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from slurm.folder import SlurmFolder
-from slurm.history import History, current_job
+from slurm.history import History
+from slurm.job_state import current_job
 from slurm.scheduler import queue
 
 
@@ -37,64 +38,50 @@ class Plan:
     """The plan for a person."""
 
 
-def make_plan(
-    recipe_file: Path,
-    deepspeed_file: Path,
-    assignments: list[str],
-    *,
-    runs: Path,
-    nodes: int,
-    min_nodes: int,
-    gpus_per_node: int,
-    on_cluster: bool,
-    device: str = "auto",
-) -> Plan:
-    """Check everything that can be checked here; ``device`` is as for ``use_gpu``, and "auto" is GPUs on a cluster.
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Check everything that can be checked here; ``--device auto`` is GPUs.
+
+    Args:
+        options: of ``slurm.launch``.
 
     Raises:
         UserError: what is wrong, in one line.
     """
-    recipe = load_recipe(recipe_file, assignments)
-    recipe = _with_absolute_paths(recipe)
-    run = RunFolder(runs.resolve() / recipe.name)
-    config = read_deepspeed_config(deepspeed_file, recipe.deepspeed, recorded_stage=run.recorded_stage())
+    recipe = _with_absolute_paths(load_recipe(options.recipe, options.assignments))
+    run = RunFolder(options.runs.resolve() / recipe.name)
+    config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed, recorded_stage=run.recorded_stage())
     run.check_recipe(recipe, config)
     run_size = check_recipe_here(recipe, run)
+    nodes, per_node, on_gpus = options.nodes, options.tasks_per_node, options.device != "cpu"
 
-    on_gpus = device != "cpu" if on_cluster else use_gpu(device)
+    def resolve(ranks: int) -> ResolvedDeepSpeed:
+        return resolve_for(recipe, config, world_size=ranks, has_gpu=on_gpus, has_bf16_gpu=on_gpus)
 
-    def resolve(with_nodes: int) -> ResolvedDeepSpeed:
-        return resolve_for(
-            recipe,
-            config,
-            world_size=with_nodes * gpus_per_node,
-            has_gpu=on_gpus,
-            has_bf16_gpu=on_gpus,
-        )
-
-    resolved = resolve(nodes)
-    usable = tuple(n for n in range(min_nodes, nodes + 1) if _goes(resolve, n))
+    batch = resolve(nodes * per_node).batch
+    usable = []
+    for fewer in range(options.min_nodes, nodes + 1):
+        with contextlib.suppress(UserError):
+            resolve(fewer * per_node)
+            usable.append(fewer)
     state = run.read_state()
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
     folder = SlurmFolder(run.path)
-    if on_cluster:
-        _refuse_a_second_job(folder)
+    _refuse_a_second_job(folder)
     needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
-    batch = resolved.batch
     steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
     interval = checkpoint_interval(recipe, steps)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
         f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
-        f"ranks         {nodes} nodes x {gpus_per_node} = {nodes * gpus_per_node}"
-        + (f"; a restart also takes {_words(usable[:-1])} nodes" if usable[:-1] else ""),
+        f"ranks         {nodes} nodes x {per_node} = {nodes * per_node}"
+        + (f"; a restart also takes {' or '.join(map(str, usable[:-1]))} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
         f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, a checkpoint every {interval:,}",
         f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
     ]
-    return Plan(recipe, config, folder, usable, batch.global_batch, tuple(without_secrets(lines)))
+    return Plan(recipe, config, folder, tuple(usable), batch.global_batch, tuple(without_secrets(lines)))
 
 
 def freeze(plan: Plan) -> None:
@@ -117,16 +104,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def _goes(resolve: Callable[[int], ResolvedDeepSpeed], nodes: int) -> bool:
-    try:
-        resolve(nodes)
-    except UserError:
-        return False
-    return True
-
-
 def _refuse_a_second_job(folder: SlurmFolder) -> None:
-    job = current_job(folder, History(folder.history).chapters(), queue())
+    job = current_job(folder, History(folder.history).records(), queue())
     if job is not None:
         raise UserError(
             f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
@@ -146,7 +125,3 @@ def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]
             "checkpoint.keep, or choose another folder with --runs"
         )
     return needed, free
-
-
-def _words(numbers: tuple[int, ...]) -> str:
-    return " or ".join(str(number) for number in numbers)

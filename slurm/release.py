@@ -1,8 +1,7 @@
 """Let runs go on that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
 
-When a launch fails (a prolog fails, a node that is being repaired refuses, slurmctld was killed as it started the job),
-Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or its host dies where
-jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
+When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
+its host dies where jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
 """
 
 import argparse
@@ -13,13 +12,11 @@ from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import Chapter, History, current_job, ended_job
-from slurm.incarnation import copy_submission
-from slurm.restart import nodes_to_exclude
+from slurm.history import History
+from slurm.job_state import find_state
+from slurm.restart import AttemptRecord, nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
-from slurm.standing import find_runs, standing_of
-
-SUBMITTED_AGAIN = "submitted again"
+from slurm.status import find_runs
 
 DESCRIPTION = """\
 Release the jobs of runs that Slurm holds since it could not launch them, and submit again those that ended without a
@@ -41,62 +38,59 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
         SlurmError: Slurm did not take the order.
     """
     history = History(folder.history)
-    chapters = history.chapters()
-    last, job = chapters[-1] if chapters else None, current_job(folder, chapters, queue)
-    if job is None:
-        return _submit_again(folder, history, last, queue)
-    if not job.launch_failed:
-        return ""
-    if folder.stop_request():
-        return f"{folder.run}: job {job.id} stays held: {folder.stop_request()}"
+    records = history.records()
+    found, last = find_state(folder, records, queue), records[-1] if records else None
+    if found.remedy == "submit":
+        return _submit_again(folder, history, last)
+    return _release_held(folder, history, last, found.job) if found.remedy == "release" else ""
+
+
+def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | None, job: str) -> str:
+    """Release a job that Slurm could not launch, unless that was so too often; a line."""
     failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
     if failed > limit:
         return (
-            f"{folder.run}: job {job.id} stays held: {failed} launches in a row failed; `sinfo -R` tells what is wrong "
-            f"with the nodes, then: scontrol release {job.id}"
+            f"{folder.run}: job {job} stays held: {failed} launches in a row failed; `sinfo -R` tells what is wrong "
+            f"with the nodes, then: scontrol release {job}"
         )
-    scheduler.release(job.id)
+    scheduler.release(job)
     if last is not None:
-        history.note(last.incarnation, f"held since a launch failed; released {stamp()}")
-    return f"{folder.run}: job {job.id} was held since a launch failed, and is released"
+        history.note(last.attempt, f"held since a launch failed; released {stamp()}")
+    return f"{folder.run}: job {job} was held since a launch failed, and is released"
 
 
-def _submit_again(folder: SlurmFolder, history: History, last: Chapter | None, queue: dict[str, Job]) -> str:
-    """Submit the script of a run again whose job ended otherwise than by it or by a person; a line, or ""."""
-    gone = ended_job(folder, last, queue)
-    if gone is None or not gone.failed or standing_of(folder.run, queue).state != "lost":
-        return ""
+def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | None) -> str:
+    """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
     held = lock(folder.release_lock)
     if held is None:
         return f"{folder.run}: another slurm.release is at it"
     with held:
         queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
-        if standing_of(folder.run, queue).state != "lost":  # somebody has launched it meanwhile
+        found, launch = find_state(folder, history.records(), queue), folder.read_launch()
+        if found.remedy != "submit":  # somebody has launched it meanwhile
             return ""
-        return _submit_in_place_of(gone, folder, history, last)
+        gone = queue.get(found.job)
+        tries = last.submitted_again if last else len(folder.submitted()) - 1
+        ended = f"job {found.job} ended" + (f" as {gone.state}" if gone else "")
+        ended += " and could not be started again" if last and last.action == "release" else " without a word"
+        if tries >= launch.policy.max_restarts:
+            return (
+                f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
+                "launch it again"
+            )
+        exclude = nodes_to_exclude(history.records())
+        follower = scheduler.submit(folder.script(found.job), launch.environment, exclude=exclude)
+        folder.adopt(follower)
+        if last is not None:
+            text = f"{ended}; submitted again as job {follower} {stamp()}"
+            history.note(last.attempt, text, next_job=follower, again=True)
+        return f"{folder.run}: {ended} and is submitted again as job {follower}"
 
 
-def _submit_in_place_of(gone: Job, folder: SlurmFolder, history: History, last: Chapter | None) -> str:
-    """Submit the script of a dead job again, unless that was done too often; a line."""
-    tries = sum(SUBMITTED_AGAIN in note for note in last.notes) if last else len(folder.submitted()) - 1
-    how = f"{folder.run}: job {gone.id} ended as {gone.state} without a word"
-    if tries >= folder.read_launch().policy.max_restarts:
-        return f"{how} and stays lost: submitted again {tries} times in a row without a start; launch it again"
-    script = folder.submitit / f"{gone.id}_submission.sh"
-    follower = scheduler.submit(
-        script if script.exists() else folder.plain_script, exclude=nodes_to_exclude(history.past(None))
-    )
-    copy_submission(folder, gone.id, follower)
-    if last is not None:
-        text = f"job {gone.id} ended as {gone.state} without a word; {SUBMITTED_AGAIN} as job {follower} {stamp()}"
-        history.note(last.incarnation, text, next_job=follower)
-    return f"{how} and is submitted again as job {follower}"
-
-
-def failed_launches(job: Job, last: Chapter | None) -> int:
+def failed_launches(job: str, last: AttemptRecord | None) -> int:
     """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
-    restarts = int(scheduler.show_job(job.id, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
-    ran = last.restart + 1 if last is not None and last.job == job.id else 0
+    restarts = int(scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
+    ran = last.restart + 1 if last is not None and last.job == job else 0
     return restarts - ran
 
 

@@ -1,6 +1,6 @@
-"""What follows the end of an incarnation of a run: a pure function of how it ended, of its past, and of the limits.
+"""What follows an attempt of a run: a pure function of its outcome, of the attempts before it, and of the limits.
 
-| how it ended | what follows |
+| outcome | what follows |
 |---|---|
 | finished; ``slurm.stop``; scancel; an error that will repeat | nothing |
 | preempted, told to stop by a signal | started again |
@@ -9,34 +9,31 @@
 
 import re
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain.outcome import ExitCode
-from slurm.preflight import missing_node
 
-Fate = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled", "forgotten"]
+JobState = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled", "forgotten"]
 """What Slurm says of the job whose ranks have just ended; "requeued": it will start it again by itself; "forgotten": a
 slurmctld that was killed does not know it any more."""
 Cause = Literal[
     "finished", "stopped", "cancelled", "will fail again", "preempted", "time limit", "node lost", "crashed", "hang",
     "lost",
 ]  # fmt: skip
-"""Why an incarnation ended; "lost": nobody lived to tell."""
-Action = Literal["none", "cancel", "leave", "requeue"]
-"""What to do with the job; "leave": Slurm has requeued it; "cancel": Slurm has, and should not have."""
+"""Why an attempt ended; "lost": nobody lived to tell."""
+Action = Literal["none", "cancel", "leave", "requeue", "release"]
+"""What to do with the job; "leave": Slurm has requeued it; "cancel": Slurm has, and should not have; "release": Slurm
+accepts no other job now, so ``slurm.release`` submits it."""
 
 COUNTED: tuple[Cause, ...] = ("time limit", "node lost", "crashed", "hang", "lost")
-"""Endings that may mean that the run cannot go on. Being preempted says nothing about the run."""
+"""Outcomes that may mean that the run cannot go on. Being preempted says nothing about the run."""
 FAILURES_TO_EXCLUDE = 2
 """A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
-_STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-_NOT_ITS_NODE = re.compile(
-    r"connection (closed|reset|refused|timed)|closed by peer|broken pipe|NCCL|gloo|ECONN|DistBackendError|"
-    r"DistNetworkError|DistStoreError|did not arrive| hangs: |"
-    r"another process is training|port \d+ is taken",
-    re.IGNORECASE,
-)
+WORDS = 300
+"""Characters of srun's words that are kept."""
+_ENDED_BY_SRUN = re.compile("Terminated|Killed|CANCELLED")
 
 
 @dataclass(frozen=True)
@@ -58,45 +55,82 @@ class Policy:
 
 @dataclass(frozen=True)
 class RankExit:
-    """How one rank ended. ``code`` is main.py's exit status, or minus the signal that killed it."""
+    """``exit.json``: how one rank ended. ``slurm.job`` adds what it knows to what ``pretrain.exit_record`` wrote."""
 
     rank: int
     node: str
     code: int
+    """``main.py``'s exit status, or minus the signal that killed it."""
     time: float
-    error: str = ""
-    """The last error that the rank printed, in one line."""
+    cause: str = "failed"
+    """Of ``pretrain.exit_record``; or finished, stopped, not saved (in time when told to stop), killed."""
+    phase: str = ""
+    """What it did then."""
+    blamed: tuple[str, ...] = ()
+    """Nodes that it waited for in vain."""
+    message: str = ""
+    """The reason, in one line."""
 
     @property
     def at_fault(self) -> bool:
-        """Whether it failed by itself, rather than because it lost the others or a former start is not dead yet."""
-        return self.code < 0 or not _NOT_ITS_NODE.search(self.error)
-
-    @property
-    def hangs(self) -> bool:
-        """Whether its own watchdog ended it."""
-        return " hangs: " in self.error
+        """Whether it failed by itself, rather than because of others."""
+        return self.cause in ("failed", "killed")
 
 
 @dataclass(frozen=True)
-class Past:
-    """An incarnation in the history. ``step`` is that of the newest checkpoint when it began."""
+class Attempt:
+    """Which start of a run: Slurm's job and how often Slurm has restarted that job."""
+
+    job: str
+    restart: int
+
+    def __str__(self) -> str:
+        return f"{self.job}-{self.restart}"
+
+
+@dataclass
+class AttemptRecord:
+    """One attempt, from its lines in ``history.jsonl``."""
 
     step: int
-    cause: Cause
+    """Of the newest checkpoint when it began."""
+    cause: Cause = "lost"
     node: str = ""
     """The node at fault, where one was."""
-    slow: tuple[str, ...] = ()
+    slow: Sequence[str] = ()
     """Nodes that preflight found slow."""
+    job: str = ""
+    restart: int = 0
+    begun: float = 0.0
+    nodes: list[str] = field(default_factory=list)
+    ranks: int = 0
+    code: str = ""
+    """Digest of the code that it ran."""
+    ended: float = 0.0
+    """0 while its end is not recorded."""
+    end_step: int = 0
+    reason: str = ""
+    action: str = ""
+    next_job: str = ""
+    """The job that goes on in its place, where it could not be requeued."""
+    submitted_again: int = 0
+    """How often ``slurm.release`` has submitted a job in its place."""
+    notes: list[str] = field(default_factory=list)
+    """What else was done: follow-up jobs, nodes excluded, waits."""
+
+    @property
+    def attempt(self) -> Attempt:
+        """Its name."""
+        return Attempt(self.job, self.restart)
 
 
 @dataclass(frozen=True)
-class Ending:
-    """All that is known when an incarnation has ended."""
+class Outcome:
+    """All that is known when an attempt has ended."""
 
-    fate: Fate
+    job_state: JobState
     exits: tuple[RankExit, ...]
-    """Earliest first; ranks that were killed with their node or by Slurm say nothing."""
+    """Earliest first; ranks that were killed with their node or by Slurm have none."""
     status: int
     """Of srun."""
     node_down: bool
@@ -109,11 +143,14 @@ class Ending:
     """The same at its end."""
     slow: tuple[str, ...] = ()
     """Nodes that preflight found slow."""
+    nodes: tuple[str, ...] = ()
+    srun_errors: tuple[str, ...] = ()
+    """What srun and slurmstepd reported."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done, and why, for the history and for people."""
+    """What is done, and why, for the history and for users."""
 
     action: Action
     cause: Cause
@@ -127,41 +164,41 @@ class Decision:
     """Nodes that preflight found slow this time."""
 
 
-def decide(ending: Ending, past: list[Past], policy: Policy) -> Decision:
-    """Decide what follows the end of an incarnation.
+def decide(outcome: Outcome, past: Sequence[AttemptRecord], policy: Policy) -> Decision:
+    """Decide what follows an attempt.
 
     Args:
-        ending: how it ended.
-        past: the incarnations before it, the earliest first.
+        outcome: how it ended.
+        past: the attempts before it, the earliest first.
         policy: limits.
     """
-    if ending.finished:
-        return _end(ending, "finished", "all steps are taken and the hand-off is written")
-    if ending.stop_request:
-        return _end(ending, "stopped", ending.stop_request)
-    hopeless = [e for e in ending.exits if e.code == ExitCode.WILL_FAIL_AGAIN]
+    if outcome.finished:
+        return _end(outcome, "finished", "all steps are taken and the hand-off is written")
+    if outcome.stop_request:
+        return _end(outcome, "stopped", outcome.stop_request)
+    hopeless = [e for e in outcome.exits if e.code == ExitCode.WILL_FAIL_AGAIN]
     if hopeless:  # all ranks of a node meet the same error and one of them prints it
-        return _end(ending, "will fail again", _told(min(hopeless, key=lambda e: e.rank)))
-    if ending.fate == "cancelled":
-        return _end(ending, "cancelled", "cancelled with scancel")
-    cause, reason, node = _why(ending)
-    now = Past(ending.begun_at, cause, node, ending.slow)
-    tries = restarts_without_progress([*past, now], ending.saved_at)
+        return _end(outcome, "will fail again", _reason(min(hopeless, key=lambda e: e.rank)))
+    if outcome.job_state == "cancelled":
+        return _end(outcome, "cancelled", "cancelled with scancel")
+    cause, reason, node = _why(outcome)
+    now = AttemptRecord(outcome.begun_at, cause, node, outcome.slow)
+    tries = restarts_without_progress([*past, now], outcome.saved_at)
     if tries > policy.max_restarts:
-        return _end(ending, cause, f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint", node)
+        return _end(outcome, cause, f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint", node)
     return Decision(
-        "leave" if ending.fate == "requeued" else "requeue",
+        "leave" if outcome.job_state == "requeued" else "requeue",
         cause,
         reason,
         wait_s=policy.retry_wait_s * 4 ** (tries - 2) if tries >= 2 else 0.0,
         exclude=nodes_to_exclude([*past, now]),
         node=node,
-        slow=ending.slow,
+        slow=outcome.slow,
     )
 
 
-def restarts_without_progress(past: list[Past], saved_at: int) -> int:
-    """How many of the newest incarnations ended badly without leading to a checkpoint beyond ``saved_at``'s."""
+def restarts_without_progress(past: Sequence[AttemptRecord], saved_at: int) -> int:
+    """How many of the newest attempts ended badly without leading to a checkpoint beyond ``saved_at``'s."""
     count = 0
     for one in reversed(past):
         if one.step < saved_at:
@@ -170,48 +207,65 @@ def restarts_without_progress(past: list[Past], saved_at: int) -> int:
     return count
 
 
-def nodes_to_exclude(past: list[Past]) -> tuple[str, ...]:
-    """Nodes that were at fault, did not arrive or were slow in more than one incarnation."""
+def nodes_to_exclude(past: Sequence[AttemptRecord]) -> tuple[str, ...]:
+    """Nodes that were at fault, did not arrive or were slow in more than one attempt."""
     failed = [node for one in past for node in {one.node, *one.slow} if node]
     return tuple(sorted({node for node in failed if failed.count(node) >= FAILURES_TO_EXCLUDE}))
 
 
-def _end(ending: Ending, cause: Cause, reason: str, node: str = "") -> Decision:
-    return Decision("cancel" if ending.fate == "requeued" else "none", cause, reason, node=node, slow=ending.slow)
+def _end(outcome: Outcome, cause: Cause, reason: str, node: str = "") -> Decision:
+    return Decision(
+        "cancel" if outcome.job_state == "requeued" else "none", cause, reason, node=node, slow=outcome.slow
+    )
 
 
-def _why(ending: Ending) -> tuple[Cause, str, str]:
-    """Cause, reason and the node at fault of an end that is not final by itself."""
-    failed = [e for e in ending.exits if e.code not in (ExitCode.STOPPED, ExitCode.FINISHED)]
-    if failed and failed[0].hangs:  # when it ended, Slurm killed those that stood still and could not notice
+def _why(outcome: Outcome) -> tuple[Cause, str, str]:
+    """Cause, reason and the node at fault of an outcome that is not final by itself."""
+    failed = [e for e in outcome.exits if e.code not in (ExitCode.STOPPED, ExitCode.FINISHED)]
+    if failed and failed[0].cause == "hang":  # when it ended, Slurm killed those that hung, too
         failed = [failed[0], *(e for e in failed[1:] if e.code != -signal.SIGKILL)]
-    stopped = [e for e in ending.exits if e.code == ExitCode.STOPPED]
-    saved = f"saved at step {ending.saved_at}" if ending.saved_at else "nothing was saved"
+    stopped = [e for e in outcome.exits if e.code == ExitCode.STOPPED]
+    saved = f"saved at step {outcome.saved_at}" if outcome.saved_at else "nothing was saved"
     culprit = next((e for e in failed if e.at_fault), None)
-    if ending.fate == "node lost" or (ending.node_down and culprit is None):
+    if outcome.job_state == "node lost" or (outcome.node_down and culprit is None):
         return "node lost", f"a node was lost; {saved}", ""
-    if ending.fate in ("preempted", "requeued"):
-        return (
-            "preempted",
-            f"{'preempted' if ending.fate == 'preempted' else 'preempted (Slurm requeued it)'}; {saved}",
-            "",
-        )
-    late = next((e.error for e in stopped if "had not saved" in e.error), "")
+    if outcome.job_state in ("preempted", "requeued"):
+        by_slurm = " (Slurm requeued it)" if outcome.job_state == "requeued" else ""
+        return "preempted", f"preempted{by_slurm}; {saved}", ""
+    late = next((e.message for e in stopped if e.cause == "not saved"), "")
     # Whoever had not saved is ended on its node, and the others may see it gone before their own node ends them.
-    lost_others = all(not e.at_fault and not e.hangs for e in failed)
-    if failed and not (late and lost_others and ending.fate == "time limit"):
+    lost_others = all(not e.at_fault and e.cause != "hang" for e in failed)
+    if failed and not (late and lost_others and outcome.job_state == "time limit"):
         first = culprit or failed[0]
-        if first.hangs:
-            return "hang", _told(first), ""
-        return "crashed", _told(first), first.node if culprit else missing_node(e.error for e in failed)
-    if ending.fate == "time limit":
+        if first.cause == "hang":
+            return "hang", _reason(first), ""
+        return "crashed", _reason(first), first.node if culprit else _missing_node(failed)
+    if outcome.job_state == "time limit":
         return "time limit", f"time limit{late and f' ({late})'}; {saved}", ""
     if stopped:
-        return "preempted", f"told to stop by {stopped[0].error or 'a signal'}; {saved}", ""
-    if ending.status - 128 in _STOP_SIGNALS:
-        return "preempted", f"told to stop before training had begun; {saved}", ""
-    return "lost", f"no rank lived to say why (srun ended with {ending.status}); {saved}", ""
+        return "preempted", f"told to stop by {stopped[0].message or 'a signal'}; {saved}", ""
+    if outcome.srun_errors:
+        return (
+            "crashed",
+            f"{'; '.join(outcome.srun_errors)[:WORDS]} (srun ended with {outcome.status})",
+            _named(outcome),
+        )
+    return "lost", f"no rank lived to say why (srun ended with {outcome.status}); {saved}", ""
 
 
-def _told(ended: RankExit) -> str:
-    return f"rank {ended.rank} on {ended.node}: {ended.error.removeprefix(f'rank {ended.rank}: ')}"
+def _missing_node(exits: list[RankExit]) -> str:
+    """The one node that did not arrive; "" where several did not, or where a rank of it reported what it waited for."""
+    named = {e.blamed[0] for e in exits if e.cause == "peers missing" and len(e.blamed) == 1}
+    busy = {e.node for e in exits if e.cause == "busy"}
+    return named.pop() if len(named) == 1 and not named & busy else ""
+
+
+def _named(outcome: Outcome) -> str:
+    """The one node on which srun or slurmstepd report an error that is not the end of the others."""
+    errors = [line for line in outcome.srun_errors if not _ENDED_BY_SRUN.search(line)]
+    named = {node for node in outcome.nodes if any(re.search(rf"\b{re.escape(node)}\b", line) for line in errors)}
+    return named.pop() if len(named) == 1 else ""
+
+
+def _reason(ended: RankExit) -> str:
+    return f"rank {ended.rank} on {ended.node}: {ended.message.removeprefix(f'rank {ended.rank}: ')}"

@@ -1,14 +1,15 @@
 """Slurm's commands as functions. What they say is believed, submitit's cache is not; sacct is never needed."""
 
+import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import without_secrets as _hide_in_urls
 from slurm.folder import say
-from slurm.restart import Fate
 
 _OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
          "DEADLINE", "REVOKED")  # fmt: skip
@@ -21,12 +22,35 @@ OUTAGE_S = 24 * 3600.0
 nobody else would start the run again."""
 SETTLES_S = 5.0
 """When a controller answers again, what it heard before is done within so long."""
+_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SUBMITIT_")
+_RANK = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_NAMES")
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Variables of Slurm without which its commands may not find or not know the cluster."""
+_SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|COOKIE|AUTH|PRIVATE|JWT", re.IGNORECASE)
+EXPIRY_S, MIN_EXPIRY_S = 120, 5
+"""Slurm's default of AuthInfo's cred_expire, which it takes where less than the minimum is set."""
 # What 22.05 says of it. scontrol requeue and update only say that a message was unexpected: there was none.
 _UNREACHED = re.compile(
     r"unable to contact|connect(ion|ed)|communication|timed out|zero bytes|unexpected message|(send|receive) failure|"
     r"broken pipe|standby mode",
     re.IGNORECASE,
 )
+
+
+def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what changes how Slurm's commands act and what they print, and without another job's."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in KEPT or not (name.startswith(_PREFIXES) or name in _RANK)
+    }
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that neither are called like secrets nor hold a URL with one."""
+    return {
+        name: value for name, value in environment.items() if not _SECRET.search(name) and _hide_in_urls(value) == value
+    }
 
 
 class SlurmError(Exception):
@@ -91,9 +115,11 @@ def run(*words: str, retry_s: float = 0.0) -> str:
         time.sleep(1.0)
 
 
-def _try(*words: str) -> str:
+def _try(*words: str, environment: Mapping[str, str] | None = None) -> str:
+    if environment is None:
+        environment = cleaned(os.environ) | {"SLURM_TIME_FORMAT": "%s"}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     except FileNotFoundError:
         raise SlurmError(f"{words[0]}: no such command: this is not a machine of a Slurm cluster") from None
     except subprocess.TimeoutExpired:
@@ -110,44 +136,15 @@ def failure(command: str, said: str) -> SlurmError:
 
 
 def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
-    """Fields of a job that Slurm still knows; empty for one that it has forgotten."""
+    """Fields of a job that Slurm still knows, times in seconds since 1970; empty for one that it has forgotten."""
     try:
         text = run("scontrol", "-o", "show", "job", job, retry_s=retry_s)
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return {}
         raise
-    return dict(word.split("=", 1) for word in text.split() if "=" in word)
-
-
-def fate_of(job: str, restart: int, *, save_within_s: int, node_down: bool) -> Fate:
-    """What Slurm is about to do with a job whose ranks have just ended.
-
-    A job that is being torn down shows as COMPLETING, whatever the cause, so the cause is read from its other fields.
-
-    Args:
-        job: its id.
-        restart: its SLURM_RESTART_COUNT.
-        save_within_s: so long before the time limit it was told to stop.
-        node_down: whether one of its nodes is down.
-    """
-    facts = show_job(job, retry_s=OUTAGE_S)
-    if not facts:  # a job that was cancelled is known until its batch script has ended, if its node has not gone before
-        return "cancelled" if node_down else "forgotten"
-    if int(facts.get("Restarts", "0")) > restart or facts["JobState"] in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-        return "requeued"
-    if facts.get("PreemptTime", "None") not in ("None", "Unknown") and facts["PreemptTime"] >= facts["StartTime"]:
-        return "preempted"
-    if facts["Reason"] in ("NodeDown", "NodeFail"):
-        return "node lost"
-    running = facts["JobState"] in ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED")
-    limit = _seconds(facts.get("TimeLimit", ""))
-    told = limit - save_within_s - 60 if running else limit  # Slurm may send the signal up to a minute early
-    if facts["Reason"] == "TimeLimit" or (limit and _seconds(facts["RunTime"]) >= told):
-        return "time limit"
-    if running:
-        return "running"
-    return "node lost" if node_down else "cancelled"
+    # Users' words, such as a path or a comment, come after what is read here.
+    return dict(word.split("=", 1) for word in reversed(text.split()) if "=" in word)
 
 
 def any_down(nodes: list[str]) -> bool:
@@ -162,48 +159,61 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: it is not allowed.
     """
+    _order("scontrol", "requeue", job, done="pending", retry_s=OUTAGE_S)
+
+
+def _order(*words: str, done: str, retry_s: float) -> None:
+    """Run a command that is refused with these words where it had been heard before."""
     try:
-        run("scontrol", "requeue", job, retry_s=OUTAGE_S)
+        run(*words, retry_s=retry_s)
     except SlurmError as error:
-        if "pending" not in str(error):  # else it had been heard before
+        if done not in str(error):
             raise
 
 
-def wait_before_start(job: str, seconds: float) -> None:
-    """Let a requeued job not start before so many seconds have passed; Slurm's own wait is never shortened."""
-    eligible = show_job(job, retry_s=PATIENCE_S).get("EligibleTime", "Unknown")
-    begin = time.time() + seconds
-    if eligible != "Unknown" and time.mktime(time.strptime(eligible, "%Y-%m-%dT%H:%M:%S")) > begin:
-        return
-    run("scontrol", "update", f"JobId={job}", f"StartTime={_when(begin)}", retry_s=PATIENCE_S)
+def imposed_wait_s() -> float:
+    """Seconds before Slurm starts a requeued job: until the credentials of the start before have expired."""
+    found = re.search(r"\bcred_expire=(\d+)", run("scontrol", "show", "config", retry_s=PATIENCE_S))
+    seconds = int(found[1]) if found else 0
+    return 1.0 + (seconds if seconds >= MIN_EXPIRY_S else EXPIRY_S)
 
 
-def exclude_nodes(job: str, nodes: list[str]) -> None:
+def start_after(job: str, seconds: float) -> None:
+    """Let a requeued job start after so many seconds, even where Slurm would let more pass."""
+    run("scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds:.0f}", retry_s=PATIENCE_S)
+
+
+def exclude_nodes(job: str, nodes: Sequence[str]) -> None:
     """Let a pending job avoid nodes."""
     run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
 
 
 def submit(
-    script: Path, *, after: str = "", wait_s: float = 0.0, exclude: Sequence[str] = (), retry_s: float = PATIENCE_S
+    script: Path,
+    environment: Mapping[str, str],
+    *,
+    after: str = "",
+    wait_s: float = 0.0,
+    exclude: Sequence[str] = (),
+    retry_s: float = PATIENCE_S,
 ) -> str:
     """Submit a batch script again as a job of its own, once, however often the controller has to be asked; the new id.
 
-    Args:
-        script: its path.
-        after: the job that has to end first.
-        wait_s: seconds before it may start.
-        exclude: nodes to avoid.
-        retry_s: how long to ask a controller that does not answer.
+    The environment is that of the launch as it was kept, with the secrets of this process; where it is empty, that of
+    this process. The job waits for the end of job ``after`` and for ``wait_s`` seconds.
     """
     words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     if wait_s:
-        words.append(f"--begin={_when(time.time() + wait_s)}")
+        words.append(f"--begin=now+{wait_s:.0f}")
     if exclude:
         words.append(f"--exclude={','.join(exclude)}")
+    here = cleaned(os.environ)
+    kept = without_secrets(here).keys() - KEPT
+    environment = {**environment, **{n: v for n, v in here.items() if n not in kept}} if environment else here
     deadline, before = time.monotonic() + retry_s, _jobs_of(script, retry_s)
     while True:
         try:
-            return _try(*words, str(script)).split(";")[0]
+            return _try(*words, str(script), environment=environment).split(";")[0]
         except UnreachedError as error:
             if time.monotonic() > deadline:
                 raise
@@ -225,11 +235,7 @@ def release(job: str) -> None:
     Raises:
         SlurmError: it is not allowed, as where an administrator holds it.
     """
-    try:
-        run("scontrol", "release", job, retry_s=PATIENCE_S)
-    except SlurmError as error:
-        if "no longer pending" not in str(error):  # else it had been heard before
-            raise
+    _order("scontrol", "release", job, done="no longer pending", retry_s=PATIENCE_S)
 
 
 def cancel(job: str, signal: str = "") -> None:
@@ -253,16 +259,3 @@ def nodes_of(partition: str) -> set[str]:
     """Names of the nodes of a partition, the default one for ""."""
     words = ["-p", partition] if partition else ["-a"]  # sinfo does not take both
     return set(run("sinfo", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
-
-
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
-
-
-def _seconds(duration: str) -> int:
-    """``1-02:03:04`` in seconds; 0 for what is no duration, such as UNLIMITED."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
-    if not found:
-        return 0
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

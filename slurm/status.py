@@ -3,27 +3,88 @@
 import argparse
 import json
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from pretrain.outcome import ExitCode, UserError
+from data_pipeline.errors import printable
+from pretrain.files import is_measurement, json_object
+from pretrain.outcome import ExitCode
 from slurm import scheduler
-from slurm.folder import stamp
+from slurm.folder import SlurmFolder, stamp
+from slurm.history import History
+from slurm.job_state import RunStatus, find_state
 from slurm.scheduler import Job, SlurmError
-from slurm.standing import Standing, find_runs, standing_of
 
-COLOURS = {"running": "green", "finished": "bold green"} | dict.fromkeys(("held", "failed", "lost"), "bold red")
+TAIL_BYTES = 65_536
+"""Enough of ``metrics.jsonl`` to hold its last line of training."""
+WIDEST = 40
+"""Columns of the table that a cell is padded to at most."""
 DESCRIPTION = """\
 Tell how runs are, from their folders and from Slurm's queue.
 
 states: waiting (for nodes), held (until someone releases it), starting, running, stopping, restarting, finished,
 stopped (slurm.stop), cancelled (scancel), failed (will not be started again; the reason says what to change), lost
-(nothing runs and nothing waits)
+(nothing runs and nothing waits), unknown (its folder cannot be read)
 """
+
+
+def find_runs(runs: Path) -> list[Path]:
+    """Run folders under ``runs``, by name."""
+    return sorted({path.parent for pattern in ("*/run.json", "*/slurm") for path in runs.glob(pattern)})
+
+
+def status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
+    """The status of a run; "unknown" where its folder holds what cannot be read.
+
+    Args:
+        run: its folder.
+        queue: the jobs that Slurm knows; None where there is no Slurm.
+    """
+    try:
+        return _status_of(run, queue)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return RunStatus(run.name, "unknown", f"{run} cannot be read: {type(error).__name__}: {error}")
+
+
+def _status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
+    folder = SlurmFolder(run)
+    records, state = History(folder.history).records(), folder.state()
+    status, last = find_state(folder, records, queue), records[-1] if records else None
+    status.saved_step = folder.saved_step()
+    if state is not None:
+        status.step, status.total_steps = state.step, state.total_steps or None
+        status.restarts, status.ranks = state.restarts, state.world_size or None
+        status.nodes, status.heartbeat_s = [state.host], round(time.time() - state.updated, 1)
+    if last is not None:
+        status.restarts, status.ranks, status.nodes = len(records) - 1, last.ranks, last.nodes
+        status.job = status.job or last.next_job or last.job
+        status.log = str(folder.log(last.attempt, 0))
+        status.history = [asdict(record) for record in records]
+    if row := _last_training_row(run / "metrics.jsonl"):
+        status.loss, status.step = row.get("loss"), max(status.step, row["step"])
+        status.images_per_second = row.get("images_per_second")
+        if status.state == "running" and status.total_steps and status.images_per_second:
+            left = (status.total_steps - status.step) * row["samples_seen"] / row["step"]
+            status.eta_s = round(left / status.images_per_second, 1)
+    return status
+
+
+def _last_training_row(metrics: Path) -> dict[str, Any]:
+    try:
+        with metrics.open("rb") as handle:
+            handle.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+            lines = handle.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        row = json_object(line)  # None: cut at the front by us, or at the end by a crash
+        if is_measurement(row) and row["kind"] == "train" and row.get("step", 0) > 0:
+            return row
+    return {}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,42 +96,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
-    try:
-        if options.run is not None and not options.run.is_dir():
-            raise UserError(f"{options.run}: no such run; `python -m slurm.status` lists them")
-        queue = _queue()
-        folders = [options.run] if options.run else find_runs(options.runs)
-        standings = [standing_of(folder.resolve(), queue) for folder in folders]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    if options.run is not None and not options.run.is_dir():
+        print(f"error: {options.run}: no such run; `python -m slurm.status` lists them", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN
+    queue = _queue()
+    folders = [options.run] if options.run else find_runs(options.runs)
+    found = [status_of(folder.resolve(), queue) for folder in folders]
     if options.json:
-        content = [asdict(standing) for standing in standings]
+        content = [asdict(status) for status in found]
         print(json.dumps(content[0] if options.run else content, indent=2))  # noqa: T201
-    elif options.run:
-        _print_one(standings[0])
     else:
-        _print_table(standings)
+        print("\n".join(map(printable, _lines_of_one(found[0]) if options.run else _table(found))))  # noqa: T201
     return ExitCode.FINISHED
 
 
 def _queue() -> dict[str, Job] | None:
     """Slurm's jobs; None where it cannot be asked, which is not the same as an empty queue."""
     try:
-        return scheduler.queue()
+        return {job.id: job for job in scheduler.queue().values() if "/slurm/" in job.command}
     except SlurmError as error:
         print(f"WARNING Slurm cannot be asked, this is what the folders say: {error}", file=sys.stderr)  # noqa: T201
         return None
 
 
-def _print_table(standings: list[Standing]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "step", "images/s", "loss", "ETA", "restarts", "nodes", "heartbeat", "why"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("step", "images/s", "loss") else "left")
-    for one in standings:
-        table.add_row(
+def _table(found: list[RunStatus]) -> list[str]:
+    if not found:
+        return ["no runs here"]
+    head = ("run", "state", "step", "images/s", "loss", "ETA", "restarts", "nodes", "heartbeat", "why")
+    rows: list[Sequence[str]] = [head]
+    rows += [
+        (
             one.name,
-            f"[{COLOURS[one.state]}]{one.state}[/]" if one.state in COLOURS else one.state,
+            one.state,
             f"{one.step}/{one.total_steps or '?'}",
             _number(one.images_per_second, ".0f"),
             _number(one.loss, ".4g"),
@@ -80,12 +137,14 @@ def _print_table(standings: list[Standing]) -> None:
             f"{_duration(one.heartbeat_s)} ago" if one.heartbeat_s is not None else "",
             one.why,
         )
-    console = Console(soft_wrap=False)
-    console.print(table if standings else "no runs here")
+        for one in found
+    ]
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _print_one(one: Standing) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+def _lines_of_one(one: RunStatus) -> list[str]:
     facts = {
         "run": one.name,
         "state": one.state + (f": {one.why}" if one.why else ""),
@@ -97,23 +156,19 @@ def _print_one(one: Standing) -> None:
         "nodes": ", ".join(one.nodes),
         "log": one.log,
     }
-    for name, value in facts.items():
-        if value:
-            console.print(f"{name:<11}{value}", markup=False)
-    if not one.history:
-        return
-    console.print(f"\nhistory ({one.restarts} restarts)")
-    for chapter in one.history:
-        ended = "" if not chapter["ended"] else f", {_duration(chapter['ended'] - chapter['begun'])}"
-        console.print(
-            f"  {stamp(chapter['begun'])}  {chapter['job']}-{chapter['restart']}  {chapter['ranks']} ranks on "
-            f"{_nodes(chapter['nodes'])}  from step {chapter['step']}{ended}",
-            markup=False,
+    lines = [f"{name:<11}{value}" for name, value in facts.items() if value]
+    if one.history:
+        lines += ["", f"history ({one.restarts} restarts)"]
+    for record in one.history:
+        ended = "" if not record["ended"] else f", {_duration(record['ended'] - record['begun'])}"
+        lines.append(
+            f"  {stamp(record['begun'])}  {record['job']}-{record['restart']}  {record['ranks']} ranks on "
+            f"{_nodes(record['nodes'])}  from step {record['step']}{ended}"
         )
-        if chapter["ended"]:
-            console.print(f"      {chapter['cause']}: {chapter['reason']}", markup=False)
-        for note in chapter["notes"]:
-            console.print(f"      {note}", markup=False)
+        if record["ended"]:
+            lines.append(f"      {record['cause']}: {record['reason']}")
+        lines += [f"      {note}" for note in record["notes"]]
+    return lines
 
 
 def _nodes(nodes: list[str]) -> str:

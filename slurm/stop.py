@@ -8,7 +8,8 @@ from pathlib import Path
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import History, current_job
+from slurm.history import History
+from slurm.job_state import current_job
 from slurm.scheduler import SlurmError
 
 DESCRIPTION = """\
@@ -30,11 +31,8 @@ def stop(folder: SlurmFolder) -> str:
     state = folder.state()
     if state is not None and state.state == "finished":
         return "it is finished already"
-    chapters = History(folder.history).chapters()
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
-    if chapters and chapters[-1].job.startswith("local"):
-        return "asked: its ranks save and end"
-    job = current_job(folder, chapters, scheduler.queue(retry_s=scheduler.PATIENCE_S))
+    job = current_job(folder, History(folder.history).records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
     if job is None:
         return "it has no job; nothing will start it again until it is launched"
     if job.state == "RUNNING":

@@ -1,11 +1,12 @@
 """Before anything expensive: are all ranks here, and does every node communicate and compute as fast as the others?"""
 
 import errno
+import json
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain.engine.distributed import Rank
+from pretrain.exit_record import record
 from pretrain.outcome import BusyError, ExitCode, UserError
 
 SLOW = 3.0
@@ -30,9 +32,14 @@ _stores: list[TCPStore] = []  # rank 0's server must last as long as the process
 
 
 class PeersMissingError(UserError):
-    """Ranks did not arrive; the text names them and their nodes."""
+    """Ranks did not arrive; the text names them and their nodes, which ``nodes`` has too."""
 
     code = ExitCode.RETRY
+    exit_cause = "peers missing"
+
+    def __init__(self, text: str, nodes: Iterable[str]) -> None:
+        super().__init__(text)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def meet(rank: Rank, timeout_s: float) -> str:
         text = str(error).splitlines()[0]
         if serves and "EADDRINUSE" in text:
             raise BusyError(TAKEN.format(port)) from None
-        raise PeersMissingError(f"{rank.node_of(0)} (rank 0) did not arrive at port {port}: {text}") from None
+        raise _missing_first(rank, f"did not arrive at port {port}: {text}") from None
     _stores.append(store)
     if rank.world_size == 1:
         return ""
@@ -82,12 +89,16 @@ def meet(rank: Rank, timeout_s: float) -> str:
     if rank.is_first:
         return _wait_for_all(rank, store, timeout_s)
     try:
-        problem = _read(store, "preflight/problem", 2 * timeout_s)
+        problem, nodes = json.loads(_read(store, "preflight/problem", 2 * timeout_s))
     except dist.DistError:
-        raise PeersMissingError(f"{rank.node_of(0)} (rank 0) did not arrive or is gone") from None
+        raise _missing_first(rank, "did not arrive or is gone") from None
     if problem:
-        raise PeersMissingError(problem)
+        raise PeersMissingError(problem, nodes)
     return ""
+
+
+def _missing_first(rank: Rank, what: str) -> PeersMissingError:
+    return PeersMissingError(f"{rank.node_of(0)} (rank 0) {what}", [rank.node_of(0)])
 
 
 def _listen(rank: Rank) -> socket.socket | None:
@@ -120,14 +131,13 @@ def _wait_for_all(rank: Rank, store: TCPStore, timeout_s: float) -> str:
             arrived[other] = float(_read(store, f"preflight/{other}", left))
         except dist.DistError:
             missing.append(other)
-    problem = ""
+    problem, nodes = "", sorted({rank.node_of(other) for other in missing})
     if missing:
-        nodes = sorted({rank.node_of(other) for other in missing})
         problem = f"{', '.join(nodes)} (rank {', '.join(map(str, missing))}) did not arrive within {timeout_s:.0f} s"
-    store.set("preflight/problem", problem)
+    store.set("preflight/problem", json.dumps([problem, nodes]))
     if problem:
         time.sleep(1.0)  # the others read it from this process
-        raise PeersMissingError(problem)
+        raise PeersMissingError(problem, nodes)
     last = max(arrived, key=lambda other: arrived[other])
     late = arrived[last] - min(arrived.values())
     return f"preflight: {rank.node_of(last)} (rank {last}) came last, {late:.0f} s after the first" if late > 10 else ""
@@ -147,7 +157,8 @@ def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> lis
         control: CPU group for small objects.
 
     Returns:
-        lines to print on rank 0, the first of them the all-reduce, the others warnings; else nothing.
+        lines to print on rank 0, the first of them the all-reduce, the others warnings; else nothing. The nodes
+        that are slow are in the record of rank 0's exit, whatever ends it.
     """
     if rank.world_size == 1:
         return []
@@ -165,16 +176,22 @@ def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> lis
     size = MESSAGE[device.type] / 2**20
     nodes = len({one.node for one in found})
     who = f"{len(found)} ranks on {nodes} node{'s' if nodes > 1 else ''}"
-    return [f"preflight: all-reduce of {size:.0f} MiB among {who} in {1e3 * reduced:.1f} ms", *slow_ones(found)]
+    warnings, slow = slow_ones(found)
+    record(slow=slow)
+    return [f"preflight: all-reduce of {size:.0f} MiB among {who} in {1e3 * reduced:.1f} ms", *warnings]
 
 
-def slow_ones(measured: list[Measured]) -> list[str]:
-    """Warnings for nodes that are much slower than the others: links between nodes, and arithmetic.
+def slow_ones(measured: list[Measured]) -> tuple[list[str], list[str]]:
+    """Find what is much slower than the median: links between nodes, and arithmetic.
 
     Args:
         measured: by rank. Links within a node are not compared with those between nodes.
+
+    Returns:
+        warnings, and the slow nodes: those that compute slowly, or whose links to both neighbors are slow. A single
+        slow link does not tell which of its ends is slow.
     """
-    lines = []
+    links: list[tuple[str, str, float]] = []
     crossing = [
         (measured[index - 1].node, one.node, one.link)
         for index, one in enumerate(measured)
@@ -182,18 +199,19 @@ def slow_ones(measured: list[Measured]) -> list[str]:
     ]
     if len(crossing) >= 3:
         usual = statistics.median(seconds for _, _, seconds in crossing)
-        lines += [
-            f"WARNING preflight: {source} -> {target} took {1e3 * seconds:.1f} ms, the median is {1e3 * usual:.1f} ms"
-            for source, target, seconds in crossing
-            if seconds > SLOW * usual
-        ]
+        links = [link for link in crossing if link[2] > SLOW * usual]
+    lines = [
+        f"WARNING preflight: {source} -> {target} took {1e3 * seconds:.1f} ms, the median is {1e3 * usual:.1f} ms"
+        for source, target, seconds in links
+    ]
+    both = {source for source, _, _ in links} & {target for _, target, _ in links}
     usual = statistics.median(one.compute for one in measured)
     lines += [
         f"WARNING preflight: rank {index} on {one.node} computes {one.compute / usual:.1f} times slower than the median"
         for index, one in enumerate(measured)
         if one.compute > SLOW * usual
     ]
-    return lines
+    return lines, sorted(both | {one.node for one in measured if one.compute > SLOW * usual})
 
 
 def _pass_on(rank: Rank, buffer: torch.Tensor) -> None:

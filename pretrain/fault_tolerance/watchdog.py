@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_pipeline.store import hanging_read
+from pretrain.exit_record import record_exit
 from pretrain.outcome import ExitCode
 
 WRITE_LIMIT_S = 20.0
@@ -78,13 +79,14 @@ class Watchdog:
             reason = f"{reason} ({read})"
         os.write(2, f"error: {reason}\n".encode())
         # In a thread of its own: what hangs may be the very storage that this writes to.
-        report = threading.Thread(target=self._report, args=(reason,), daemon=True)
+        report = threading.Thread(target=self._report, args=(phase, reason), daemon=True)
         report.start()
         report.join(WRITE_LIMIT_S)
         time.sleep(EXIT_DELAY_S)
         os._exit(ExitCode.RETRY)
 
-    def _report(self, reason: str) -> None:
+    def _report(self, phase: str, reason: str) -> None:
+        record_exit(phase, reason, cause="hang")
         file = self._folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-rank-{self._rank:05d}.txt"
         where = f"in {file}"
         try:

@@ -67,10 +67,10 @@ def test_the_all_reduce_is_timed_and_told_by_rank_0() -> None:
 def test_a_slow_link_and_a_slow_rank_are_named_and_links_within_a_node_are_not_compared() -> None:
     nodes = [node for node in "abcd" for _ in range(2)]
     good = [Measured(node, 0.001 if index % 2 else 0.010, 0.02) for index, node in enumerate(nodes)]
-    assert slow_ones(good) == []
+    assert slow_ones(good) == ([], [])
     slow = list(good)
     slow[4] = Measured("c", 0.050, 0.02)
     slow[7] = Measured("d", 0.001, 0.09)
-    link, compute = slow_ones(slow)
+    (link, compute), _ = slow_ones(slow)
     assert link == "WARNING preflight: b -> c took 50.0 ms, the median is 10.0 ms"
     assert compute == "WARNING preflight: rank 7 on d computes 4.5 times slower than the median"

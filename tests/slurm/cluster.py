@@ -1,13 +1,16 @@
 """A real Slurm cluster of several nodes on this machine, from Debian's packages; it lives as long as its ``with``."""
 
 import contextlib
+import getpass
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +20,8 @@ from typing import TypeVar
 import psutil
 
 from pretrain.ports import COUNT, FIRST
-from slurm.folder import Incarnation
-from slurm.incarnation import rendezvous_port
+from slurm.attempt import ROOT, rendezvous_port
+from slurm.restart import Attempt
 
 T = TypeVar("T")
 PATIENCE_S = 200.0
@@ -33,9 +36,7 @@ SlurmctldPort={port}
 SlurmdParameters=config_overrides
 SlurmUser=root
 SlurmdUser=root
-AuthType=auth/none
-CredType=cred/none
-AuthInfo=cred_expire=5
+{auth}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -51,8 +52,6 @@ ReturnToService=2
 JobRequeue=1
 MessageTimeout=4
 SlurmdTimeout=5
-KillWait=15
-MinJobAge=3600
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 FirstJobId={first_job}
@@ -65,30 +64,96 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
+OTHER = "games"
+QUICK = """\
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+KillWait=15
+MinJobAge=3600"""
+SITE = """\
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={folder}/munge.socket
+AccountingStorageEnforce=associations,limits,qos,wckeys
+TrackWCKey=yes
+DefMemPerCPU=100"""
+SLURMDBD = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database}
+StorageUser=root
+StorageLoc=slurm
+TrackWCKey=yes
+"""
+
+
+def ordinary_user() -> tuple[str, str, dict[str, str]]:
+    """Whose the jobs on a cluster like a site's are, a Python for him, and what to add to his environment.
+
+    Another user, where we may become one and he may run this Python, or the system's with our packages; else ourselves.
+    """
+    system = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    for python, added in ((sys.executable, {}), (system, {"PYTHONPATH": sysconfig.get_path("purelib")})):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([python, "-c", "import submitit, torch"], user=OTHER, group=OTHER, extra_groups=[], cwd=ROOT,
+                           env=os.environ | added, capture_output=True, check=True)  # fmt: skip
+            return OTHER, python, added
+    return getpass.getuser(), sys.executable, {}
+
+
 class Cluster:
     """One controller and ``len(names)`` node daemons.
 
     Nodes are named by loopback addresses, so that their names resolve without /etc/hosts.
     """
 
-    def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, nodes: int, *, site: bool = False) -> None:
+        self.folder, self.site = folder, site
         network = f"127.{random.SystemRandom().randint(1, 250)}.{random.SystemRandom().randint(0, 250)}"
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
-        ports, host = free_ports(nodes + 1), socket.gethostname()
+        ports, host = free_ports(nodes + 3), socket.gethostname()
+        self._ports = {"dbd": ports[-2], "database": ports[-3]}
+        gres = f"Gres=gpu:h100:{len(GPUS)}" if site else f"Gres=gpu:{len(GPUS)}"
         self._launches_fail = folder / "launches-fail"
         lines = [
-            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 Gres=gpu:{len(GPUS)}"
+            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 RealMemory=9000 {gres}"
             for name, port in zip(self.names, ports, strict=False)
         ]
         (folder / "state").mkdir(parents=True)
-        self._config = CONFIG.format(port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=first_job())
+        auth = SITE.format(folder=folder, **self._ports) if site else QUICK
+        self._config = CONFIG.format(
+            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=first_job(), auth=auth
+        )
         (folder / "slurm.conf").write_text(self._config)
         prolog = folder / "prolog"
-        prolog.write_text(f"#!/bin/sh\n[ ! -e {self._launches_fail} ]\n")
+        prolog.write_text(
+            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {self._launches_fail} ]\n"
+        )
         prolog.chmod(0o755)
-        (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
+        typed = "Type=h100 " if site else ""
+        (folder / "gres.conf").write_text("".join(f"Name=gpu {typed}File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.home = folder / "home"
+        """Of the user, on a cluster like a site's."""
+        self.user, self.python, added = ordinary_user() if site else (getpass.getuser(), sys.executable, {})
+        if site:
+            folder.chmod(0o755)
+            self.home.mkdir()
+            shutil.chown(self.home, self.user, self.user)
+            self.environment |= {"HOME": str(self.home), "USER": self.user, "LOGNAME": self.user} | added
         self._keeper = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("keeper.py")), str(folder)],
             env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -96,6 +161,8 @@ class Cluster:
 
     def start(self) -> None:
         """Start all daemons and wait until the nodes are idle."""
+        if self.site:
+            self._start_accounting()
         self.start_controller()
         for name in self.names:
             self.start_node(name)
@@ -105,6 +172,41 @@ class Cluster:
         """Start slurmctld, again where it was killed, and wait until it answers."""
         self._order("start", "slurmctld", str(self.folder / "slurmctld-output.log"), "slurmctld", "-D", "-i")
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
+
+    def _start_accounting(self) -> None:
+        """Start munge, a database and slurmdbd, with account and wckey "lab", QOS "normal" and "one"."""
+
+        def start(program: str, *words: str) -> None:
+            self._order("start", program, str(self.folder / f"{program}-output.log"), program, *words)
+
+        (self.folder / "munge.key").write_bytes(random.randbytes(128))
+        (self.folder / "munge.key").chmod(0o600)
+        names = {"key": "munge.key", "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "seed"}
+        files = {name: self.folder / file for name, file in names.items()}
+        start("munged", "--foreground", "--force", f"--socket={files['socket']}", f"--key-file={files['key']}",
+              f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}")  # fmt: skip
+        data = f"--datadir={self.folder / 'database'}"
+        self.ask("mariadb-install-db", "--no-defaults", data, "--user=root", "--skip-test-db",
+                 "--auth-root-authentication-method=normal")  # fmt: skip
+        start("mariadbd", "--no-defaults", data, "--user=root", f"--socket={self.folder / 'database.socket'}",
+              f"--port={self._ports['database']}", "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0",
+              f"--pid-file={self.folder / 'database.pid'}")  # fmt: skip
+        self.wait_for(lambda: (self.folder / "database.socket").exists() and files["socket"].exists(), "the database")
+        configuration = self.folder / "slurmdbd.conf"
+        configuration.write_text(SLURMDBD.format(folder=self.folder, **self._ports))
+        configuration.chmod(0o600)
+        start("slurmdbd", "-D")
+        self.wait_for(lambda: "lavit" in self.ask("sacctmgr", "-i", "add", "cluster", "lavit", check=False), "slurmdbd")
+        user = f"user {self.user} account=lab wckeys=lab defaultwckey=lab qos=normal,one defaultqos=normal"
+        for words in ("qos one MaxSubmitJobsPerUser=1", "account lab", user):
+            self.ask("sacctmgr", "-i", "add", *words.split())
+
+    def as_user(self, *words: str, **changed: str) -> "subprocess.CompletedProcess[str]":
+        """A program that the user of the jobs runs in the repository, with some variables changed."""
+        return subprocess.run(
+            words, user=self.user, group=self.user, extra_groups=[], cwd=ROOT, env=self.environment | changed,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
 
     def start_node(self, name: str) -> None:
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
@@ -145,6 +247,14 @@ class Cluster:
         self._launches_fail.touch()
         yield
         self._launches_fail.unlink()
+
+    @contextlib.contextmanager
+    def slow_prolog(self, name: str) -> Iterator[None]:
+        """While in it, a node takes longer to start a step than MessageTimeout."""
+        slow = self.folder / f"slow-{name}"
+        slow.touch()
+        yield
+        slow.unlink()
 
     @contextlib.contextmanager
     def silent_controller(self) -> Iterator[None]:
@@ -226,15 +336,15 @@ def first_job() -> int:
     own = own_part(range(FIRST, FIRST + COUNT))
     begins = own[: len(own) // 2]  # each cluster has some jobs
     return random.SystemRandom().choice(
-        [job for job in range(1000, 60_000) if rendezvous_port(Incarnation(str(job), 0)) in begins]
+        [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
     )
 
 
 @contextlib.contextmanager
-def cluster(nodes: int) -> Iterator[Cluster]:
+def cluster(nodes: int, *, site: bool = False) -> Iterator[Cluster]:
     """A running cluster with so many nodes."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
-    made = Cluster(folder, nodes)
+    made = Cluster(folder, nodes, site=site)
     try:
         made.start()
         yield made

@@ -1,8 +1,6 @@
 """What the tests on a cluster share."""
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,27 +8,21 @@ import pytest
 
 from pretrain.outcome import ExitCode
 from tests.slurm.cluster import Cluster, cluster
-from tests.slurm.runs import STEPS, ClusterRun, arguments
-from tests.system.launching import ROOT
+from tests.slurm.runs import STEPS, ClusterRun, settings
+from tests.system.launching import launched
 
 
-def local_command(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
-    """``slurm.launch --local`` on two ranks of this machine, without GPUs."""
-    words = ["-m", "slurm.launch", "--local", "--device", "cpu", "--gpus-per-node", "2", *arguments(runs, data, steps)]
-    return [sys.executable, *words]
-
-
-def run_locally(runs: Path, data: Path, steps: int = STEPS) -> Path:
-    """A run that nobody touches; its folder."""
-    done = subprocess.run(local_command(runs, data, steps), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.FINISHED, done.stdout + done.stderr
-    return runs / "demo"
+def run_alone(folder: Path, data: Path, steps: int = STEPS) -> Path:
+    """A run without Slurm that nobody touches; its folder."""
+    with launched(folder, "--device", "cpu", *settings(data, steps)) as run:
+        assert run.end(600) == ExitCode.FINISHED, run.output()
+    return folder / "demo"
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The run that nobody touches, with which the others are compared."""
-    return run_locally(tmp_path_factory.mktemp("reference"), digits)
+    return run_alone(tmp_path_factory.mktemp("reference"), digits)
 
 
 @pytest.fixture(scope="module")

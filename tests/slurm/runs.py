@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -17,7 +17,8 @@ import pytest
 from pretrain.metrics import read_metrics
 from slurm import launch, release, status, stop
 from slurm.folder import SlurmFolder
-from slurm.history import Chapter, History
+from slurm.history import History
+from slurm.restart import AttemptRecord
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes, reached
 
@@ -27,17 +28,17 @@ GLOBAL_BATCH = 24
 SAVED_EVERY = 5
 
 
-def arguments(runs: Path, data: Path, steps: int = STEPS) -> list[str]:
-    """Of a run of quick steps whose state matters: a moving average, drop path, every step logged.
+def settings(data: Path, steps: int = STEPS) -> list[str]:
+    """``--set`` arguments of a run of quick steps whose state matters: a moving average, drop path, every step logged.
 
     At stage 1, so that what is saved and read again is cut among the ranks.
     """
-    return ["--recipe", str(RECIPE), "--runs", str(runs), *changes(
+    return changes(
         data__path=data, deepspeed__train_batch_size=GLOBAL_BATCH, deepspeed__zero_optimization__stage=1,
         schedule__epochs=(steps + 0.5) * GLOBAL_BATCH / 1437, schedule__warmup_epochs=0.5, log_every_steps=1,
         checkpoint__every_steps=SAVED_EVERY, ema__decay=0.9,
         optimizer__lr=2e-4, evaluation__every_epochs=5,
-    )]  # fmt: skip
+    )  # fmt: skip
 
 
 class ClusterRun:
@@ -51,15 +52,18 @@ class ClusterRun:
         """Seconds between two ``slurm.release`` while something is waited for, as cron would call it."""
         self.released: list[str] = []
         """What that had to do."""
+        self.variables: dict[str, str] = {}
+        """What the user's environment has besides."""
         self._looked = time.monotonic()
         self._capture = capture
 
-    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS) -> str:
-        """``python -m slurm.launch``; what it printed."""
+    def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS,
+               inside: Sequence[str] = ()) -> str:  # fmt: skip
+        """``python -m slurm.launch``, ``inside`` another command; what it printed."""
         words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
-                 "--device", "cpu",
-                 *arguments(self.runs, data, steps), *more]  # fmt: skip
-        text = "".join(self._call(launch.main, words, code))
+                 "--device", "cpu", "--recipe", str(RECIPE), "--runs", str(self.runs),
+                 *settings(data, steps), *more]  # fmt: skip
+        text = "".join(self._call(launch.main, words, code, inside))
         for line in text.splitlines():
             if line.startswith("job  "):
                 self.job = line.split()[1]
@@ -84,11 +88,17 @@ class ClusterRun:
         wide = self.cluster.environment | {"COLUMNS": "400"}
         return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
 
-    def _call(self, door: Any, words: list[str], code: int = 0) -> tuple[str, str]:
+    def _call(self, command: Any, words: list[str], code: int = 0, inside: Sequence[str] = ()) -> tuple[str, str]:
         """What a command prints to stdout and to stderr."""
+        if self.cluster.site:
+            done = self.cluster.as_user(
+                *inside, self.cluster.python, "-m", command.__module__, *words, **self.variables
+            )
+            assert done.returncode == code, done.stdout + done.stderr
+            return done.stdout, done.stderr
         self._capture.readouterr()
         with mock.patch.dict(os.environ, self.cluster.environment), contextlib.chdir(ROOT):
-            ended = door(words)
+            ended = command(words)
         out, err = self._capture.readouterr()
         assert ended == code, out + err
         return out, err
@@ -119,21 +129,21 @@ class ClusterRun:
         """Wait until ``slurm.status`` says one of these; what it says."""
         return self.wait_for(lambda: now if (now := self.status())["state"] in states else None, f"{states}")
 
-    def chapters(self) -> list[Chapter]:
-        return History(self.folder / "slurm" / "history.jsonl").chapters()
+    def attempts(self) -> list[AttemptRecord]:
+        return History(self.folder / "slurm" / "history.jsonl").records()
 
-    def wait_for_chapters(self, number: int) -> list[Chapter]:
-        """Wait until so many incarnations have begun."""
-        self.wait_for(lambda: len(self.chapters()) >= number, f"{number} incarnations")
-        return self.chapters()
+    def wait_for_attempts(self, number: int) -> list[AttemptRecord]:
+        """Wait until so many attempts have begun."""
+        self.wait_for(lambda: len(self.attempts()) >= number, f"{number} attempts")
+        return self.attempts()
 
-    def wait_for_end(self, chapter: int) -> Chapter:
-        """Wait until an incarnation (numbered from 0) has told of its end."""
+    def wait_for_end(self, attempt: int) -> AttemptRecord:
+        """Wait until an attempt (numbered from 0) has told of its end."""
         self.wait_for(
-            lambda: len(self.chapters()) > chapter and bool(self.chapters()[chapter].ended),
-            f"end of incarnation {chapter}",
+            lambda: len(self.attempts()) > attempt and bool(self.attempts()[attempt].ended),
+            f"end of attempt {attempt}",
         )
-        return self.chapters()[chapter]
+        return self.attempts()[attempt]
 
     def batch_script(self) -> psutil.Process:
         """The process of the batch script that runs now."""
@@ -161,7 +171,7 @@ class ClusterRun:
     def finish(self) -> dict[str, Any]:
         """Wait until the run is finished and its batch script has said so; what ``slurm.status`` says."""
         self.wait_for_state("finished")
-        self.wait_for_end(len(self.chapters()) - 1)
+        self.wait_for_end(len(self.attempts()) - 1)
         return self.status()
 
     def output(self) -> str:
@@ -188,9 +198,9 @@ def assert_equals(run: Path, reference: Path, *, same_ranks: bool = True, steps:
     assert (states["state"], states["step"]) == ("finished", steps)
 
 
-def assert_resumed(run: ClusterRun, chapter: Chapter, at_least: int, at_most: int | None = None) -> None:
-    """An incarnation began at the step between these, and says that it goes on there."""
-    log = run.folder / "logs" / str(chapter.incarnation) / "rank-00000.log"
-    said = f"resuming {run.folder} at step {chapter.step} of {STEPS}, {chapter.step * GLOBAL_BATCH:,} images seen"
+def assert_resumed(run: ClusterRun, attempt: AttemptRecord, at_least: int, at_most: int | None = None) -> None:
+    """An attempt began at the step between these, and says that it goes on there."""
+    log = run.folder / "logs" / str(attempt.attempt) / "rank-00000.log"
+    said = f"resuming {run.folder} at step {attempt.step} of {STEPS}, {attempt.step * GLOBAL_BATCH:,} images seen"
     run.wait_for(lambda: log.exists() and said in log.read_text(), said)
-    assert at_least <= chapter.step <= (STEPS if at_most is None else at_most)
+    assert at_least <= attempt.step <= (STEPS if at_most is None else at_most)

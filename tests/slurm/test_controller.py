@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from pretrain.outcome import ExitCode
-from slurm import incarnation, scheduler
+from slurm import attempt, job_state, scheduler
 from slurm.folder import SlurmFolder
 from slurm.scheduler import SlurmError
 from tests.slurm.cluster import Cluster
@@ -43,7 +43,7 @@ def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
 ) -> None:
     script = tmp_path / "script.sh"
     script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\n#SBATCH --requeue\nsleep 600\n")
-    first = scheduler.submit(script)
+    first = scheduler.submit(script, {})
     small.wait_for(lambda: small.job(first)["JobState"] == "RUNNING", "the job")
     begin, told = silence(small, monkeypatch)
     begin()
@@ -62,7 +62,7 @@ def test_what_a_busy_controller_heard_but_did_not_answer_is_not_done_twice(
         return found
 
     monkeypatch.setattr(scheduler, "_jobs_of", then_silent)
-    second = scheduler.submit(script)
+    second = scheduler.submit(script, {})
     assert "looking whether it was heard" in "".join(told)
     assert asked[0] == {first}
     assert {*scheduler.queue()} == {first, second}
@@ -75,8 +75,8 @@ def test_a_command_that_was_refused_is_not_repeated(small: Cluster) -> None:
     with pytest.raises(SlurmError, match="nvalid partition"):
         scheduler.run("sbatch", "-p", "none", "--wrap", "true", retry_s=600)
     assert scheduler.show_job("1") == {}
-    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=False) == "forgotten"
-    assert scheduler.fate_of("1", 0, save_within_s=1, node_down=True) == "cancelled"
+    assert job_state.job_state("1", 0, save_within_s=1, node_down=False) == "forgotten"
+    assert job_state.job_state("1", 0, save_within_s=1, node_down=True) == "cancelled"
     assert time.monotonic() - began < 100
 
 
@@ -92,7 +92,7 @@ def test_a_run_that_ends_while_the_controller_does_not_answer_waits_for_it_and_g
             lambda: any("trying again" in said.read_text() for said in run.folder.glob("slurm/submitit/*.out")),
             "the batch script waits",
         )
-    crashed, begun = run.wait_for_chapters(2)
+    crashed, begun = run.wait_for_attempts(2)
     assert (crashed.cause, crashed.action, begun.job) == ("crashed", "requeue", run.job)
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.finish()
@@ -118,7 +118,7 @@ def test_a_job_that_was_submitted_but_never_written_down_is_taken_for_the_runs_o
     assert (run.status()["job"], run.release()) == (other, "")
     assert f"is job {other} already" in run.launch(digits, code=2)
     run.cluster.ask("scontrol", "release", other)
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert begun.job == other
     run.finish()
     assert_equals(run.folder, reference)
@@ -138,8 +138,8 @@ def test_the_batch_script_of_a_job_that_slurm_has_forgotten_submits_another_once
     itself = {"SLURM_JOB_ID": run.job, "SLURM_JOB_NODELIST": ",".join(run.cluster.names)}
     with mock.patch.dict(os.environ, run.cluster.environment | itself):
         for _ in range(2):
-            assert incarnation.main(["end", str(run.folder), "--status", "1"]) == ExitCode.RETRY
-    lost, begun = run.wait_for_chapters(2)
+            assert attempt.main(["end", str(run.folder), "--status", "1"]) == ExitCode.RETRY
+    lost, begun = run.wait_for_attempts(2)
     assert (lost.action, lost.next_job) == ("requeue", begun.job)
     assert len(run.cluster.ask("squeue", "-h", "-t", "all").splitlines()) == 1
     assert_resumed(run, begun, at_least=SAVED_EVERY)

@@ -38,8 +38,8 @@ def test_from_launch_to_handoff_on_two_nodes(on_cluster: Maker, digits: Path, re
     ended = run.finish()
     assert (ended["state"], ended["step"], ended["restarts"]) == ("finished", STEPS, 0)
     assert_equals(run.folder, reference)
-    (chapter,) = run.chapters()
-    logs = run.folder / "logs" / str(chapter.incarnation)
+    (attempt,) = run.attempts()
+    logs = run.folder / "logs" / str(attempt.attempt)
     assert {path.name for path in logs.glob("*.log")} == {"rank-00000.log", "rank-00001.log"}
     output = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
     assert f"step {STEPS}/{STEPS}" in output
@@ -53,7 +53,7 @@ def test_preempted_in_every_way_it_saves_and_goes_on(on_cluster: Maker, digits: 
     ways = [("leave", 0, False), ("requeue", 20, False), ("requeue", 20, True), ("leave", 0, True)]
     for number, (action, grace, user_signal) in enumerate(ways):
         run.cluster.set_preemption(grace=grace, user_signal=user_signal)
-        aim = (run.chapters()[-1].step if number else 0) + 6
+        aim = (run.attempts()[-1].step if number else 0) + 6
         run.wait_for_step(aim)
         run.cluster.preempt()
         ended = run.wait_for_end(number)
@@ -61,7 +61,7 @@ def test_preempted_in_every_way_it_saves_and_goes_on(on_cluster: Maker, digits: 
         waiting = run.wait_for_state("waiting")
         assert "preempted" in waiting["why"]
         assert waiting["restarts"] == number
-        begun = run.wait_for_chapters(number + 2)[number + 1]
+        begun = run.wait_for_attempts(number + 2)[number + 1]
         assert begun.step == ended.end_step >= aim, "what was trained before the preemption was not saved"
         assert_resumed(run, begun, at_least=aim)
     assert run.finish()["restarts"] == len(ways)
@@ -81,21 +81,21 @@ def test_at_the_time_limit_it_goes_on_whether_or_not_there_was_time_to_save(
     assert (saved.cause, saved.action) == ("time limit", "requeue")
     assert "time limit" in run.wait_for_state("waiting")["why"]
     run.cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert begun.step == saved.end_step >= 7
     assert_resumed(run, begun, at_least=7)
     run.wait_for_checkpoint(begun.step + SAVED_EVERY)
     let_time_run_out(run)
-    while not run.chapters()[1].ended:  # these get no time to save
+    while not run.attempts()[1].ended:  # these get no time to save
         for rank in run.ranks():
             with contextlib.suppress(psutil.Error):
                 rank.suspend()
         time.sleep(0.02)
-    killed = run.chapters()[1]
+    killed = run.attempts()[1]
     assert (killed.cause, killed.action) == ("time limit", "requeue"), killed.reason
     assert "had not saved within 15 s" in killed.reason
     run.cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
-    assert_resumed(run, run.wait_for_chapters(3)[2], at_least=begun.step + SAVED_EVERY)
+    assert_resumed(run, run.wait_for_attempts(3)[2], at_least=begun.step + SAVED_EVERY)
     assert run.finish()["restarts"] == 2
     assert_equals(run.folder, reference)
 
@@ -118,16 +118,16 @@ def test_lost_nodes_are_replaced_by_others(on_cluster: Maker, digits: Path, refe
     run.cluster.kill_node(second)  # not the batch host: its script lives to tell
     ended = run.wait_for_end(0)
     assert ended.cause == "node lost"
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert second not in begun.nodes
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.wait_for_checkpoint(begun.step + SAVED_EVERY)
     batch_host = begun.nodes[0]
     run.cluster.kill_node(batch_host)  # nobody lives to tell
-    last = run.wait_for_chapters(3)[2]
+    last = run.wait_for_attempts(3)[2]
     left = [name for name in run.cluster.names if name not in (second, batch_host)]
     assert last.nodes == left
-    assert run.chapters()[1].cause == "lost"
+    assert run.attempts()[1].cause == "lost"
     assert_resumed(run, last, at_least=begun.step + SAVED_EVERY)
     told = run.finish()
     assert told["restarts"] == 2
@@ -140,11 +140,11 @@ def test_nodes_that_reboot_at_once_are_used_again(on_cluster: Maker, digits: Pat
     first, second = run.cluster.names
     run.launch(digits)
     for number, name in enumerate((second, first)):
-        before = run.chapters()[-1].step if number else 0
+        before = run.attempts()[-1].step if number else 0
         run.wait_for_checkpoint(before + SAVED_EVERY)
         run.cluster.kill_node(name)
         run.cluster.start_node(name)
-        begun = run.wait_for_chapters(number + 2)[number + 1]
+        begun = run.wait_for_attempts(number + 2)[number + 1]
         assert begun.nodes == [first, second]
         assert_resumed(run, begun, at_least=before + SAVED_EVERY)
     assert run.finish()["restarts"] == 2
@@ -162,13 +162,13 @@ def test_a_node_whose_rank_was_killed_and_that_then_did_not_arrive_is_avoided(
     ended = run.wait_for_end(0)
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
     assert f"rank 1 on {second}: killed by SIGKILL" in run.status()["why"]
-    assert run.wait_for_chapters(2)[1].nodes == [first, second]
+    assert run.wait_for_attempts(2)[1].nodes == [first, second]
     run.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks")
     run.rank(1).suspend()  # long before it has imported what it needs
     ended = run.wait_for_end(1)
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
     assert f"{second} (rank 1) did not arrive within 20 s" in run.status()["why"]
-    begun = run.wait_for_chapters(3)[2]
+    begun = run.wait_for_attempts(3)[2]
     assert begun.nodes == [first, third]
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     assert f"avoiding {second}" in run.told(str(run.folder))
@@ -180,7 +180,7 @@ def test_restarts_without_a_new_checkpoint_have_an_end(on_cluster: Maker, digits
     run = on_cluster(1)
     run.launch(digits, "--max-restarts", "1", nodes=1)
     for number in range(2):
-        run.wait_for_chapters(number + 1)
+        run.wait_for_attempts(number + 1)
         run.wait_for(lambda: bool(list(run.ranks())), "a rank")
         run.rank(0).kill()
         ended = run.wait_for_end(number)
@@ -203,8 +203,8 @@ def test_an_error_that_will_repeat_is_not_repeated(on_cluster: Maker, digits: Pa
     told = run.wait_for_state("failed")
     assert f"there is no dataset in {data}" in told["why"]
     assert "python -m data_pipeline.build" in told["why"]
-    (chapter,) = run.chapters()
-    assert (chapter.cause, chapter.action) == ("will fail again", "none")
+    (attempt,) = run.attempts()
+    assert (attempt.cause, attempt.action) == ("will fail again", "none")
     assert not run.cluster.ask("squeue", "-h", "-t", "PENDING")
 
 
@@ -219,7 +219,7 @@ def test_a_rank_that_stands_still_is_noticed_and_the_run_goes_on(
     assert (ended.cause, ended.action, ended.node) == ("hang", "requeue", "")
     assert "rank 0 hangs: computing, or waiting for the other ranks" in run.status()["why"]
     assert list((run.folder / "hangs").glob("*-rank-00000.txt"))
-    assert_resumed(run, run.wait_for_chapters(2)[1], at_least=SAVED_EVERY)
+    assert_resumed(run, run.wait_for_attempts(2)[1], at_least=SAVED_EVERY)
     run.finish()
     assert_equals(run.folder, reference)
 
@@ -235,7 +235,7 @@ def test_stopped_or_cancelled_it_stays_so_until_it_is_launched_again(
     assert (ended.cause, ended.action) == ("stopped", "none")
     assert "slurm.stop by root" in run.wait_for_state("stopped")["why"]
     run.launch(digits)
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert begun.step == ended.end_step >= 6
     run.wait_for_step(begun.step + 6)
     run.cluster.ask("scancel", run.job)
@@ -252,7 +252,7 @@ def test_stopped_or_cancelled_it_stays_so_until_it_is_launched_again(
     run.cluster.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
     assert not run.cluster.ask("squeue", "-h", "-t", "PENDING")
     run.launch(digits)
-    assert_resumed(run, run.wait_for_chapters(3)[2], at_least=ended.end_step)
+    assert_resumed(run, run.wait_for_attempts(3)[2], at_least=ended.end_step)
     assert run.finish()["restarts"] == 2
     assert_equals(run.folder, reference)
 
@@ -262,9 +262,9 @@ def test_where_jobs_may_not_be_requeued_another_job_goes_on(on_cluster: Maker, d
     run.launch(digits)
     run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
     run.wait_for_step(SAVED_EVERY + 1)
-    run.cluster.preempt()  # what happens after a crash the plain batch script shows
-    begun = run.wait_for_chapters(2)[1]
-    ended = run.chapters()[0]
+    run.cluster.preempt()  # test_sites.py has what happens after a crash
+    begun = run.wait_for_attempts(2)[1]
+    ended = run.attempts()[0]
     assert ended.cause == "preempted"
     assert ended.next_job == begun.job != run.job
     assert_resumed(run, begun, at_least=SAVED_EVERY)
@@ -290,7 +290,7 @@ def test_held_by_slurm_after_a_launch_that_failed_it_is_told_and_goes_on_when_re
     assert "stays held: 1 launches in a row failed" in run.release()
     folder.write_launch(launched)
     assert f"job {run.job} was held since a launch failed, and is released" in run.release()
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert begun.restart == 2
     assert "released" in run.told(str(run.folder))
     assert_resumed(run, begun, at_least=SAVED_EVERY)
@@ -316,9 +316,9 @@ def test_a_job_whose_batch_script_is_killed_is_lost_and_submitted_again_by_relea
     folder.write_launch(launched)
     assert f"job {run.job} ended as FAILED without a word and is submitted again as job" in run.release()
     assert run.release() == ""
-    begun = run.wait_for_chapters(2)[1]
-    assert begun.job == run.chapters()[0].next_job != run.job
-    assert run.chapters()[0].cause == "lost"
+    begun = run.wait_for_attempts(2)[1]
+    assert begun.job == run.attempts()[0].next_job != run.job
+    assert run.attempts()[0].cause == "lost"
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     run.finish()
     assert_equals(run.folder, reference)
@@ -346,9 +346,9 @@ def test_with_a_node_less_than_asked_for_it_goes_on(on_cluster: Maker, digits: P
     assert "a restart also takes 2 nodes" in run.launch(digits, "--min-nodes", "2", nodes=3)
     run.wait_for_checkpoint(SAVED_EVERY)
     assert run.status()["ranks"] == 3
-    assert run.chapters()[0].nodes == run.cluster.names
+    assert run.attempts()[0].nodes == run.cluster.names
     run.cluster.kill_node(run.cluster.names[2])
-    begun = run.wait_for_chapters(2)[1]
+    begun = run.wait_for_attempts(2)[1]
     assert (begun.nodes, begun.ranks) == (run.cluster.names[:2], 2)
     assert_resumed(run, begun, at_least=SAVED_EVERY)
     assert run.finish()["ranks"] == 2
@@ -364,8 +364,8 @@ def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_clus
     assert json.loads((run.folder / "slurm/ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == "auto"
     assert "a restart also takes 1 or 2 nodes" in plan
     run.wait_for_step(1)
-    (chapter,) = run.chapters()
-    assert (chapter.nodes, chapter.ranks) == (run.cluster.names[:2], 2)
+    (attempt,) = run.attempts()
+    assert (attempt.nodes, attempt.ranks) == (run.cluster.names[:2], 2)
     said = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
     assert "using 2 of 3 nodes: the ranks must divide the global batch of 16" in said
     assert "global batch 16 = 2 ranks x 8 x 1; ZeRO stage 0" in said

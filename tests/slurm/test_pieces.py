@@ -1,4 +1,4 @@
-"""The parts of this room that need no cluster."""
+"""What needs no cluster."""
 
 import fcntl
 import json
@@ -12,20 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.fault_tolerance.preflight import Measured, slow_ones
 from pretrain.outcome import ExitCode
-from slurm import launch, release, scheduler
-from slurm.folder import Incarnation, Launch, SlurmFolder
-from slurm.history import Chapter, History, current_job
-from slurm.incarnation import _adopt_submission, rendezvous_port
+from pretrain.recipe import load_recipe
+from slurm import job_state, release, scheduler, status
+from slurm.attempt import rendezvous_port
+from slurm.folder import Launch, SlurmFolder
+from slurm.history import History
 from slurm.job import Output
-from slurm.plan import make_plan
-from slurm.preflight import slow_nodes
-from slurm.restart import Decision, Policy, RankExit
+from slurm.job_state import current_job
+from slurm.plan import Plan, freeze
+from slurm.restart import Attempt, AttemptRecord, Decision, Policy, RankExit
 from slurm.scheduler import Job
-from slurm.standing import find_runs, standing_of
-from tests.slurm.runs import arguments
-from tests.system.launching import ROOT
+from slurm.status import find_runs, status_of
+from tests.slurm.runs import GLOBAL_BATCH, settings
+from tests.system.launching import RECIPE, ROOT
+
+ATTEMPT = Attempt("7", 0)
+LAUNCH = Launch(1, 1, GLOBAL_BATCH, (1,), Policy(max_restarts=3, retry_wait_s=0.0, save_within_s=4), "cpu")
 
 
 def printed_by(program: str, log: Path) -> Output:
@@ -38,113 +43,103 @@ def printed_by(program: str, log: Path) -> Output:
 @pytest.mark.parametrize(
     ("printed", "error"),
     [
-        ("step 1\nerror: no such dataset\nWARNING late\n", "no such dataset"),
-        ("Traceback (most recent call last):\n  File x\nRuntimeError: first\nstep\n", "RuntimeError: first"),
-        ("[rank3]: torch.OutOfMemoryError: CUDA out of memory\n[W] x\n", "torch.OutOfMemoryError: CUDA out of memory"),
-        ("ValueError: one\nerror: two\n", "two"),
+        ("step 1\nerror: no such dataset\n", "no such dataset"),
+        ("Traceback (most recent call last):\n  File x\nRuntimeError: first\n\n", "RuntimeError: first"),
         ("only words\n\n", "only words"),
         ("", ""),
     ],
 )
-def test_the_last_error_that_a_rank_printed_is_kept(printed: str, error: str, tmp_path: Path) -> None:
-    assert printed_by(f"print({printed!r}, end='')", tmp_path / "log").last_error() == error
+def test_the_last_line_that_a_rank_printed_is_kept(printed: str, error: str, tmp_path: Path) -> None:
+    assert printed_by(f"print({printed!r}, end='')", tmp_path / "log").last_line() == error
     assert (tmp_path / "log").read_text() == printed
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_rank() -> None:
     program = "print('x' * 1_000_000); print('error: the end')"
-    assert printed_by(program, Path("/dev/full")).last_error() == "the end"
+    assert printed_by(program, Path("/dev/full")).last_line() == "the end"
 
 
-def start_rank(
-    folder: SlurmFolder, data: Path, door: Path, *options: str, rank: int, ranks: int, asked: str = ""
-) -> "subprocess.Popen[bytes]":
-    """``slurm.job`` for one of the ranks of incarnation 7-0, with ``door`` in place of main.py.
-
-    Args:
-        asked: to stop, in these words, after the launch.
-    """
-    words = ["--local", "--gpus-per-node", str(ranks), *options, *arguments(folder.run.parent, data)]
-    parsed = launch.parse_arguments(words)
-    plan = make_plan(parsed.recipe, ROOT / parsed.deepspeed_config, parsed.assignments, runs=folder.run.parent, nodes=1,
-                     min_nodes=1, gpus_per_node=ranks, on_cluster=False)  # fmt: skip
-    launch._prepare(plan, parsed)
-    if asked:
-        folder.request_stop(asked)
-    program = (
-        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(door)!r})\n"
-        f"sys.exit(slurm.job.main([{str(folder.run)!r}, '--local', '7', '0', '{rank}', '{ranks}']))"
+def start_rank(folder: SlurmFolder, program: Path, *, rank: int, ranks: int) -> "subprocess.Popen[bytes]":
+    """``slurm.job`` for a rank of attempt 7-0 on a node "here", with ``program`` in place of main.py."""
+    folder.write_launch(LAUNCH)
+    words = (
+        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(program)!r})\n"
+        f"sys.exit(slurm.job.main([{str(folder.run)!r}]))"
     )
-    here = {"NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | here, stdout=subprocess.PIPE)
+    task = {"SLURM_JOB_ID": "7", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": ranks,
+            "SLURM_STEP_NUM_NODES": 1, "SLURMD_NODENAME": "here", "NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 1}  # fmt: skip
+    environment = os.environ | {name: str(value) for name, value in task.items()}
+    return subprocess.Popen([sys.executable, "-c", words], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
 def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, digits: Path) -> None:
     folder = SlurmFolder(tmp_path / "demo")
-    door = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
-    door.write_text(
+    program = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
+    program.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import claim, main\n"
         "from pretrain.fault_tolerance.signals import StopFlag\n"
         "claim.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
-    folder.run.mkdir()
+    recipe = load_recipe(RECIPE, settings(digits)[1::2])
+    freeze(Plan(recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed), folder, (1,), 24, ()))
     with (folder.run / ".lock").open("a") as former:
         fcntl.flock(former, fcntl.LOCK_EX)
-        rank = start_rank(folder, digits, door, rank=0, ranks=1)
+        rank = start_rank(folder, program, rank=0, ranks=1)
         printed, _ = rank.communicate()
     assert rank.returncode == ExitCode.RETRY, printed
-    (told,) = folder.read_exits(Incarnation("7", 0))
-    assert (told.code, told.at_fault) == (ExitCode.RETRY, False)
-    assert told.error.startswith(f"another process is training {folder.run}: stop it first")
+    (told,) = folder.read_exits(ATTEMPT)
+    assert (told.code, told.cause, told.phase, told.at_fault) == (ExitCode.RETRY, "busy", "starting", False)
+    assert told.message.startswith(f"another process is training {folder.run}: stop it first")
 
 
 def test_asked_to_stop_before_there_was_a_rank_that_could_hear_it_none_begins_until_the_next_launch(
-    tmp_path: Path, digits: Path
+    tmp_path: Path,
 ) -> None:
-    folder, begun, door = SlurmFolder(tmp_path / "demo"), tmp_path / "begun", tmp_path / "main.py"
-    door.write_text(f"import pathlib\npathlib.Path({str(begun)!r}).touch()")
+    folder, begun, program = SlurmFolder(tmp_path / "demo"), tmp_path / "begun", tmp_path / "main.py"
+    program.write_text(f"import pathlib\npathlib.Path({str(begun)!r}).touch()")
     asked = "stopped with slurm.stop by someone"
+    folder.request_stop(asked)
     for number in (0, 1):
-        rank = start_rank(folder, digits, door, rank=number, ranks=2, asked=asked)
+        rank = start_rank(folder, program, rank=number, ranks=2)
         printed, _ = rank.communicate()
         assert rank.returncode == 0, printed  # anything else, and Slurm would kill those that save
-    (told,) = folder.read_exits(Incarnation("7", 0))
-    assert (told.rank, told.code, told.error) == (0, ExitCode.STOPPED, asked)
+    told = [(told.rank, told.code, told.message) for told in folder.read_exits(ATTEMPT)]
+    assert told == [(0, ExitCode.STOPPED, asked), (1, ExitCode.STOPPED, asked)]
     assert not begun.exists()
-    assert start_rank(folder, digits, door, rank=0, ranks=2).wait() == 0
+    folder.withdraw_stop()
+    assert start_rank(folder, program, rank=0, ranks=2).wait() == 0
     assert begun.exists()
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
-    number: int, tmp_path: Path, digits: Path
-) -> None:
+def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(number: int, tmp_path: Path) -> None:
     folder, listening = SlurmFolder(tmp_path / "demo"), tmp_path / "listening"
-    door = tmp_path / "main.py"
-    door.write_text(
+    program = tmp_path / "main.py"
+    program.write_text(
         "import pathlib, signal, time\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
         f"pathlib.Path({str(listening)!r}).touch()\ntime.sleep(600)"
     )
-    rank = start_rank(folder, digits, door, "--save-within", "4", rank=number, ranks=2)
-    log = folder.log(Incarnation("7", 0), number)  # opened once slurm.job passes signals on
+    rank = start_rank(folder, program, rank=number, ranks=2)
+    log = folder.log(ATTEMPT, number)  # opened once slurm.job passes signals on
     while not (listening.exists() and log.exists()):
         assert rank.poll() is None
         time.sleep(0.05)
     rank.send_signal(signal.SIGUSR2)
     rank.communicate()
     assert rank.returncode == 0
-    (told,) = folder.read_exits(Incarnation("7", 0))
-    assert (told.rank, told.code) == (number, ExitCode.STOPPED)
-    assert told.error == "SIGUSR2, but had not saved within 3 s"
+    (told,) = folder.read_exits(ATTEMPT)
+    assert (told.rank, told.code, told.cause) == (number, ExitCode.STOPPED, "not saved")
+    assert told.message == "SIGUSR2, but had not saved within 3 s"
 
 
 def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, before = SlurmFolder(tmp_path / "demo"), {"7": Job("7", "FAILED", "NonZeroExitCode", "a")}
-    folder.write_launch(Launch(1, 1, 24, (1,), Policy(max_restarts=3, retry_wait_s=0.0, save_within_s=120)))
-    History(folder.history).begin(Incarnation("7", 0), nodes=["a"], ranks=1, step=0)
+    folder.write_launch(LAUNCH)
+    History(folder.history).begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
     queue, submitted, told = dict(before), [], []
 
-    def submit(script: Path, *, exclude: tuple[str, ...]) -> str:
+    def submit(script: Path, environment: dict[str, str], *, exclude: tuple[str, ...]) -> str:
         submitted.append((script, exclude))
         if len(submitted) == 1:  # sbatch takes its time, and cron comes again
             told.append(release.release(folder, before))
@@ -156,11 +151,11 @@ def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkey
     assert release.release(folder, before).endswith("is submitted again as job 8")
     assert told == [f"{folder.run}: another slurm.release is at it"]
     assert release.release(folder, before) == "", "one that had asked Slurm before"
-    assert submitted == [(folder.plain_script, ())]
+    assert submitted == [(folder.script("7"), ())]
 
 
-def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:
-    ports = [rendezvous_port(Incarnation(str(job), restart)) for job in range(5000, 5100) for restart in range(20)]
+def test_every_attempt_has_a_rendezvous_port_of_its_own() -> None:
+    ports = [rendezvous_port(Attempt(str(job), restart)) for job in range(5000, 5100) for restart in range(20)]
     assert len({*ports}) == len(ports)
     assert all(10_000 <= port < 30_000 for port in ports)
 
@@ -169,7 +164,7 @@ def test_every_incarnation_has_a_rendezvous_port_of_its_own() -> None:
     ("text", "seconds"), [("00:01:00", 60), ("1-02:03:04", 93784), ("UNLIMITED", 0), ("365-00:00:00", 31_536_000)]
 )
 def test_durations(text: str, seconds: int) -> None:
-    assert scheduler._seconds(text) == seconds
+    assert job_state._seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -196,18 +191,21 @@ def test_a_held_job_is_known_by_its_reason(state: str, reason: str, held: bool, 
         ([(1.0, 1.0), (9.0, 1.0), (9.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)], ("b",)),
     ],
 )
-def test_nodes_that_preflight_found_slow_are_read_from_the_log(
+def test_nodes_are_slow_by_their_arithmetic_or_both_links_whatever_the_rank_records_else(
     seconds: list[tuple[float, float]], slow: tuple[str, ...], tmp_path: Path
 ) -> None:
     measured = [Measured(node, link, compute) for node, (link, compute) in zip("abcdef", seconds, strict=False)]
-    log = tmp_path / "rank-00000.log"
-    assert slow_nodes(log) == ()
-    log.write_text("\n".join(["preflight: all-reduce of 4 MiB", *slow_ones(measured), "step 1"]))
-    assert slow_nodes(log) == slow
+    folder = SlurmFolder(tmp_path)
+    assert folder.slow_nodes(ATTEMPT) == ()
+    folder.logs(ATTEMPT).mkdir(parents=True)
+    folder.exit_record(ATTEMPT, 0).write_text(json.dumps({"slow": slow_ones(measured)[1]}))
+    assert folder.read_exits(ATTEMPT) == []
+    folder.write_exit(ATTEMPT, RankExit(0, "a", 1, 20.0))
+    assert folder.slow_nodes(ATTEMPT) == slow
 
 
 def test_a_history_whose_last_line_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
-    history, first, second = History(tmp_path / "history.jsonl"), Incarnation("7", 0), Incarnation("7", 1)
+    history, first, second = History(tmp_path / "history.jsonl"), ATTEMPT, Attempt("7", 1)
     history.begin(first, nodes=["a", "b"], ranks=2, step=0)
     crashed = Decision("requeue", "crashed", "rank 1 on b: killed by SIGKILL", node="b", slow=("c",))
     history.end(first, crashed, step=5)
@@ -215,30 +213,31 @@ def test_a_history_whose_last_line_was_cut_is_read_up_to_there(tmp_path: Path) -
     history.begin(second, nodes=["a", "c"], ranks=2, step=5)
     with history.path.open("a") as handle:
         handle.write('{"event": "end", "job": "7", "rest')
-    one, two = history.chapters()
+    one, two = history.records()
     assert (one.cause, one.node, one.slow, one.end_step, one.next_job) == ("crashed", "b", ["c"], 5, "8")
-    assert (two.step, two.cause, two.ended) == (5, None, 0.0)
-    assert [past.cause for past in history.past(Incarnation("8", 0))] == ["crashed", "lost"]
-    assert [past.slow for past in history.past(Incarnation("8", 0))] == [("c",), ()]
+    assert (two.step, two.cause, two.ended) == (5, "lost", 0.0)
+    assert [past.cause for past in history.before(Attempt("8", 0))] == ["crashed", "lost"]
+    assert [past.slow for past in history.before(Attempt("8", 0))] == [["c"], ()]
 
 
 def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(tmp_path: Path) -> None:
-    folder, incarnation = SlurmFolder(tmp_path), Incarnation("7", 0)
-    folder.logs(incarnation).mkdir(parents=True)
-    folder.write_exit(incarnation, RankExit(0, "a", 1, 20.0, "later"))
-    folder.write_exit(incarnation, RankExit(1, "b", -9, 10.0, "earlier"))
-    (folder.logs(incarnation) / "rank-00002.exit.json").write_text("{")
-    assert [ended.error for ended in folder.read_exits(incarnation)] == ["earlier", "later"]
+    folder, attempt = SlurmFolder(tmp_path), Attempt("7", 0)
+    folder.logs(attempt).mkdir(parents=True)
+    folder.write_exit(attempt, RankExit(0, "a", 1, 20.0, message="later"))
+    of_an_older_version = {"rank": 1, "node": "b", "code": -9, "time": 10.0, "error": "earlier"}
+    folder.exit_record(attempt, 1).write_text(json.dumps(of_an_older_version))
+    folder.exit_record(attempt, 2).write_text("{")
+    assert [ended.message for ended in folder.read_exits(attempt)] == ["earlier", "later"]
 
 
 def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(tmp_path: Path) -> None:
     folder = SlurmFolder(tmp_path / "demo")
-    theirs = Job("9", "PENDING", "Priority", "", str(tmp_path / "demo-2/slurm/pretrain.sbatch"))
+    theirs = Job("9", "PENDING", "Priority", "", str(tmp_path / "demo-2/slurm/submitit/7_submission.sh"))
     unknown = Job("8", "PENDING", "Priority", "", str(folder.submitit / ".submission_file_0a.sh"))
     over = replace(unknown, id="10", state="FAILED")
     assert current_job(folder, [], {job.id: job for job in (theirs, unknown, over)}) == unknown
     assert current_job(folder, [], {job.id: job for job in (theirs, over)}) is None
-    known = Chapter("9", 0, 0.0, ["a"], 1, 0)
+    known = AttemptRecord(0, job="9")
     assert current_job(folder, [known], {"9": theirs}) == theirs
 
 
@@ -247,32 +246,32 @@ def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(tmp_p
     folder.submitit.mkdir(parents=True)
     for job in ("7", "8"):
         (folder.submitit / f"{job}_submission.sh").write_text(f"of {job}")
-    _adopt_submission(folder, "9")
+    folder.adopt("9")
     assert (folder.submitit / "9_submission.sh").read_text() == "of 8"
 
 
-def test_where_slurm_gives_a_number_again_both_incarnations_are_told(tmp_path: Path) -> None:
-    folder, incarnation = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
+def test_where_slurm_gives_a_number_again_both_attempts_are_told(tmp_path: Path) -> None:
+    folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
     history = History(folder.history)
     for step, cause in ((0, "crashed"), (5, "finished")):
-        folder.forget_exits(incarnation)
-        assert folder.read_exits(incarnation) == []
-        history.begin(incarnation, nodes=["a"], ranks=1, step=step)
-        folder.logs(incarnation).mkdir(parents=True, exist_ok=True)
-        folder.write_exit(incarnation, RankExit(0, "a", 1, 20.0, "of that one"))
-        history.end(incarnation, Decision("requeue", cause, ""), step=step + 5)  # type: ignore[arg-type]
-    told = [(chapter.step, chapter.cause, chapter.end_step) for chapter in history.chapters()]
+        folder.forget_exits(attempt)
+        assert folder.read_exits(attempt) == []
+        history.begin(attempt, nodes=["a"], ranks=1, step=step)
+        folder.logs(attempt).mkdir(parents=True, exist_ok=True)
+        folder.write_exit(attempt, RankExit(0, "a", 1, 20.0, message="of that one"))
+        history.end(attempt, Decision("requeue", cause, ""), step=step + 5)  # type: ignore[arg-type]
+    told = [(attempt.step, attempt.cause, attempt.end_step) for attempt in history.records()]
     assert told == [(0, "crashed", 5), (5, "finished", 10)]
 
 
 def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_restarting(tmp_path: Path) -> None:
-    folder, incarnation = SlurmFolder(tmp_path / "demo"), Incarnation("7", 0)
-    History(folder.history).begin(incarnation, nodes=["a"], ranks=1, step=0)
+    folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
+    History(folder.history).begin(attempt, nodes=["a"], ranks=1, step=0)
     (folder.run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "a"}))
-    assert standing_of(folder.run, None).state == "running"
-    History(folder.history).end(incarnation, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
-    standing = standing_of(folder.run, None)
-    assert (standing.state, standing.why) == ("restarting", "rank 0 on a: broken; Slurm could not be asked")
+    assert status_of(folder.run, None).state == "running"
+    History(folder.history).end(attempt, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
+    status = status_of(folder.run, None)
+    assert (status.state, status.why) == ("restarting", "rank 0 on a: broken; Slurm could not be asked")
 
 
 def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path) -> None:
@@ -280,6 +279,26 @@ def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path)
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "here"}))
     assert find_runs(tmp_path / "runs") == [run]
-    standing = standing_of(run, {})
-    assert (standing.state, standing.step) == ("lost", 7)
-    assert "no process of here holds the run" in standing.why
+    status = status_of(run, {})
+    assert (status.state, status.step) == ("lost", 7)
+    assert "no process of here holds the run" in status.why
+
+
+def test_the_table_has_a_row_for_each_run_whatever_its_files_and_reasons_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("crashed", "odd", "torn"):
+        history = History(tmp_path / name / "slurm/history.jsonl")
+        history.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
+        history.end(ATTEMPT, Decision("none", "crashed", "rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J"), step=5)
+    (tmp_path / "odd/run.json").write_text('{"state": ["running"], "step": "[red]"}')
+    (tmp_path / "torn/run.json").write_bytes(b"\xff{")
+    (tmp_path / "torn/slurm/history.jsonl").write_text('{"event": "begin"}\n')
+    (tmp_path / "crashed/run.json").write_text(json.dumps({"state": "running", "step": 7}))
+    assert status.main(["--runs", str(tmp_path)]) == 0
+    head, crashed, odd, torn = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["run", "state"]
+    for line in (crashed, odd):
+        assert line.endswith(r"rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J")
+    assert torn.split()[:2] == ["torn", "unknown"]
+    assert "cannot be read" in torn

@@ -1,4 +1,4 @@
-"""The decision after an incarnation: every way to end, every limit."""
+"""The decision after an attempt: every outcome, every limit."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,52 +6,56 @@ from typing import Any
 import pytest
 
 from pretrain.outcome import ExitCode
-from slurm.restart import Ending, Past, Policy, RankExit, decide
+from slurm.restart import AttemptRecord as Past
+from slurm.restart import Outcome, Policy, RankExit, decide
 
 POLICY = Policy(max_restarts=3, retry_wait_s=60.0, save_within_s=120)
-ENDED = Ending(fate="running", exits=(), status=0, node_down=False, finished=False, stop_request="", begun_at=100,
+ENDED = Outcome(job_state="running", exits=(), status=0, node_down=False, finished=False, stop_request="", begun_at=100,
                saved_at=200)  # fmt: skip
 
 
-def rank(code: int, error: str = "", *, rank: int = 0, node: str = "a") -> RankExit:
-    return RankExit(rank, node, code, 0.0, error)
+def rank(code: int, cause: str = "failed", message: str = "", *, rank: int = 0, node: str = "a",
+         blamed: tuple[str, ...] = ()) -> RankExit:  # fmt: skip
+    return RankExit(rank, node, code, 0.0, cause, "training", blamed, message)
 
 
-STOPPED = rank(ExitCode.STOPPED, "SIGUSR2")
-LATE = rank(ExitCode.STOPPED, "SIGUSR2, but had not saved within 110 s", rank=1)
-CRASHED = rank(ExitCode.RETRY, "RuntimeError: CUDA error: an illegal memory access", rank=3, node="b")
-LOST_PEER = rank(ExitCode.RETRY, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]")
-HANG = rank(ExitCode.RETRY, "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
-BUSY = rank(ExitCode.RETRY, "another process is training runs/one: stop it first, or choose another name", node="b")
-KILLED = rank(-9, "killed by SIGKILL", rank=2, node="c")
-HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
+STOPPED = rank(ExitCode.STOPPED, "stopped", "SIGUSR2")
+LATE = rank(ExitCode.STOPPED, "not saved", "SIGUSR2", rank=1)
+CRASHED = rank(ExitCode.RETRY, "failed", "RuntimeError: CUDA error: an illegal memory access", rank=3, node="b")
+LOST_PEER = rank(ExitCode.RETRY, "peer lost")
+HANG = rank(ExitCode.RETRY, "hang", "rank 0 hangs: computing, or waiting for the other ranks for 600 s")
+BUSY = rank(ExitCode.RETRY, "busy", node="b")
+KILLED = rank(-9, "killed", "killed by SIGKILL", rank=2, node="c")
+HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "failed", "data/x: no such dataset")
+SRUN = ("srun: error: slurm_receive_msgs: [[b]:30298] failed: Socket timed out",
+        "srun: error: Task launch for StepId=4.0 failed on node b: Socket timed out")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("ending", "cause", "action"),
     [
         ({"finished": True}, "finished", "none"),
-        ({"finished": True, "fate": "requeued"}, "finished", "cancel"),
-        ({"finished": True, "fate": "cancelled"}, "finished", "none"),
+        ({"finished": True, "job_state": "requeued"}, "finished", "cancel"),
+        ({"finished": True, "job_state": "cancelled"}, "finished", "none"),
         ({"stop_request": "stopped with slurm.stop", "exits": (STOPPED,)}, "stopped", "none"),
-        ({"stop_request": "stopped with slurm.stop", "fate": "requeued"}, "stopped", "cancel"),
+        ({"stop_request": "stopped with slurm.stop", "job_state": "requeued"}, "stopped", "cancel"),
         ({"stop_request": "stopped with slurm.stop", "exits": (CRASHED,), "status": 1}, "stopped", "none"),
-        ({"fate": "cancelled", "exits": (STOPPED,)}, "cancelled", "none"),
+        ({"job_state": "cancelled", "exits": (STOPPED,)}, "cancelled", "none"),
         ({"exits": (LOST_PEER, HOPELESS), "status": 2}, "will fail again", "none"),
-        ({"exits": (HOPELESS,), "fate": "requeued"}, "will fail again", "cancel"),
-        ({"fate": "requeued", "exits": (STOPPED,)}, "preempted", "leave"),
-        ({"fate": "requeued", "node_down": True, "status": 137}, "node lost", "leave"),
-        ({"fate": "preempted", "exits": (STOPPED,)}, "preempted", "requeue"),
-        ({"fate": "time limit", "exits": (STOPPED,)}, "time limit", "requeue"),
-        ({"fate": "time limit", "status": 137}, "time limit", "requeue"),
-        ({"fate": "time limit", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
-        ({"fate": "time limit", "exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
-        ({"fate": "time limit", "exits": (LATE, LOST_PEER), "status": 1}, "time limit", "requeue"),
-        ({"fate": "time limit", "exits": (LOST_PEER, LATE), "status": 1}, "time limit", "requeue"),
-        ({"fate": "time limit", "exits": (LATE, CRASHED), "status": 1}, "crashed", "requeue"),
-        ({"fate": "time limit", "exits": (HANG, LATE), "status": 1}, "hang", "requeue"),
-        ({"fate": "forgotten", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
-        ({"fate": "node lost", "exits": (LOST_PEER,), "status": 1}, "node lost", "requeue"),
+        ({"exits": (HOPELESS,), "job_state": "requeued"}, "will fail again", "cancel"),
+        ({"job_state": "requeued", "exits": (STOPPED,)}, "preempted", "leave"),
+        ({"job_state": "requeued", "node_down": True, "status": 137}, "node lost", "leave"),
+        ({"job_state": "preempted", "exits": (STOPPED,)}, "preempted", "requeue"),
+        ({"job_state": "time limit", "exits": (STOPPED,)}, "time limit", "requeue"),
+        ({"job_state": "time limit", "status": 137}, "time limit", "requeue"),
+        ({"job_state": "time limit", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
+        ({"job_state": "time limit", "exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
+        ({"job_state": "time limit", "exits": (LATE, LOST_PEER), "status": 1}, "time limit", "requeue"),
+        ({"job_state": "time limit", "exits": (LOST_PEER, LATE), "status": 1}, "time limit", "requeue"),
+        ({"job_state": "time limit", "exits": (LATE, CRASHED), "status": 1}, "crashed", "requeue"),
+        ({"job_state": "time limit", "exits": (HANG, LATE), "status": 1}, "hang", "requeue"),
+        ({"job_state": "forgotten", "exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
+        ({"job_state": "node lost", "exits": (LOST_PEER,), "status": 1}, "node lost", "requeue"),
         ({"exits": (LOST_PEER,), "status": 1, "node_down": True}, "node lost", "requeue"),
         ({"exits": (CRASHED,), "status": 1}, "crashed", "requeue"),
         ({"exits": (LOST_PEER,), "status": 1}, "crashed", "requeue"),
@@ -62,8 +66,9 @@ HOPELESS = rank(ExitCode.WILL_FAIL_AGAIN, "data/x: no such dataset")
         ({"exits": (HANG, KILLED, CRASHED), "status": 137}, "crashed", "requeue"),
         ({"exits": (HANG, KILLED), "status": 137, "node_down": True}, "node lost", "requeue"),
         ({"exits": (STOPPED,)}, "preempted", "requeue"),
-        ({"status": 128 + 12}, "preempted", "requeue"),
-        ({"status": 128 + 15}, "preempted", "requeue"),
+        ({"status": 128 + 12}, "lost", "requeue"),
+        ({"status": 128 + 15, "srun_errors": SRUN}, "crashed", "requeue"),
+        ({"status": 128 + 15, "srun_errors": SRUN, "job_state": "preempted"}, "preempted", "requeue"),
         ({"status": 137}, "lost", "requeue"),
         ({"status": 0}, "lost", "requeue"),
     ],
@@ -78,12 +83,16 @@ def test_every_end_has_its_cause_and_what_follows(ending: dict[str, object], cau
 def test_the_rank_at_fault_is_told_once_rather_than_those_that_lost_it() -> None:
     decision = decide(replace(ENDED, exits=(LOST_PEER, CRASHED), status=1), [], POLICY)
     assert decision.reason == "rank 3 on b: RuntimeError: CUDA error: an illegal memory access"
-    full = rank(ExitCode.WILL_FAIL_AGAIN, "rank 3: the GPU's memory is full", rank=3, node="b")
+    full = rank(ExitCode.WILL_FAIL_AGAIN, "failed", "rank 3: the GPU's memory is full", rank=3, node="b")
     assert decide(replace(ENDED, exits=(full,)), [], POLICY).reason == "rank 3 on b: the GPU's memory is full"
 
 
 def without_progress(number: int, cause: str = "crashed") -> list[Past]:
-    return [Past(0, "preempted"), Past(100, "finished"), *[Past(200, cause) for _ in range(number)]]
+    return [
+        Past(0, "preempted"),
+        Past(100, "finished"),
+        *[Past(200, cause) for _ in range(number)],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def without_progress(number: int, cause: str = "crashed") -> list[Past]:
         ({}, without_progress(2), 240),
         ({"saved_at": 201}, without_progress(50), 0),  # a new checkpoint starts the count anew
         ({}, without_progress(50, "preempted"), 0),  # being preempted is never too often
-        ({"fate": "preempted", "exits": (), "status": 0}, without_progress(50, "preempted"), 0),
+        ({"job_state": "preempted", "exits": (), "status": 0}, without_progress(50, "preempted"), 0),
     ],
 )
 def test_each_restart_without_progress_waits_longer(ending: dict[str, Any], past: list[Past], wait: float) -> None:
@@ -110,14 +119,13 @@ def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
     assert (decision.action, decision.cause) == ("none", "crashed")
     assert "gave up: 3 restarts in a row brought no new checkpoint" in decision.reason
     assert (
-        decide(replace(ending, fate="requeued", node_down=True, exits=()), without_progress(3), POLICY).action
+        decide(replace(ending, job_state="requeued", node_down=True, exits=()), without_progress(3), POLICY).action
         == "cancel"
     )
 
 
-def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "1") -> RankExit:
-    text = f"{nodes} (rank {ranks}) did not arrive within 600 s"
-    return rank(ExitCode.RETRY, text, rank=rank_number, node=node)
+def missing(*nodes: str, rank_number: int = 0, node: str = "a") -> RankExit:
+    return rank(ExitCode.RETRY, "peers missing", rank=rank_number, node=node, blamed=nodes)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +139,11 @@ def missing(nodes: str, *, rank_number: int = 0, node: str = "a", ranks: str = "
         ((HANG, LOST_PEER), ""),
         ((HANG, KILLED), ""),
         ((BUSY,), ""),
-        ((rank(ExitCode.RETRY, "port 12345 is taken: choose another one"),), ""),
+        ((BUSY, missing("b")), ""),  # its port was taken
         ((missing("b"), missing("b", rank_number=2, node="c")), "b"),
-        ((missing("b, c", ranks="1, 2"), missing("a", rank_number=1, node="b", ranks="0")), "a"),  # a cannot be reached
-        ((missing("b, c", ranks="1, 2"),), ""),
-        ((missing("b"), missing("a", rank_number=1, node="b", ranks="0")), ""),  # each says it of the other
+        ((missing("b", "c"), missing("a", rank_number=1, node="b")), "a"),  # a cannot be reached
+        ((missing("b", "c"),), ""),
+        ((missing("b"), missing("a", rank_number=1, node="b")), ""),  # each says it of the other
         ((missing("b"), CRASHED), "b"),
         ((missing("c"), CRASHED), "b"),  # which had a reason of its own for not being there
     ],
@@ -146,16 +154,35 @@ def test_the_node_of_the_rank_at_fault_or_the_one_that_did_not_arrive_is_blamed(
     assert decide(replace(ENDED, exits=exits, status=1), [], POLICY).node == blamed
 
 
+@pytest.mark.parametrize(
+    ("errors", "blamed"),
+    [
+        (SRUN, "b"),
+        (("srun: error: b: task 1: Exited with exit code 127", "srun: error: a: task 0: Terminated"), "b"),
+        (("srun: error: b: task 1: Exited with exit code 2", "srun: error: a: task 0: Exited with exit code 2"), ""),
+        (("srun: error: bb: task 1: Exited with exit code 2",), ""),
+    ],
+)
+def test_the_node_that_srun_names_is_blamed_and_its_words_are_the_reason(errors: tuple[str, ...], blamed: str) -> None:
+    decision = decide(replace(ENDED, status=143, srun_errors=errors, nodes=("a", "b")), [], POLICY)
+    assert (decision.cause, decision.node) == ("crashed", blamed)
+    assert errors[0] in decision.reason
+
+
 CRASH = {"exits": (CRASHED,), "status": 1}
-PREEMPTED = {"fate": "preempted", "exits": (STOPPED,)}
+PREEMPTED = {"job_state": "preempted", "exits": (STOPPED,)}
 
 
 @pytest.mark.parametrize(
     ("ending", "past", "excluded"),
     [
         (PREEMPTED | {"slow": ("b", "c")}, [], ()),
-        (PREEMPTED | {"slow": ("b", "c")}, [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))], ("b",)),
-        (CRASH | {"slow": ("b",)}, [], ()),  # one incarnation counts once
+        (
+            PREEMPTED | {"slow": ("b", "c")},
+            [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))],
+            ("b",),
+        ),
+        (CRASH | {"slow": ("b",)}, [], ()),  # one attempt counts once
         (CRASH, [Past(0, "crashed", "a")], ()),
         (CRASH, [Past(0, "crashed", "b"), Past(5, "crashed", "a")], ("b",)),
         (PREEMPTED, [Past(0, "crashed", "b"), Past(5, "crashed", "b")], ("b",)),

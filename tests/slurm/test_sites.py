@@ -1,44 +1,28 @@
-"""Other ways to the same job: without submitit, without Slurm, only as a script; and what tests leave behind."""
+"""What sbatch is asked for and what it refuses; and what tests leave behind."""
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pretrain.outcome import ExitCode
-from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import local_command
+from slurm.attempt import rendezvous_port
+from slurm.folder import SlurmFolder
+from slurm.restart import Attempt
+from tests.slurm.cluster import Cluster, cluster
 from tests.slurm.runs import SAVED_EVERY, ClusterRun, assert_equals, assert_resumed
 from tests.system.launching import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 Maker = Callable[[int], ClusterRun]
-
-
-def test_a_plain_batch_script_runs_the_same_and_submits_itself_where_requeueing_is_refused(
-    on_cluster: Maker, digits: Path, reference: Path
-) -> None:
-    run = on_cluster(2)
-    text = run.launch(digits, "--plain")
-    run.job = run.cluster.ask(*text.split("submit")[1].split()).split()[-1]
-    saved = SAVED_EVERY
-    for follow_ups in (1, 2):  # the second one is submitted by the first
-        run.cluster.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
-        run.wait_for_checkpoint(saved)
-        run.rank(0).kill()
-        begun = run.wait_for_chapters(follow_ups + 1)[follow_ups]
-        assert begun.job != run.job
-        assert "killed by SIGKILL" in run.chapters()[follow_ups - 1].reason
-        assert_resumed(run, begun, at_least=saved)
-        run.job, saved = begun.job, begun.step + SAVED_EVERY
-    run.finish()
-    assert_equals(run.folder, reference)
 
 
 @pytest.fixture
@@ -51,12 +35,17 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(beside: ClusterRun, digi
     text = beside.launch(
         digits, "--dry-run", "--min-nodes", "2", "--partition", "big", "--account", "lab", "--qos", "high",
         "--constraint", "h100", "--time", "12:00:00", "--cpus-per-gpu", "12", "--mem", "500G", "--exclude", "bad1,bad2",
+        "--sbatch", "mem-per-gpu=9G", "--sbatch", "cpus-per-gpu=", "--sbatch", "gres=gpu:h100:1",
+        "--sbatch", "exclusive", "--sbatch", "reservation=a day", "--sbatch", "gpus-per-node=",
         "--setup", "module load cuda", "--container", "apptainer exec --nv lavit.sif", "--save-within", "300", nodes=4,
     )  # fmt: skip
-    for line in ("nodes=2-4", "gpus-per-node=1", "partition=big", "account=lab", "qos=high",
-                 "constraint=h100", "time=12:00:00", "cpus-per-gpu=12", "mem=500G", "exclude=bad1,bad2",
+    for line in ("nodes=2-4", "gres=gpu:h100:1", "partition=big", "account=lab", "qos=high",
+                 "constraint=h100", "time=12:00:00", "mem-per-gpu=9G", "exclusive", "reservation='a day'", "mem=500G",
+                 "exclude=bad1,bad2",
                  "signal=USR2@300", "requeue", "job-name=demo"):  # fmt: skip
-        assert f"#SBATCH --{line}\n" in text
+        assert text.count(f"#SBATCH --{line}\n") == 1
+    for absent in ("wckey", "gpus-per-node", "cpus-per-gpu", "submitit\n"):
+        assert f"--{absent}" not in text
     assert "\nmodule load cuda\n" in text
     assert " apptainer exec --nv lavit.sif python3 -u -m submitit.core._submit " in text
     assert "a restart also takes 2 or 3 nodes" in text
@@ -71,6 +60,8 @@ def test_a_dry_run_prints_the_script_and_starts_nothing(beside: ClusterRun, digi
         (["--set", "data.path=/nowhere"], "/nowhere"),
         (["--set", "model.name=lavit_mikro"], "lavit_micro"),
         (["--nodes", "5"], "cannot be divided by 5 ranks"),
+        (["--sbatch", "comment=a\nb"], "comment has a line break"),
+        (["--sbatch", "output=x"], "slurm.launch sets it itself"),
     ],
 )
 def test_what_cannot_run_is_not_submitted(change: list[str], line: str, beside: ClusterRun, digits: Path) -> None:
@@ -87,33 +78,145 @@ def test_what_slurm_refuses_is_told_in_one_line_and_may_be_launched_otherwise(on
     assert said.splitlines()[-1].startswith("error: sbatch: sbatch: error: invalid partition specified: nowhere")
     assert "Traceback" not in said
     assert not run.cluster.ask("squeue", "-h")
+    assert not run.folder.exists()
     run.launch(digits, "--partition", "batch", nodes=1)
     assert run.status()["job"] == run.job
 
 
-def test_on_this_machine_the_same_job_stops_goes_on_and_survives_a_killed_rank(
-    tmp_path: Path, digits: Path, reference: Path, beside: ClusterRun
+def test_a_node_that_cannot_launch_ranks_is_blamed_and_srun_says_why(
+    on_cluster: Maker, digits: Path, tmp_path: Path
 ) -> None:
-    run = beside
-    command = local_command(run.runs, digits)
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    run.wait_for_step(6)
+    run = on_cluster(3)
+    first, second, third = run.cluster.names
+    broken, python = tmp_path / "broken", tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ -e {broken}-$SLURMD_NODENAME ] && exec /nowhere/python\nexec {sys.executable} "$@"'
+    )
+    python.chmod(0o755)
+    with run.cluster.slow_prolog(second):
+        run.launch(digits, "--container", "env", "--container-python", str(python))
+        ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second), ended.reason
+    assert f"failed on node {second}" in run.status()["why"]
+    Path(f"{broken}-{second}").touch()
+    ended = run.wait_for_end(1)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", second)
+    assert f"srun: error: {second}: task 1: Exited with exit code 127" in ended.reason
+    assert "srun: error" in (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
+    assert run.wait_for_attempts(3)[2].nodes == [first, third]
+    run.wait_for_step(1)
+    run.stop()
+    run.wait_for_state("stopped")
+
+
+def test_neither_a_taken_port_nor_a_second_job_of_the_run_nor_other_code_does_harm(
+    on_cluster: Maker, digits: Path
+) -> None:
+    run = on_cluster(4)
+    for state in ("DRAIN", "RESUME"):
+        if state == "RESUME":
+            run.launch(digits)
+            taken = socket.create_server((run.cluster.names[0], rendezvous_port(Attempt(run.job, 0))))
+        run.cluster.ask(
+            "scontrol", "update", f"NodeName={','.join(run.cluster.names)}", f"State={state}", "Reason=test"
+        )
+    with taken:
+        ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", "")
+    assert "is taken" in ended.reason
+    history = run.folder / "slurm/history.jsonl"
+    history.write_text(history.read_text().replace(ended.code, "0" * 32))
+    begun = run.wait_for_attempts(2)[1]
+    assert any("starts again after 6 s, which Slurm imposes" in note for note in run.attempts()[0].notes)
+    run.wait_for_step(2)
+    event = json.loads((run.folder / "events.jsonl").read_text().splitlines()[0])
+    assert (event["event"], "0" * 32 in event["text"]) == ("other code", True)
+    script = str(SlurmFolder(run.folder).script(run.job))
+    for options in ([], ["--hold"]):
+        other = run.cluster.ask("sbatch", "--parsable", *options, script)
+        if not options:
+            run.cluster.wait_for(lambda other=other: run.cluster.job(other)["JobState"] == "COMPLETED", "its end")
+        now = run.status()
+        assert (now["state"], now["job"], now["restarts"]) == ("running", begun.job, 1)
+    run.cluster.ask("scancel", other)
+    run.stop()
+    run.wait_for_state("stopped")
+
+
+@pytest.fixture(scope="module")
+def site(digits: Path) -> Iterator[Cluster]:
+    """A cluster like a site's, with the data in the home of its user."""
+    if missing := [name for name in ("slurmdbd", "mariadbd") if shutil.which(name) is None]:
+        pytest.skip(f"needs {' and '.join(missing)}: apt-get install slurmdbd mariadb-server")
+    with cluster(2, site=True) as made:
+        shutil.copytree(digits, made.home / "digits")
+        yield made
+
+
+@pytest.fixture
+def on_site(site: Cluster, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> ClusterRun:
+    """A run of an ordinary user that is not launched yet."""
+    return ClusterRun(site, site.home / request.node.name, capsys)
+
+
+MISLEADING = {
+    "SQUEUE_FORMAT": "%u", "SQUEUE_STATES": "PD", "SINFO_FORMAT": "%n", "SLURM_TIME_FORMAT": "relative",
+    "SLURM_MEM_PER_CPU": "7", "SLURM_MEM_PER_NODE": "8000", "SBATCH_MEM_PER_NODE": "7000", "SBATCH_NO_REQUEUE": "1",
+}  # fmt: skip
+
+
+def test_a_users_variables_do_not_mislead_and_slurms_own_wait_is_logged(on_site: ClusterRun) -> None:
+    run, data = on_site, on_site.cluster.home / "digits"
+    run.variables = MISLEADING | {"SBATCH_ACCOUNT": "lab"}
+    said = run.launch(data, "--gpus-per-node", "h100:1", "--sbatch", "comment=a comment", "--sbatch", "exclusive")
+    assert "SBATCH_MEM_PER_NODE, SBATCH_NO_REQUEUE, SLURM_MEM_PER_CPU, SLURM_MEM_PER_NODE" in said
+    facts = run.cluster.job(run.job)
+    assert (facts["JobName"], facts["Account"], facts["Comment"]) == ("demo", "lab", "a")
+    assert facts["UserId"].startswith(f"{run.cluster.user}(")
+    run.wait_for_step(2)
     assert run.status()["state"] == "running"
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == ExitCode.STOPPED
-    assert run.status()["state"] == "stopped"
-    saved = run.chapters()[0].end_step
-    assert saved >= 6
-    with (tmp_path / "second.log").open("w") as log:
-        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    run.wait_for_checkpoint(saved + SAVED_EVERY)
-    ranks = [p for p in psutil.Process(second.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
-    ranks[0].kill()
-    assert second.wait(120) == ExitCode.FINISHED, (tmp_path / "second.log").read_text()
-    stopped, crashed, finished = run.chapters()
-    assert (stopped.cause, crashed.cause, finished.cause) == ("stopped", "crashed", "finished")
-    assert_resumed(run, crashed, at_least=saved, at_most=saved)
-    assert_resumed(run, finished, at_least=saved + SAVED_EVERY)
+    run.rank(1).kill()
+    ended = run.wait_for_end(0)
+    assert (ended.cause, ended.action) == ("crashed", "requeue")
+    told = run.wait_for_state("waiting")
+    assert "BeginTime" in told["why"]
+    assert run.attempts()[0].notes == ["starts again after 121 s, which Slurm imposes"]
+    assert "is cancelled" in run.stop()
+
+
+def test_what_a_site_refuses_leaves_no_run(on_site: ClusterRun) -> None:
+    data = on_site.cluster.home / "digits"
+    said = on_site.launch(data, "--sbatch", "wckey=none", code=ExitCode.WILL_FAIL_AGAIN)
+    assert said.splitlines()[-1].startswith("error: sbatch: sbatch: error: ")
+    assert "wckey" in said.splitlines()[-1]
+    assert not on_site.folder.exists()
+
+
+def test_where_only_one_job_is_accepted_release_goes_on_with_the_environment_of_the_launch(
+    on_site: ClusterRun, reference: Path
+) -> None:
+    run, site = on_site, on_site.cluster
+    run.variables = {"MARK": "kept", "MY_TOKEN": "hidden"}
+    inside = ["salloc", "-N1", "-n1", "--mem-per-cpu=50"]  # whose variables would keep srun from starting
+    run.launch(site.home / "digits", "--qos", "one", inside=inside)
+    site.ask("scontrol", "update", f"JobId={run.job}", "Requeue=0")
+    run.wait_for_checkpoint(SAVED_EVERY)
+    run.rank(0).kill()
+    told = run.wait_for_state("lost")
+    assert (run.attempts()[0].cause, run.attempts()[0].action) == ("crashed", "release")
+    assert "QOS" in told["why"]
+    assert "python -m slurm.release" in told["why"]
+    cron = [f"{name}={site.environment.get(name, '')}" for name in ("HOME", "SLURM_CONF", "PYTHONPATH")]
+    done = site.as_user(
+        "env", "-i", "PATH=/usr/bin", *cron, site.python, "-m", "slurm.release", "--runs", str(run.runs)
+    )
+    assert "could not be started again and is submitted again as job" in done.stdout, done.stderr
+    begun = run.wait_for_attempts(2)[1]
+    assert_resumed(run, begun, at_least=SAVED_EVERY)
+    environment = run.rank(0).environ()
+    assert (environment["MARK"], "MY_TOKEN" in environment) == ("kept", False)
+    assert "hidden" not in (run.folder / "slurm/launch.json").read_text()
+    run.finish()
     assert_equals(run.folder, reference)
 
 

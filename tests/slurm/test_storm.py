@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.conftest import run_locally
+from tests.slurm.conftest import run_alone
 from tests.slurm.runs import ClusterRun, assert_equals
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -28,7 +28,7 @@ def test_a_storm_of_twenty_events_changes_nothing(
 ) -> None:
     chance = random.Random(6)
     events = chance.sample(EVENTS, len(EVENTS))
-    untouched = run_locally(tmp_path / "untouched", digits, steps=LONG)
+    untouched = run_alone(tmp_path / "untouched", digits, steps=LONG)
     run = on_cluster(3)
     run.released_every_s = 5.0  # a slurmctld that is killed may lose a job, see docs/cluster.md; nothing else may
     run.launch(digits, "--max-restarts", "50", "--retry-wait", "0", steps=LONG)
@@ -37,16 +37,16 @@ def test_a_storm_of_twenty_events_changes_nothing(
         together = [events.pop() for _ in range(min(chance.randint(1, 2), len(events)))]
         # A slurmctld that dies in the second in which it has started a job forgets that, and then holds the job.
         settled = "restart slurmctld" in together
-        run.wait_for_chapters(begun + 1)  # who was struck before may take a while to die
+        run.wait_for_attempts(begun + 1)  # who was struck before may take a while to die
         wait_for_a_moment(run, chance, saving=WHILE_SAVING in together, settled=settled)
         assert run.status()["state"] != "finished", f"over before {together}"
         if {*together} != {"restart slurmctld"}:
-            begun, killing = len(run.chapters()), killing + 1
+            begun, killing = len(run.attempts()), killing + 1
         for event in sorted(together, key=EVENTS.index):
             strike(run, event, chance)
     told = run.finish()
     assert told["step"] == LONG
-    ends = [chapter.cause for chapter in run.chapters()]
+    ends = [attempt.cause for attempt in run.attempts()]
     assert ends[-1] == "finished"
     assert len(ends) > killing, ends
     assert None not in ends
@@ -86,7 +86,7 @@ def strike(run: ClusterRun, event: str, chance: random.Random) -> None:
         run.cluster.kill_controller()
         run.cluster.start_controller()
     elif event == "kill a node":
-        name = chance.choice(run.chapters()[-1].nodes)
+        name = chance.choice(run.attempts()[-1].nodes)
         run.cluster.kill_node(name)
         run.cluster.start_node(name)
     else:

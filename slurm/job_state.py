@@ -1,0 +1,220 @@
+"""What has become of a run and of its job: all that decides about it from the run's folder and from Slurm's queue.
+
+Neither the folder nor Slurm is believed alone. What follows an attempt is decided by ``slurm.restart``.
+"""
+
+import fcntl
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.run_state import RunState
+from slurm import scheduler
+from slurm.folder import SlurmFolder
+from slurm.restart import AttemptRecord, JobState
+from slurm.scheduler import Job
+
+Remedy = Literal["", "release", "submit"]
+"""What ``slurm.release`` can do: release a job that Slurm holds, or submit one in place of a dead one."""
+
+
+def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) -> JobState:
+    """What Slurm is about to do with a job whose ranks have just ended.
+
+    A job that is being torn down shows as COMPLETING, whatever the cause, so the cause is read from its other fields.
+
+    Args:
+        job: its id.
+        restart: its SLURM_RESTART_COUNT.
+        save_within_s: so long before the time limit it was told to stop.
+        node_down: whether one of its nodes is down.
+    """
+    facts = scheduler.show_job(job, retry_s=scheduler.OUTAGE_S)
+    if not facts:  # a job that was cancelled is known until its batch script has ended, if its node has not gone before
+        return "cancelled" if node_down else "forgotten"
+    if int(facts.get("Restarts", "0")) > restart or facts["JobState"] in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return "requeued"
+    preempted, started = facts.get("PreemptTime", ""), facts.get("StartTime", "")
+    if preempted.isdigit() and started.isdigit() and int(preempted) >= int(started):
+        return "preempted"
+    if facts["Reason"] in ("NodeDown", "NodeFail"):
+        return "node lost"
+    running = facts["JobState"] in ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED")
+    limit = _seconds(facts.get("TimeLimit", ""))
+    told = limit - save_within_s - 60 if running else limit  # Slurm may send the signal up to a minute early
+    if facts["Reason"] == "TimeLimit" or (limit and _seconds(facts["RunTime"]) >= told):
+        return "time limit"
+    if running:
+        return "running"
+    return "node lost" if node_down else "cancelled"
+
+
+def _seconds(duration: str) -> int:
+    """``1-02:03:04`` in seconds; 0 for what is no duration, such as UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
+    if not found:
+        return 0
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def current_job(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job]) -> Job | None:
+    """The job of a run that runs, else the one that waits; None when there is none. ``queue`` is what Slurm knows.
+
+    Whoever submitted it may not have lived to write that down, so jobs are known by their script, too.
+    """
+    mine = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
+    begun = records[-1].job if records else ""
+    alive = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
+    return max(alive, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
+
+
+def running_attempt(records: list[AttemptRecord], queue: dict[str, Job], *, but: str) -> AttemptRecord | None:
+    """The attempt that runs now, if it is of another job than ``but``."""
+    last = records[-1] if records else None
+    job = queue.get(last.job) if last and not last.ended and last.job != but else None
+    return last if job is not None and job.state == "RUNNING" else None
+
+
+def _ended_job(folder: SlurmFolder, last: AttemptRecord | None, queue: dict[str, Job]) -> Job | None:
+    """The newest job of a run that has ended and that Slurm has not forgotten yet."""
+    ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
+    return next((queue[job] for job in sorted(ids, key=_number, reverse=True) if job in queue), None)
+
+
+def _number(job: str) -> int:
+    return int(job) if job.isdigit() else 0
+
+
+@dataclass
+class RunStatus:
+    """A run, for a table or for ``--json``. Unknown numbers are None."""
+
+    name: str
+    state: str
+    """waiting, held, starting, running, stopping, restarting, finished, stopped, cancelled, failed, lost or unknown."""
+    why: str = ""
+    """What it waits for, or why it ended or was started again last."""
+    job: str = ""
+    """That runs, waits, or has ended last."""
+    remedy: Remedy = ""
+    step: int = 0
+    total_steps: int | None = None
+    saved_step: int = 0
+    images_per_second: float | None = None
+    loss: float | None = None
+    eta_s: float | None = None
+    restarts: int = 0
+    nodes: list[str] = field(default_factory=list)
+    ranks: int | None = None
+    heartbeat_s: float | None = None
+    """Seconds since the run wrote its state last."""
+    log: str = ""
+    """Of rank 0 of the newest attempt."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job] | None) -> RunStatus:
+    """Name, state, reason, job and remedy of a run.
+
+    Args:
+        folder: its folder.
+        records: its attempts.
+        queue: the jobs that Slurm knows; None where there is no Slurm.
+    """
+    job, run, last = current_job(folder, records, queue or {}), folder.state(), records[-1] if records else None
+    remedy: Remedy = ""
+    if run is not None and run.state == "finished":
+        state, why = "finished", ""
+    elif job is not None:
+        state, why = _with_job(folder, run, records, job)
+        remedy = "release" if state == "held" and job.launch_failed else ""
+    elif last is None and not folder.launched():
+        state, why = _started_by_hand(folder, run)
+    else:
+        job = _ended_job(folder, last, queue or {})
+        put_off = last is not None and last.action == "release" and not last.next_job
+        possible: Remedy = "submit" if put_off or (job and job.failed) else ""
+        state, why = _without_job(folder, run, last, gone=job, remedy=possible, asked=queue is not None)
+        remedy = possible if state == "lost" else ""
+    gone = last.next_job or last.job if last else ""
+    return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy)
+
+
+def _with_job(folder: SlurmFolder, run: RunState | None, records: list[AttemptRecord], job: Job) -> tuple[str, str]:
+    last = records[-1] if records else None
+    if folder.stop_request():
+        return "stopping", folder.stop_request()
+    if job.state == "PENDING":
+        before = f"; before: {last.reason}" if last and last.reason else ""
+        return (
+            ("held", _who_releases(folder, job) + before) if job.held else ("waiting", f"Slurm: {job.reason}{before}")
+        )
+    before = next((record.reason for record in reversed(records[:-1]) if record.reason), "")
+    if last is None or (last.ended and job.state != "COMPLETING"):
+        return "starting", last.reason if last else ""
+    if last.ended:
+        return ("restarting" if last.action in ("leave", "requeue") else "stopping"), last.reason
+    if job.state == "COMPLETING":
+        return "stopping", before
+    if run is None or run.updated < last.begun:
+        return "starting", before
+    return ("running", before) if run.state == "running" else ("stopping", run.reason)
+
+
+def _who_releases(folder: SlurmFolder, job: Job) -> str:
+    """Why a job is held, and how it goes on."""
+    if job.launch_failed:
+        return f"Slurm could not launch it and holds it: `python -m slurm.release {folder.run}` lets it go on"
+    if job.reason == "JobHeldAdmin":
+        return f"an administrator holds it, who alone can let it go on: `scontrol release {job.id}`"
+    return f"Slurm: {job.reason}; `scontrol release {job.id}` lets it go on"
+
+
+def _without_job(
+    folder: SlurmFolder,
+    run: RunState | None,
+    last: AttemptRecord | None,
+    *,
+    gone: Job | None,
+    remedy: Remedy,
+    asked: bool,
+) -> tuple[str, str]:
+    final = last if last is not None and last.ended and last.action in ("none", "cancel") else None
+    if final is not None and final.cause not in ("stopped", "cancelled"):
+        return "failed", final.reason
+    if folder.stop_request():  # a launch withdraws it, so it is newer than what the last one came to
+        return "stopped", folder.stop_request()
+    if final is not None:
+        return final.cause, final.reason
+    if not asked and last is not None and last.ended:
+        return "restarting", f"{last.reason}; Slurm could not be asked"
+    if not asked:
+        return (run.state if run else "unknown"), "as its folder says; Slurm could not be asked"
+    if gone is not None and gone.state == "CANCELLED":
+        return "cancelled", f"job {gone.id} was cancelled"
+    what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
+    again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
+    before = f"; before: {last.reason}" if last and last.reason else ""
+    return "lost", f"{what}, and nothing goes on in its place: {again}{before}"
+
+
+def _started_by_hand(folder: SlurmFolder, run: RunState | None) -> tuple[str, str]:
+    if run is None:
+        return "unknown", "run.json cannot be read"
+    if run.state == "running" and not _locked(folder.run):
+        return "lost", f"run.json says running, but no process of {run.host} holds the run; seen from this machine"
+    return run.state, run.reason
+
+
+def _locked(run: Path) -> bool:
+    """Whether a process that this machine can see is training this run."""
+    try:
+        with (run / ".lock").open("r") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
