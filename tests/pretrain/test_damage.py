@@ -34,7 +34,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from slurm.folder import SlurmFolder
-from slurm.standing import _last_training_row
+from slurm.status import _last_training_row
 from tests.pretrain.damage import KINDS, STRUCTURE, change_without_digest, delete, unreadable
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_round_trip import train
