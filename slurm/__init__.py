@@ -1,1 +1,1 @@
-"""Starts runs on a cluster and keeps them alive. Knows a run folder and how to start main.py, nothing of training."""
+"""Starts runs on a cluster and restarts them. Knows a run folder and how to start main.py, nothing of training."""

@@ -106,7 +106,7 @@ def _other_that_runs(records: list[AttemptRecord], job: str) -> AttemptRecord | 
 
 
 def rendezvous_port(attempt: Attempt) -> int:
-    """Another one for every attempt: a former one may linger on a node."""
+    """Another one for every attempt: a previous one may linger on a node."""
     return ports.FIRST + (int(attempt.job) * 31 + attempt.restart) % ports.COUNT
 
 
@@ -214,11 +214,11 @@ def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
 
 def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Attempt, launch: Launch) -> bool:
     """Write down the end of an attempt that could not do it itself; whether that was one too many."""
-    former = next(iter(reversed(history.records())), None)
-    if former is None or former.ended or former.attempt == now:
+    previous = next(iter(reversed(history.records())), None)
+    if previous is None or previous.ended or previous.attempt == now:
         return False
-    lost, step = former.attempt, folder.saved_step()
-    outcome = Outcome("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=former.step,
+    lost, step = previous.attempt, folder.saved_step()
+    outcome = Outcome("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=previous.step,
                       saved_at=step, slow=folder.slow_nodes(lost))  # fmt: skip
     decision = decide(outcome, history.before(lost), launch.policy)
     saved = f"saved at step {step}" if step else "nothing was saved"

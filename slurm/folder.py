@@ -167,7 +167,7 @@ class SlurmFolder:
             path.unlink(missing_ok=True)
 
     def read_exits(self, attempt: Attempt) -> list[RankExit]:
-        """How the ranks of an attempt ended, as far as they could tell, the earliest first."""
+        """How the ranks of an attempt ended, as far as they recorded it, the earliest first."""
         found, known = [], {one.name for one in fields(RankExit)}
         for path in self.logs(attempt).glob("rank-*.exit.json"):
             facts = read_json_object(path)
@@ -193,7 +193,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def stamp(seconds: float | None = None) -> str:
-    """Local time for a person."""
+    """Local time as text."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 

@@ -34,7 +34,7 @@ class History:
                 record.ended, record.end_step = line["time"], line["step"]
                 record.cause, record.reason = line["cause"], line["reason"]
                 record.action, record.node = line["action"], line["node"]
-                record.slow = line.get("slow", [])  # runs that began before this was written down go on too
+                record.slow = line.get("slow", [])  # older runs lack it
             elif attempt in found:
                 record = found[attempt]
                 record.notes.append(line["text"])

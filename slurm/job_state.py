@@ -27,7 +27,7 @@ def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) ->
     Args:
         job: its id.
         restart: its SLURM_RESTART_COUNT.
-        save_within_s: so long before the time limit it was told to stop.
+        save_within_s: so long before the time limit it was asked to stop.
         node_down: whether one of its nodes is down.
     """
     facts = scheduler.show_job(job, retry_s=scheduler.OUTAGE_S)
@@ -42,8 +42,8 @@ def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) ->
         return "node lost"
     running = facts["JobState"] in ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED")
     limit = _seconds(facts.get("TimeLimit", ""))
-    told = limit - save_within_s - 60 if running else limit  # Slurm may send the signal up to a minute early
-    if facts["Reason"] == "TimeLimit" or (limit and _seconds(facts["RunTime"]) >= told):
+    asked = limit - save_within_s - 60 if running else limit  # Slurm may send the signal up to a minute early
+    if facts["Reason"] == "TimeLimit" or (limit and _seconds(facts["RunTime"]) >= asked):
         return "time limit"
     if running:
         return "running"
@@ -62,12 +62,12 @@ def _seconds(duration: str) -> int:
 def current_job(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job]) -> Job | None:
     """The job of a run that runs, else the one that waits; None when there is none. ``queue`` is what Slurm knows.
 
-    Whoever submitted it may not have lived to write that down, so jobs are known by their script, too.
+    The process that submitted it may have died before it recorded that, so jobs are known by their script, too.
     """
     mine = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
     begun = records[-1].job if records else ""
-    alive = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
-    return max(alive, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
+    active = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
+    return max(active, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
 
 
 def running_attempt(records: list[AttemptRecord], queue: dict[str, Job], *, but: str) -> AttemptRecord | None:
@@ -164,7 +164,7 @@ def _with_job(folder: SlurmFolder, run: RunState | None, records: list[AttemptRe
 
 
 def _who_releases(folder: SlurmFolder, job: Job) -> str:
-    """Why a job is held, and how it goes on."""
+    """Why a job is held, and how it is released."""
     if job.launch_failed:
         return f"Slurm could not launch it and holds it: `python -m slurm.release {folder.run}` lets it go on"
     if job.reason == "JobHeldAdmin":

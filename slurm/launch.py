@@ -1,4 +1,4 @@
-"""Start a run on a cluster and keep it alive: ``python -m slurm.launch --recipe R --nodes 4 --gpus-per-node 8``."""
+"""Start a run on a cluster that recovers by itself: ``python -m slurm.launch --recipe R --nodes 4 --gpus-per-node 8``."""
 
 import argparse
 import contextlib
@@ -19,8 +19,8 @@ from slurm.script import executor_for, ignored_variables, submit, submitit_scrip
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
-crashes, and goes on from its newest checkpoint, until it is finished, told to stop with `python -m slurm.stop`, or
-cannot succeed. `python -m slurm.status` tells how it is.
+crashes, and resumes from its newest checkpoint, until it is finished, stopped with `python -m slurm.stop`, or
+cannot succeed. `python -m slurm.status` shows its state.
 """
 
 
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_device_argument(run)
     size = parser.add_argument_group("its size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
-    size.add_argument("--min-nodes", type=int, help="go on with so few when some are gone; the global batch stays")
+    size.add_argument("--min-nodes", type=int, help="continue with so few when some are gone; the global batch stays")
     size.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="one task each, such as 8 or h100:8")
     slurm = parser.add_argument_group("Slurm's")
     for name in ("partition", "account", "qos", "constraint"):
@@ -51,12 +51,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     slurm.add_argument("--container", metavar="COMMAND",
                        help="what each task is started with, for example 'apptainer exec --nv lavit.sif'")  # fmt: skip
     slurm.add_argument("--container-python", default="python3", help="Python in the container (default: python3)")
-    alive = parser.add_argument_group("staying alive")
-    alive.add_argument("--save-within", type=int, default=120, metavar="SECONDS",
-                       help="so long before the time limit the ranks are told to save (default: 120)")  # fmt: skip
-    alive.add_argument("--max-restarts", type=int, default=5,
+    recovery = parser.add_argument_group("recovery")
+    recovery.add_argument("--save-within", type=int, default=120, metavar="SECONDS",
+                       help="so long before the time limit the ranks are asked to save (default: 120)")  # fmt: skip
+    recovery.add_argument("--max-restarts", type=int, default=5,
                        help="give up after so many in a row without a new checkpoint (default: 5)")  # fmt: skip
-    alive.add_argument("--retry-wait", type=float, default=60.0, metavar="SECONDS",
+    recovery.add_argument("--retry-wait", type=float, default=60.0, metavar="SECONDS",
                        help="wait before the second of these, then four times as long each (default: 60)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
     options = parser.parse_args(arguments)

@@ -35,7 +35,7 @@ class Plan:
     usable_nodes: tuple[int, ...]
     global_batch: int
     lines: tuple[str, ...]
-    """The plan for a person."""
+    """The plan as text."""
 
 
 def make_plan(options: argparse.Namespace) -> Plan:

@@ -1,7 +1,7 @@
-"""Let runs go on that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
+"""Requeue runs that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
 
 When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
-its host dies where jobs may not be requeued, the job ends. Nothing of it is alive then that could do anything about it.
+its host dies where jobs may not be requeued, the job ends. Nothing of it is left then that could react.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def failed_launches(job: str, last: AttemptRecord | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Let runs go on that Slurm holds or has ended by itself."""
+    """Requeue runs that Slurm holds or has ended by itself."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.release", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

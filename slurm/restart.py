@@ -3,7 +3,7 @@
 | outcome | what follows |
 |---|---|
 | finished; ``slurm.stop``; scancel; an error that will repeat | nothing |
-| preempted, told to stop by a signal | started again |
+| preempted, asked to stop by a signal | started again |
 | time limit, a node lost, a crash, a hang | the same, after a while, unless ``max_restarts`` in a row saved nothing |
 """
 
@@ -22,13 +22,13 @@ Cause = Literal[
     "finished", "stopped", "cancelled", "will fail again", "preempted", "time limit", "node lost", "crashed", "hang",
     "lost",
 ]  # fmt: skip
-"""Why an attempt ended; "lost": nobody lived to tell."""
+"""Why an attempt ended; "lost": no rank recorded why."""
 Action = Literal["none", "cancel", "leave", "requeue", "release"]
 """What to do with the job; "leave": Slurm has requeued it; "cancel": Slurm has, and should not have; "release": Slurm
 accepts no other job now, so ``slurm.release`` submits it."""
 
 COUNTED: tuple[Cause, ...] = ("time limit", "node lost", "crashed", "hang", "lost")
-"""Outcomes that may mean that the run cannot go on. Being preempted says nothing about the run."""
+"""Outcomes that may mean that the run cannot continue. Being preempted says nothing about the run."""
 FAILURES_TO_EXCLUDE = 2
 """A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
 WORDS = 300
@@ -45,7 +45,7 @@ class Policy:
     retry_wait_s: float
     """Wait before the second restart without progress; four times as long before each further one."""
     save_within_s: int
-    """So long before the time limit the ranks are told to save."""
+    """So long before the time limit the ranks are asked to save."""
 
     @property
     def time_to_save_s(self) -> float:
@@ -63,7 +63,7 @@ class RankExit:
     """``main.py``'s exit status, or minus the signal that killed it."""
     time: float
     cause: str = "failed"
-    """Of ``pretrain.exit_record``; or finished, stopped, not saved (in time when told to stop), killed."""
+    """Of ``pretrain.exit_record``; or finished, stopped, not saved (in time when asked to stop), killed."""
     phase: str = ""
     """What it did then."""
     blamed: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class AttemptRecord:
     reason: str = ""
     action: str = ""
     next_job: str = ""
-    """The job that goes on in its place, where it could not be requeued."""
+    """The job that continues in its place, where it could not be requeued."""
     submitted_again: int = 0
     """How often ``slurm.release`` has submitted a job in its place."""
     notes: list[str] = field(default_factory=list)
@@ -233,7 +233,7 @@ def _why(outcome: Outcome) -> tuple[Cause, str, str]:
         by_slurm = " (Slurm requeued it)" if outcome.job_state == "requeued" else ""
         return "preempted", f"preempted{by_slurm}; {saved}", ""
     late = next((e.message for e in stopped if e.cause == "not saved"), "")
-    # Whoever had not saved is ended on its node, and the others may see it gone before their own node ends them.
+    # A rank that had not saved is ended on its node, and the others may see it gone before their own node ends them.
     lost_others = all(not e.at_fault and e.cause != "hang" for e in failed)
     if failed and not (late and lost_others and outcome.job_state == "time limit"):
         first = culprit or failed[0]

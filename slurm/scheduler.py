@@ -79,7 +79,7 @@ class Job:
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended, neither well nor because a person ended it."""
+        """Whether it has ended, neither well nor because a user ended it."""
         return self.state in _FAILED
 
     @property
@@ -102,15 +102,15 @@ def run(*words: str, retry_s: float = 0.0) -> str:
         UnreachedError: there was no answer.
         SlurmError: it failed, or there is no such command here.
     """
-    deadline, told = time.monotonic() + retry_s, False
+    deadline, reported = time.monotonic() + retry_s, False
     while True:
         try:
             return _try(*words)
         except UnreachedError as error:
             if time.monotonic() > deadline:
                 raise
-            if not told:
-                told = True
+            if not reported:
+                reported = True
                 say(f"{error}; trying again for up to {retry_s / 60:.0f} min")
         time.sleep(1.0)
 
@@ -230,7 +230,7 @@ def _jobs_of(script: Path, retry_s: float) -> set[str]:
 
 
 def release(job: str) -> None:
-    """Let a held job go on.
+    """Release a held job.
 
     Raises:
         SlurmError: it is not allowed, as where an administrator holds it.

@@ -36,7 +36,7 @@ OWN = (
     "signal",
     "wrap",
 )
-"""Options without which a run does not go on."""
+"""Options without which a run does not recover."""
 
 
 def sbatch_options(options: Namespace, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def sbatch_options(options: Namespace, environment: Mapping[str, str]) -> dict[s
         UserError: an option cannot be given, or has a line break.
     """
     asked = {name: environment.get(f"SBATCH_{name.upper()}") for name in SITE} | {
-        # Tasks are counted when it starts: had sbatch been told of them, Slurm would give the fewest nodes of a range.
+        # Tasks are counted when it starts: if sbatch knew them, Slurm would give the fewest nodes of a range.
         "nodes": options.nodes if options.min_nodes == options.nodes else f"{options.min_nodes}-{options.nodes}",
         "gpus_per_node": options.gpus_per_node,
         "cpus_per_gpu": options.cpus_per_gpu,

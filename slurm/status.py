@@ -24,7 +24,7 @@ TAIL_BYTES = 65_536
 WIDEST = 40
 """Columns of the table that a cell is padded to at most."""
 DESCRIPTION = """\
-Tell how runs are, from their folders and from Slurm's queue.
+Show the state of runs, from their folders and from Slurm's queue.
 
 states: waiting (for nodes), held (until someone releases it), starting, running, stopping, restarting, finished,
 stopped (slurm.stop), cancelled (scancel), failed (will not be started again; the reason says what to change), lost

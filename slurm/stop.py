@@ -13,7 +13,7 @@ from slurm.job_state import current_job
 from slurm.scheduler import SlurmError
 
 DESCRIPTION = """\
-Stop a run: its ranks save and end, and nothing starts it again. `python -m slurm.launch` with the same recipe goes on.
+Stop a run: its ranks save and end, and nothing starts it again. `slurm.launch` with the same recipe resumes it.
 """
 
 
