@@ -1,4 +1,4 @@
-"""Start a run on a cluster that recovers by itself: ``python -m slurm.launch --recipe R --nodes 4 --gpus-per-node 8``."""
+"""Start a run on a cluster that recovers by itself: ``python -m slurm.launch --recipe R --nodes 4 ...``."""
 
 import argparse
 import contextlib

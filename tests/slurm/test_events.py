@@ -368,6 +368,6 @@ def test_a_number_of_nodes_that_does_not_divide_the_batch_is_not_used_up(on_clus
     assert (attempt.nodes, attempt.ranks) == (run.cluster.names[:2], 2)
     said = (run.folder / f"slurm/submitit/{run.job}_0_log.out").read_text()
     assert "using 2 of 3 nodes: the ranks must divide the global batch of 16" in said
-    assert "global batch 16 = 2 ranks x 8 x 1; ZeRO stage 0" in said
+    assert "global batch 16 = 2 ranks x 8 x 1; ZeRO stage 1" in said
     run.stop()
     run.wait_for_state("stopped")
