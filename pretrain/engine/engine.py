@@ -75,7 +75,7 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
     if stage == 3:
         raise UserError(
             "model.compile does not go with ZeRO stage 3, which gathers parameters between layers: use "
-            "zero_optimization.stage 2 or less, or leave model.compile out"
+            "zero_optimization.stage 2 or less, or model.compile=false"
         )
     _require_compilers(device)
     compile_forward(model)
@@ -114,7 +114,7 @@ def _require_compilers(device: torch.device) -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise UserError(
-                "model.compile needs a C++ compiler on a CPU and finds none: install g++, or leave model.compile out"
+                "model.compile needs a C++ compiler on a CPU and finds none: install g++, or set model.compile=false"
             ) from None
 
 
@@ -127,5 +127,5 @@ def _require_triton() -> None:
         lacking = "C compiler" if has_triton_package() else "Triton"
         raise UserError(
             f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
-            "which torch's builds for CUDA bring along), or leave model.compile out"
+            "which torch's builds for CUDA bring along), or set model.compile=false"
         )
