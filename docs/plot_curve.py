@@ -19,7 +19,7 @@ def main(run: Path, picture: Path) -> None:
     top1_axis.plot(
         [row["samples_seen"] for row in evaluations], [row["top1"] for row in evaluations], "o-", color="tab:orange"
     )
-    top1_axis.set_ylabel("top-1 on held-out pictures, %", color="tab:orange")
+    top1_axis.set_ylabel("top-1 on held-out images, %", color="tab:orange")
     best = evaluations[-1]
     top1_axis.annotate(
         f"{best['top1']:.2f} %", (best["samples_seen"], best["top1"]), xytext=(-10, -18), textcoords="offset points",
