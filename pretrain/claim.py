@@ -48,8 +48,7 @@ def claim(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _lock(folder.path / ".lock")
-        folder.failure.unlink(missing_ok=True)  # that of the previous attempt
-        folder.locked = True
+        folder.start_attempt()
         folder.check_recipe(recipe, deepspeed)
         previous = folder.read_state()
         _check_content(folder, recipe, fingerprints, previous)
@@ -76,7 +75,7 @@ def claim(
 def _check_content(folder: RunFolder, recipe: Recipe, here: dict[str, str], previous: RunState | None) -> None:
     """Refuse splits whose content is not that of ``environment.json``, ``run.json`` and the newest checkpoint."""
     recorded = [] if previous is None else [previous.fingerprints]
-    if folder.read_recipe() is not None and (folder.path / "environment.json").exists():
+    if all((folder.path / name).exists() for name in ("recipe.yaml", "environment.json")):
         recorded.append({"train": folder.read_dataset()["fingerprint"]})
     for path in list_checkpoints(folder.checkpoints):
         with suppress(CheckpointDamagedError):  # it is passed over later

@@ -167,13 +167,17 @@ class RunFolder:
 
     def write_description(self, recipe: Recipe, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write what really runs: ``recipe.yaml``, ``ds_config.json``, ``environment.json``. For rank 0."""
-        self._move_obstacles()
-        self.failure.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_sealed(self.path / "ds_config.json", deepspeed)
         write_sealed(self.path / "environment.json", describe_environment() | facts)
         # Last: with it the folder is a run, whose other files must be there.
         write_sealed(self.path / "recipe.yaml", recipe.model_dump(mode="json"))
+
+    def start_attempt(self) -> None:
+        """Prepare the folder for an attempt, which has its lock: no obstacles, no failure of the previous attempt."""
+        self._move_obstacles()
+        self.failure.unlink(missing_ok=True)
+        self.locked = True
 
     def _move_obstacles(self) -> None:
         """Move aside what a run can do without and cannot write: a damaged ``run.json``, files that are folders."""

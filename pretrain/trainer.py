@@ -40,7 +40,7 @@ from pretrain.summary import write_summary
 class Trainer:
     """Trains on this rank; ``build_trainer`` builds its parts.
 
-    ``state`` is all that a checkpoint saves beside weights and moments; what the other parts remember may be lost.
+    ``state`` is all that a checkpoint saves in addition to weights and moments.
     """
 
     recipe: Recipe

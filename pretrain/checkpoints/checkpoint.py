@@ -60,7 +60,7 @@ def load_newest(
     """Fill the engine from the newest checkpoint that is intact and ``good``. Collective.
 
     Returns:
-        progress and a line for each newer checkpoint that was passed over as damaged; None if there is no checkpoint.
+        the state and a line for each newer checkpoint that was passed over as damaged; None if there is no checkpoint.
 
     Raises:
         UserError: there are checkpoints but none is intact; the newest intact one is of another model; or, with
@@ -79,20 +79,21 @@ def load_newest(
             problem = error
         problems: list[CheckpointDamagedError | None] = [None] * world
         dist.all_gather_object(problems, problem, group=group)
+        passing = next((one for one in problems if one is not None and one.code is ExitCode.RETRY), None)
+        if passing is not None:
+            raise UserError(f"{passing}; nothing was given up: start again", ExitCode.RETRY)
         problem = next(filter(None, problems), None)
-        if any(one is not None and one.code is ExitCode.RETRY for one in problems):
-            raise UserError(f"{problem}; nothing was given up: start again", ExitCode.RETRY)
         if problem is None:
             try:
-                progress = TrainState(**read_manifest(path)["progress"])
+                state = TrainState(**read_manifest(path)["progress"])
             except TypeError as error:
                 raise UserError(f"{path} was written by another version: {error}") from None
-            if not good(progress):
+            if not good(state):
                 continue
             _fill(path, shards)
             if rank == 0:
                 warnings += _put_aside(damaged)
-            return progress, warnings
+            return state, warnings
         warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
         damaged.append(path)
     if warnings:

@@ -107,6 +107,7 @@ class Readers:
     def resume(self, run: Path) -> Found:
         """A start, as far as it reads. Every intact line of the metrics is there afterwards, if the weights are."""
         folder, said = RunFolder(run), list[str]()
+        folder.start_attempt()
         folder.check_recipe(self.recipe, self.config)
         dataset, origin, state = folder.read_dataset(), folder.read_origin(), folder.read_state()
         folder.write_description(self.recipe, self.config, {"dataset": dataset, "initialized_from": origin})

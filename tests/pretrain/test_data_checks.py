@@ -94,6 +94,17 @@ def start(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
+@pytest.mark.parametrize(("name", "is_folder"), [("failure.txt", True), ("run.json", True), ("hangs", False)])
+def test_what_is_in_the_way_of_an_attempt_is_moved_aside(
+    start: Any, tmp_path: Path, name: str, *, is_folder: bool
+) -> None:
+    obstacle = tmp_path / "demo" / name
+    obstacle.mkdir(parents=True) if is_folder else (obstacle.parent.mkdir(), obstacle.touch())
+    start("aa", "bb")
+    assert obstacle.is_file() is (name == "run.json")
+    assert len([*obstacle.parent.glob(f"{name}.damaged-*")]) == 1
+
+
 def write_checkpoint(run: Path, **facts: Any) -> None:
     folder = run / "checkpoints/step-00000001"
     folder.mkdir(parents=True)

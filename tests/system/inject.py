@@ -2,7 +2,7 @@
 
 - ``nan=9-11,15``: the loss of these steps is NaN on the last rank
 - ``raise=7``: the last rank fails in this step
-- ``stop=7``: the last rank stands still in this step
+- ``stop=7``: the last rank hangs in this step
 - ``hold=7``: from this step on every rank waits until it is asked to stop, so that the run is not over before
 - ``digests=FOLDER``: every rank writes a line for each row of the global batches that it trains on
 """

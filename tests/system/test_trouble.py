@@ -1,4 +1,4 @@
-"""Gradients that are not finite, a full disk, a rank that stands still or fails: survived, or told and ended."""
+"""Gradients that are not finite, a full disk, a rank that hangs or fails: survived, or told and ended."""
 
 import json
 import math
