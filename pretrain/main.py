@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -166,8 +167,9 @@ def _give_up(trainer: Trainer | None, status: RunStatus | None, reason: str, cod
     except OSError as error:
         print(f"WARNING the run's state could not be written: {error}", file=sys.stderr)  # noqa: T201
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # the log may be on a full disk
+                stream.flush()
         os._exit(code)  # an orderly end would wait for peers and threads that may be gone
 
 
