@@ -73,7 +73,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     interval = checkpoint_interval(recipe, steps)
     lines = [
         f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
-        f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
+        f"model         {recipe.model.title}, {run_size.parameters:,} parameters, {run_size.classes} classes",
         f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
         f"ranks         {nodes} nodes x {per_node} = {nodes * per_node}"
         + (f"; a restart also takes {' or '.join(map(str, usable[:-1]))} nodes" if usable[:-1] else ""),

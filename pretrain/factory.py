@@ -1,0 +1,238 @@
+"""Networks of any package, built by a callable that the recipe names, and the methods of theirs that are used.
+
+A network maps images (batch, 3, height, width) to logits (batch, classes). Used where it has them:
+``no_weight_decay()``; ``layer_groups()`` as ``LaViT`` has it, or timm's ``group_matcher()``; timm's
+``set_grad_checkpointing()`` and ``get_classifier()``.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import LaViT, LaViTConfig
+from models.cost import count_macs
+from pretrain.outcome import UserError
+
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FactoryConfig:
+    """A network as its callable and arguments; what ``LaViTConfig`` is for a LaViT."""
+
+    name: str
+    """``package.module:callable``."""
+    arguments: dict[str, Any]
+    """Keyword arguments of the recipe."""
+    num_classes: int
+    image_size: tuple[int, int]
+    """Height and width, in pixels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a hand-off records; ``from_dict`` is the inverse."""
+        own = {"arguments": self.arguments, "num_classes": self.num_classes, "image_size": list(self.image_size)}
+        return {"name": self.name, "factory": self.name, **own}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "FactoryConfig":
+        """Read what ``to_dict`` wrote; nothing is imported.
+
+        Raises:
+            ValueError: a field is missing or of another type.
+        """
+        name, arguments, size = (fields.get(key) for key in ("factory", "arguments", "image_size"))
+        if not (isinstance(name, str) and isinstance(arguments, dict) and isinstance(size, list) and len(size) == 2):
+            raise ValueError("architecture: a factory has its name, arguments and image_size")
+        return cls(name, arguments, fields["num_classes"], (size[0], size[1]))
+
+    @cached_property
+    def on_meta(self) -> nn.Module:
+        """The network on torch's meta device, without memory."""
+        return self.build().to("meta")
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.on_meta.parameters())
+
+    def build(self, factory: Factory | None = None) -> nn.Module:
+        """The network on the CPU, in training mode.
+
+        ``num_classes`` is passed to a callable that has it as an argument or takes any (``**kwargs``); the image size
+        to one that has ``img_size`` or ``image_size``, as one number where images are square. The recipe's own
+        arguments win. Parameters that need no gradient become buffers, which are state that the optimizer does not own.
+
+        Args:
+            factory: the callable; None imports ``name``.
+
+        Raises:
+            UserError: it cannot be imported or called with these arguments, or gives no network.
+        """
+        call = factory or _import(self.name)
+        takes: Mapping[str, inspect.Parameter] = {}
+        with suppress(TypeError, ValueError):  # a callable of an extension module
+            takes = inspect.signature(call).parameters
+        height, width = self.image_size
+        given = dict.fromkeys(("img_size", "image_size"), height if height == width else (height, width))
+        given = {key: value for key, value in given.items() if key in takes}
+        if "num_classes" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+            given["num_classes"] = self.num_classes
+        given |= self.arguments
+        network: object
+        with users_code(f"{self.name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"):
+            network = call(**given)
+        if not isinstance(network, nn.Module):
+            raise UserError(f"model.factory: {self.name} gives a {type(network).__name__}, no torch.nn.Module")
+        for module in [*network.modules()]:
+            for name, parameter in [*module.named_parameters(recurse=False)]:
+                if not parameter.requires_grad:
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.data)
+        return network.train()
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Turn whatever the user's own code raises within the block into one line that begins with ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UserError(f"model.factory: {what}: {reason}") from error
+
+
+def _import(name: str) -> Factory:
+    module, _, attributes = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(1, here)
+    with users_code(f"{name} is found neither from the current folder, {here}, nor among what is installed"):
+        found: Any = reduce(getattr, attributes.split("."), importlib.import_module(module))
+    if not callable(found):
+        raise UserError(f"model.factory: {name} is a {type(found).__name__}, and cannot be called")
+    return found
+
+
+def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device: torch.device) -> int:
+    """Pass two blank images through a network of a factory, in evaluation mode.
+
+    Args:
+        network: in training mode; it is moved to the device.
+        config: of the network.
+        device: of this rank.
+
+    Returns:
+        multiply-accumulates of one image, of the operators that ``torch.utils.flop_counter`` counts; for a LaViT in
+        closed form.
+
+    Raises:
+        UserError: the network does not take the images, or its output are no logits.
+    """
+    if isinstance(config, LaViTConfig):
+        return count_macs(config)
+    images, counter = torch.zeros(2, 3, *config.image_size, device=device), FlopCounterMode(display=False)
+    network.to(device).eval()
+    with users_code(f"{config.name} does not take images {tuple(images.shape)}"), torch.no_grad(), counter:
+        logits = network(images)
+    network.train()
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if shape != (2, config.num_classes):
+        raise UserError(
+            f"model.factory: {config.name} makes {shape} of images {tuple(images.shape)}; logits "
+            f"{(2, config.num_classes)} are wanted, (batch, classes)"
+        )
+    return counter.get_total_flops() // (2 * len(images))
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a network with all of its parameters and buffers; of tied ones, one name is enough.
+
+    Raises:
+        RuntimeError: names are missing or unknown, or shapes differ.
+    """
+    found = network.load_state_dict(state, strict=False)
+    own = {name for names in (network.named_parameters(), network.named_buffers()) for name, _ in names}
+    if wrong := [*found.unexpected_keys, *own.intersection(found.missing_keys)]:
+        raise RuntimeError(f"names that only one of both has: {', '.join(sorted(wrong)[:3])}")
+
+
+def seed_generators(seed: int, step: int, row: int) -> None:
+    """Seed torch's generators for the forward pass of a micro-batch, which begins at ``row`` of the global batch.
+
+    Of so many ranks and micro-batches that row stands for (rank, micro-batch). The host waits for nothing.
+    """
+    key, counter = [seed, 0x6E6574], [0, row, 0, step]
+    torch.manual_seed(
+        int(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)).random_raw())
+    )
+
+
+def spared_names(network: nn.Module) -> set[str]:
+    """Parameters that weight decay spares: vectors, biases, and what ``no_weight_decay()`` names."""
+    own = set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
+    return {name for name, one in network.named_parameters() if one.ndim <= 1 or name.endswith(".bias") or name in own}
+
+
+def layers_of(network: nn.Module) -> Sequence[Sequence[str]]:
+    """Names of all parameters in the order of depth.
+
+    Raises:
+        UserError: the network does not tell.
+    """
+    if hasattr(network, "layer_groups"):
+        return network.layer_groups()  # type: ignore[operator]
+    if not hasattr(network, "group_matcher"):
+        raise UserError(
+            "optimizer.layer_decay: the network has neither layer_groups() nor timm's group_matcher(), so its layers "
+            "are not known: set optimizer.layer_decay=1"
+        )
+    from timm.models import group_parameters  # noqa: PLC0415 - an optional extra
+
+    return [*group_parameters(network, network.group_matcher(coarse=False)).values()]  # type: ignore[operator]
+
+
+def recompute_activations(network: nn.Module, policy: Any) -> None:
+    """Set ``model.activation_checkpointing``.
+
+    Raises:
+        UserError: the network cannot.
+        ValueError: a policy that a LaViT does not know.
+    """
+    if isinstance(network, LaViT) and not hasattr(network, "set_grad_checkpointing"):
+        network.set_activation_checkpointing(policy)
+    elif policy not in ("none", "all"):
+        raise UserError("model.activation_checkpointing: stage by stage is for a LaViT: set it to none or all")
+    elif policy == "all":
+        if not hasattr(network, "set_grad_checkpointing"):
+            raise UserError(
+                "model.activation_checkpointing: the network has no set_grad_checkpointing(): set it to none"
+            )
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
+
+
+def classifier_of(network: nn.Module) -> nn.Module:
+    """The layer that makes logits of features.
+
+    Raises:
+        UserError: the network does not tell.
+    """
+    found = network.head if isinstance(network, LaViT) else getattr(network, "get_classifier", lambda: None)()
+    if not isinstance(found, nn.Module):
+        raise UserError(
+            "probes: they need the features that the classifier reads, and the network has no get_classifier(), as "
+            "timm's have: leave probes out"
+        )
+    return found
