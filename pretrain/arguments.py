@@ -8,7 +8,7 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import Recipe
 
 DESCRIPTION = """\
-Train a LaViT by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
+Train a LaViT, or another network, by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
 checkpoint.
 
   deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     (two processes)
@@ -51,6 +51,15 @@ def add_device_argument(parser: argparse._ActionsContainer) -> None:
         choices=("auto", "cuda", "cpu"),
         default="auto",
         help="compute on GPUs or on the CPU (default: auto, on GPUs where there are some)",
+    )
+
+
+def add_trust_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--trust-factory``."""
+    parser.add_argument(
+        "--trust-factory",
+        action="store_true",
+        help="import and call what a run or hand-off names as its network (model.factory), with your rights",
     )
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import LaViT, LaViTConfig
 from models.cost import count_macs
 from pretrain.outcome import UserError
+from pretrain.recipe import Recipe
 
 Factory = Callable[..., Any]
 
@@ -38,6 +39,18 @@ class FactoryConfig:
     num_classes: int
     image_size: tuple[int, int]
     """Height and width, in pixels."""
+
+    def require_trust(self, source: object, *, trust: bool) -> None:
+        """Refuse to import a name that was read from a file, unless the user said to.
+
+        Raises:
+            UserError: names the ways to say so.
+        """
+        if not trust:
+            raise UserError(
+                f"{source} is of a network that {self.name} builds, which is not imported because a file names it: "
+                "give --trust-factory if you trust the file, or load_handoff(..., factory=CALLABLE)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What a hand-off records; ``from_dict`` is the inverse."""
@@ -167,6 +180,20 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {name for names in (network.named_parameters(), network.named_buffers()) for name, _ in names}
     if wrong := [*found.unexpected_keys, *own.intersection(found.missing_keys)]:
         raise RuntimeError(f"names that only one of both has: {', '.join(sorted(wrong)[:3])}")
+
+
+def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator[str]:
+    """Lines about what is other for a network of a factory; ``dtype`` is that of its weights."""
+    yield (
+        "random numbers that the network draws (dropout, drop path) are seeded from (seed, step, micro-batch, rank): "
+        "resuming is exact with as many ranks and the same micro-batch"
+    )
+    if recipe.loss.diagonality_weight or recipe.watch.attention_images:
+        yield "left out, as they are LaViT's: the diagonality loss (loss), the attention of images (watch)"
+    if any(buffer.is_floating_point() for buffer in network.buffers()):
+        yield "buffers (running statistics): each rank has its own; their mean is evaluated and handed off"
+        if dtype is not torch.float32:
+            yield f"WARNING buffers (running statistics) are rounded to {dtype}; torch_autocast keeps them in fp32"
 
 
 def seed_generators(seed: int, step: int, row: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoints.buffers import Buffers
 from pretrain.deepspeed_compat import flat_partitions, list_shards, torch_optimizer, update_weights
 
 AVERAGE = "average"
@@ -68,6 +69,8 @@ class OptimizerShards:
         fields = list_shards(engine, names) if self.stage else self._assign_parameters(names)
         self.shards = [OptimizerShard(*values) for values in fields]
         """This rank's shards, in the order of the model's parameters."""
+        self.buffers = Buffers(engine.module)
+        """What the network keeps in addition to its parameters."""
         self._prepare_state()
 
     def _prepare_state(self) -> None:

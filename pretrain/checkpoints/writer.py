@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.errors import is_lasting
 from pretrain.checkpoints.checkpoint import (
+    BUFFER,
     FORMAT,
     MANIFEST,
     CheckpointDamagedError,
@@ -134,6 +135,8 @@ class CheckpointWriter:
             for shard in shards:
                 self._buffers[kind][at : at + shard.length].copy_(shard.view(kind, optimizer), non_blocking=on_gpu)
                 at += shard.length
+        for name, buffer in self._shards.buffers.tensors().items():
+            self._buffers[BUFFER + name] = buffer.detach().to("cpu", copy=True).contiguous()
         if on_gpu:
             torch.cuda.current_stream(shards[0].partition.device).synchronize()
 

@@ -13,7 +13,8 @@ from pretrain.deepspeed_compat import record_gradient_norm
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
-from pretrain.factory import classifier_of, layers_of, recompute_activations, spared_names
+from pretrain.engine.precision import input_dtype
+from pretrain.factory import classifier_of, layers_of, notes_on, recompute_activations, spared_names
 from pretrain.noise import start_up_noise
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
@@ -65,6 +66,8 @@ def build_engine(
     layers = layers_of(model) if section.layer_decay < 1 else ()
     optimizer, more = build_optimizer(model, section, no_decay=spared_names(model), layers=layers)
     notes += more
+    if recipe.model.factory is not None:
+        notes += notes_on(model, recipe, input_dtype(resolved.precision))
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:

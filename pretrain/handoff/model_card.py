@@ -21,13 +21,20 @@ def model_card(content: dict[str, Any], *, samples: int, evaluated_at: int, lice
     network, name, split = map(
         _escaped, (content["architecture"]["name"], dataset["name"], recipe["data"]["val_split"])
     )
+    factory = content["architecture"].get("factory")
+    what = (
+        "LaViT (Less-Attention Vision Transformer, arXiv 2406.00427)"
+        if factory is None
+        else f"The network of {network}"
+    )
+    trusted = "" if factory is None else ", trust_factory=True"
     weights = {"raw": "the last step's weights", "average": "the moving average of the weights (EMA)"}
     return f"""---
 {yaml.safe_dump(_front_matter(content, license_id), sort_keys=False, allow_unicode=True).strip()}
 ---
 # {_escaped(recipe["name"])}: {network} on {name}
 
-LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_classes"]} classes:
+{what} for {content["num_classes"]} classes:
 {weights[content["weights"]]}, in fp32.
 
 | | |
@@ -45,7 +52,7 @@ the classes. To load the weights, from this folder or from the Hub:
 
 ```python
 from pretrain.handoff import load_handoff
-model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME")
+model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"{trusted})
 logits = model(images)  # (batch, 3, H, W) in 0..1, normalized by config.input.mean and std -> (batch, classes)
 ```
 
@@ -80,6 +87,8 @@ def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
         {"type": "accuracy", "name": "top-5 accuracy, percent", "value": round(metrics["top5"], 4)},
         {"type": "loss", "name": "cross-entropy, nats", "value": round(metrics["loss"], 6)},
     ]
+    own = "factory" not in content["architecture"]
+    lavit = ["lavit", content["architecture"]["name"], "arxiv:2406.00427"] if own else []
     result = {
         "task": {"type": "image-classification", "name": "Image Classification"},
         "dataset": {"type": name, "name": name, "split": printable(recipe["data"]["val_split"])},
@@ -88,7 +97,7 @@ def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
     return {
         "library_name": "lavit-pretrain",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "lavit", content["architecture"]["name"], "arxiv:2406.00427"],
+        "tags": ["image-classification", *lavit],
         "license": license_id,
         "datasets": [name],
         "metrics": ["accuracy"],
