@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,7 @@ def convert(
         _require_onnx()
     reference, config = load_handoff(handoff, trust_factory=trust_factory)
     size, name = image_size or config.input.size, config.architecture["name"]
-    own = "factory" not in config.architecture
-    if not own and size != config.input.size:
-        raise UserError(f"--image-size: {name} takes that of the hand-off only; a LaViT is resampled")
-    model = _at_size(reference, size) if own else reference
+    model = _at_size(reference, size)
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     if out.suffix == ".onnx" and held > ONNX_LIMIT:
         raise UserError(
@@ -110,7 +107,7 @@ def convert(
     }
     try:
         with _or_nothing(out), replacing(out) as stream, _quiet():
-            with nullcontext() if own else users_code(f"{name} cannot be exported"):
+            with users_code(f"{name} cannot be exported for images of {size}"):
                 program = _program(model, size)
             if out.suffix == ".onnx":
                 content, what = _onnx(program, metadata, opset)
@@ -131,8 +128,10 @@ def convert(
     return Converted(out, what, size, config.num_classes, difference, images)
 
 
-def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
-    """The same network with parameters for `size`, so that the file has nothing to resample."""
+def _at_size(reference: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Module:
+    """The same network; a LaViT with parameters for `size`, so that the file has nothing to resample."""
+    if not isinstance(reference, LaViT):
+        return reference
     fields = reference.config.to_dict() | {"image_size": list(size)}
     try:
         model = LaViT(type(reference.config).from_dict(fields)).eval()

@@ -14,7 +14,7 @@ from pretrain.checkpoints.checkpoint import (
     read_weights,
     verify,
 )
-from pretrain.factory import FactoryConfig
+from pretrain.factory import require_trust
 from pretrain.handoff.folder import HandoffInput, load_handoff, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
@@ -70,11 +70,10 @@ def export_run(
     facts = (class_names, dataset.get("name"), dataset.get("samples"))
     if [type(fact) for fact in facts] != [list, str, int]:
         raise UserError(f"{folder.path / 'environment.json'} does not describe a dataset: put it back")
-    network = architecture(recipe, len(class_names))
-    if isinstance(network, FactoryConfig):
-        network.require_trust(folder.path, trust=trust_factory)
+    network = architecture(recipe, len(class_names)).to_dict()
+    require_trust(network, folder.path, trusted=trust_factory)
     handoff = {
-        "architecture": network.to_dict(),
+        "architecture": network,
         "num_classes": len(class_names),
         "class_names": class_names,
         "class_ids": class_ids,
@@ -131,8 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trust = options.trust_factory
         path = export_run(RunFolder(options.run), license_id=options.license, trust_factory=trust)
-        if trust:
-            load_handoff(path, trust_factory=True)  # a factory may have changed since
+        load_handoff(path, trust_factory=trust)  # a factory may have changed since
         print(path)  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

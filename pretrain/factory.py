@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import LaViT, LaViTConfig
+from models import LaViTConfig
 from models.cost import count_macs
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -40,44 +41,15 @@ class FactoryConfig:
     image_size: tuple[int, int]
     """Height and width, in pixels."""
 
-    def require_trust(self, source: object, *, trust: bool) -> None:
-        """Refuse to import a name that was read from a file, unless the user said to.
-
-        Raises:
-            UserError: names the ways to say so.
-        """
-        if not trust:
-            raise UserError(
-                f"{source} is of a network that {self.name} builds, which is not imported because a file names it: "
-                "give --trust-factory if you trust the file, or load_handoff(..., factory=CALLABLE)"
-            )
-
     def to_dict(self) -> dict[str, Any]:
-        """What a hand-off records; ``from_dict`` is the inverse."""
+        """What a hand-off records as its architecture."""
         own = {"arguments": self.arguments, "num_classes": self.num_classes, "image_size": list(self.image_size)}
         return {"name": self.name, "factory": self.name, **own}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "FactoryConfig":
-        """Read what ``to_dict`` wrote; nothing is imported.
-
-        Raises:
-            ValueError: a field is missing or of another type.
-        """
-        name, arguments, size = (fields.get(key) for key in ("factory", "arguments", "image_size"))
-        if not (isinstance(name, str) and isinstance(arguments, dict) and isinstance(size, list) and len(size) == 2):
-            raise ValueError("architecture: a factory has its name, arguments and image_size")
-        return cls(name, arguments, fields["num_classes"], (size[0], size[1]))
 
     @cached_property
     def on_meta(self) -> nn.Module:
         """The network on torch's meta device, without memory."""
         return self.build().to("meta")
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters that are trained."""
-        return sum(parameter.numel() for parameter in self.on_meta.parameters())
 
     def build(self, factory: Factory | None = None) -> nn.Module:
         """The network on the CPU, in training mode.
@@ -92,18 +64,16 @@ class FactoryConfig:
         Raises:
             UserError: it cannot be imported or called with these arguments, or gives no network.
         """
-        call = factory or _import(self.name)
-        takes: Mapping[str, inspect.Parameter] = {}
-        with suppress(TypeError, ValueError):  # a callable of an extension module
-            takes = inspect.signature(call).parameters
-        height, width = self.image_size
+        call, (height, width) = factory or _import(self.name), self.image_size
+        takes = inspect.signature(call).parameters
         given = dict.fromkeys(("img_size", "image_size"), height if height == width else (height, width))
         given = {key: value for key, value in given.items() if key in takes}
         if "num_classes" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values()):
             given["num_classes"] = self.num_classes
         given |= self.arguments
         network: object
-        with users_code(f"{self.name}({', '.join(f'{key}={value!r}' for key, value in given.items())})"):
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        with users_code(f"model.factory: {self.name}({shown})"):
             network = call(**given)
         if not isinstance(network, nn.Module):
             raise UserError(f"model.factory: {self.name} gives a {type(network).__name__}, no torch.nn.Module")
@@ -120,11 +90,9 @@ def users_code(what: str) -> Iterator[None]:
     """Turn whatever the user's own code raises within the block into one line that begins with ``what``."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise UserError(f"model.factory: {what}: {reason}") from error
+        raise UserError(f"{what}: {reason}") from error
 
 
 def _import(name: str) -> Factory:
@@ -132,24 +100,31 @@ def _import(name: str) -> Factory:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(1, here)
-    with users_code(f"{name} is found neither from the current folder, {here}, nor among what is installed"):
+    with users_code(f"model.factory: {name} is found neither from the current folder, {here}, nor installed"):
         found: Any = reduce(getattr, attributes.split("."), importlib.import_module(module))
     if not callable(found):
         raise UserError(f"model.factory: {name} is a {type(found).__name__}, and cannot be called")
     return found
 
 
-def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device: torch.device) -> int:
-    """Pass two blank images through a network of a factory, in evaluation mode.
+def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: bool) -> None:
+    """Refuse to import what a file names, unless the user said to.
 
-    Args:
-        network: in training mode; it is moved to the device.
-        config: of the network.
-        device: of this rank.
+    Raises:
+        UserError: names the ways to say so.
+    """
+    if "factory" in architecture and not trusted:
+        raise UserError(
+            f"{source}: its network is built by {architecture['factory']}, which is not imported because a file says "
+            "so: give --trust-factory if you trust the file, or load_handoff(..., factory=CALLABLE)"
+        )
+
+
+def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device: torch.device) -> int:
+    """Pass two blank images through a network of a factory, in evaluation mode; it is moved to the device.
 
     Returns:
-        multiply-accumulates of one image, of the operators that ``torch.utils.flop_counter`` counts; for a LaViT in
-        closed form.
+        multiply-accumulates of one image, by ``torch.utils.flop_counter``; for a LaViT in closed form.
 
     Raises:
         UserError: the network does not take the images, or its output are no logits.
@@ -158,7 +133,8 @@ def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device:
         return count_macs(config)
     images, counter = torch.zeros(2, 3, *config.image_size, device=device), FlopCounterMode(display=False)
     network.to(device).eval()
-    with users_code(f"{config.name} does not take images {tuple(images.shape)}"), torch.no_grad(), counter:
+    reported = users_code(f"model.factory: {config.name} does not take images {tuple(images.shape)}")
+    with reported, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # whose products are counted
         logits = network(images)
     network.train()
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -182,6 +158,15 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise RuntimeError(f"names that only one of both has: {', '.join(sorted(wrong)[:3])}")
 
 
+def seed_generators(seed: int, step: int, row: int) -> None:
+    """Seed torch's generators for the forward pass of a micro-batch, which begins at ``row`` of the global batch.
+
+    With as many ranks and micro-batches, row stands for (micro-batch, rank). The host waits for nothing.
+    """
+    key, counter = np.array([seed, 0x6E6574], np.uint64), np.array([0, row, 0, step], np.uint64)
+    torch.manual_seed(int(np.random.Philox(key=key, counter=counter).random_raw()))
+
+
 def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator[str]:
     """Lines about what is other for a network of a factory; ``dtype`` is that of its weights."""
     yield (
@@ -196,70 +181,54 @@ def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator
             yield f"WARNING buffers (running statistics) are rounded to {dtype}; torch_autocast keeps them in fp32"
 
 
-def seed_generators(seed: int, step: int, row: int) -> None:
-    """Seed torch's generators for the forward pass of a micro-batch, which begins at ``row`` of the global batch.
-
-    Of so many ranks and micro-batches that row stands for (rank, micro-batch). The host waits for nothing.
-    """
-    key, counter = [seed, 0x6E6574], [0, row, 0, step]
-    torch.manual_seed(
-        int(np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)).random_raw())
-    )
-
-
-def spared_names(network: nn.Module) -> set[str]:
+def spared_names(network: Any) -> set[str]:
     """Parameters that weight decay spares: vectors, biases, and what ``no_weight_decay()`` names."""
-    own = set(network.no_weight_decay()) if hasattr(network, "no_weight_decay") else set()  # type: ignore[operator]
+    own = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
     return {name for name, one in network.named_parameters() if one.ndim <= 1 or name.endswith(".bias") or name in own}
 
 
-def layers_of(network: nn.Module) -> Sequence[Sequence[str]]:
+def layers_of(network: Any) -> Sequence[Sequence[str]]:
     """Names of all parameters in the order of depth.
 
     Raises:
         UserError: the network does not tell.
     """
     if hasattr(network, "layer_groups"):
-        return network.layer_groups()  # type: ignore[operator]
-    if not hasattr(network, "group_matcher"):
-        raise UserError(
-            "optimizer.layer_decay: the network has neither layer_groups() nor timm's group_matcher(), so its layers "
-            "are not known: set optimizer.layer_decay=1"
-        )
-    from timm.models import group_parameters  # noqa: PLC0415 - an optional extra
+        return network.layer_groups()
+    if hasattr(network, "group_matcher"):
+        from timm.models import group_parameters  # noqa: PLC0415 - an optional extra
 
-    return [*group_parameters(network, network.group_matcher(coarse=False)).values()]  # type: ignore[operator]
+        return [*group_parameters(network, network.group_matcher(coarse=False)).values()]
+    raise UserError(
+        "optimizer.layer_decay: the network has neither layer_groups() nor timm's group_matcher(): set it to 1"
+    )
 
 
-def recompute_activations(network: nn.Module, policy: Any) -> None:
+def recompute_activations(network: Any, policy: Any) -> None:
     """Set ``model.activation_checkpointing``.
 
     Raises:
         UserError: the network cannot.
         ValueError: a policy that a LaViT does not know.
     """
-    if isinstance(network, LaViT) and not hasattr(network, "set_grad_checkpointing"):
+    if hasattr(network, "set_activation_checkpointing"):
         network.set_activation_checkpointing(policy)
-    elif policy not in ("none", "all"):
-        raise UserError("model.activation_checkpointing: stage by stage is for a LaViT: set it to none or all")
-    elif policy == "all":
-        if not hasattr(network, "set_grad_checkpointing"):
-            raise UserError(
-                "model.activation_checkpointing: the network has no set_grad_checkpointing(): set it to none"
-            )
-        network.set_grad_checkpointing(True)  # type: ignore[operator]
+    elif policy == "all" and hasattr(network, "set_grad_checkpointing"):
+        network.set_grad_checkpointing(True)
+    elif policy != "none":
+        raise UserError(
+            "model.activation_checkpointing: a factory's network takes all where it has set_grad_checkpointing(), else "
+            "none; stage by stage is for a LaViT"
+        )
 
 
-def classifier_of(network: nn.Module) -> nn.Module:
-    """The layer that makes logits of features.
+def classifier_of(network: Any) -> nn.Linear:
+    """The layer that makes logits of features: timm's ``get_classifier()``, else what is called head.
 
     Raises:
-        UserError: the network does not tell.
+        UserError: there is none.
     """
-    found = network.head if isinstance(network, LaViT) else getattr(network, "get_classifier", lambda: None)()
-    if not isinstance(found, nn.Module):
-        raise UserError(
-            "probes: they need the features that the classifier reads, and the network has no get_classifier(), as "
-            "timm's have: leave probes out"
-        )
+    found = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
+    if not isinstance(found, nn.Linear):
+        raise UserError("probes need get_classifier(), as timm's networks have, or a linear head: leave them out")
     return found

@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -136,7 +136,7 @@ class _Tracker(MemTracker):
 
 @functools.cache
 def trace(
-    config: NetworkConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
+    config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
 ) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
     """Trace one micro-batch as ``Trainer.train_step`` runs it.
 
@@ -154,16 +154,12 @@ def trace(
         forward.append(tracker.read_peak())
         held[-1] = tracker.live - held[-1]
 
-    model: Any
-    reported: AbstractContextManager[None]
-    if isinstance(config, LaViTConfig):
-        with torch.device("meta"):
-            model = LaViT(config)
-        stages, reported = model.stages, nullcontext()
-    else:
-        model, stages = copy.deepcopy(config.on_meta), ()
-        reported = users_code(f"the memory of {config.name} is not known, as it cannot be traced without computing")
+    own = isinstance(config, LaViTConfig)
+    with torch.device("meta"):
+        model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
     model.to(dtype)
+    stages = model.stages if own else ()
+    unknown = f"model.factory: the memory of {config.name} is not known: it cannot be traced without computing"
     recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -178,18 +174,16 @@ def trace(
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
                 module.forward = functools.partial(_as_on_gpu, module.forward)
-        with reported, tracker:
+        with nullcontext() if own else users_code(unknown), tracker:
             batch = torch.empty(micro_batch, 3, *config.image_size)
             images = batch.clone() if mixed else batch
             targets = torch.empty(micro_batch, config.num_classes)
-            options: dict[str, Any] = {}
-            if isinstance(config, LaViTConfig):
-                drawn = {"drop_path_uniforms": torch.empty(model.num_drop_paths, micro_batch)}
-                options = {"with_diagonality": True} | (drawn if config.drop_path > 0 else {})
-                del drawn
+            options: dict[str, Any] = {"with_diagonality": True} if own else {}
+            if own and config.drop_path > 0:
+                options["drop_path_uniforms"] = torch.empty(model.num_drop_paths, micro_batch)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = model(images.to(dtype), **options)
-            logits, diagonality = output if options else (output, torch.zeros(()))
+            logits, diagonality = output if own else (output, torch.zeros(()))
             loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
             del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
             forward.append(tracker.read_peak())

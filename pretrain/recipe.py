@@ -33,12 +33,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def _as_factory(factory: str | None) -> str | None:
-    if factory is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", factory):
-        raise ValueError(f"must be package.module:callable, got {shown(factory)}")
-    return factory
-
-
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -49,7 +43,7 @@ class ModelSection(Section):
     """Variant of LaViT, as ``models.list_models()`` gives them."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the variant's configuration to change, by name."""
-    factory: Annotated[str | None, AfterValidator(_as_factory)] = None
+    factory: str | None = None
     """In place of name: ``package.module:callable``, found from the current folder or installed. It gives a
     torch.nn.Module that maps images (batch, 3, height, width) to logits (batch, classes)."""
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -66,15 +60,16 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "ModelSection":
-        if self.name is None and self.factory is None:
-            raise ValueError("give the name of a LaViT, or a factory")
-        if self.factory is not None and (self.name is not None or self.overrides):
+        if self.factory is None:
+            if self.name is None or self.arguments:
+                raise ValueError("give the name of a LaViT, with overrides, or a factory, with arguments")
+        elif self.name is not None or self.overrides:
             raise ValueError(
                 "factory excludes name and overrides, which are LaViT's: leave them out; on the command line "
                 f"--set 'model={{factory: {self.factory}}}' replaces the whole section"
             )
-        if self.arguments and self.factory is None:
-            raise ValueError("arguments are those of a factory; a LaViT has overrides")
+        elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", self.factory) is None:
+            raise ValueError(f"factory must be package.module:callable, got {shown(self.factory)}")
         return self
 
 

@@ -35,8 +35,6 @@ def read_benchmark(
             size and mode; or it was measured in another precision, or of another network than ``model.overrides`` make
             of it.
     """
-    if isinstance(config, FactoryConfig):
-        raise UserError(f"--benchmark {path}: holds LaViT by its names, not {config.name}: assume a speed with --mfu")
     wanted = (config.name, "compiled" if recipe.model.compile else "eager")
     try:
         section = json.loads(path.read_text())["sections"]["model"]

@@ -18,7 +18,7 @@ from safetensors.torch import load, save_file
 
 from data_pipeline.files import write_atomically
 from models import LaViT, LaViTConfig
-from pretrain.factory import Factory, FactoryConfig, load_state
+from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff.hub import fetch, is_hub_name
@@ -171,14 +171,14 @@ def load_handoff(
     config, weights = read_handoff(source)
     try:
         if "factory" in config.architecture:
-            network = FactoryConfig.from_dict(config.architecture)
-            network.require_trust(source, trust=trust_factory or factory is not None)
-            model: Any = network.build(factory)
+            require_trust(config.architecture, source, trusted=trust_factory or factory is not None)
+            name, arguments = config.architecture["factory"], config.architecture["arguments"]
+            model: Any = FactoryConfig(name, arguments, config.num_classes, config.input.size).build(factory)
             load_state(model, weights)
         else:
             model = LaViT(LaViTConfig.from_dict(config.architecture))
             model.load_state_dict(weights)
-    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: {WEIGHTS} and {CONFIG} do not fit: {_one_line(error)}") from None
     return model.eval(), config
 
