@@ -52,9 +52,11 @@ class Buffers:
     def step_done(self, *, skipped: bool | Tensor) -> None:
         """After a step: where it was skipped, go back to the values before it. No host waits for a flag on a device."""
         now = self._flat()
+        if isinstance(skipped, Tensor):
+            now = {dtype: torch.where(skipped.bool(), self._before[dtype], flat) for dtype, flat in now.items()}
+        elif skipped:
+            now = self._before
         if skipped is not False:
-            for dtype, before in self._before.items():
-                now[dtype] = torch.where(torch.as_tensor(skipped, device=before.device).bool(), before, now[dtype])
             self._write(now)
         self._before = now
 
