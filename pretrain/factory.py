@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import LaViTConfig
@@ -177,8 +178,15 @@ def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator
         yield "left out, as they are LaViT's: the diagonality loss (loss), the attention of images (watch)"
     if any(buffer.is_floating_point() for buffer in network.buffers()):
         yield "buffers (running statistics): each rank has its own; their mean is evaluated and handed off"
-        if dtype is not torch.float32:
-            yield f"WARNING buffers (running statistics) are rounded to {dtype}; torch_autocast keeps them in fp32"
+    if dtype is not torch.float32 and any(isinstance(module, _NormBase) for module in network.modules()):
+        yield f"WARNING running statistics are kept in {dtype}, which rounds them; torch_autocast keeps them in fp32"
+
+
+def cast_statistics(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep running statistics in the type of the weights, as torch wants; DeepSpeed casts parameters only."""
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            module.to(dtype)
 
 
 def spared_names(network: Any) -> set[str]:

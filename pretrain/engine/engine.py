@@ -14,7 +14,7 @@ from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
 from pretrain.engine.precision import input_dtype
-from pretrain.factory import classifier_of, layers_of, notes_on, recompute_activations, spared_names
+from pretrain.factory import cast_statistics, classifier_of, layers_of, notes_on, recompute_activations, spared_names
 from pretrain.noise import start_up_noise
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
@@ -68,6 +68,7 @@ def build_engine(
     notes += more
     if recipe.model.factory is not None:
         notes += notes_on(model, recipe, input_dtype(resolved.precision))
+        cast_statistics(model, input_dtype(resolved.precision))
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:

@@ -15,7 +15,8 @@ from pretrain.engine.schedule import count_steps
 from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
+TIMM = "in1k_timm_example"
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in {"demo", TIMM})
 CLASSES_AND_IMAGES = {
     "data/imagenet-1k": (1_000, 1_281_167),
     "data/imagenet-21k": (21_841, 14_197_122),
@@ -77,3 +78,16 @@ def test_a_recipe_begins_with_the_handoff_of_another_one_for_the_same_network(na
     assert source.model.name == recipe.model.name
     assert {**source.model.overrides, "drop_path": 0} == {**recipe.model.overrides, "drop_path": 0}
     assert (source.data.mean, source.data.std) == (recipe.data.mean, recipe.data.std)
+
+
+def test_the_example_with_a_network_of_timm_can_be_started_and_its_head_is_true() -> None:
+    path = ROOT / f"recipes/{TIMM}.yaml"
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.model.factory) == (TIMM, "timm:create_model")
+    config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
+    resolved = resolve_for(recipe, config, world_size=8, has_gpu=True, has_bf16_gpu=True)
+    assert resolved.precision == "bf16 autocast", "its running statistics are to stay in fp32"
+    steps = count_steps(recipe.schedule, epoch_size=1_281_167, global_batch=1024)
+    head = re.sub(r"\n#\s+", " ", path.read_text().split("\nname:")[0])
+    for fact in (f"{steps:,} steps", f"their {1024 * steps:,} images", "not run", f"--recipe recipes/{TIMM}.yaml"):
+        assert fact in head
