@@ -7,8 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention
-from models.config import Grid
+from .attention import Attention
+from .config import Grid
 
 EPSILON = 1e-6
 """Below the variance of any live token; timm and the PVT family use the same."""
