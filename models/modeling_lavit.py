@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+# Older releases of transformers (4.57, 5.4) copy from a folder only the files that this one itself imports.
+from .attention import Attention  # noqa: F401
+from .block import Block  # noqa: F401
 from .config import LaViTConfig
+from .diagonality import diagonality_loss  # noqa: F401
 from .lavit import LaViT
+from .resample import resample_map  # noqa: F401
+from .residual import AttentionResidual  # noqa: F401
+from .stage import Stage  # noqa: F401
 
 HANDOFF_FIELDS = frozenset(
     {
