@@ -1,6 +1,7 @@
 """Uses a hand-off where this project is not installed: ``python -I hub_session.py HANDOFF REFERENCE FOLDER``.
 
-REFERENCE holds images (0.jpg and following) and tensors.safetensors: what the project itself computes of them.
+REFERENCE holds images (0.jpg and following) and tensors.safetensors: what the project itself computes of them. The
+hand-off is in the cache of huggingface_hub, too, as lab/lavit.
 """
 
 import importlib.util
@@ -45,6 +46,7 @@ with torch.no_grad():
     for stage, found in enumerate(maps):
         assert torch.equal(found, wanted[f"maps.{stage}"]), stage
     assert len(maps) == 4
+    assert torch.equal(load("lab/lavit")(wanted["native"]).logits, model(wanted["native"]).logits)
 
 processor = AutoImageProcessor.from_pretrained(handoff)
 pixels = processor(photographs, return_tensors="pt").pixel_values
@@ -65,6 +67,8 @@ assert answer[0]["label"] == names[expected.argmax()]
 
 # Other classes: a fresh head. Three steps of plain torch, then three of the Trainer, on one batch.
 tuned = load(handoff, num_labels=3, ignore_mismatched_sizes=True)
+kept = {name: weight for name, weight in tuned.lavit.state_dict().items() if not name.startswith("head.")}
+assert all(torch.equal(weight, model.lavit.state_dict()[name]) for name, weight in kept.items())
 labels = torch.arange(len(pixels)) % 3
 
 
@@ -104,4 +108,5 @@ assert torch.equal(
 # A hand-off that was trained with apex's LayerNorm runs where there is no apex.
 config = model.config
 config.architecture["norm"] = "apex"
-AutoModelForImageClassification.from_config(config, trust_remote_code=True)
+fresh = AutoModelForImageClassification.from_config(config, trust_remote_code=True).lavit
+assert fresh.stages[0].blocks[0].mlp.fc1.weight.std() > 0.1, "LaViT's initialization, not that of transformers"
