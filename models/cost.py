@@ -65,9 +65,9 @@ def attention_macs(config: LaViTConfig, stage: int, grids: tuple[Grid, Grid], *,
         config: the architecture.
         stage: counted from 0.
         grids: the stage's query and key grids, from `config.grids`.
-        less: Less Attention, `H (N M^2 + N^2 M)` for Theta and Psi where it has them; otherwise Vanilla Attention, `N C^2 + M C^2` for Q
-            and K and `N M C` for their product. What both have is counted in both: spatial reduction, V, softmax(A) V,
-            the output projection.
+        less: Less Attention, `H (N M^2 + N^2 M)` for Theta and Psi where it has them; otherwise Vanilla Attention,
+            `N C^2 + M C^2` for Q and K and `N M C` for their product. What both have is counted in both: spatial
+            reduction, V, softmax(A) V, the output projection.
     """
     width, ratio, (queries, keys) = config.widths[stage], config.reduction_ratios[stage], map(_area, grids)
     shared = keys * width**2 + queries * keys * width + queries * width**2

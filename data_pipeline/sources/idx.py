@@ -22,7 +22,8 @@ _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 class Idx:
     """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...`.
 
-    The test files are the val split, unless a part of the training images is. Images of EMNIST, which are stored transposed, are turned.
+    The test files are the val split, unless a part of the training images is. Images of EMNIST, which are stored
+    transposed, are turned.
 
     Args:
         root: the folder.
