@@ -7,8 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention
-from models.config import Grid
+from .attention import Attention
+from .config import Grid
+from .diagonality import Diagonality
 
 EPSILON = 1e-6
 """Below the variance of any live token; timm and the PVT family use the same."""
@@ -86,7 +87,7 @@ class Block(nn.Module):
         grid: Grid,
         scores: Tensor | None,
         uniforms: Tensor | None,
-        with_diagonality: bool,
+        with_diagonality: Diagonality,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
 

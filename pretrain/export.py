@@ -94,6 +94,7 @@ def export_run(
             handoff,
             samples=progress["evaluation"]["samples"],
             evaluated_at=progress["evaluated_at"],
+            steps=progress["step"],
             license_id=license_id,
         ),
     )

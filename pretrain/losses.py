@@ -110,7 +110,8 @@ class TrainingLoss:
             seed_generators(recipe.seed, state.step, int(batch.rows[0]))
             classification = self.classification(self._engine(images), targets)
             return classification, {self.classification.name: classification}
-        logits, diagonality = self._engine(images, drop_path_uniforms=uniforms, with_diagonality=True)
+        form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
+        logits, diagonality = self._engine(images, drop_path_uniforms=uniforms, with_diagonality=form)
         classification = self.classification(logits, targets)
         weight = diagonality_weight(recipe.loss, epoch=state.samples_seen / self._epoch_size)
         loss = classification + weight * diagonality.float()

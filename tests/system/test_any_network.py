@@ -46,6 +46,10 @@ def test_the_demo_trains_a_cnn_that_is_killed_resumed_on_one_rank_handed_off_and
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "--trust-factory" in error
+    card = (folder / "handoff/README.md").read_text()
+    assert "examples.networks:CNN" in card
+    assert not [word for word in ("LaViT", "lavit\n", "trust_remote_code", "diagonality") if word in card]
+    assert not list((folder / "handoff").glob("*.py"))
     for _ in range(2):  # as the run itself has handed it off, and as the command does
         assert evaluate.main([*command, "--trust-factory"]) == ExitCode.FINISHED
         found = json.loads((folder / "evaluation/digits-val.json").read_text())
