@@ -115,8 +115,8 @@ def _settings(recipe: dict[str, Any]) -> str:
     model = recipe.get("model", {})
     settings = model.get("overrides") or model.get("arguments")
     chosen = {"model": settings, "augment": recipe["data"].get("augment")} | chosen
-    unread = ("betas", "eps") if (chosen["optimizer"] or {}).get("kind") == "sgd" else ("momentum",)
-    unread += ("diagonality_weight", "diagonality_ramp_epochs", "diagonality_form") if model.get("factory") else ()
+    unread = {"betas", "eps"} if (chosen["optimizer"] or {}).get("kind") == "sgd" else {"momentum"}
+    unread |= {"diagonality_weight", "diagonality_ramp_epochs", "diagonality_form"} if model.get("factory") else set()
 
     def on(value: Any) -> Any:
         if not isinstance(value, dict):
