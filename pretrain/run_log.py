@@ -12,7 +12,9 @@ from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
 from pretrain.events import EventName, write_event, write_start
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
-from pretrain.metrics import MetricsWriter
+from pretrain.files import fsync
+from pretrain.ledger import Row, is_row, write_rows
+from pretrain.metrics import MetricsWriter, cut_lines
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
@@ -73,16 +75,20 @@ class RunLog:
     ) -> None:
         self.folder, self.status, self.console = folder, status, console
         self.say = console.say
+        self.setup: Row = {}
+        """What ``describe_setup`` returned for this attempt."""
         self._metrics, self._epoch_size = metrics, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
         self._described = False
         """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
 
-    def start(self, state: TrainState, passed_over: Iterable[str]) -> None:
-        """Record the start of this attempt, where it starts, and the damaged checkpoints that were passed over."""
+    def start(self, state: TrainState, passed_over: Iterable[str], setup: Row) -> None:
+        """Record the start of this attempt: where, the damaged checkpoints that were passed over, and its setup."""
+        self.setup = setup
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
+            self._guarded(lambda _: cut_lines(self.folder.ledger, state.samples_seen, say=self.say, intact=is_row))
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)
@@ -114,6 +120,10 @@ class RunLog:
             self.status.write("running")
 
         self._guarded(write)
+
+    def steps(self, rows: list[Row]) -> None:
+        """Add steps to the ledger."""
+        self._guarded(lambda _: write_rows(self.folder.ledger, rows, self.setup))
 
     def result(self, kind: str, result: Evaluation | Probed, seconds: float, state: TrainState) -> None:
         """Write the result of an evaluation or of probes, and how long they took."""
@@ -151,8 +161,10 @@ class RunLog:
         position = {"step": state.step, "samples_seen": state.samples_seen}
         self._guarded(lambda _: write_event(self.folder.events, name, text=text, **position))
 
-    def flush(self) -> None:
-        """Bring to disk what was written so far."""
+    def flush(self, rows: list[Row]) -> None:
+        """Add steps to the ledger, and bring to disk what was written so far."""
+        self.steps(rows)
+        self._guarded(lambda _: fsync(self.folder.ledger))
         self._guarded(lambda metrics: metrics.flush())
 
     def close(self) -> None:

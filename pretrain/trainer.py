@@ -127,7 +127,7 @@ class Trainer:
             monitor.timer.enter("optimizer")
             engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
             monitor.add({"loss": loss, **parts})
-        self.nonfinite.note_step()
+        monitor.steps.end_step(self.nonfinite.note_step())
         if self.recipe.ema is not None:
             step = self.state.step
             self.optimizer_shards.update_average(min(self.recipe.ema.decay, (1 + step) / (10 + step)))
@@ -235,7 +235,7 @@ class Trainer:
             self.state.save_tried_at = self.state.samples_seen
             self.state.evaluation_saved_at = self.state.evaluated_at
             self.state.loss_scale = self.nonfinite.loss_scale()
-            self.log.flush()  # first: what a checkpoint has seen is never measured again
+            self.log.flush(self.monitor.steps.take(self.state))  # first: what is saved is never measured again
             self.writer.start(self.state)
         if wait or self.done or self.state.failed_saves:  # after a failure the outcome is wanted at once
             self.finish_save()
@@ -284,8 +284,7 @@ class Trainer:
             self.state.skipped_in_a_row += 1
             end = self.state.samples_seen - since * self.batch.global_batch
             where = f"images {end - self.batch.global_batch} to {end - 1} of the order"
-            step = self.state.step - since
-            self.log.say(f"WARNING step {step} was skipped: a gradient was not finite; {where}")
+            self.log.say(f"WARNING step {self.state.step - since} was skipped: a gradient was not finite; {where}")
             if self.state.skipped_in_a_row >= self.recipe.bad_numbers.skipped_steps:
                 self._roll_back(where)
                 self.state.skipped_steps += sum(skipped[index + 1 :])
@@ -319,6 +318,7 @@ class Trainer:
         """Measure the interval since the last one, and write it. Collective."""
         self.handle_skipped_steps()
         state, batch = self.state, self.batch.global_batch
+        self.log.steps(self.monitor.steps.take(state))
         interval = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
         losses = interval.losses | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
         losses |= {} if interval.grad_norm is None else {"grad_norm": interval.grad_norm}

@@ -17,6 +17,7 @@ from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
+from pretrain.ledger import StepRecorder
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
 from pretrain.monitoring.images import draw_attention, draw_grid, to_pixels
@@ -94,6 +95,7 @@ class Monitor:
         self._attention, self._names = AttentionWatch(attention_images), class_names
         self.norms = PartNorms(shards)
         self.timer = StepTimer(device)
+        self.steps = StepRecorder(engine, device)
         self.show_batch = show_batch
         """Whether the next training batch is kept for ``training_images``."""
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -119,7 +121,8 @@ class Monitor:
             self._began += time.monotonic() - began
 
     def see_batch(self, batch: Batch) -> None:
-        """Keep the first images of a training batch, on the device, where they are wanted."""
+        """Note what a training batch holds; keep its first images, on the device, where they are wanted."""
+        self.steps.add_batch(batch.digest)
         if self.show_batch:
             self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
 
@@ -134,6 +137,7 @@ class Monitor:
         """
         stacked = torch.stack([value.detach().float() for value in losses.values()])
         self._losses.append(stacked[0])
+        self.steps.add_loss(stacked[0])
         finite = stacked.isfinite().all()
         self._finite = self._finite + finite
         for name, value in zip(losses, torch.where(finite, stacked, 0.0), strict=True):

@@ -71,7 +71,7 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
 
 def losses_are_global(control: dist.ProcessGroup) -> None:
     monitor, rank = Monitor.__new__(Monitor), dist.get_rank()
-    monitor._device, monitor.timer = torch.device("cpu"), mock.Mock()
+    monitor._device, monitor.timer, monitor.steps = torch.device("cpu"), mock.Mock(), mock.Mock()
     monitor.reset()
     for step in range(3):
         for part in range(2):
