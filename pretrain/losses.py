@@ -90,6 +90,18 @@ class TrainingLoss:
         Returns:
             the scalar to minimize, and its unweighted parts by name.
         """
+        _, targets, logits, diagonality = self.predict(batch, state)
+        classification = self.classification(logits, targets)
+        weight = diagonality_weight(self._recipe.loss, epoch=state.samples_seen / self._epoch_size)
+        loss = classification + weight * diagonality.float()
+        return loss, {self.classification.name: classification, "diagonality": diagonality}
+
+    def predict(self, batch: Batch, state: TrainState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mix ``batch`` of m images and run the network on it, at ``state``.
+
+        Returns:
+            mixed images (m, 3, H, W), targets and logits (m, classes), and the diagonality loss, a scalar.
+        """
         recipe, model = self._recipe, self._engine.module
         drawn = batch.drawn or draw_step(recipe, model, state.step, batch.rows)
         uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, self._device)
@@ -104,7 +116,4 @@ class TrainingLoss:
             drawn=drawn.mixing,
         )
         logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=True)
-        classification = self.classification(logits, targets)
-        weight = diagonality_weight(recipe.loss, epoch=state.samples_seen / self._epoch_size)
-        loss = classification + weight * diagonality.float()
-        return loss, {self.classification.name: classification, "diagonality": diagonality}
+        return images, targets, logits, diagonality

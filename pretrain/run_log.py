@@ -121,9 +121,13 @@ class RunLog:
 
         self._guarded(write)
 
-    def steps(self, rows: list[Row]) -> None:
-        """Add steps to the ledger."""
+    def steps(
+        self, rows: list[Row], spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]
+    ) -> None:
+        """Write rows of the ledger, and the steps whose loss was far above the level."""
         self._guarded(lambda _: write_rows(self.folder.ledger, rows, self.setup))
+        if self._metrics is not None:
+            write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
 
     def result(self, kind: str, result: Evaluation | Probed, seconds: float, state: TrainState) -> None:
         """Write the result of an evaluation or of probes, and how long they took."""
@@ -141,11 +145,6 @@ class RunLog:
 
         self._guarded(write)
 
-    def spikes(self, spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]) -> None:
-        """Write the steps whose loss was far above the level; ``samples`` is that of ``TrainLoader``."""
-        if self._metrics is not None:
-            write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
-
     def images_requested(self) -> bool:
         """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
         with suppress(OSError):
@@ -161,9 +160,8 @@ class RunLog:
         position = {"step": state.step, "samples_seen": state.samples_seen}
         self._guarded(lambda _: write_event(self.folder.events, name, text=text, **position))
 
-    def flush(self, rows: list[Row]) -> None:
-        """Add steps to the ledger, and bring to disk what was written so far."""
-        self.steps(rows)
+    def flush(self) -> None:
+        """Bring to disk what was written so far."""
         self._guarded(lambda _: fsync(self.folder.ledger))
         self._guarded(lambda metrics: metrics.flush())
 
@@ -175,7 +173,7 @@ class RunLog:
     def _position(self, state: TrainState) -> dict[str, float]:
         return {"step": state.step, "epoch": round(state.samples_seen / self._epoch_size, 4)}
 
-    def _guarded(self, write: Callable[[MetricsWriter], None]) -> None:
+    def _guarded(self, write: Callable[[MetricsWriter], object]) -> None:
         if self._metrics is not None:
             try:
                 write(self._metrics)

@@ -38,10 +38,7 @@ from pretrain.summary import write_summary
 
 @dataclass
 class Trainer:
-    """Trains on this rank; ``build_trainer`` builds its parts.
-
-    ``state`` is all that a checkpoint saves in addition to weights and moments.
-    """
+    """Trains on this rank; ``build_trainer`` builds its parts."""
 
     recipe: Recipe
     schedule: Schedule
@@ -229,13 +226,13 @@ class Trainer:
         """
         self.finish_save()
         with self._outside_training():
-            self.handle_skipped_steps()
+            self.record_steps()
             self._count_seconds()
             self.watchdog.beat("copying a checkpoint", startup=True)
             self.state.save_tried_at = self.state.samples_seen
             self.state.evaluation_saved_at = self.state.evaluated_at
             self.state.loss_scale = self.nonfinite.loss_scale()
-            self.log.flush(self.monitor.steps.take(self.state))  # first: what is saved is never measured again
+            self.log.flush()  # first: what a checkpoint has seen is never measured again
             self.writer.start(self.state)
         if wait or self.done or self.state.failed_saves:  # after a failure the outcome is wanted at once
             self.finish_save()
@@ -314,20 +311,21 @@ class Trainer:
         self.log.event("went back", what, state)
         self.log.say(f"WARNING {what} ({state.rollbacks} of {allowed} times)")
 
+    def record_steps(self) -> None:
+        """Write all steps since the last call into the ledger, and losses far above their level. Collective."""
+        self.handle_skipped_steps()
+        rows = self.monitor.steps.take(self.state)
+        self.log.steps(rows, self.loss_level.spikes(rows, self.batch.global_batch), self.train_loader.samples)
+
     def log_interval(self, learning_rate: float) -> None:
         """Measure the interval since the last one, and write it. Collective."""
-        self.handle_skipped_steps()
+        self.record_steps()
         state, batch = self.state, self.batch.global_batch
-        self.log.steps(self.monitor.steps.take(state))
         interval = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
         losses = interval.losses | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
         losses |= {} if interval.grad_norm is None else {"grad_norm": interval.grad_norm}
         rows = {"train": interval.rates(), "norms": interval.norms, "time": interval.seconds}
         self.log.interval(state, losses, rows, self.monitor.training_images())
-        spikes = self.loss_level.spikes(
-            interval.step_losses, step=state.step, samples_seen=state.samples_seen, global_batch=batch
-        )
-        self.log.spikes(spikes, self.train_loader.samples)
         if interval.images_requested:
             self._show_images()
         garbage.collect()

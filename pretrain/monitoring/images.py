@@ -28,13 +28,15 @@ def to_pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def draw_grid(images: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
-    """Draw images in rows of 8, each with a line of text below it."""
+    """Draw images in rows of 8, each with its caption below it, whose lines must be equally many."""
     columns = min(COLUMNS, len(images))
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(images) / columns) * (CELL + LINE)), "white")
+    height = CELL + LINE * (captions[0].count("\n") + 1)
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(images) / columns) * height), "white")
     for index, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = index % columns * CELL, index // columns * (CELL + LINE)
+        x, y = index % columns * CELL, index // columns * height
         sheet.paste(_cell(pixels), (x, y))
-        _write(sheet, (x, y + CELL), caption)
+        for number, line in enumerate(caption.split("\n")):
+            _write(sheet, (x, y + CELL + number * LINE), line)
     return np.asarray(sheet)
 
 
