@@ -18,7 +18,7 @@ import torch
 
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import gather_rows
-from pretrain.files import json_lines
+from pretrain.files import json_lines, json_object, replacing
 from pretrain.state import TrainState
 
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def describe_setup(resolved: ResolvedDeepSpeed, device: torch.device, *, compile
     On a CPU its kind, its instruction set and the number of threads decide how sums are split.
     """
     kind = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    cpu = f"{kind[1] if kind else 'cpu'} {torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
+    cpu = f"cpu {kind[1] if kind else ''} {torch.backends.cpu.get_cpu_capability()} x {torch.get_num_threads()}"
     versions = [f"{name} {metadata.version(package)}" for name, package in (
         ("torch", "torch"), ("deepspeed", "deepspeed"), ("dali", "nvidia-dali-cuda130"),
     )]  # fmt: skip
@@ -124,6 +124,19 @@ def write_rows(file: Path, rows: list[Row], setup: Row) -> None:
     """
     with file.open("a") as handle:
         handle.writelines(json.dumps(row | setup, separators=(",", ":")) + "\n" for row in rows)
+
+
+def cut_rows(file: Path, samples_seen: int) -> None:
+    """Remove the steps behind ``samples_seen``, which are taken again, and damaged lines.
+
+    Raises:
+        OSError: the file could not be replaced.
+    """
+    if file.exists():
+        with file.open("rb") as old, replacing(file) as new:
+            for line in old:
+                if is_row(row := json_object(line)) and row["samples_seen"] <= samples_seen:
+                    new.write(line.removesuffix(b"\n") + b"\n")
 
 
 def read_rows(file: Path, first: int, last: int) -> dict[int, Row]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class MetricsWriter:
     ) -> None:
         self._folder = jsonl.parent
         try:
-            newest, purge_from, offset = cut_lines(jsonl, samples_seen, done or {}, say=say)
+            newest, purge_from, offset = _cut(jsonl, samples_seen, done or {}, say)
             self._lines = jsonl.open("a")
         except OSError as error:
             raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
@@ -125,31 +125,18 @@ class MetricsWriter:
         self._lines.close()
 
 
-def cut_lines(
-    jsonl: Path,
-    samples_seen: int,
-    done: Mapping[str, int] | None = None,
-    *,
-    say: Callable[[str], None],
-    intact: Callable[[dict[str, Any] | None], TypeGuard[dict[str, Any]]] = is_measurement,
+def _cut(
+    jsonl: Path, samples_seen: int, done: Mapping[str, int], say: Callable[[str], None]
 ) -> tuple[dict[str, int], int, int]:
     """Remove the damaged lines and those that are measured again, in one pass and a line at a time.
 
     The file is replaced atomically, and only where a line has to go. A last line cut by a crash is not damage.
-
-    Args:
-        jsonl: the file.
-        samples_seen: lines beyond it are removed.
-        done: the same for some kinds of lines, by their kind.
-        say: prints a line.
-        intact: whether a line is not damaged.
 
     Returns:
         the highest samples seen of each kind, removed lines included; the lowest samples seen of a removed line, at
         most ``samples_seen + 1``; a byte offset before which no line of the new file is at that place or beyond.
     """
     newest: dict[str, int] = {}
-    done = done or {}
     purge_from, earliest = samples_seen + 1, min([samples_seen, *done.values()]) + 1
     size, offset, damaged = 0, None, 0
     if not jsonl.exists():
@@ -158,8 +145,8 @@ def cut_lines(
         new: BinaryIO | None = None
         for line in old:
             kept = False
-            if intact(row := json_object(line)):
-                kind, seen = row.get("kind", ""), row["samples_seen"]
+            if is_measurement(row := json_object(line)):
+                kind, seen = row["kind"], row["samples_seen"]
                 newest[kind] = max(seen, newest.get(kind, -1))
                 kept = seen <= done.get(kind, samples_seen)
                 if not kept:

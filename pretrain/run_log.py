@@ -13,8 +13,8 @@ from pretrain.evaluation.probes import Probed
 from pretrain.events import EventName, write_event, write_start
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
 from pretrain.files import fsync
-from pretrain.ledger import Row, is_row, write_rows
-from pretrain.metrics import MetricsWriter, cut_lines
+from pretrain.ledger import Row, cut_rows, write_rows
+from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState, State
@@ -88,7 +88,7 @@ class RunLog:
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
-            self._guarded(lambda _: cut_lines(self.folder.ledger, state.samples_seen, say=self.say, intact=is_row))
+            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen))
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)
@@ -173,7 +173,7 @@ class RunLog:
     def _position(self, state: TrainState) -> dict[str, float]:
         return {"step": state.step, "epoch": round(state.samples_seen / self._epoch_size, 4)}
 
-    def _guarded(self, write: Callable[[MetricsWriter], object]) -> None:
+    def _guarded(self, write: Callable[[MetricsWriter], None]) -> None:
         if self._metrics is not None:
             try:
                 write(self._metrics)
