@@ -236,18 +236,16 @@ def final_state(run: Path) -> dict[tuple[str, str], bytes]:
     }
 
 
-def inject(control: dist.ProcessGroup, folder: Path, data: Path, faults: int, seed: int) -> None:
-    """So many faults; asserts that each is reported where it first shows, or has left no trace."""
-    chance, counts = random.Random(seed), Counter[str]()
-    half = folder / "half"
-    resumed(control, half, data, 1, lambda _: "half")
-    for stage in range(4):
-        shutil.copytree(half, folder / f"clean-{stage}")
-        resumed(control, folder / f"clean-{stage}", data, stage, lambda _: None)
-        assert not replay_here(control, folder / f"clean-{stage}")
+def inject(control: dist.ProcessGroup, folder: Path, data: Path, stage: int, faults: int) -> None:
+    """So many faults at a ZeRO stage; asserts that each is reported where it first shows, or has left no trace."""
+    chance, counts = random.Random(stage), Counter[tuple[str, str]]()
+    half, twin = folder / "half", folder / "clean"
+    resumed(control, half, data, stage, lambda _: "half")
+    shutil.copytree(half, twin)
+    resumed(control, twin, data, stage, lambda _: None)
+    assert not replay_here(control, twin)
     for number in range(faults):
-        kind, stage, step = KINDS[number % len(KINDS)], chance.randrange(4), chance.randint(HALF + 1, 2 * HALF)
-        run, twin = folder / f"fault-{number}", folder / f"clean-{stage}"
+        kind, step, run = KINDS[number % len(KINDS)], chance.randint(HALF + 1, 2 * HALF), folder / f"fault-{number}"
         shutil.copytree(half, run)
         fault = resumed(control, run, data, stage, lambda trainer: Fault(trainer, kind, step, chance))  # noqa: B023
         assert fault.what != "not reached"
@@ -265,11 +263,11 @@ def inject(control: dist.ProcessGroup, folder: Path, data: Path, faults: int, se
         else:
             where = "without effect"
             assert not found, (fault.what, step, found)
-        counts.update([(kind, where)])
-        print(f"{number}: {kind} in step {step}, stage {stage}: {fault.what}: {where}; {found[:150]}", flush=True)
+        counts[kind, where] += 1
+        print(f"FAULT stage {stage}, {kind} in step {step}: {fault.what}: reported {where}; {found}", flush=True)
         shutil.rmtree(run)
     for pair, count in sorted(counts.items()):
-        print(f"{count:4} {' '.join(pair)}")
+        print(f"FAULTS stage {stage}: {count} {' '.join(pair)}")
 
 
 def main() -> None:
@@ -281,8 +279,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/digits"))
     options = parser.parse_args()
     data = options.data.resolve()
-    if options.faults:
-        run_ranks(1, inject, options.folder / "faults", data, options.faults, options.seed)
+    for stage in range(
+        4 * bool(options.faults)
+    ):  # each in its process: at stage 3 DeepSpeed replaces F.linear for good
+        run_ranks(1, inject, options.folder / f"faults-{stage}", data, stage, options.faults // 4)
     if options.runs:
         print(dict(clean(options.folder / "clean", data, runs=options.runs, seed=options.seed)))
 
