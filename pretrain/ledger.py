@@ -9,6 +9,7 @@ without clipping, where nobody computes it.
 import json
 import math
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -126,17 +127,22 @@ def write_rows(file: Path, rows: list[Row], setup: Row) -> None:
         handle.writelines(json.dumps(row | setup, separators=(",", ":")) + "\n" for row in rows)
 
 
-def cut_rows(file: Path, samples_seen: int) -> None:
-    """Remove the steps behind ``samples_seen``, which are taken again, and damaged lines.
+def cut_rows(file: Path, samples_seen: int, say: Callable[[str], None]) -> None:
+    """Remove the steps behind ``samples_seen``, which are taken again, and with a warning damaged lines.
 
     Raises:
         OSError: the file could not be replaced.
     """
+    damaged = 0
     if file.exists():
         with file.open("rb") as old, replacing(file) as new:
             for line in old:
-                if is_row(row := json_object(line)) and row["samples_seen"] <= samples_seen:
+                if not is_row(row := json_object(line)):
+                    damaged += line.endswith(b"\n")  # else a crash has cut it
+                elif row["samples_seen"] <= samples_seen:
                     new.write(line.removesuffix(b"\n") + b"\n")
+    if damaged:
+        say(f"WARNING {file}: {damaged:,} damaged lines are dropped; replays cannot compare these steps")
 
 
 def read_rows(file: Path, first: int, last: int) -> dict[int, Row]:

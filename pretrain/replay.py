@@ -52,7 +52,7 @@ from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.files import json_lines, read_sealed
 from pretrain.ledger import SETUP, Row, read_rows
 from pretrain.monitoring.images import draw_grid, to_pixels
-from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.outcome import ExitCode, UserError, exit_code, storage_code
 from pretrain.recipe import Recipe, WatchSection, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunStatus
@@ -78,8 +78,10 @@ class Plan:
     """DeepSpeed's configuration, with the stage and the micro-batch of the first step."""
     ledger: dict[int, Row]
     """Rows by step."""
+    starts: list[Path]
+    """Checkpoints to start from, the newest first; none for the first weights."""
     checkpoints: dict[int, Path]
-    """By step, the newest first."""
+    """All of them, by step."""
     classes: list[str]
     """Their names, by label."""
 
@@ -97,24 +99,27 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str]) -> Plan
     if lines := recipe_differences(load_recipe(file).model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise UserError(f"--set changes what {run} computes ({'; '.join(lines)}): set only what a resume may change")
     checkpoints = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
-    start = max((step for step in checkpoints if step <= first), default=0)
-    if first and not start:
+    starts = [step for step in checkpoints if step <= first][:2] or [0]  # the newest first, and one if it is damaged
+    if starts == [0] < [first]:
         there = ", ".join(map(str, sorted(checkpoints))) or "none"
         raise UserError(
             f"{run} has no checkpoint at or before step {first} (there: {there}): --steps 0:{last} starts from the "
             "first weights; checkpoint.keep_every_steps would have kept one"
         )
-    for event in json_lines(folder.events) if folder.events.exists() else ():
-        step = event.get("step") if event is not None and event.get("event") == "went back" else None
-        if isinstance(step, int) and start < step < last:
+    try:
+        ledger, deepspeed = read_rows(folder.ledger, starts[-1] + 1, last), read_sealed(run / "ds_config.json")
+        events = [*json_lines(folder.events)] if folder.events.exists() else []
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); runs of older versions have no ledger",
+            storage_code(error),
+        ) from None
+    for step in (event.get("step") for event in events if event is not None and event.get("event") == "went back"):
+        if isinstance(step, int) and starts[0] < step < last:
             raise UserError(
                 f"the weights of {run} went back after step {step} (events.jsonl), which is not replayed: end there, "
                 "or start from a checkpoint after it"
             )
-    try:
-        ledger, deepspeed = read_rows(folder.ledger, 1, last), read_sealed(run / "ds_config.json")
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: older runs have no ledger to compare with") from None
     if max(ledger, default=0) < last:
         raise UserError(f"{folder.ledger} ends before step {last}, at step {max(ledger, default=0)}")
     data, dataset = recipe.data, folder.read_dataset()
@@ -124,21 +129,23 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str]) -> Plan
         raise UserError(str(error), exit_code(error)) from None
     if fingerprint != dataset["fingerprint"]:
         raise UserError(f"{data.path} is not the dataset of {run}: name that with --set data.path=...")
-    row = ledger.get(start + 1, ledger[last])
+    row = ledger.get(starts[0] + 1, ledger[last])
     deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | {"stage": row["stage"]}
     deepspeed |= {"train_micro_batch_size_per_gpu": row["micro_batch"], "gradient_accumulation_steps": "auto"}
     recipe = recipe.model_copy(update={"probes": None, "watch": WatchSection(attention_images=0)})
-    return Plan(recipe, deepspeed, ledger, checkpoints, list(dataset["class_names"]))
+    paths = [checkpoints[step] for step in starts if step]
+    return Plan(recipe, deepspeed, ledger, paths, checkpoints, list(dataset["class_names"]))
 
 
 def open_trainer(
-    plan: Plan, first: int, scratch: RunFolder, *, rank: Rank, device: torch.device, control: dist.ProcessGroup
+    plan: Plan, scratch: RunFolder, *, rank: Rank, device: torch.device, control: dist.ProcessGroup
 ) -> Trainer:
-    """Build a trainer in a folder of its own, at the newest checkpoint of the run at or before step ``first``."""
+    """Build a trainer in a folder of its own, at the newest of the checkpoints to start from that is intact."""
     deepspeed, limits = dict(plan.deepspeed), plan.recipe.watchdog
     if device.type == "cpu" and "fp16" in deepspeed:
         deepspeed["fp16"] = deepspeed["fp16"] | {"enabled": False}  # there is none; the report names the precision
-    for path in [path for step, path in plan.checkpoints.items() if step <= first][:2]:  # one may be damaged
+    scratch.checkpoints.mkdir(parents=True, exist_ok=True)
+    for path in plan.starts:
         link(path, scratch)
     return build_trainer(
         plan.recipe,
@@ -162,7 +169,6 @@ def open_trainer(
 
 def link(checkpoint: Path, scratch: RunFolder) -> None:
     """Let a checkpoint appear in a folder of this node, for every rank of it."""
-    scratch.checkpoints.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         (scratch.checkpoints / checkpoint.name).symlink_to(checkpoint.resolve())
 
@@ -379,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
         control = init_distributed(device)
         plan = first_rank_decides(control, lambda: make_plan(options.run, options.steps, options.assignments))
         scratch = first_rank_decides(control, lambda: copy_description(options.run))
-        trainer = open_trainer(plan, options.steps[0], RunFolder(scratch), rank=rank, device=device, control=control)
+        trainer = open_trainer(plan, RunFolder(scratch), rank=rank, device=device, control=control)
         if rank.is_first:
             there, here = (read_sealed(folder / "environment.json").get("git") for folder in (options.run, scratch))
             if there != here:

@@ -88,7 +88,7 @@ class RunLog:
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
-            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen))
+            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen, self.say))
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)

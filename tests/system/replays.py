@@ -112,8 +112,8 @@ class Fault:
         self._trainer, self._step, self._chance, self.what = trainer, step, chance, "not reached"
         self._step_as_it_is: Callable[..., Any] = trainer.train_step
         self._inject = getattr(self, f"_{kind}")
-        if kind == "image" and chance.random() < 0.5:
-            self._inject = self._bytes()
+        if kind in ("image", "label") and chance.random() < 0.5:
+            self._inject = self._bytes() if kind == "image" else self._table()
         trainer.train_step = self._train_step
 
     def _train_step(self, batches: Iterator[Any], **options: Any) -> Any:
@@ -163,6 +163,14 @@ class Fault:
             return data
 
         loader._reader._bytes = corrupt
+        return lambda batches: None
+
+    def _table(self) -> Callable[[Any], None]:
+        """In the label that the loader has of a sample."""
+        loader, position = self._trainer.train_loader, (self._step - 1) * 64 + self._chance.randrange(64)
+        sample = int(loader.samples(position, position + 1)[1][0])
+        loader._dataset.labels[sample] ^= 1
+        self.what = f"label of image {sample} in the table, bit 0"
         return lambda batches: None
 
     def _image(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -219,7 +227,7 @@ def replay_here(control: dist.ProcessGroup, run: Path) -> str:
     from pretrain.replay import Replay, copy_description, make_plan, open_trainer
 
     plan, scratch = make_plan(run, (HALF, 2 * HALF), []), copy_description(run)
-    trainer = open_trainer(plan, HALF, RunFolder(scratch), rank=read_rank(), device=CPU, control=control)
+    trainer = open_trainer(plan, RunFolder(scratch), rank=read_rank(), device=CPU, control=control)
     replay = Replay(trainer, plan)
     replay.run(2 * HALF)
     trainer.close()
