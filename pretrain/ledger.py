@@ -128,7 +128,7 @@ def write_rows(file: Path, rows: list[Row], setup: Row) -> None:
 
 
 def cut_rows(file: Path, samples_seen: int, say: Callable[[str], None]) -> None:
-    """Remove the steps behind ``samples_seen``, which are taken again, and with a warning damaged lines.
+    """Remove the steps after ``samples_seen``, which are taken again, and with a warning damaged lines.
 
     Raises:
         OSError: the file could not be replaced.

@@ -2,7 +2,7 @@
 
 On several processes: ``deepspeed --num_accelerators N --module pretrain.replay RUN --steps A:B``.
 
-A step follows from the state before it, the dataset and the recipe. The steps behind A up to B are taken again from the
+A step follows from the state before it, the dataset and the recipe. The steps after A up to B are taken again from the
 newest checkpoint at or before A, by the trainer's own code in a temporary run folder. Each is compared with the run's
 ledger, and the state with the checkpoints on the way.
 """
@@ -141,21 +141,16 @@ def open_trainer(
     plan: Plan, scratch: RunFolder, *, rank: Rank, device: torch.device, control: dist.ProcessGroup
 ) -> Trainer:
     """Build a trainer in a folder of its own, at the newest of the checkpoints to start from that is intact."""
-    deepspeed, limits = dict(plan.deepspeed), plan.recipe.watchdog
-    if device.type == "cpu" and "fp16" in deepspeed:
+    deepspeed, limits, gpu = dict(plan.deepspeed), plan.recipe.watchdog, device.type == "cuda"
+    if not gpu and "fp16" in deepspeed:
         deepspeed["fp16"] = deepspeed["fp16"] | {"enabled": False}  # there is none; the report names the precision
+    ranks: dict[str, Any] = {"world_size": rank.world_size, "has_gpu": gpu, "has_bf16_gpu": has_bf16(device)}
     scratch.checkpoints.mkdir(parents=True, exist_ok=True)
     for path in plan.starts:
         link(path, scratch)
     return build_trainer(
         plan.recipe,
-        resolve_for(
-            plan.recipe,
-            deepspeed,
-            world_size=rank.world_size,
-            has_gpu=device.type == "cuda",
-            has_bf16_gpu=has_bf16(device),
-        ),
+        resolve_for(plan.recipe, deepspeed, **ranks),
         scratch,
         rank=rank,
         device=device,
@@ -217,7 +212,7 @@ class Replay:
         exact, close = self._distances.count(0), max(self._distances, default=0)
         count = len(self._distances)
         how = "bit for bit" if exact == count else f"{exact} bit for bit, the others within bounds, {close:.1e} at most"
-        yield f"{count} steps reproduced behind step {self._start}: {how}"
+        yield f"{count} steps reproduced after step {self._start}" + (f": {how}" if count else "")
         if self._unknown:
             yield f"WARNING {self._unknown} more steps are not in the ledger and were not compared"
         if self._why:
@@ -259,8 +254,7 @@ class Replay:
             self._states.append(f"WARNING {path.name} was not compared: {problem}")
             return
         changed, squares = [], torch.zeros(2, dtype=torch.float64)
-        for name, kind, values, there in pairs(path, trainer.optimizer_shards):
-            here = values.cpu()
+        for name, kind, here, there in pairs(path, trainer.optimizer_shards):
             difference = (here - there).double()
             if not torch.equal(here.view(torch.int32), there.view(torch.int32)):
                 changed.append((float(difference.abs().max()), f"{name} ({kind})"))
@@ -343,6 +337,11 @@ def damage(checkpoint: Path) -> str:
     return ""
 
 
+def source(git: dict[str, Any] | None) -> str:
+    """Describe the state of the source that ``environment.json`` records."""
+    return "no known commit" if git is None else git["commit"][:12] + " with changes" * git["changed"]
+
+
 def copy_description(run: Path) -> Path:
     """Make a temporary run folder with what describes a run. For rank 0."""
     scratch = Path(tempfile.mkdtemp(prefix=f"replay-{run.resolve().name}-"))
@@ -389,7 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank.is_first:
             there, here = (read_sealed(folder / "environment.json").get("git") for folder in (options.run, scratch))
             if there != here:
-                trainer.log.say(f"WARNING other code than that of the run's last attempt: {there} there, {here} here")
+                trainer.log.say(f"WARNING this is {source(here)}, the last attempt of the run had {source(there)}")
         sheets = None if options.images is None else Sheets(trainer, options.images, plan.classes)
         replay = Replay(trainer, plan, sheets)
         replay.run(options.steps[1])

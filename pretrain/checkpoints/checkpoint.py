@@ -167,13 +167,13 @@ def _fill(path: Path, shards: OptimizerShards) -> None:
 def pairs(path: Path, shards: OptimizerShards) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
     """Name and kind of what this rank owns, its elements, and those that a checkpoint of the same model has for them.
 
-    Both are flat and fp32, the latter on the CPU. Nothing is verified.
+    Both are flat, fp32 and on the CPU. Nothing is verified.
     """
     index = _ShardIndex(path)
     for shard in shards.shards:
         for kind in shards.kinds:
             there = index.read(shard.name, kind, shard.offset, shard.length)
-            yield shard.name, kind, shard.view(kind, shards.optimizer), there
+            yield shard.name, kind, shard.view(kind, shards.optimizer).cpu(), there
 
 
 class Stretch(NamedTuple):

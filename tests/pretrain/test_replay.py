@@ -120,7 +120,7 @@ def replayed(recorded: list[Row], now: list[Row], setup: Row = SETUP) -> tuple[s
 def test_the_first_difference_is_named_with_its_cause() -> None:
     good = [row(step) for step in range(1, 6)]
     good[1] = row(2, loss=math.nan, grad_norm=None, skipped=True)
-    assert replayed(good, good) == ("", "5 steps reproduced behind step 0: bit for bit")
+    assert replayed(good, good) == ("", "5 steps reproduced after step 0: bit for bit")
     once = [*good[:3], row(4, loss=math.nextafter(good[3]["loss"], 1)), row(5, loss=9.0)]
     difference, report = replayed(good, once)
     assert difference.startswith(f"step 4 (numerics, on the same batch): loss {good[3]['loss']} recorded, ")

@@ -37,7 +37,7 @@ HALF = 8
 """Steps of a faulty run before and after the checkpoint that it is resumed from."""
 KINDS = ("weight", "gradient", "moment", "image", "label")
 CPU = torch.device("cpu")
-REPRODUCED = re.compile(r"(\d+) steps reproduced behind step \d+: (?:(\d+) )?bit for bit.*")
+REPRODUCED = re.compile(r"(\d+) steps reproduced after step \d+: (?:(\d+) )?bit for bit.*")
 
 
 def fields(data: Path, steps: int) -> list[str]:
