@@ -115,5 +115,6 @@ class TrainingLoss:
             step=state.step,
             drawn=drawn.mixing,
         )
-        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+        form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
+        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=form)
         return images, targets, logits, diagonality

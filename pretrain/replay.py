@@ -26,6 +26,7 @@ from PIL import Image
 from data_pipeline.batch import Batch
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.preview import draw_grid, to_pixels
 from pretrain.arguments import add_device_argument, add_set_argument
 from pretrain.build import build_trainer
 from pretrain.check import resolve_for
@@ -51,7 +52,6 @@ from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.files import json_lines, read_sealed
 from pretrain.ledger import SETUP, Row, read_rows
-from pretrain.monitoring.images import draw_grid, to_pixels
 from pretrain.outcome import ExitCode, UserError, exit_code, storage_code
 from pretrain.recipe import Recipe, WatchSection, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder

@@ -52,13 +52,18 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
     assert name.endswith("val.tar") or not (tmp_path / "out" / "dataset.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_imagenet_21k_is_read_from_its_archive_with_a_class_filter(tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "folder"])
+def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(source_21k, "ENOUGH", 8)
     monkeypatch.setattr(source_21k, "HELD_OUT", 3)
-    images = imagenet_21k(tmp_path / "winter21.tar", {**CLASSES, "n09999999": 4}, mode)
+    archive = tmp_path / "winter21.tar"
+    images = imagenet_21k(archive, {**CLASSES, "n09999999": 4}, "w" if mode == "folder" else mode)
+    if mode == "folder":
+        with tarfile.open(archive) as unpacked:
+            unpacked.extractall(tmp_path / "classes")
+        archive = next((tmp_path / "classes").rglob("n*.tar")).parent
     (tmp_path / "p.txt").write_text("\n".join(CLASSES))
-    command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
+    command = [str(archive), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
     assert build([*command, "--workers", "1"]) == 0
     expected = {data: wnid for wnid in CLASSES for data in images[wnid].values()}
     train, val = classes_by_bytes(tmp_path / "out", "train"), classes_by_bytes(tmp_path / "out", "val")
@@ -224,6 +229,16 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
             assert dataset.labels[sample] == labels[number]
             assert np.abs(image - pixels[number]).mean() < 6  # noise, encoded at quality 95
         reader.close()
+    # A part of the training images becomes the val split, the test images the test split; nothing is lost or doubled.
+    assert build([str(root), str(tmp_path / "held"), "--workers", "1", "--val-fraction", "0.25"]) == 0
+    held = {split: Dataset.open(tmp_path / "held", split) for split in ("train", "val", "test")}
+    assert {split: np.bincount(part.labels).tolist() for split, part in held.items()} == {
+        "train": [3, 3, 3], "val": [1, 1, 1], "test": [2, 2, 1]
+    }  # fmt: skip
+    named = {split: {part.sample_name(i)[-15:] for i in range(len(part))} for split, part in held.items()}
+    before = {split: Dataset.open(tmp_path / "out", split) for split in ("train", "val")}
+    assert named["train"] | named["val"] == {before["train"].sample_name(i)[-15:] for i in range(12)}
+    assert named["test"] == {before["val"].sample_name(i)[-15:] for i in range(5)}
     data = (root / names[0]).read_bytes()
     for damaged in (data[:-3], data[:-3] + b"xyz" + data[-3:], b"\1" + data[1:]):
         (root / names[0]).write_bytes(damaged)
