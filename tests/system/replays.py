@@ -141,7 +141,7 @@ class Fault:
 
         def corrupt(gradient: torch.Tensor) -> torch.Tensor:
             hook.remove()
-            gradient = gradient.clone()
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
             self.what = f"gradient of {name}, {flip(gradient, self._chance)}"
             return gradient
 
