@@ -19,7 +19,7 @@ from data_pipeline.transforms import InputConfig
 from pretrain.ledger import Row, cut_rows, read_rows, write_rows
 from pretrain.outcome import UserError
 from pretrain.recipe import load_recipe
-from pretrain.replay import BOUND, Plan, Replay, main, make_plan
+from pretrain.replay import BOUND, DOUBLING, Plan, Replay, main, make_plan
 from pretrain.run_folder import RunFolder
 from tests.system.launching import RECIPE
 
@@ -133,8 +133,10 @@ def test_the_first_difference_is_named_with_its_cause() -> None:
 
 def test_on_another_setup_bounds_take_the_place_of_bits_but_not_for_the_batch() -> None:
     good = [row(step) for step in range(1, 5)]
-    near = [row(step, loss=one["loss"] * (1 + 0.9 * BOUND * step)) for step, one in enumerate(good, 1)]
-    far = [*near[:3], row(4, loss=good[3]["loss"] * (1 + 5 * BOUND))]
+    near = [
+        row(step, loss=one["loss"] * (1 + 0.9 * BOUND * 2 ** (step / DOUBLING))) for step, one in enumerate(good, 1)
+    ]
+    far = [*near[:3], row(4, loss=good[3]["loss"] * (1 + 2 * BOUND))]
     other = SETUP | {"world_size": 4}
     assert replayed(good, near)[0].startswith("step 1 (numerics")
     difference, report = replayed(good, near, other)
@@ -144,6 +146,12 @@ def test_on_another_setup_bounds_take_the_place_of_bits_but_not_for_the_batch() 
     assert replayed(good, far, other)[0].startswith("step 4 (numerics")
     assert replayed(good, [row(1, batch="x" * 16)], other)[0].startswith("step 1 (data")
     assert not replayed(good, far, SETUP | {"precision": "bf16"})[0], "16 bits need wider bounds"
+    long = [row(step) for step in range(1, 201)]
+    amplified = [row(step, loss=one["loss"] * (1 + 1e-7 * 2 ** min(step / 9, 23))) for step, one in enumerate(long, 1)]
+    difference, report = replayed(long, amplified, other)
+    assert not difference
+    assert "WARNING of 117 more steps only the batches were compared" in report
+    assert replayed(long, [*amplified[:-1], row(200, batch="x" * 16)], other)[0].startswith("step 200 (data")
     missing = [*good[:1], *good[2:]]
     assert "WARNING 1 more steps are not in the ledger" in replayed(missing, good)[1]
 
