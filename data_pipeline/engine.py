@@ -49,6 +49,7 @@ class Prepared:
     params: Params
     bad: list[BadSample] = field(default_factory=list)
     drawn: Any = None
+    digest: int = 0
 
 
 class Preparer(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batch import BadSample, Batch, to_device
+from data_pipeline.batch import BadSample, Batch, content_digest, to_device
 from data_pipeline.dataset import Dataset
 from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
@@ -88,7 +88,8 @@ class _Loader(ABC):
         params = self._params(rows, *sizes)
         rows = replace(rows, sample_ids=seen, valid=self._valid(rows, seen))
         labels = self._dataset.labels[seen].astype(np.int64)
-        return Prepared(planned, rows, labels, jpegs, params, bad, self._drawn(rows))
+        digest = content_digest(seen, labels, self._dataset.crc32[seen])  # the reader has compared the checksums
+        return Prepared(planned, rows, labels, jpegs, params, bad, self._drawn(rows), digest)
 
     def _drawn(self, rows: Rows) -> Any:  # noqa: ARG002
         """Return what the caller wants drawn for these rows."""
@@ -118,8 +119,8 @@ class _Loader(ABC):
             for bad in prepared.bad:
                 self._report(bad)
             labels = to_device(prepared.labels, self._device)
-            rows = prepared.rows
-            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn)
+            rows, drawn, digest = prepared.rows, prepared.drawn, prepared.digest
+            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, drawn, digest)
 
     def _report(self, bad: BadSample) -> None:
         self._bad.add(bad.id)

@@ -32,16 +32,21 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
         help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json of "
         "the current folder, else of the folder that holds pretrain/; here: %(default)s)",
     )
+    add_set_argument(parser, "change a field of the recipe, for example optimizer.lr=1e-3")
+    if runs is not None:
+        parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help=f"{runs} (default: runs)")
+
+
+def add_set_argument(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add ``--set``, which is parsed to ``assignments``."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="change a field of the recipe, for example optimizer.lr=1e-3; may be repeated",
+        help=f"{what}; may be repeated",
     )
-    if runs is not None:
-        parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help=f"{runs} (default: runs)")
 
 
 def add_device_argument(parser: argparse._ActionsContainer) -> None:
