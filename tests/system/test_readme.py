@@ -1,7 +1,8 @@
-"""The commands and snippets of the README, and the snippets of the pages, run as written."""
+"""The commands of the README and the first ones of each page, and the snippets of all, run as written."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,37 +14,41 @@ import yaml
 
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
-from tests.pages import ROOT, snippets
+from tests.pages import ROOT, SITE, blocks, snippets
 from tests.system.launching import changes
 
 pytestmark = pytest.mark.slow
+QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
     "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html", "N": "8",
-    "ID": "apache-2.0", "real.json": "data/real.json",
+    "ID": "apache-2.0",
 }  # fmt: skip
 """What stands in for the words in capitals."""
-ELSEWHERE = ("slurm.", "pretrain.evaluate RUN_OR_HANDOFF --data DEST [--split val] --real", "examples.")
-"""Run by tests/slurm, test_evaluation.py and tests/examples."""
+ELSEWHERE = ("slurm.", "examples.", "downloads/imagenet")
+"""Run by tests/slurm, tests/examples and tests/data_pipeline/test_sources.py."""
 
 
 def commands() -> list[str]:
-    """``python``, ``deepspeed`` and ``torchrun`` commands of the README, with the optional parts, each once."""
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"`((?:python|deepspeed) [^`]+)`", text)
-    found += re.findall(r"^ {4}((?:python|deepspeed|torchrun) .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    """``python``, ``deepspeed`` and ``torchrun`` commands of the README and the first ones of each page, each once."""
+    readme = ROOT / "README.md"
+    found = re.findall(r"`((?:python|deepspeed) [^`]+)`", readme.read_text())
+    shown = [*blocks(readme, "bash"), *(blocks(page, "bash")[0] for page in SITE), *blocks(QUICKSTART, "bash")]
+    found += re.findall(r"^((?:python|deepspeed|torchrun) .*?)(?: {2,}#.*)?$", "".join(shown), re.MULTILINE)
     complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
     return [one for one in complete if not any(name in one for name in ELSEWHERE)]
 
 
 def words_of(command: str) -> list[str]:
-    text = re.sub(r"\[(--real [^]]*|[^]]*\.\.\.)\]", "", command)
-    return [EXAMPLES.get(word, word) for word in re.sub(r"[\[\]]|\.\.\.", " ", text).split()]
+    text = re.sub(r"\[[^]]*\.\.\.\]", "", command)
+    return [EXAMPLES.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", " ", text))]
 
 
 def runnable(language: str) -> list[tuple[str, str]]:
-    """Snippets but for those of timm and torchvision, which test_timm_handoff.py runs."""
-    return [(page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision", block)]
+    """Snippets except those of other packages, which test_timm_handoff.py and test_hub.py run."""
+    return [
+        (page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision|transformers", block)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +71,10 @@ def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
     }  # fmt: skip
     words = words_of(command)
     if words[0] == "deepspeed":
-        words[1:1] = ["--num_accelerators", "2", "--master_port", str(free_port())]
+        accelerators = [] if "--num_accelerators" in words else ["--num_accelerators", "2"]
+        words[1:1] = [*accelerators, "--master_port", str(free_port())]
     if "pretrain/main.py" in words:
-        words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{words[0]}")
+        words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{commands().index(command)}")
     ended = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
