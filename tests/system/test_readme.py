@@ -25,16 +25,18 @@ EXAMPLES = {
     "ID": "apache-2.0",
 }  # fmt: skip
 """What stands in for the words in capitals."""
-ELSEWHERE = ("slurm.", "examples.", "downloads/imagenet")
-"""Run by tests/slurm, tests/examples and tests/data_pipeline/test_sources.py."""
+ELSEWHERE = ("slurm.", "examples.", "downloads/imagenet", "my_images")
+"""Run by tests/slurm, tests/examples, tests/data_pipeline/test_sources.py, and below."""
 
 
 def commands() -> list[str]:
     """``python``, ``deepspeed`` and ``torchrun`` commands of the README and the first ones of each page, each once."""
     readme = ROOT / "README.md"
     found = re.findall(r"`((?:python|deepspeed) [^`]+)`", readme.read_text())
-    shown = [*blocks(readme, "bash"), *(blocks(page, "bash")[0] for page in SITE), *blocks(QUICKSTART, "bash")]
-    found += re.findall(r"^((?:python|deepspeed|torchrun) .*?)(?: {2,}#.*)?$", "".join(shown), re.MULTILINE)
+    shown = [block for block in blocks(readme, "bash") if "my_images" not in block]
+    shown += [blocks(page, "bash")[0] for page in SITE] + blocks(QUICKSTART, "bash")
+    lines = re.sub(r" *\\\n *", " ", "".join(shown))
+    found += re.findall(r"^((?:python|deepspeed|torchrun) .*?)(?: {2,}#.*)?$", lines, re.MULTILINE)
     complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
     return [one for one in complete if not any(name in one for name in ELSEWHERE)]
 
@@ -51,6 +53,13 @@ def runnable(language: str) -> list[tuple[str, str]]:
     ]
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path) -> Path:
     """A folder laid out like the repository after ``make demo``."""
@@ -65,17 +74,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: P
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
     words = words_of(command)
     if words[0] == "deepspeed":
         accelerators = [] if "--num_accelerators" in words else ["--num_accelerators", "2"]
         words[1:1] = [*accelerators, "--master_port", str(free_port())]
     if "pretrain/main.py" in words:
         words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{commands().index(command)}")
-    ended = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
