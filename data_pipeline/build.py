@@ -378,7 +378,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", help="name of the split that a folder or shards become (default: by their names)")
     parser.add_argument(
         "--val-fraction", type=float, default=0.0, metavar="SHARE",
-        help="make so much of each class of a folder the val split, always the same images",
+        help="make so much of each class of a folder, or of IDX files' training images, the val split, always the same "
+        "images; the test images of IDX files become the test split then",
     )  # fmt: skip
     parser.add_argument(
         "--classes", type=Path, metavar="FILE",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from data_pipeline.files import write_atomically
 FILE_NAME = "dataset.json"
 INFO_NAME = "_info.json"
 """The file in which timm and the Hugging Face Hub describe a folder of shards."""
+_PEEKED = 20
 _WRITER = "python -m data_pipeline.build"
 
 
@@ -81,10 +83,7 @@ class Manifest(_Part):
             digest = content.pop("sha256")
             manifest = cls.model_validate(content)
         except FileNotFoundError:
-            raise DataError(
-                f"there is no dataset in {folder} (no {FILE_NAME}); "
-                f"build one: python -m data_pipeline.build SOURCE {folder}"
-            ) from None
+            raise DataError(_how_to_build(folder)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
             raise DataError(f"{path} cannot be read ({_first_line(error)}); build the dataset again") from None
         if digest != manifest._digest():  # noqa: SLF001  (our own class)
@@ -113,6 +112,24 @@ def publish(manifest: Manifest, folder: Path) -> None:
     if not path.exists() or f'"{_WRITER}"'.encode() in path.read_bytes():
         write_atomically(path, info_text(manifest).encode())
     manifest.write(folder)
+
+
+def _how_to_build(folder: Path) -> str:
+    """Say that a folder holds no dataset, and the command that builds one; of the folder's own images if it has any."""
+    from data_pipeline.sources import SPLIT_WORDS, may_be_image  # noqa: PLC0415  (only for this message)
+
+    inside = [path for path in sorted(folder.glob("*")) if path.is_dir()][:_PEEKED]
+    below = [path for sub in inside for path in islice(sub.glob("*"), _PEEKED)]
+    split_apart = any(SPLIT_WORDS.get(path.name.lower()) == "val" for path in inside)
+    if split_apart:
+        below += [path for sub in below[:_PEEKED] if sub.is_dir() for path in islice(sub.glob("*"), _PEEKED)]
+    if any(path.suffix and may_be_image(path.name) for path in below):
+        fraction = "" if split_apart else " --val-fraction 0.1"
+        return (
+            f"{folder} is a folder of images, not a dataset; build one of them, and name it here: "
+            f"python -m data_pipeline.build {folder} data/{folder.resolve().name}{fraction}"
+        )
+    return f"there is no dataset in {folder} (no {FILE_NAME}); build one: python -m data_pipeline.build SOURCE {folder}"
 
 
 def _first_line(error: Exception) -> str:

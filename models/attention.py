@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import Grid
-from models.diagonality import diagonality_loss, pool_queries
+from models.diagonality import Diagonality, diagonality_loss, pool_queries
 from models.resample import resample_map, resample_table
 
 Observer = Callable[[Tensor, Grid, Grid], None]
@@ -198,7 +198,7 @@ class VanillaAttention(Attention):
         tokens: Tensor,
         grid: Grid,
         initial: Tensor | None,
-        with_diagonality: bool,  # noqa: ARG002  the loss is defined on Less Attention blocks; both kinds are called alike
+        with_diagonality: Diagonality,  # noqa: ARG002  the loss is defined on Less Attention blocks; both kinds are called alike
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Attend.
 
@@ -231,16 +231,26 @@ class LessAttention(Attention):
     """`A_l = Psi(Theta(A_{l-1})^T)^T`, output `softmax(A_l) V`: no queries, no keys.
 
     Theta acts on the key axis, Psi on the query axis; one pair a block, shared by the heads (this project's choice).
+    Without `learned_maps` there is neither, and `A_l = A_{l-1}`.
     """
 
-    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], grid: Grid) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ratio: int,
+        norm: Callable[[int], nn.Module],
+        grid: Grid,
+        *,
+        learned_maps: bool = True,
+    ) -> None:
         super().__init__(width, heads, ratio, norm)
         self.v = nn.Linear(width, width, bias=False)
-        self.theta = Theta(self.key_grid(grid))
-        self.psi = Psi(grid)
+        self.theta = Theta(self.key_grid(grid)) if learned_maps else None
+        self.psi = Psi(grid) if learned_maps else None
 
     def forward(
-        self, tokens: Tensor, grid: Grid, scores: Tensor, with_diagonality: bool
+        self, tokens: Tensor, grid: Grid, scores: Tensor, with_diagonality: Diagonality
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attend with scores made from the previous block's.
 
@@ -253,10 +263,12 @@ class LessAttention(Attention):
         Returns:
             Output (batch, N, C); this block's scores (batch, heads, M, N); the diagonality loss or None.
         """
-        key_grid = self.key_grid(grid)
-        scores = self.psi(self.theta(scores, key_grid), grid)
-        output, pooled = self.attend(scores, self.v(self.reduced(tokens, grid)), grid, with_diagonality)
-        return output, scores, None if pooled is None else diagonality_loss(pooled)
+        if self.theta is not None and self.psi is not None:
+            scores = self.psi(self.theta(scores, self.key_grid(grid)), grid)
+        output, pooled = self.attend(scores, self.v(self.reduced(tokens, grid)), grid, bool(with_diagonality))
+        if pooled is None:
+            return output, scores, None
+        return output, scores, diagonality_loss(pooled, as_printed=with_diagonality == "as_printed")
 
 
 class ClassAttention(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.config import Grid
+from models.diagonality import Diagonality
 
 EPSILON = 1e-6
 """Below the variance of any live token; timm and the PVT family use the same."""
@@ -86,7 +87,7 @@ class Block(nn.Module):
         grid: Grid,
         scores: Tensor | None,
         uniforms: Tensor | None,
-        with_diagonality: bool,
+        with_diagonality: Diagonality,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
 

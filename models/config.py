@@ -43,6 +43,9 @@ class LaViTConfig:
     """Hidden width of the MLP over C."""
     reduction_ratios: tuple[int, ...] = (8, 4, 2, 1)
     """Spatial reduction: one key stands for a square of this many tokens a side (1: every token is a key)."""
+    learned_maps: bool = True
+    """Whether Less Attention blocks have Psi and Theta. Without them they repeat the scores of the block before, as in
+    "Leveraging redundancy in attention with Reuse Transformers" (arXiv 2110.06821)."""
     attention_residual: bool = True
     """Whether the last scores of a stage are added, pooled, to the first scores of the next."""
     pool: Literal["class_attention", "mean"] = "class_attention"
@@ -82,10 +85,9 @@ class LaViTConfig:
             _is_number(self.drop_path) and 0 <= self.drop_path < 1,
             f"drop_path: at least 0 and below 1, got {self.drop_path!r}",
         )
-        _require(
-            isinstance(self.attention_residual, bool),
-            f"attention_residual: true or false, got {self.attention_residual!r}",
-        )
+        for field in ("learned_maps", "attention_residual"):
+            value = getattr(self, field)
+            _require(isinstance(value, bool), f"{field}: true or false, got {value!r}")
         for stage in range(STAGES - 1) if self.attention_residual else ():
             finer, coarser = (self.key_side(s) for s in (stage, stage + 1))
             _require(

@@ -24,7 +24,8 @@ def count_parameters(config: LaViTConfig) -> int:
         less_blocks = config.depths[stage] - config.vanilla_blocks[stage]
         total += config.depths[stage] * shared
         total += config.vanilla_blocks[stage] * width * (3 * width + 1)
-        total += less_blocks * (width**2 + keys * (keys + 1) + queries**2)
+        maps = keys * (keys + 1) + queries**2 if config.learned_maps else 0
+        total += less_blocks * (width**2 + maps)
         channels, side = width, 2
     width = config.widths[-1]
     pool = width * (3 * width + 2) if config.pool == "class_attention" else 0
@@ -64,15 +65,15 @@ def attention_macs(config: LaViTConfig, stage: int, grids: tuple[Grid, Grid], *,
         config: the architecture.
         stage: counted from 0.
         grids: the stage's query and key grids, from `config.grids`.
-        less: Less Attention, `H (N M^2 + N^2 M)` for Theta and Psi; otherwise Vanilla Attention, `N C^2 + M C^2` for Q
-            and K and `N M C` for their product. What both have is counted in both: spatial reduction, V, softmax(A) V,
-            the output projection.
+        less: Less Attention, `H (N M^2 + N^2 M)` for Theta and Psi where it has them; otherwise Vanilla Attention,
+            `N C^2 + M C^2` for Q and K and `N M C` for their product. What both have is counted in both: spatial
+            reduction, V, softmax(A) V, the output projection.
     """
     width, ratio, (queries, keys) = config.widths[stage], config.reduction_ratios[stage], map(_area, grids)
     shared = keys * width**2 + queries * keys * width + queries * width**2
     shared += keys * width**2 * ratio**2 if ratio > 1 else 0
     if less:
-        return shared + config.heads[stage] * queries * keys * (keys + queries)
+        return shared + (config.heads[stage] * queries * keys * (keys + queries) if config.learned_maps else 0)
     return shared + queries * width**2 + keys * width**2 + queries * keys * width
 
 

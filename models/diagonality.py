@@ -1,13 +1,18 @@
 """The diagonality-preserving loss: attention should be symmetric, with a dominant diagonal."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import Grid
 
+Diagonality = bool | Literal["as_printed"]
+"""Whether a forward pass computes the loss, or its second term with the paper's printed sign."""
 
-def diagonality_loss(attention: Tensor) -> Tensor:
+
+def diagonality_loss(attention: Tensor, *, as_printed: bool = False) -> Tensor:
     r"""The intended diagonality-preserving loss of a batch of square attention matrices.
 
     `mean over matrices of 1/N ( sum_ij |A_ij - A_ji| + sum_i ( sum_{j != i} A_ij - (N - 1) A_ii ) )`
@@ -20,15 +25,18 @@ def diagonality_loss(attention: Tensor) -> Tensor:
     Args:
         attention: (..., N, N), probabilities over the last axis or over the one before it: both terms are the same for
             the transposed matrix.
+        as_printed: give the second term the paper's printed sign, normalised and averaged in the same way. For
+            comparison only.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64), within [1 - N, 3].
+        A scalar in fp32 (fp64 for fp64), within [1 - N, 3]; as printed within [-1, N + 1].
     """
     attention = attention if attention.dtype == torch.float64 else attention.float()
     tokens = attention.shape[-1]
     asymmetry = (attention - attention.transpose(-2, -1)).abs().sum((-2, -1))
     trace = attention.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return ((asymmetry + attention.sum((-2, -1))) / tokens - trace).mean()
+    sign = -1 if as_printed else 1
+    return ((asymmetry + sign * attention.sum((-2, -1))) / tokens - sign * trace).mean()
 
 
 def diagonality_loss_as_printed(matrix: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.attention import ClassAttention, TokenMap
 from models.block import layer_norm
 from models.config import STAGES, LaViTConfig
+from models.diagonality import Diagonality
 from models.residual import AttentionResidual
 from models.stage import PositionEmbedding, Stage
 
@@ -38,10 +39,10 @@ class LaViT(nn.Module):
     ) -> Tensor: ...
     @overload
     def forward(
-        self, images: Tensor, *, drop_path_uniforms: Tensor | None = ..., with_diagonality: Literal[True]
+        self, images: Tensor, *, drop_path_uniforms: Tensor | None = ..., with_diagonality: Literal[True, "as_printed"]
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, images: Tensor, *, drop_path_uniforms: Tensor | None = None, with_diagonality: bool = False
+        self, images: Tensor, *, drop_path_uniforms: Tensor | None = None, with_diagonality: Diagonality = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify.
 
@@ -49,7 +50,7 @@ class LaViT(nn.Module):
             images: (batch, in_channels, height, width), float; each side a multiple of `config.stride`.
             drop_path_uniforms: (num_drop_paths, batch) in [0, 1): branch k keeps sample b when the number is at least
                 the branch's drop rate. Read while training only. None: drawn from torch's generator.
-            with_diagonality: also return the diagonality-preserving loss.
+            with_diagonality: also return the diagonality-preserving loss; 'as_printed': with the paper's printed sign.
 
         Returns:
             Logits (batch, num_classes). With `with_diagonality` also an fp32 scalar: the mean of `diagonality_loss`
@@ -78,7 +79,7 @@ class LaViT(nn.Module):
         return self._trunk(images, drop_path_uniforms, with_diagonality=False)[0]
 
     def _trunk(
-        self, images: Tensor, uniforms: Tensor | None, with_diagonality: bool
+        self, images: Tensor, uniforms: Tensor | None, with_diagonality: Diagonality
     ) -> tuple[list[Tensor], list[Tensor]]:
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import LessAttention, VanillaAttention
 from models.block import Block, layer_norm
 from models.config import STAGES, Grid, LaViTConfig
+from models.diagonality import Diagonality
 from models.resample import resample_table
 from models.residual import AttentionResidual
 
@@ -73,14 +74,14 @@ class Stage(nn.Module):
             attention = (
                 VanillaAttention(width, heads, ratio, norm, keeps_scores=keeps)
                 if block < vanilla
-                else LessAttention(width, heads, ratio, norm, grid)
+                else LessAttention(width, heads, ratio, norm, grid, learned_maps=config.learned_maps)
             )
             rate = config.drop_path * (before + block) / max(total - 1, 1)
             blocks.append(Block(width, attention, config.mlp_ratios[stage], rate, norm))
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     def forward(
-        self, picture: Tensor, before: Scores | None, uniforms: Tensor | None, with_diagonality: bool
+        self, picture: Tensor, before: Scores | None, uniforms: Tensor | None, with_diagonality: Diagonality
     ) -> tuple[Tensor, Scores | None, list[Tensor]]:
         """Run the stage.
 

@@ -103,7 +103,8 @@ class TrainingLoss:
             step=state.step,
             drawn=drawn.mixing,
         )
-        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+        form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
+        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=form)
         classification = self.classification(logits, targets)
         weight = diagonality_weight(recipe.loss, epoch=state.samples_seen / self._epoch_size)
         loss = classification + weight * diagonality.float()

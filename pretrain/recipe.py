@@ -65,6 +65,8 @@ class LossSection(Section):
     """Weight of the diagonality-preserving loss of the LA blocks; 0 leaves it out."""
     diagonality_ramp_epochs: float = Field(default=0.0, ge=0)
     """Epochs over which the weight grows linearly from 0."""
+    diagonality_form: Literal["intended", "as_printed"] = "intended"
+    """The loss that raises the diagonal; or, for comparison, the paper's printed sign, which lowers it."""
     classification: Literal["cross_entropy", "semantic_softmax"] = "cross_entropy"
     """Cross-entropy over all classes; or one softmax for each level of class_tree, for ImageNet-21k."""
     class_tree: Path | None = None

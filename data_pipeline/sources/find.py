@@ -76,7 +76,7 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
     if (path / imagenet1k.TRAIN).exists():
         return _with_own_splits(ImageNet1k(path), wanted, "classes")
     if image_files(path, "train"):
-        return _with_own_splits(Idx(path), wanted, "classes")
+        return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes", may_hold_out=True)
     shards = _shards_in(path, wanted.split)
     if shards:
         return _shards(shards, wanted)
@@ -84,9 +84,9 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
     return Folder(path, wanted.split, wanted.val_fraction)
 
 
-def _with_own_splits(source: Source, wanted: Wanted, *refused: str) -> Source:
+def _with_own_splits(source: Source, wanted: Wanted, *refused: str, may_hold_out: bool = False) -> Source:
     """Return a source whose splits are fixed; DataError where the command line asks for others."""
-    _refuse(wanted, wanted.names[0], *refused, "label_key", "val_fraction")
+    _refuse(wanted, wanted.names[0], *refused, "label_key", *(() if may_hold_out else ("val_fraction",)))
     if wanted.split is not None:
         raise DataError(f"{wanted.names[0]} comes with its own splits ({', '.join(source.splits)}); leave --split out")
     return source

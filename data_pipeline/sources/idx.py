@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, StorageError
-from data_pipeline.sources import SHARD_BYTES, SourceImage
+from data_pipeline.sources import SHARD_BYTES, SourceImage, held_out
 
 _BYTES = 0x08  # the format's code for unsigned bytes, the only type these datasets use
 _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
@@ -22,14 +22,20 @@ _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 class Idx:
     """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...`.
 
-    The test files are the val split. Images of EMNIST, which are stored transposed, are turned.
+    The test files are the val split, unless a part of the training images is. Images of EMNIST, which are stored
+    transposed, are turned.
+
+    Args:
+        root: the folder.
+        val_fraction: share of each class's training images that becomes the val split, chosen by a hash of their names;
+            the test files are the test split then.
     """
 
-    splits = ("train", "val")
     shard_bytes = SHARD_BYTES
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, val_fraction: float = 0.0) -> None:
+        self.root, self._fraction = root, val_fraction
+        self.splits = ("train", "val", "test") if val_fraction else ("train", "val")
         train, *more = image_files(root, "train")
         if more:
             raise DataError(f"{root} holds {train.name} and {more[0].name}; give each dataset a folder of its own")
@@ -45,11 +51,19 @@ class Idx:
                     f"{path} holds {len(self._pixels[split])} images, but {_labels_of(path)} "
                     f"{len(self._labels[split])} labels; download both again"
                 )
+        self._held_out: set[str] = set()
+        if val_fraction:
+            labels = self._labels["train"]
+            for label in set(labels.tolist()):
+                names = [_name("train", number) for number in np.flatnonzero(labels == label).tolist()]
+                self._held_out |= held_out(names, round(val_fraction * len(names)))
 
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
         files = [file for path in self._images.values() for file in (path, _labels_of(path))]
-        return {"source": "idx", "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}}
+        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+        described = {"source": "idx", "files": digests}
+        return described | ({"val_fraction": self._fraction} if self._fraction else {})
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
         """Return the labels from 0 to the largest."""
@@ -58,16 +72,27 @@ class Idx:
 
     def count(self, split: str) -> int:
         """Return the number of images."""
-        return len(self._labels[split])
+        if not self._fraction:
+            return len(self._labels[split])
+        held = len(self._held_out)
+        return {"train": len(self._labels["train"]) - held, "val": held, "test": len(self._labels["val"])}[split]
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images as PGM files, which Pillow reads."""
-        path, labels, pixels = self._images[split], self._labels[split], self._pixels[split]
+        # Named after the files: "val" are those of test images, whatever split they become.
+        file = "train" if split == "train" or (split == "val" and self._fraction) else "val"
+        path, labels, pixels = self._images[file], self._labels[file], self._pixels[file]
         if path.name.startswith("emnist"):
             pixels = pixels.transpose(0, 2, 1)
         head = b"P5 %d %d 255\n" % (pixels.shape[2], pixels.shape[1])
         for number, label in enumerate(labels.tolist()):
-            yield SourceImage(f"{split}{number:06d}", str(label), head + pixels[number].tobytes())
+            name = _name(file, number)
+            if file == "val" or (name in self._held_out) == (split == "val"):
+                yield SourceImage(name, str(label), head + pixels[number].tobytes())
+
+
+def _name(file: str, number: int) -> str:
+    return f"{file}{number:06d}"
 
 
 def image_files(root: Path, split: str) -> list[Path]:

@@ -6,27 +6,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch
+from data_pipeline.preview import Pixels, draw_grid, to_pixels
 from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
-from pretrain.monitoring.images import draw_attention, draw_grid, to_pixels
+from pretrain.monitoring.images import draw_attention
 from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.step_timer import PHASES, StepTimer
 
 GRID = 32
 """Training images that are drawn at a time."""
 GIB = 2**30
-Pixels = NDArray[np.uint8]
 """An image, (height, width, 3)."""
 
 

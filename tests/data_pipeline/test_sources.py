@@ -224,6 +224,16 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
             assert dataset.labels[sample] == labels[number]
             assert np.abs(image - pixels[number]).mean() < 6  # noise, encoded at quality 95
         reader.close()
+    # A part of the training images becomes the val split, the test images the test split; nothing is lost or doubled.
+    assert build([str(root), str(tmp_path / "held"), "--workers", "1", "--val-fraction", "0.25"]) == 0
+    held = {split: Dataset.open(tmp_path / "held", split) for split in ("train", "val", "test")}
+    assert {split: np.bincount(part.labels).tolist() for split, part in held.items()} == {
+        "train": [3, 3, 3], "val": [1, 1, 1], "test": [2, 2, 1]
+    }  # fmt: skip
+    named = {split: {part.sample_name(i)[-15:] for i in range(len(part))} for split, part in held.items()}
+    before = {split: Dataset.open(tmp_path / "out", split) for split in ("train", "val")}
+    assert named["train"] | named["val"] == {before["train"].sample_name(i)[-15:] for i in range(12)}
+    assert named["test"] == {before["val"].sample_name(i)[-15:] for i in range(5)}
     data = (root / names[0]).read_bytes()
     for damaged in (data[:-3], data[:-3] + b"xyz" + data[-3:], b"\1" + data[1:]):
         (root / names[0]).write_bytes(damaged)

@@ -26,6 +26,7 @@ from tests.models.test_lavit import small
         ({"mlp_ratios": (4.0, 4.0, 4.0, float("inf"))}, "mlp_ratios: 4 positive numbers"),
         ({"mlp_ratios": (0.01, 4.0, 4.0, 4.0)}, "mlp_ratios: 0.01 of stage 1's width of 8 is nothing"),
         ({"attention_residual": "no"}, "attention_residual: true or false"),
+        ({"learned_maps": 1}, "learned_maps: true or false"),
         ({"image_size": 32.5}, "image_size: "),
         ({"reduction_ratios": (2, 4, 4, 4)}, "image_size: 32 x 32 pixels; each side must be a multiple of 64"),
         ({"reduction_ratios": (8, 2, 1, 1)}, "reduction_ratios: a key of stage 2 covers 8 pixels"),

@@ -22,6 +22,7 @@ OTHERS = [
     {"pool": "mean", "reduction_ratios": (4, 2, 1, 1), "vanilla_blocks": (1, 1, 2, 1)},
     {"attention_residual": False, "num_classes": 7, "in_channels": 1, "patch_size": 8, "image_size": (128, 192)},
     {"mlp_ratios": (8.0, 8.0, 4.0, 2.5), "heads": (2, 4, 5, 16), "vanilla_blocks": (1, 1, 1, 1)},
+    {"learned_maps": False, "vanilla_blocks": (1, 1, 1, 1)},
 ]
 NETWORKS = [(name, {}) for name in list_models()] + [("lavit_micro", SHAPE | changes) for changes in OTHERS]
 

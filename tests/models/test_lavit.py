@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models import LaViT, create_model
+from models import LaViT, create_model, diagonality_loss, diagonality_loss_as_printed
+from models.diagnostics import attention_diagnostics
 
 SMALL = {
     "patch_size": 2,
@@ -184,3 +185,29 @@ def test_scores_are_kept_only_where_less_attention_or_the_residual_reads_them(re
             assert scores is not before
         else:
             assert scores is None
+
+
+def test_without_learned_maps_a_less_attention_block_repeats_scores_and_has_no_maps():
+    model = shaken(learned_maps=False)
+    assert not any("theta" in name or "psi" in name for name, _ in model.named_parameters())
+    images = torch.rand(2, 3, 32, 32)
+    rows = [row for row in attention_diagnostics(model, images) if row.kind == "less"]
+    assert rows
+    assert all(row.saturation == pytest.approx(1) for row in rows)
+    learned = [row.saturation for row in attention_diagnostics(shaken(), images) if row.kind == "less"]
+    assert max(learned) < 0.999
+    logits, loss = model(images, with_diagonality=True)
+    (logits.sum() + loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_printed_sign_turns_the_second_term_of_the_loss_alone():
+    attention = torch.rand(2, 3, 4, 4).softmax(-1)
+    asymmetry = (attention - attention.mT).abs().sum((-2, -1)).mean() / 4
+    intended, printed = diagonality_loss(attention), diagonality_loss(attention, as_printed=True)
+    torch.testing.assert_close(intended - asymmetry, asymmetry - printed)
+    torch.testing.assert_close(printed, diagonality_loss_as_printed(attention) / (6 * 4))
+    model, images = shaken().eval(), torch.rand(2, 3, 32, 32)
+    (same, one), (logits, other) = (model(images, with_diagonality=form) for form in (True, "as_printed"))
+    assert torch.equal(same, logits)
+    assert not torch.equal(one, other)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data_pipeline.preview import CELL, LINE, draw_grid, to_pixels
 from models import create_model
 from models.cost import count_macs
 from pretrain.devices import DEVICES
@@ -18,7 +19,6 @@ from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.monitoring.attention import drawn_blocks
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
-from pretrain.monitoring.images import CELL, LINE, draw_grid, to_pixels
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunLog
