@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
-    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html", "N": "8",
-    "ID": "apache-2.0",
+    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
+    "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0",
 }  # fmt: skip
 """What stands in for the words in capitals."""
 ELSEWHERE = ("slurm.", "examples.", "downloads/imagenet", "my_images")
@@ -64,8 +65,9 @@ def environment() -> dict[str, str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path) -> Path:
     """A folder laid out like the repository after ``make demo``."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("data_pipeline", "examples", "models", "pretrain", "recipes", "slurm", "ds_config.json"):
+    for name in ("data_pipeline", "examples", "models", "pretrain", "slurm", "ds_config.json"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     (folder / "data").mkdir()
     shutil.copytree(digits, folder / "data/digits")
     shutil.copytree(straight, folder / "runs/demo")
@@ -82,6 +84,24 @@ def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
         words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{commands().index(command)}")
     ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_lines_about_own_images_run_as_written(checkout: Path) -> None:
+    for number in range(120):
+        image = checkout / f"my_images/class{number % 3}/{number}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), (80 * (number % 3), number, 90)).save(image)
+    (block,) = (block for block in blocks(ROOT / "README.md", "bash") if "my_images" in block)
+    lines = [line.partition("  #")[0].split() for line in block.splitlines() if not line.startswith("tensorboard")]
+    assert len(lines) == 5
+    for words in lines:
+        if words[0] == "deepspeed":
+            words[1:1] = ["--master_port", str(free_port())]
+            words += changes(schedule__epochs=0.5, schedule__warmup_epochs=0)
+        ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert {path.name for path in (checkout / "runs/mine").iterdir()} >= {"evaluation", "handoff", "tensorboard"}
+    assert (checkout / "preview.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(("page", "code"), runnable("python"))
