@@ -1,4 +1,4 @@
-"""Fields of pydantic models in words: what one takes, what is wrong with a value, and which key was meant."""
+"""Fields of pydantic models as text: what one takes, what is wrong with a value, and which key was meant."""
 
 import difflib
 import shutil
@@ -40,7 +40,7 @@ def explain(
             text = f"unknown key {key}" + (hint(key) if hint else did_you_mean(*similar(model, key)))
         elif detail["type"] == "missing" and len(location) == len(detail["loc"]):
             text = f"{key} is missing"
-        elif detail["type"] == "value_error":  # a check of the model itself, whose message says what is wrong
+        elif detail["type"] == "value_error":  # a check of the model itself, with a message of its own
             text = f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
         else:
             for part in location:
@@ -118,7 +118,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class FieldHelp:
-    """A field of a model, in words."""
+    """A field of a model as text."""
 
     name: str
     """Dotted."""

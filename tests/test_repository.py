@@ -1,5 +1,6 @@
-"""Recipes are valid, versions are pinned once, and the pages name what exists, are short and open with a command."""
+"""Versions are pinned once, and the pages name what exists, are short and open with a command."""
 
+import ast
 import re
 import tomllib
 
@@ -8,12 +9,6 @@ import yaml
 from pretrain.fields import dotted_names
 from pretrain.recipe import CHANGEABLE, Recipe
 from tests.pages import PAGES, ROOT, SITE
-
-
-def test_the_head_of_the_demos_recipe_has_the_command() -> None:
-    """``tests/pretrain/test_recipes.py`` starts the others."""
-    text = (ROOT / "recipes/demo.yaml").read_text()
-    assert "--recipe recipes/demo.yaml" in text.partition("\nname:")[0]
 
 
 def test_versions_are_pinned_in_constraints_alone() -> None:
@@ -88,3 +83,15 @@ def test_recipe_fields_named_in_the_pages_exist() -> None:
     }
     assert len(named) > 20
     assert not {(page, name) for page, name in named if name not in known}
+
+
+def test_messages_explained_in_troubleshooting_are_those_of_the_code() -> None:
+    sources = [path for package in ("data_pipeline", "pretrain", "slurm") for path in (ROOT / package).rglob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    quoted = re.findall(r"\*\*(`[^*]+`)\.\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    messages = [message for line in quoted for message in re.findall(r"`([^`]+)`", line)]
+    assert len(messages) > 20
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("..."))):
+            assert any(part in text for text in texts), f"no message has {part!r}"

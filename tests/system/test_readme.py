@@ -94,7 +94,8 @@ def test_the_lines_about_own_images_run_as_written(checkout: Path) -> None:
     (block,) = (block for block in blocks(ROOT / "README.md", "bash") if "my_images" in block)
     lines = [line.partition("  #")[0].split() for line in block.splitlines() if not line.startswith("tensorboard")]
     assert len(lines) == 5
-    for words in lines:
+    for line in lines:
+        words = [*line]
         if words[0] == "deepspeed":
             words[1:1] = ["--master_port", str(free_port())]
             words += changes(schedule__epochs=0.5, schedule__warmup_epochs=0)
