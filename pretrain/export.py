@@ -87,6 +87,7 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
             handoff,
             samples=progress["evaluation"]["samples"],
             evaluated_at=progress["evaluated_at"],
+            steps=progress["step"],
             license_id=license_id,
         ),
     )

@@ -55,16 +55,20 @@ def read_sealed(path: Path) -> dict[str, Any]:
             mark = f"# {SEAL} "
             stated = head.removeprefix(mark) if head.startswith(mark) else None
             found = digest((path.name + rest).encode())
+            misnamed = stated is None and head.endswith(found)
         else:
             stated = fields.pop(SEAL, None)
             found = digest_of_fields(fields | {SEAL: path.name})
+            *names, last = fields or [""]
+            others = {name: fields[name] for name in names} | {SEAL: path.name}
+            misnamed = stated is None and bool(names) and digest_of_fields(others) == fields[last]
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}", storage_code(error)) from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:300]}): put it back") from None
-    if stated not in (None, found):
+    if misnamed or stated not in (None, found):  # misnamed: the digest is there, but what names it is damaged
         raise UserError(
             f"{path} has other content than when it was written: put it back, or take {SEAL} out of it if it was "
             "changed on purpose"

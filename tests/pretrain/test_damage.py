@@ -184,3 +184,19 @@ def test_no_damage_of_300_is_silent_or_a_traceback(tmp_path: Path, digits: Path)
     )
     (run / "loss_spikes.jsonl").write_text('{"step": 3, "loss": 9.0, "level": 1.0, "sample_ids": [1]}\n')
     run_ranks(1, survives, run)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "recipe.yaml"])
+def test_any_flipped_bit_of_a_sealed_file_is_noticed_or_changes_nothing(name: str, tmp_path: Path) -> None:
+    path, fields = tmp_path / name, {"top1": 98.5, "name": "demo"}
+    write_sealed(path, fields)
+    content, noticed = path.read_bytes(), 0
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert read_sealed(path) == fields, bit
+        except UserError:
+            noticed += 1
+    assert noticed > 7.5 * len(content)  # blanks between JSON's tokens may change
