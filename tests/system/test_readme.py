@@ -23,11 +23,11 @@ QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
     "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
-    "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0",
+    "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0", "A:B": "0:2",
 }  # fmt: skip
 """What stands in for the words in capitals."""
-ELSEWHERE = ("slurm.", "examples.", "downloads/imagenet", "my_images")
-"""Run by tests/slurm, tests/examples, tests/data_pipeline/test_sources.py, and below."""
+ELSEWHERE = ("slurm.", "examples.", "demo-cnn", "downloads/imagenet", "my_images", "--steps 300:")
+"""Run by tests of their own, or below; step 300 is beyond the run that stands in for the demo."""
 
 
 def commands() -> list[str]:
