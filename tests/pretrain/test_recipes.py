@@ -16,8 +16,8 @@ from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TIMM = "in1k_timm_example"
-APART = {"demo", "template", "fashion_mnist_lavit", TIMM}
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in APART)
+FOR_A_CPU = {"demo", "template", "fashion_mnist_lavit"}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in {*FOR_A_CPU, TIMM})
 CLASSES_AND_IMAGES = {
     "data/imagenet-1k": (1_000, 1_281_167),
     "data/imagenet-21k": (21_841, 14_197_122),
