@@ -215,7 +215,7 @@ def show(content: dict[str, Any]) -> Iterator[str]:
     yield "\n| question | difference in top-1, points | |\n|---|---|---|"
     for question, found in content["differences"].items():
         half = "" if found["half_width"] is None else f" ± {found['half_width']:.2f}"
-        verdict = "differs" if found["differs"] else "no difference found"
+        verdict = "differs" if found["differs"] else "no difference found" if half else "one seed"
         yield f"| {question} ({found['with']} - {found['without']}) | {found['mean']:+.2f}{half} | {verdict} |"
 
 
