@@ -2,12 +2,14 @@
 N ?= 100
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTHON ?= python3
+EXTRAS ?= remote,report,hub,pictures,onnx,dev
+WHEELHOUSE ?= wheelhouse
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-.PHONY: setup demo test test-system test-cluster test-all soak bench lint clean
+.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak bench lint clean
 setup: $(STAMP)
 
 # pip's progress is shown on a terminal and left out of logs.
@@ -19,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev]'
 	@touch $@
+
+# Wheels of everything pinned, for machines without internet that have this Python and this kind of GPU or none. There:
+# PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make setup
+wheelhouse:
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --constraint constraints.txt --wheel-dir $(WHEELHOUSE) '.[$(EXTRAS)]'
+	rm -f $(WHEELHOUSE)/lavit_pretrain-*.whl
 
 # With SIGINT ignored here, `deepspeed` waits while the ranks save and exit: Ctrl-C stops the run cleanly.
 demo: setup
