@@ -81,11 +81,10 @@ def ours(folder: Path, device: torch.device, batch: int, **settings: Any) -> Ite
     augment = AugmentConfig(random_resized_crop=RandomResizedCropConfig(), horizontal_flip=0.5)
     config = InputConfig(path=folder, **{"interpolation": "bilinear", "augment": augment, **settings})
     dataset = Dataset.open(folder, "train")
-    loader = TrainLoader(
-        dataset, config, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, device=device
-    )
-    for ready in loader:
-        yield ready.images
+    place = {"global_batch": batch, "micro_batch": batch, "rank": 0, "world_size": 1, "device": device}
+    with contextlib.closing(TrainLoader(dataset, config, seed=0, **place)) as loader:
+        for ready in loader:
+            yield ready.images
 
 
 def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:

@@ -6,6 +6,7 @@ only, and run operation by operation: compiling kernels takes minutes there.
 """
 
 import argparse
+import gc
 import io
 import itertools
 import json
@@ -68,8 +69,9 @@ PLAIN = AUGMENT.model_copy(update={"rand_augment": None})
 def shards(scratch: Path) -> Path:
     """The dataset, built by the first step that needs it."""
     if not (scratch / "data").exists():
-        data.build_shards(scratch / "new", IMAGES, SIZES)
-        (scratch / "new").rename(scratch / "data")
+        new = scratch / f"data-{os.getpid()}"
+        data.build_shards(new, IMAGES, SIZES)
+        new.rename(scratch / "data")
     return scratch / "data/shards"
 
 
@@ -128,15 +130,22 @@ def profiled(step: Callable[[], float]) -> dict[str, Any]:
     device = DeviceType.CUDA if GPU else DeviceType.CPU
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:
         took = step()
-    events = [event for event in found.key_averages() if event.device_type == device and not event.is_user_annotation]
-    shares = {one.key: (one.self_device_time_total if GPU else one.self_cpu_time_total) / 1e6 / took for one in events}
-    busy, top = sum(shares.values()), sorted(shares, key=shares.__getitem__, reverse=True)[:10]
+    kernels, busy, end = Counter[str](), 0.0, 0.0
+    for one in sorted(found.events() or (), key=lambda one: one.time_range.start):
+        if one.device_type == device and not one.is_user_annotation:
+            span = one.time_range
+            busy += max(0.0, span.end - max(span.start, end))  # streams overlap
+            end = max(end, span.end)
+            kernels[one.name[:100]] += span.elapsed_us()
+    busy /= 1e6 * took
     bound = "host" if busy < HOST_BOUND else "device"
-    return {"busy": busy, "bound": bound, "kernels": {name[:100]: shares[name] for name in top}}
+    return {"busy": busy, "bound": bound, "kernels_ms": {name: us / 1e3 for name, us in kernels.most_common(10)}}
 
 
 def speed(name: str, mode: str, batch: int) -> dict[str, Any]:
     """Forward and backward pass of a network."""
+    torch.compiler.reset()
+    gc.collect()
     network, images = model.build(name, mode), torch.randn(batch, 3, SIDE, SIDE, device=DEVICE, dtype=model.DTYPE)
     for _ in range(3):  # compiles, and records CUDA graphs
         model.seconds(model.train, network, images)
@@ -174,6 +183,7 @@ class Running:
         stage, precision, compiled = TRAINERS[name]
         options = argparse.Namespace(model=NETWORK, size=SIDE, micro_batch=BATCHES[0], shards=shards(scratch))
         recipe = recipe_of(options, compiled=compiled, augment=AUGMENT.model_dump(), **settings)
+        recipe = recipe.model_copy(update={"log_every_steps": 10**9})
         changes = {
             "train_batch_size": BATCHES[0], "zero_optimization": {"stage": stage},
             "bf16": {"enabled": precision == "bf16"}, "torch_autocast": {"enabled": precision == "autocast"},
@@ -241,7 +251,7 @@ def end_to_end(known: Found, scratch: Path) -> Rows:
     row = {"ratio": timing.ratio(times["synthetic"], times["loader"]), "data_wait": statistics.median(waits)}
     row |= {"images_per_s": rates["loader"], "synthetic_images_per_s": rates["synthetic"]}
     found = profiled(runs["loader"].seconds)
-    yield f"{name}, {load}", row | {"idle": 1 - found["busy"], "kernels": found["kernels"]}
+    yield f"{name}, {load}", row | {"idle": 1 - found["busy"], "kernels_ms": found["kernels_ms"]}
 
 
 def tests(known: Found, scratch: Path) -> Rows:  # noqa: ARG001

@@ -1,7 +1,11 @@
 """Recipes are valid, versions are pinned once, and the pages name files that exist."""
 
+import importlib.metadata
 import re
 import tomllib
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pretrain.fields import dotted_names
 from pretrain.recipe import Recipe
@@ -22,6 +26,27 @@ def test_versions_are_pinned_in_constraints_alone() -> None:
     named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in named), "pyproject.toml names a version"
     assert {name.lower() for name in named} <= pinned
+
+
+def test_whatever_an_installation_pulls_in_is_pinned() -> None:
+    """On a machine with GPUs the CUDA libraries of torch and DALI, too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+    pinned = {canonicalize_name(name) for name in pins}
+    assert project["build-system"]["requires"] == [f"setuptools=={pins['setuptools']}"], "a wheelhouse would need both"
+    wanted = [Requirement(name) for name in [*project["project"]["dependencies"], *extras["remote"], *extras["dev"]]]
+    seen: set[str] = set()
+    while wanted:
+        one = wanted.pop()
+        if str(one) in seen:
+            continue
+        seen.add(str(one))
+        assert canonicalize_name(one.name) in pinned, f"{one} is not pinned in constraints.txt"
+        needs = [Requirement(text) for text in importlib.metadata.requires(one.name) or ()]
+        chosen = ("", *one.extras)
+        wanted += [n for n in needs if n.marker is None or any(n.marker.evaluate({"extra": e}) for e in chosen)]
+    assert len(seen) > 100
 
 
 def test_source_files_named_in_the_pages_exist() -> None:
