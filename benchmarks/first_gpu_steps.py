@@ -137,7 +137,7 @@ def profiled(step: Callable[[], float]) -> dict[str, Any]:
             busy += max(0.0, span.end - max(span.start, end))  # streams overlap
             end = max(end, span.end)
             kernels[one.name[:100]] += span.elapsed_us()
-    busy /= 1e6 * took
+    busy = min(1.0, busy / (1e6 * took))
     bound = "host" if busy < HOST_BOUND else "device"
     return {"busy": busy, "bound": bound, "kernels_ms": {name: us / 1e3 for name, us in kernels.most_common(10)}}
 
