@@ -2,14 +2,14 @@
 N ?= 100
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTHON ?= python3
-EXTRAS ?= remote,report,hub,pictures,onnx,dev
+EXTRAS ?= remote,dev,docs
 WHEELHOUSE ?= wheelhouse
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak bench lint clean
+.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak bench lint docs clean
 setup: $(STAMP)
 
 # pip's progress is shown on a terminal and left out of logs.
@@ -19,10 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages pinned in constraints.txt into $(VENV) (a few minutes)"
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev]'
+	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# Wheels of everything pinned, for machines without internet that have this Python and this kind of GPU or none. There:
+# Wheels of all that `make setup` installs, for machines without internet with the same Python and build of torch. There:
 # PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make setup
 wheelhouse:
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -64,5 +64,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The site in site/, from README.md and docs/; a broken link or anchor fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf data runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf data runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,13 +1,13 @@
 """The network and its losses. Knows torch, nothing of files, ranks or recipes."""
 
-from models.config import LaViTConfig
-from models.diagnostics import BlockDiagnostics, attention_diagnostics
-from models.diagonality import diagonality_loss, diagonality_loss_as_printed
-from models.lavit import LaViT
-from models.semantic_softmax import SemanticSoftmax, within_level
-from models.transplant import apply_less_attention
-from models.variants import create_model, list_models, model_config
-from models.weights import load_weights
+from .config import LaViTConfig
+from .diagnostics import BlockDiagnostics, attention_diagnostics
+from .diagonality import diagonality_loss, diagonality_loss_as_printed
+from .lavit import LaViT
+from .semantic_softmax import SemanticSoftmax, within_level
+from .transplant import apply_less_attention
+from .variants import create_model, list_models, model_config
+from .weights import load_weights
 
 __all__ = [
     "BlockDiagnostics",

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import Grid
-from models.diagonality import Diagonality, diagonality_loss, pool_queries
-from models.resample import resample_map, resample_table
+from .config import Grid
+from .diagonality import Diagonality, diagonality_loss, pool_queries
+from .resample import resample_map, resample_table
 
 Observer = Callable[[Tensor, Grid, Grid], None]
 """Receives softmaxed attention (batch, heads, M, N), the query grid and the key grid; see `models.diagnostics`."""

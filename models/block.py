@@ -7,9 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention
-from models.config import Grid
-from models.diagonality import Diagonality
+from .attention import Attention
+from .config import Grid
+from .diagonality import Diagonality
 
 EPSILON = 1e-6
 """Below the variance of any live token; timm and the PVT family use the same."""

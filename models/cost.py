@@ -4,7 +4,7 @@ A MAC is one multiplication and addition in a Linear layer, a convolution or an 
 and additions are not counted, as is the custom. `torch.utils.flop_counter` counts two FLOPs for each.
 """
 
-from models.config import Grid, LaViTConfig
+from .config import Grid, LaViTConfig
 
 
 def count_parameters(config: LaViTConfig) -> int:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import LessAttention, Observer
-from models.config import Grid
-from models.diagonality import pool_queries
-from models.lavit import LaViT
+from .attention import LessAttention, Observer
+from .config import Grid
+from .diagonality import pool_queries
+from .lavit import LaViT
 
 
 @dataclass(frozen=True)

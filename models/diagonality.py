@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import Grid
+from .config import Grid
 
 Diagonality = bool | Literal["as_printed"]
 """Whether a forward pass computes the loss, or its second term with the paper's printed sign."""

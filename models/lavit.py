@@ -7,12 +7,12 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from models.attention import ClassAttention, TokenMap
-from models.block import layer_norm
-from models.config import STAGES, LaViTConfig
-from models.diagonality import Diagonality
-from models.residual import AttentionResidual
-from models.stage import PositionEmbedding, Stage
+from .attention import ClassAttention, TokenMap
+from .block import layer_norm
+from .config import STAGES, LaViTConfig
+from .diagonality import Diagonality
+from .residual import AttentionResidual
+from .stage import PositionEmbedding, Stage
 
 
 class LaViT(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.config import Grid
+from .config import Grid
 
 
 def _interpolate(fields: Tensor, grid: Grid) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.config import Grid
+from .config import Grid
 
 INITIAL_SCALE = 1e-2
 """LayerScale's start (this project's choice): near the network without the residual, yet above the relative rounding of

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import LessAttention, VanillaAttention
-from models.block import Block, layer_norm
-from models.config import STAGES, Grid, LaViTConfig
-from models.diagonality import Diagonality
-from models.resample import resample_table
-from models.residual import AttentionResidual
+from .attention import LessAttention, VanillaAttention
+from .block import Block, layer_norm
+from .config import STAGES, Grid, LaViTConfig
+from .diagonality import Diagonality
+from .resample import resample_table
+from .residual import AttentionResidual
 
 Scores = tuple[Tensor, Grid, Grid]
 """Pre-softmax scores (batch, heads, M, N) with their query grid (N) and their key grid (M)."""

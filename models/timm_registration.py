@@ -11,10 +11,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models.config import LaViTConfig
-from models.lavit import LaViT
-from models.variants import list_models, model_config
-from models.weights import resample_weights
+from .config import LaViTConfig
+from .lavit import LaViT
+from .variants import list_models, model_config
+from .weights import resample_weights
 
 _POOLS = {"map": "class_attention", "avg": "mean"}
 """timm's names of pools to ours; timm calls attention pooling "map"."""

@@ -4,8 +4,8 @@ import dataclasses
 import difflib
 from typing import Any
 
-from models.config import Grid, LaViTConfig, without_removed_fields
-from models.lavit import LaViT
+from .config import Grid, LaViTConfig, without_removed_fields
+from .lavit import LaViT
 
 # This project's geometry, the paper's totals: widths and depths were never published. One family: 64 channels a head,
 # MLP ratios and spatial reduction as PVT's, and Less Attention where it saves multiplications, from the third block of

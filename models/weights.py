@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from models.attention import Psi, TokenMap
-from models.config import Grid
-from models.lavit import LaViT
-from models.resample import resample_map, resample_table
+from .attention import Psi, TokenMap
+from .config import Grid
+from .lavit import LaViT
+from .resample import resample_map, resample_table
 
 
 def load_weights(model: LaViT, state_dict: Mapping[str, Tensor], *, fresh: Sequence[str] = ()) -> list[str]:

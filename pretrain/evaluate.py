@@ -4,7 +4,6 @@ On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --da
 """
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -20,15 +19,13 @@ from data_pipeline.errors import DataError, printable, without_secrets
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
 from data_pipeline.transforms import InputConfig
-from models import LaViT
-from pretrain.arguments import add_device_argument
-from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
+from pretrain.arguments import add_device_argument, add_trust_argument
+from pretrain.engine.distributed import Rank, choose_device, fail, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.fault_tolerance.full_memory import full_memory_message
 from pretrain.fault_tolerance.preflight import meet
-from pretrain.fault_tolerance.signals import StopFlag, first_reports
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
@@ -46,7 +43,7 @@ class Subject:
     """A hand-off and the split that it is evaluated on, checked."""
 
     source: Path | str
-    model: LaViT
+    model: torch.nn.Module
     """In evaluation mode, on the device, in the precision that it computes in."""
     config: HandoffConfig
     input: InputConfig
@@ -69,6 +66,7 @@ def open_subject(
     real: Path | None = None,
     by_position: bool = False,
     check_files: bool = True,
+    trust_factory: bool = False,
 ) -> Subject:
     """Load the hand-off, open the data, and match their classes.
 
@@ -82,12 +80,13 @@ def open_subject(
         real: file for ``RealLabels``.
         by_position: as for ``match_classes``.
         check_files: as for ``Dataset.open``.
+        trust_factory: as for ``load_handoff``.
 
     Raises:
         UserError: the hand-off is damaged, its classes are not the data's, or ``real`` belongs to other images.
         DataError: the dataset or the split does not exist or is damaged.
     """
-    model, config = load_handoff(source)
+    model, config = load_handoff(source, trust_factory=trust_factory)
     settings = _settings(config, data, source)
     dataset = Dataset.open(data, split, settings.cache, check_files=check_files)
     classes = match_classes(config, dataset, by_position=by_position)
@@ -220,6 +219,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of the report; default: RUN/evaluation for a run, else none"
     )
+    add_trust_argument(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     return parser.parse_args(arguments)
 
@@ -251,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
             real=options.real,
             by_position=options.classes_by_position,
             check_files=rank.local_rank == 0,
+            trust_factory=options.trust_factory,
         )
         control = None
         if rank.world_size > 1:
@@ -272,11 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
     except (UserError, DataError) as error:
-        return _fail(str(error), rank, started=subject is not None, code=exit_code(error))
+        return fail(str(error), rank, started=subject is not None, code=exit_code(error))
     except (RuntimeError, MemoryError) as error:
         if not gpu_memory_is_full(error):
             raise
-        return _fail(
+        return fail(
             full_memory_message(error, "evaluating", "lower --batch-size"),
             rank,
             started=True,
@@ -334,19 +335,6 @@ def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any])
         record_handoff_evaluation(folder, content["top1"])
     for line in summary_lines(folder):
         _say(line)
-
-
-def _fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> int:
-    """Print the error. With several ranks, exit at once, since others may wait for this one in a collective."""
-    flag = StopFlag()
-    if not started and rank is not None and rank.local_rank > 0:
-        flag.install_signal_handlers()
-        if first_reports(flag):  # rank 0 has printed the same error
-            os._exit(code)
-    print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
-    if rank is not None and rank.world_size > 1:
-        os._exit(code)
-    return code
 
 
 if __name__ == "__main__":

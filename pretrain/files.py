@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 SEAL = "blake2"
-"""Where a file says the digest of its own content."""
+"""Key of a file's digest of its own content."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -55,16 +55,20 @@ def read_sealed(path: Path) -> dict[str, Any]:
             mark = f"# {SEAL} "
             stated = head.removeprefix(mark) if head.startswith(mark) else None
             found = digest((path.name + rest).encode())
+            misnamed = stated is None and head.endswith(found)
         else:
             stated = fields.pop(SEAL, None)
             found = digest_of_fields(fields | {SEAL: path.name})
+            *names, last = fields or [""]
+            others = {name: fields[name] for name in names} | {SEAL: path.name}
+            misnamed = stated is None and bool(names) and digest_of_fields(others) == fields[last]
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}", storage_code(error)) from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:300]}): put it back") from None
-    if stated not in (None, found):
+    if misnamed or stated not in (None, found):  # misnamed: the digest is there, but what names it is damaged
         raise UserError(
             f"{path} has other content than when it was written: put it back, or take {SEAL} out of it if it was "
             "changed on purpose"
@@ -73,7 +77,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def aside(path: Path) -> Path:
-    """Where something damaged is kept, beside what takes its place."""
+    """Where something damaged is kept, next to its replacement."""
     return path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
 
 
@@ -134,7 +138,7 @@ def digest(content: bytes) -> str:
 
 
 def digest_of_fields(fields: dict[str, Any]) -> str:
-    """``digest`` of what a JSON file says, however it is indented."""
+    """``digest`` of the content of a JSON file, however it is indented."""
     return digest(json.dumps(fields, sort_keys=True).encode())
 
 

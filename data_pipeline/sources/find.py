@@ -27,6 +27,7 @@ _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _NOT_READ = re.compile(r"\.(zip|7z|rar|zst|lz4|parquet|tfrecord|jpe?g|png)$", re.IGNORECASE)
 _OTHER_TAR = re.compile(r"\.(tar\.[a-z0-9]+|tzst)$", re.IGNORECASE)
 _SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
+_WORDNET_TAR = re.compile(r"n\d{8}\.tar")
 _MAX_CLASSES = 100_000
 _PEEKED = 64
 _ENOUGH = 10_000
@@ -34,7 +35,7 @@ _ENOUGH = 10_000
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says about SOURCE."""
+    """Options of the command line about SOURCE."""
 
     names: Sequence[str]
     split: str | None = None
@@ -77,6 +78,9 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
         return _with_own_splits(ImageNet1k(path), wanted, "classes")
     if image_files(path, "train"):
         return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes", may_hold_out=True)
+    archives = [entry.name for entry in os.scandir(path) if entry.name.endswith(".tar")]
+    if archives and all(_WORDNET_TAR.fullmatch(name) for name in archives):
+        return _with_own_splits(ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes)), wanted)
     shards = _shards_in(path, wanted.split)
     if shards:
         return _shards(shards, wanted)
@@ -107,7 +111,7 @@ def _kind_of(path: Path) -> str:
         return "archive of archives"
     samples = [sample for sample in samples_of(first, []) if any(member.is_image for member in sample.members)]
     folders = any("/" in entry.name.removeprefix("./") for entry in first)
-    # A text beside an image in a folder may be its caption.
+    # A text next to an image in a folder may be its caption.
     labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
     if any(sample.member(label) is not None for sample in samples for label in labels):
         return "shard"

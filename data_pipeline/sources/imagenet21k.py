@@ -1,11 +1,11 @@
-"""ImageNet-21k (winter21 or fall11): one archive of an archive for each class, never unpacked to disk."""
+"""ImageNet-21k (winter21 or fall11), or any folder of an archive for each class; never unpacked to disk."""
 
 import hashlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.archive import contents, entries, entries_of, is_compressed
+from data_pipeline.archive import Entry, contents, entries, entries_of, is_compressed
 from data_pipeline.errors import DataError
 from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, SourceImage, Unusable, extent, held_out
 
@@ -14,14 +14,14 @@ ENOUGH = 500
 
 
 class ImageNet21k:
-    """A tar, or a compressed tar, of one tar for each WordNet id.
+    """A tar, a compressed tar, or a folder, of one tar for each WordNet id.
 
     A plain tar is read in place, in parallel. A compressed one can only be read from its beginning: one class at a time
     is held in memory, once for each split. From every class with at least ENOUGH images, HELD_OUT are the val split,
     chosen by a hash of their names (ImageNet-21k itself has no validation split).
 
     Args:
-        path: the archive.
+        path: the archive, or the folder.
         classes: the WordNet ids to take, as for ImageNet-21k-P; None takes all.
     """
 
@@ -30,12 +30,13 @@ class ImageNet21k:
 
     def __init__(self, path: Path, classes: list[str] | None = None) -> None:
         self.path, self._classes = path, None if classes is None else sorted(set(classes))
-        self._compressed = is_compressed(path)
+        self._compressed = not path.is_dir() and is_compressed(path)
 
     def describe(self) -> dict[str, Any]:
         """Say what decides the images."""
         chosen = None if self._classes is None else hashlib.sha256("\n".join(self._classes).encode()).hexdigest()
-        described = {"source": "imagenet-21k", "bytes": self.path.stat().st_size, "classes_sha256": chosen}
+        size = sum(file.stat().st_size for file in self._archives())
+        described = {"source": "imagenet-21k", "bytes": size, "classes_sha256": chosen}
         return described | {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:
@@ -43,7 +44,7 @@ class ImageNet21k:
         return {wnid: wnid for wnid in self._classes or sorted(found)}
 
     def count(self, split: str) -> None:
-        """Return None: the archive does not say."""
+        """Return None: the archive does not hold it."""
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, class by class in the order of the archive."""
@@ -74,12 +75,24 @@ class ImageNet21k:
         return wnid if self._classes is None or wnid in self._classes else None
 
     def _plain_classes(self) -> Iterator[tuple[str, list[SourceImage]]]:
-        outers = [(self._wanted(outer.name), outer) for outer in entries(self.path)]
-        self._complete({wnid for wnid, _ in outers if wnid is not None})  # before hours of work, not after
-        for wnid, outer in outers:
-            if wnid is not None:
-                inner = entries(self.path, outer)
-                yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, extent(self.path, e)) for e in inner]
+        outers = [(self._wanted(name), file, outer) for name, file, outer in self._outers()]
+        self._complete({wnid for wnid, *_ in outers if wnid is not None})  # before hours of work, not after
+        for wnid, file, outer in outers:
+            if wnid is None:
+                continue
+            if outer is None and is_compressed(file):
+                raise DataError(f"{file} is compressed; unpack it with gunzip, bunzip2 or unxz")
+            yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, extent(file, e)) for e in entries(file, outer)]
+
+    def _outers(self) -> Iterator[tuple[str, Path, Entry | None]]:
+        """Yield name, file and, inside an archive, member of each class's archive."""
+        if self.path.is_dir():
+            yield from ((file.name, file, None) for file in self._archives())
+        else:
+            yield from ((outer.name, self.path, outer) for outer in entries(self.path))
+
+    def _archives(self) -> list[Path]:
+        return sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
 
     def _compressed_classes(self) -> Iterator[tuple[str, list[SourceImage]]]:
         for outer, data in contents(self.path, lambda name: self._wanted(name) is not None):

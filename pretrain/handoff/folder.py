@@ -1,10 +1,11 @@
 """The hand-off: weights and all that is needed to use them, in a folder that any tool can read.
 
 - ``handoff/model.safetensors``: fp32 weights, by parameter name
-- ``handoff/config.json``: architecture, input, classes, data, recipe, metrics, digests of the weights and of itself
+- ``handoff/config.json``: architecture, input, classes, data, recipe, metrics, digests of the other files and of itself
+- ``handoff/*.py``, ``handoff/preprocessor_config.json``: for transformers, which needs nothing else of this project
 - ``handoff/README.md``: model card with the run's facts
 
-The folder is laid out as a repository of the Hugging Face Hub.
+The folder is laid out as a repository of the Hugging Face Hub. The code in it is never run here.
 """
 
 import json
@@ -18,8 +19,10 @@ from safetensors.torch import load, save_file
 
 from data_pipeline.files import write_atomically
 from models import LaViT, LaViTConfig
+from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
+from pretrain.handoff import transformers_files
 from pretrain.handoff.hub import fetch, is_hub_name
 from pretrain.outcome import ExitCode, UserError, storage_code
 
@@ -60,7 +63,7 @@ class HandoffConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: dict[str, Any]
-    """``LaViTConfig`` as a dictionary."""
+    """``LaViTConfig`` as a dictionary; of a network with a "factory", ``FactoryConfig``."""
     num_classes: int
     class_names: list[str]
     """Readable names, in the order of the logits."""
@@ -74,6 +77,8 @@ class HandoffConfig(BaseModel):
     """Which weights these are: "raw" are the last step's, "average" their exponential moving average."""
     weights_blake2: str
     """BLAKE2 digest (16 bytes) of ``model.safetensors``."""
+    files_blake2: dict[Annotated[str, Field(pattern=r"^\w[\w.]*$")], str] = Field(default_factory=dict)
+    """Digests of the files for transformers, by name. Hand-offs written before there were any have none."""
     dataset: dict[str, Any]
     """Name, fingerprint and size of the training split."""
     recipe: dict[str, Any]
@@ -119,14 +124,14 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     Args:
         folder: created if needed; an older hand-off in it is replaced.
         weights: by parameter name.
-        content: fields of ``HandoffConfig`` except ``weights_blake2``.
+        content: fields of ``HandoffConfig`` except ``weights_blake2`` and ``files_blake2``.
         card: Markdown.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        config = HandoffConfig(**content, weights_blake2="").model_dump(mode="json")
+        config = HandoffConfig(**content, weights_blake2="")
     except ValidationError as error:
         why = explain(HandoffConfig, content, error)[0][1]
         raise UserError(
@@ -135,15 +140,19 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
-        write_atomically(folder / CARD, card.encode())
+        files = transformers_files.files(config)
+        for name, data in ({CARD: card.encode()} | files).items():
+            write_atomically(folder / name, data)
         draft = folder / f".{WEIGHTS}.unfinished"
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft, metadata={"format": "pt"})
         draft.chmod((folder / CARD).stat().st_mode)  # safetensors lets only its owner read a file
         fsync(draft)
         draft.replace(folder / WEIGHTS)
         fsync(folder)
-        config |= {"weights_blake2": digest_of_file(folder / WEIGHTS)}
-        write_json(folder / CONFIG, config | {_OWN_DIGEST: digest_of_fields(config)})
+        fields = config.model_dump(mode="json") | transformers_files.fields(config)
+        fields["weights_blake2"] = digest_of_file(folder / WEIGHTS)
+        fields["files_blake2"] = {name: digest(data) for name, data in files.items()}
+        write_json(folder / CONFIG, fields | {_OWN_DIGEST: digest_of_fields(fields)})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the hand-off cannot be written to {folder} ({error}): make space or fix the storage, then "
@@ -152,21 +161,32 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         ) from None
 
 
-def load_handoff(source: Path | str) -> tuple[LaViT, HandoffConfig]:
-    """Build the model of a hand-off, in evaluation mode on the CPU.
+def load_handoff(
+    source: Path | str, *, factory: Factory | None = None, trust_factory: bool = False
+) -> tuple[Any, HandoffConfig]:
+    """Build the model of a hand-off, in evaluation mode on the CPU: a ``LaViT``, or the network of a factory.
 
     Args:
         source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is not a folder: a
             repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
+        factory: the callable that builds the network, where it is no LaViT; it gets the hand-off's arguments.
+        trust_factory: import the callable that the hand-off names instead.
 
     Raises:
-        UserError: no hand-off, unfinished, or its files do not belong together.
+        UserError: no hand-off, unfinished, or its files do not belong together; or the network is that of a factory,
+            and neither of both is given.
     """
     config, weights = read_handoff(source)
     try:
-        model = LaViT(LaViTConfig.from_dict(config.architecture))
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        if "factory" in config.architecture:
+            require_trust(config.architecture, source, trusted=trust_factory or factory is not None)
+            name, arguments = config.architecture["factory"], config.architecture["arguments"]
+            model: Any = FactoryConfig(name, arguments, config.num_classes, config.input.size).build(factory)
+            load_state(model, weights)
+        else:
+            model = LaViT(LaViTConfig.from_dict(config.architecture))
+            model.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: {WEIGHTS} and {CONFIG} do not fit: {_one_line(error)}") from None
     return model.eval(), config
 
@@ -182,9 +202,10 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
     """
     folder = Path(source)
     if isinstance(source, str) and not folder.exists() and is_hub_name(source):
-        folder = fetch(source, [CONFIG, WEIGHTS])
+        folder = fetch(source, [CONFIG, WEIGHTS, transformers_files.PREPROCESSOR, "*.py"])
     try:
         config = _config((folder / CONFIG).read_bytes(), folder / CONFIG)
+        changed = [name for name, stated in config.files_blake2.items() if digest_of_file(folder / name) != stated]
         content = (folder / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
         raise UserError(
@@ -193,6 +214,8 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
         ) from None
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}", storage_code(error)) from None
+    if changed:
+        raise UserError(f"{folder / changed[0]} has other content than when it was handed off: copy it again")
     if digest(content) != config.weights_blake2:
         raise UserError(
             f"{folder / WEIGHTS} has other content than when it was handed off with this {CONFIG}: copy both again"
@@ -213,6 +236,8 @@ def _config(text: bytes, path: Path) -> HandoffConfig:
                 f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
                 "if it was changed on purpose"
             )
+        for name in transformers_files.FIELDS if isinstance(fields, dict) else ():
+            fields.pop(name, None)
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(HandoffConfig, fields, error)[0][1]}") from None

@@ -7,59 +7,142 @@ import yaml
 
 from data_pipeline.errors import printable
 
+_SHOWN = 10
+"""Classes that the card names; ``config.json`` has all."""
+_WEIGHTS = {"raw": "those of the last step", "average": "their exponential moving average (EMA)"}
+_LAVIT = "LaViT (Less-Attention Vision Transformer, arXiv 2406.00427)"
+_TRANSFORMERS = """\
+With torch, transformers and Pillow; `trust_remote_code=True` runs the Python files of this folder.
+{rectangle}
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-def model_card(content: dict[str, Any], *, samples: int, evaluated_at: int, license_id: str = "unknown") -> str:
+source = "PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"
+model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(source)
+pixels = processor(image, return_tensors="pt").pixel_values  # of an image of Pillow
+logits, maps = model(pixels).logits, model.forward_features(pixels)  # four maps, (batch, C, H, W)
+pipeline("image-classification", model=source, trust_remote_code=True)(image)
+```
+
+"""
+_RECTANGLE = """
+transformers has no image processor that cuts a rectangle out of the center, so there is none here: below, `processor`
+and `pipeline` do not work. `input` in `config.json` states how to make `pixels`.
+"""
+
+
+def model_card(
+    content: dict[str, Any], *, samples: int, evaluated_at: int, steps: int, license_id: str = "unknown"
+) -> str:
     """The card as Markdown, in which names are escaped.
 
     Args:
         content: fields of ``HandoffConfig``.
         samples: images that were evaluated.
         evaluated_at: images trained on at the time of that evaluation; before the end where the run continues.
+        steps: steps that were trained.
         license_id: of the weights, as the Hub names licenses. It depends on the data.
     """
     dataset, metrics, recipe, data = content["dataset"], content["metrics"], content["recipe"], content["input"]
     network, name, split = map(
         _escaped, (content["architecture"]["name"], dataset["name"], recipe["data"]["val_split"])
     )
-    weights = {"raw": "the last step's weights", "average": "the moving average of the weights (EMA)"}
+    size, own = data["image_size"], "factory" not in content["architecture"]
+    rectangle = "" if isinstance(size, int) or size[0] == size[1] else _RECTANGLE
     return f"""---
 {yaml.safe_dump(_front_matter(content, license_id), sort_keys=False, allow_unicode=True).strip()}
 ---
 # {_escaped(recipe["name"])}: {network} on {name}
 
-LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_classes"]} classes:
-{weights[content["weights"]]}, in fp32.
+{_LAVIT if own else f"The network that {network} builds,"} for {content["num_classes"]} classes
+({_classes(content["class_names"])}). The weights are {_WEIGHTS[content["weights"]]}, in fp32.
+
+## Training
+
+| | |
+|---|---|
+| data | {name}, {dataset["samples"]:,} images, fingerprint {_escaped(dataset["fingerprint"])} |
+{_lineage(content.get("initialized_from"))}| images trained on | {content["samples_seen"]:,} \
+({content["samples_seen"] / dataset["samples"]:.1f} epochs) in {steps:,} steps |
+| input | {size} px, {data["interpolation"]}, mean {data["mean"]}, std {data["std"]} |
+
+From the recipe, without what is off; `config.json` has all of it:
+
+```yaml
+{_settings(recipe)}
+```
+
+## Results
 
 | | |
 |---|---|
 | top-1 on the {split} split ({samples:,} images) | {metrics["top1"]:.2f} % |
 | top-5 | {metrics["top5"]:.2f} % |
 | cross-entropy | {metrics["loss"]:.4f} |
-| images trained on | {content["samples_seen"]:,} ({content["samples_seen"] / dataset["samples"]:.1f} epochs) |
-| input | {data["image_size"]} px, {data["interpolation"]}, mean {data["mean"]}, std {data["std"]} |
-| training data | {name}, {dataset["samples"]:,} images, fingerprint {_escaped(dataset["fingerprint"])} |
-{_lineage(content.get("initialized_from"))}| license | {_escaped(license_id)}{_about(license_id)} |
 
-Measured during training after {evaluated_at:,} images, in the precision of training. `config.json` has the recipe and
-the classes. To load the weights, from this folder or from the Hub:
+Measured during training after {evaluated_at:,} images, in the precision of training.
+
+## Limits
+
+- Every image gets one of these classes, whatever it shows.
+- Nothing else was measured for this card: no other data, no robustness, no differences between groups of people.
+{_levels(content.get("class_levels"))}- License: {_escaped(license_id)}{_about(license_id)}.
+
+## Use
+
+{_TRANSFORMERS.format(rectangle=rectangle) if own else ""}\
+With the project that trained it, which checks the digests in `config.json` and runs no code of this folder\
+{"" if own else f"; factory is the callable that builds the network, {network}"}:
 
 ```python
 from pretrain.handoff import load_handoff
-model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME")
+
+model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"{"" if own else ", factory=CALLABLE"})
 logits = model(images)  # (batch, 3, H, W) in 0..1, normalized by config.input.mean and std -> (batch, classes)
 ```
-
-`config.json` holds the digests of `model.safetensors` and of itself; `load_handoff` refuses files that differ.
 """
 
 
+def _classes(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more, in `config.json`" if len(names) > _SHOWN else ""
+    return ", ".join(map(_escaped, names[:_SHOWN])) + more
+
+
+def _settings(recipe: dict[str, Any]) -> str:
+    """What the recipe states about training as YAML, each text in one line, without what is off or not read."""
+    chosen = {name: recipe.get(name) for name in ("mixing", "loss", "optimizer", "ema", "schedule")}
+    model = recipe.get("model", {})
+    settings = model.get("overrides") or model.get("arguments")
+    chosen = {"model": settings, "augment": recipe["data"].get("augment")} | chosen
+    unread = {"betas", "eps"} if (chosen["optimizer"] or {}).get("kind") == "sgd" else {"momentum"}
+    unread |= {"diagonality_weight", "diagonality_ramp_epochs", "diagonality_form"} if model.get("factory") else set()
+
+    def on(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return printable(value) if isinstance(value, str) else value
+        kept = {name: on(each) for name, each in value.items() if name not in unread}
+        return {name: each for name, each in kept.items() if each}
+
+    return yaml.safe_dump(on(chosen), sort_keys=False, width=2**20, default_flow_style=None).strip()
+
+
+def _levels(levels: list[int] | None) -> str:
+    if levels is None:
+        return ""
+    return (
+        "- The classes form a hierarchy: scores compare within a level (`class_levels` in `config.json`). A softmax "
+        "over all, as `pipeline` computes it, gives no probabilities.\n"
+    )
+
+
 def _about(license_id: str) -> str:
-    return "" if license_id != "unknown" else ": not stated; `python -m pretrain.export RUN --license ID` states it"
+    return "" if license_id != "unknown" else ", not stated; `python -m pretrain.export RUN --license ID` states it"
 
 
 def _escaped(text: str) -> str:
     """Text as it is, whatever Markdown and HTML would make of it, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", printable(text))
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$:@]|(?<=www)\.)", r"\\\1", printable(text))
 
 
 def _lineage(origin: dict[str, Any] | None) -> str:
@@ -80,15 +163,17 @@ def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
         {"type": "accuracy", "name": "top-5 accuracy, percent", "value": round(metrics["top5"], 4)},
         {"type": "loss", "name": "cross-entropy, nats", "value": round(metrics["loss"], 6)},
     ]
+    own = "factory" not in content["architecture"]
+    of_lavit = ("custom_code", "lavit", content["architecture"]["name"], "arxiv:2406.00427") if own else ()
     result = {
         "task": {"type": "image-classification", "name": "Image Classification"},
         "dataset": {"type": name, "name": name, "split": printable(recipe["data"]["val_split"])},
         "metrics": measured,
     }
     return {
-        "library_name": "lavit-pretrain",
+        "library_name": "transformers" if own else "lavit-pretrain",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "lavit", content["architecture"]["name"], "arxiv:2406.00427"],
+        "tags": ["image-classification", *of_lavit],
         "license": license_id,
         "datasets": [name],
         "metrics": ["accuracy"],

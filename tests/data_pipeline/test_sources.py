@@ -52,13 +52,18 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
     assert name.endswith("val.tar") or not (tmp_path / "out" / "dataset.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_imagenet_21k_is_read_from_its_archive_with_a_class_filter(tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "folder"])
+def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(source_21k, "ENOUGH", 8)
     monkeypatch.setattr(source_21k, "HELD_OUT", 3)
-    images = imagenet_21k(tmp_path / "winter21.tar", {**CLASSES, "n09999999": 4}, mode)
+    archive = tmp_path / "winter21.tar"
+    images = imagenet_21k(archive, {**CLASSES, "n09999999": 4}, "w" if mode == "folder" else mode)
+    if mode == "folder":
+        with tarfile.open(archive) as unpacked:
+            unpacked.extractall(tmp_path / "classes")
+        archive = next((tmp_path / "classes").rglob("n*.tar")).parent
     (tmp_path / "p.txt").write_text("\n".join(CLASSES))
-    command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
+    command = [str(archive), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
     assert build([*command, "--workers", "1"]) == 0
     expected = {data: wnid for wnid in CLASSES for data in images[wnid].values()}
     train, val = classes_by_bytes(tmp_path / "out", "train"), classes_by_bytes(tmp_path / "out", "val")
@@ -171,8 +176,8 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["IN", "IN/out"], "lies in"),
-        (["IN", "IN"], "lies in"),
+        (["IN", "IN/out"], "is inside"),
+        (["IN", "IN"], "is inside"),
         (["IN/ant", "OUT"], "has no class folders"),
         (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "--classes does not go with a folder of images"),
         (["IN", "OUT", "--label-key", "y"], "--label-key does not go with"),
@@ -250,7 +255,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
         (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
         (("train/ant", "Train/ant"), None, "both"),
         (("train/ant", "cow", "dog"), None, "images as in a class"),
-        (("test", "train"), None, "lie in no class folder"),
+        (("test", "train"), None, "are in no class folder"),
         (("training_set/ant", "test_set/ant"), None, {"train", "test"}),
         (("train_station", "test-tube", "cup"), None, {"train"}),
         (("ds/train/ant", "ds/val/ant"), None, "name"),

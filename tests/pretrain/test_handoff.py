@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from models import create_model
 from pretrain.files import digest_of_fields
 from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff
 from pretrain.handoff.model_card import model_card
+from pretrain.handoff.transformers_files import CODE, PREPROCESSOR
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
 from tests.pretrain.hub_server import publish, serving
@@ -32,10 +34,14 @@ def hand_off(folder: Path, model: Any) -> Path:
     return handoffs.hand_off(
         folder,
         model,
-        card=lambda content: model_card(content, samples=40, evaluated_at=900),
+        card=lambda content: model_card(content, samples=40, evaluated_at=900, steps=30),
         class_ids=["n0", "n1", "n2", "n3"],
         dataset={"name": "x: y", "fingerprint": "f", "samples": 100},
-        recipe={"name": "r", "data": {"val_split": "val"}},
+        recipe={
+            "name": "r",
+            "data": {"val_split": "val", "augment": {"horizontal_flip": 0.5, "rand_augment": None}},
+            "optimizer": {"kind": "sgd", "lr": 0.25, "weight_decay": 0.0, "eps": 1e-8, "momentum": 0.9},
+        },
     )
 
 
@@ -114,10 +120,14 @@ def test_the_card_states_the_results_for_readers_and_for_the_hub(written: Path) 
     assert "40 images" in text
     assert "10.0 epochs" in text
     assert "after 900 images" in text
+    assert "in 30 steps" in text
+    assert "(a, b, c, d)" in text
+    settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert settings == {"augment": {"horizontal_flip": 0.5}, "optimizer": {"kind": "sgd", "lr": 0.25, "momentum": 0.9}}
     card = ModelCard(text).data
-    assert (card.model_name, card.library_name) == ("r", "lavit-pretrain")
+    assert (card.model_name, card.library_name) == ("r", "transformers")
     assert (card.license, card.datasets) == ("unknown", ["x: y"])
-    assert {"lavit", "image-classification"} <= set(card.tags)
+    assert {"lavit", "image-classification", "custom_code"} <= set(card.tags)
     assert [(r.metric_name, r.metric_value, r.dataset_split) for r in card.eval_results] == [
         ("top-1 accuracy, percent", 50.0, "val"), ("top-5 accuracy, percent", 100.0, "val"),
         ("cross-entropy, nats", 1.25, "val"),
@@ -125,20 +135,26 @@ def test_the_card_states_the_results_for_readers_and_for_the_hub(written: Path) 
 
 
 def test_names_from_data_cannot_change_the_card() -> None:
-    evil = "x |\n---\n# [y](http://z) <b>&amp;`\x1b[2J"
+    evil = "x |\n---\n```\n# [y](http://z) <b>&amp;`@www.z\x1b[2J"
     origin = {"weights": "raw", "run": evil, "samples_seen": 1, "weights_blake2": "d", "initialized_from": None}
     content = {
         "architecture": {"name": "lavit_micro"}, "num_classes": 4, "weights": "raw", "samples_seen": 1,
         "input": {"image_size": 32, "mean": [0], "std": [1], "interpolation": "bicubic"},
         "dataset": {"name": evil, "fingerprint": "f", "samples": 100}, "metrics": {"top1": 1, "top5": 1, "loss": 1},
-        "recipe": {"name": "r", "data": {"val_split": evil}}, "initialized_from": origin | {"dataset": {"name": evil}},
+        "class_names": [evil] * 12, "recipe": {"name": "r", "data": {"val_split": evil}, "loss": {"class_tree": evil}},
+        "initialized_from": origin | {"dataset": {"name": evil}},
     }  # fmt: skip
-    text = model_card(content, samples=1, evaluated_at=1, license_id=evil)
+    text = model_card(content, samples=1, evaluated_at=1, steps=1, license_id=evil)
     plain = {**content, "dataset": {"name": "x", "fingerprint": "f", "samples": 100}}
-    assert text.count("\n") == model_card(plain, samples=1, evaluated_at=1, license_id="x").count("\n")
+    expected = model_card(plain, samples=1, evaluated_at=1, steps=1, license_id="x")
+    assert text.count("\n") == expected.count("\n")
+    assert text.count("\n```") == expected.count("\n```")
     front, body = re.split(r"^---$", text, flags=re.MULTILINE)[1:]
     assert ModelCard(text).data.datasets == [evil.replace("\n", r"\x0a").replace("\x1b", r"\x1b")]
-    assert not re.search(r"(?<!\\)[\[\]<>`&#]", "".join(re.findall(r"x \\\|.*?2J", body)))
+    named = re.findall(r"x \\\|.*?2J", body)
+    assert len(named) == 1 + 10 + 1 + 2 + 1 + 1, "heading, ten classes, data, origin, split, license"
+    assert not re.search(r"(?<!\\)[\[\]<>`&#:@]|www\.", "".join(named))
+    assert "2 more, in `config.json`" in body
     assert "\x1b" not in front + body
 
 
@@ -248,7 +264,7 @@ def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
     old, new = files(written), files(hand_off(tmp_path / "new", model_of(1)))
-    assert set(old) == {CONFIG, WEIGHTS, CARD}
+    assert set(old) == {CONFIG, WEIGHTS, CARD, PREPROCESSOR, *CODE}
     digests = [json.loads(content[CONFIG])["weights_blake2"] for content in (old, new)]
     publish(tmp_path / "hub", "lab/lavit", {FIRST: old, SECOND: new})
     with serving(tmp_path / "hub") as (url, asked):
