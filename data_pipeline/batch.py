@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def to_device(values: NDArray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy what lies on the host to the device, without the host waiting for all that the device has still to do.
+    """Copy host memory to the device without waiting for the work that is queued there.
 
     Only from page-locked memory a GPU copies by itself.
     """
@@ -19,12 +19,32 @@ def to_device(values: NDArray | torch.Tensor, device: torch.device) -> torch.Ten
     return tensor.to(device, non_blocking=True)
 
 
+def content_digest(sample_ids: NDArray[np.int64], labels: NDArray[np.int64], crc32: NDArray[np.uint32]) -> int:
+    """Hash what a batch is made of, in any order: parts of a batch add up to the whole, modulo 2**64.
+
+    Args:
+        sample_ids: (m,) below 2**32.
+        labels: (m,) of the samples.
+        crc32: (m,) checksums of their encoded bytes.
+
+    Returns:
+        the sum of a 64-bit hash of each row, by two rounds of SplitMix64 (Steele et al. 2014), modulo 2**64.
+    """
+    words = sample_ids.astype(np.uint64) << np.uint64(32) | crc32
+    for key in (np.uint64(0), labels.astype(np.uint64)):
+        words = (words ^ key) + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        words ^= words >> np.uint64(31)
+    return int(words.sum(dtype=np.uint64))
+
+
 @dataclass(frozen=True)
 class Batch:
     """A rank's micro-batch of m images."""
 
     images: torch.Tensor
-    """(m, 3, H, W) float32 on the device, normalised."""
+    """(m, 3, H, W) float32 on the device, normalized."""
     labels: torch.Tensor
     """(m,) int64 on the device."""
     sample_ids: NDArray[np.int64]
@@ -37,11 +57,13 @@ class Batch:
     """(m,) False only in evaluation: for padding, and for a bad sample, which is reported."""
     drawn: Any = None
     """What the loader's `draw` returned for these rows."""
+    digest: int = 0
+    """`content_digest` of the rows."""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used, and what stands in its place."""
+    """A sample that could not be used, and its replacement."""
 
     id: int
     name: str

@@ -40,13 +40,14 @@ def to_pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def draw_grid(images: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
-    """Draw images in rows of 8, each with a line of text below it."""
-    columns = min(COLUMNS, len(images))
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(images) / columns) * (CELL + LINE)), "white")
+    """Draw images in rows of 8, each with its caption below it; all captions have as many lines."""
+    columns, height = min(COLUMNS, len(images)), CELL + LINE * len(captions[0].split("\n"))
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(images) / columns) * height), "white")
     for index, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = index % columns * CELL, index // columns * (CELL + LINE)
+        x, y = index % columns * CELL, index // columns * height
         sheet.paste(thumbnail(pixels), (x, y))
-        write_line(sheet, (x, y + CELL), caption)
+        for number, line in enumerate(caption.split("\n")):
+            write_line(sheet, (x, y + CELL + number * LINE), line)
     return np.asarray(sheet)
 
 

@@ -28,6 +28,7 @@ from pretrain.fault_tolerance.spikes import LossLevel
 from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog
 from pretrain.handoff.initialize import Beginning, begin, share_weights
+from pretrain.ledger import describe_setup
 from pretrain.losses import Classification, TrainingLoss
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
@@ -146,7 +147,7 @@ def build_trainer(
         console.say(line)
     metrics = _open_metrics(recipe, folder, state, console) if rank.is_first else None
     log = RunLog(folder, status, console, metrics, len(train_set))
-    log.start(state, warnings)
+    log.start(state, warnings, describe_setup(resolved, device, compiled=recipe.model.compile))
     dtype = input_dtype(resolved.precision)
     loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=len(train_set))
     monitor = Monitor(

@@ -4,7 +4,6 @@ On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --da
 """
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
 from data_pipeline.transforms import InputConfig
 from pretrain.arguments import add_device_argument, add_trust_argument
-from pretrain.engine.distributed import Rank, choose_device, init_distributed, read_rank
+from pretrain.engine.distributed import Rank, choose_device, fail, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
 from pretrain.fault_tolerance.full_memory import full_memory_message
 from pretrain.fault_tolerance.preflight import meet
-from pretrain.fault_tolerance.signals import StopFlag, first_reports
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
@@ -275,11 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
             dist.barrier(control)  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
     except (UserError, DataError) as error:
-        return _fail(str(error), rank, started=subject is not None, code=exit_code(error))
+        return fail(str(error), rank, started=subject is not None, code=exit_code(error))
     except (RuntimeError, MemoryError) as error:
         if not gpu_memory_is_full(error):
             raise
-        return _fail(
+        return fail(
             full_memory_message(error, "evaluating", "lower --batch-size"),
             rank,
             started=True,
@@ -337,19 +335,6 @@ def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any])
         record_handoff_evaluation(folder, content["top1"])
     for line in summary_lines(folder):
         _say(line)
-
-
-def _fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> int:
-    """Print the error. With several ranks, exit at once, since others may wait for this one in a collective."""
-    flag = StopFlag()
-    if not started and rank is not None and rank.local_rank > 0:
-        flag.install_signal_handlers()
-        if first_reports(flag):  # rank 0 has printed the same error
-            os._exit(code)
-    print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
-    if rank is not None and rank.world_size > 1:
-        os._exit(code)
-    return code
 
 
 if __name__ == "__main__":

@@ -92,6 +92,22 @@ class TrainingLoss:
         Returns:
             the scalar to minimize, and its unweighted parts by name.
         """
+        _, targets, logits, diagonality = self.predict(batch, state)
+        loss = classification = self.classification(logits, targets)
+        parts: dict[str, torch.Tensor] = {self.classification.name: classification}
+        if diagonality is not None:
+            weight = diagonality_weight(self._recipe.loss, epoch=state.samples_seen / self._epoch_size)
+            loss, parts = classification + weight * diagonality.float(), parts | {"diagonality": diagonality}
+        return loss, parts
+
+    def predict(
+        self, batch: Batch, state: TrainState
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Mix ``batch`` of m images and run the network on it, at ``state``.
+
+        Returns:
+            mixed images (m, 3, H, W), targets and logits (m, classes), and a LaViT's diagonality loss, a scalar.
+        """
         recipe, model, own = self._recipe, self._engine.module, self._recipe.model.factory is None
         drawn = batch.drawn or draw_step(recipe, model, state.step, batch.rows)
         uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, self._device)
@@ -108,11 +124,7 @@ class TrainingLoss:
         images = images.to(self._dtype)
         if not own:
             seed_generators(recipe.seed, state.step, int(batch.rows[0]))
-            classification = self.classification(self._engine(images), targets)
-            return classification, {self.classification.name: classification}
+            return images, targets, self._engine(images), None
         form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
         logits, diagonality = self._engine(images, drop_path_uniforms=uniforms, with_diagonality=form)
-        classification = self.classification(logits, targets)
-        weight = diagonality_weight(recipe.loss, epoch=state.samples_seen / self._epoch_size)
-        loss = classification + weight * diagonality.float()
-        return loss, {self.classification.name: classification, "diagonality": diagonality}
+        return images, targets, logits, diagonality

@@ -74,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gpu", choices=DEVICES, default="h100", help="default: h100")
     add("--gpus-per-node", type=count, default=8, help="default: 8")
     add("--node-gbit", type=number, default=400.0, help="network of a node, Gb/s one way (default: 400, an assumption)")
-    add("--headroom", type=share, default=0.1, help="share of memory for what is no tensor (default: 0.1, assumed)")
+    add("--headroom", type=share, default=0.1, help="share of memory that is not tensors (default: 0.1, assumed)")
     add = parser.add_argument_group("data, where the dataset is not there").add_argument
     add("--images", type=count, help="of the training split")
     add("--classes", type=count)
@@ -85,13 +85,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--mtbf-hours-per-gpu", type=number, default=50_000.0, help="mean time between failures (default: 5e4, assumed)"
     )
-    add("--save-seconds", type=number, default=1.0, help="what a checkpoint takes from training (default: 1, assumed)")
+    add("--save-seconds", type=number, default=1.0, help="seconds a checkpoint delays training (default: 1, assumed)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser.parse_args(arguments)
 
 
 def make_plan(options: argparse.Namespace) -> dict[str, Any]:
-    """Work everything out; takes some seconds. Bytes and seconds, where a key does not say otherwise.
+    """Work everything out; takes some seconds. Bytes and seconds, unless a key has another unit.
 
     Raises:
         UserError: what is wrong, in one line.

@@ -238,7 +238,9 @@ class WatchdogSection(Section):
 
 def _as_folder_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise ValueError(f"must be at most 200 letters, digits, '.', '_' or '-', the first no sign, got {shown(name)}")
+        raise ValueError(
+            f"must be at most 200 letters, digits, '.', '_' or '-', starting with a letter or digit, got {shown(name)}"
+        )
     return name
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import DEFAULT_SIZE_GUIDANCE, EventAccumulator
 
 from data_pipeline.errors import without_secrets
+from pretrain.fault_tolerance.spikes import replay_command
 from pretrain.files import json_lines, read_sealed, write_atomically
 from pretrain.outcome import ExitCode, UserError
 
@@ -154,7 +155,9 @@ def read_events(run: Run) -> None:
         if row.get("event") == "end" and row.get("cause") != "finished":
             add("end of a Slurm attempt", row, f"{row.get('cause')}: {row.get('reason')}")
     for row in run.rows("loss_spikes.jsonl"):
-        add("loss spike", row, f"step {row.get('step')}: loss {row.get('loss')}, level {row.get('level')}")
+        step = row.get("step")
+        command = f"; {replay_command(run.path, step)}" if isinstance(step, int) else ""
+        add("loss spike", row, f"step {step}: loss {row.get('loss')}, level {row.get('level')}{command}")
     for row in run.rows("bad_samples.jsonl"):
         add("bad sample", row, f"{row.get('name')} in {row.get('shard')}: {row.get('reason')}")
     run.notes += [f"{kind}: {MARKS:,} of {count:,} are drawn" for kind, count in counts.items() if count > MARKS]

@@ -38,6 +38,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.handoff = path / "handoff"
         self.metrics = path / "metrics.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self.bad_samples = path / "bad_samples.jsonl"
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
@@ -153,7 +154,7 @@ class RunFolder:
         )
 
     def check_checkpoint(self, path: Path, manifest: dict[str, Any], recipe: Recipe) -> None:
-        """Refuse a checkpoint that was written with another recipe; those of older versions do not say.
+        """Refuse a checkpoint that was written with another recipe; those of older versions do not record it.
 
         Raises:
             UserError: names every field that differs, of those that the checkpoint knows.
@@ -188,7 +189,7 @@ class RunFolder:
             damaged[self.path / "run.json"] = str(error)
         names = ("run.json", "trackers.json", "tracker_id.txt")
         files = [*(self.path / name for name in names), self.metrics, self.bad_samples, self.summary, self.failure]
-        files += [self.loss_spikes, self.events]
+        files += [self.loss_spikes, self.events, self.ledger]
         damaged |= {path: f"{path} is a folder" for path in files if path.is_dir()}
         folders = [self.handoff, self.tensorboard, self.hangs, self.profile, self.path / "evaluation"]
         damaged |= {path: f"{path} is no folder" for path in folders if path.exists() and not path.is_dir()}

@@ -12,6 +12,8 @@ from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
 from pretrain.events import EventName, write_event, write_start
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
+from pretrain.files import fsync
+from pretrain.ledger import Row, cut_rows, write_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
@@ -73,16 +75,20 @@ class RunLog:
     ) -> None:
         self.folder, self.status, self.console = folder, status, console
         self.say = console.say
+        self.setup: Row = {}
+        """What ``describe_setup`` returned for this attempt."""
         self._metrics, self._epoch_size = metrics, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
         self._described = False
         """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
 
-    def start(self, state: TrainState, passed_over: Iterable[str]) -> None:
-        """Record the start of this attempt, where it starts, and the damaged checkpoints that were passed over."""
+    def start(self, state: TrainState, passed_over: Iterable[str], setup: Row) -> None:
+        """Record the start of this attempt: where, the damaged checkpoints that were passed over, and its setup."""
+        self.setup = setup
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
+            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen, self.say))
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)
@@ -115,6 +121,14 @@ class RunLog:
 
         self._guarded(write)
 
+    def steps(
+        self, rows: list[Row], spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]
+    ) -> None:
+        """Write rows of the ledger, and the steps whose loss was far above the level."""
+        self._guarded(lambda _: write_rows(self.folder.ledger, rows, self.setup))
+        if self._metrics is not None:
+            write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
+
     def result(self, kind: str, result: Evaluation | Probed, seconds: float, state: TrainState) -> None:
         """Write the result of an evaluation or of probes, and how long they took."""
         self.say(f"{kind}  epoch {state.samples_seen / self._epoch_size:.2f}  {result}")
@@ -130,11 +144,6 @@ class RunLog:
             metrics.image("images/attention", state.samples_seen, drawing)
 
         self._guarded(write)
-
-    def spikes(self, spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]) -> None:
-        """Write the steps whose loss was far above the level; ``samples`` is that of ``TrainLoader``."""
-        if self._metrics is not None:
-            write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
 
     def images_requested(self) -> bool:
         """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
@@ -153,6 +162,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Bring to disk what was written so far."""
+        self._guarded(lambda _: fsync(self.folder.ledger))
         self._guarded(lambda metrics: metrics.flush())
 
     def close(self) -> None:

@@ -38,10 +38,7 @@ from pretrain.summary import write_summary
 
 @dataclass
 class Trainer:
-    """Trains on this rank; ``build_trainer`` builds its parts.
-
-    ``state`` is all that a checkpoint saves in addition to weights and moments.
-    """
+    """Trains on this rank; ``build_trainer`` builds its parts."""
 
     recipe: Recipe
     schedule: Schedule
@@ -127,7 +124,9 @@ class Trainer:
             monitor.timer.enter("optimizer")
             engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
             monitor.add({"loss": loss, **parts})
-        self.optimizer_shards.buffers.step_done(skipped=self.nonfinite.note_step())
+        skipped = self.nonfinite.note_step()
+        self.optimizer_shards.buffers.step_done(skipped=skipped)
+        monitor.steps.end_step(skipped)
         if self.recipe.ema is not None:
             step = self.state.step
             self.optimizer_shards.update_average(min(self.recipe.ema.decay, (1 + step) / (10 + step)))
@@ -229,7 +228,7 @@ class Trainer:
         """
         self.finish_save()
         with self._outside_training():
-            self.handle_skipped_steps()
+            self.record_steps()
             self._count_seconds()
             self.watchdog.beat("copying a checkpoint", startup=True)
             self.state.save_tried_at = self.state.samples_seen
@@ -284,8 +283,7 @@ class Trainer:
             self.state.skipped_in_a_row += 1
             end = self.state.samples_seen - since * self.batch.global_batch
             where = f"images {end - self.batch.global_batch} to {end - 1} of the order"
-            step = self.state.step - since
-            self.log.say(f"WARNING step {step} was skipped: a gradient was not finite; {where}")
+            self.log.say(f"WARNING step {self.state.step - since} was skipped: a gradient was not finite; {where}")
             if self.state.skipped_in_a_row >= self.recipe.bad_numbers.skipped_steps:
                 self._roll_back(where)
                 self.state.skipped_steps += sum(skipped[index + 1 :])
@@ -315,19 +313,21 @@ class Trainer:
         self.log.event("went back", what, state)
         self.log.say(f"WARNING {what} ({state.rollbacks} of {allowed} times)")
 
+    def record_steps(self) -> None:
+        """Write all steps since the last call into the ledger, and losses far above their level. Collective."""
+        self.handle_skipped_steps()
+        rows = self.monitor.steps.take(self.state)
+        self.log.steps(rows, self.loss_level.spikes(rows, self.batch.global_batch), self.train_loader.samples)
+
     def log_interval(self, learning_rate: float) -> None:
         """Measure the interval since the last one, and write it. Collective."""
-        self.handle_skipped_steps()
+        self.record_steps()
         state, batch = self.state, self.batch.global_batch
         interval = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
         losses = interval.losses | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
         losses |= {} if interval.grad_norm is None else {"grad_norm": interval.grad_norm}
         rows = {"train": interval.rates(), "norms": interval.norms, "time": interval.seconds}
         self.log.interval(state, losses, rows, self.monitor.training_images())
-        spikes = self.loss_level.spikes(
-            interval.step_losses, step=state.step, samples_seen=state.samples_seen, global_batch=batch
-        )
-        self.log.spikes(spikes, self.train_loader.samples)
         if interval.images_requested:
             self._show_images()
         garbage.collect()

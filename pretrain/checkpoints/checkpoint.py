@@ -51,7 +51,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step of a checkpoint, as its name says."""
+    """The optimizer step of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -86,7 +86,7 @@ def load_newest(
         dist.all_gather_object(problems, problem, group=group)
         passing = next((one for one in problems if one is not None and one.code is ExitCode.RETRY), None)
         if passing is not None:
-            raise UserError(f"{passing}; nothing was given up: start again", ExitCode.RETRY)
+            raise UserError(f"{passing}; nothing was discarded: start again", ExitCode.RETRY)
         problem = next(filter(None, problems), None)
         if problem is None:
             try:
@@ -177,6 +177,18 @@ def _fill(path: Path, shards: OptimizerShards) -> None:
     shards.refresh_model()
 
 
+def pairs(path: Path, shards: OptimizerShards) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """Name and kind of what this rank owns, its elements, and those that a checkpoint of the same model has for them.
+
+    Both are flat, fp32 and on the CPU. Nothing is verified.
+    """
+    index = _ShardIndex(path)
+    for shard in shards.shards:
+        for kind in shards.kinds:
+            there = index.read(shard.name, kind, shard.offset, shard.length)
+            yield shard.name, kind, shard.view(kind, shards.optimizer).cpu(), there
+
+
 class Stretch(NamedTuple):
     """Elements ``[offset, offset + length)`` of a flattened parameter."""
 
@@ -202,7 +214,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], stretches: Iterable[Stretc
 
 
 class _ShardIndex:
-    """Where every stretch of every parameter lies in the files of a checkpoint."""
+    """Where every stretch of every parameter is in the files of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}

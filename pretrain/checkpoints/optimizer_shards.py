@@ -1,7 +1,7 @@
 """The optimizer's state under any ZeRO stage, as named shards of parameters.
 
 DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. An
-``OptimizerShard`` says which elements of which parameter a rank owns and gives views of them, so that a checkpoint
+``OptimizerShard`` has views of the elements of each parameter that a rank owns, so that a checkpoint
 keyed by (name, offset, length) can be written and read under any layout.
 """
 

@@ -51,7 +51,7 @@ class Retention:
     every_steps: int | None = None
     """In addition, the first one at or behind every multiple of so many optimizer steps."""
     best: bool = False
-    """In addition, the one with the highest top-1 of those that were evaluated where they stand."""
+    """In addition, the one with the highest top-1 of those that were evaluated at their own step."""
 
 
 class CheckpointWriter:
@@ -88,7 +88,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint was begun whose outcome nobody asked for yet."""
+        """Whether a checkpoint was started whose outcome has not been read yet."""
         return self._thread is not None
 
     def start(self, state: TrainState) -> None:

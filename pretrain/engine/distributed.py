@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from data_pipeline.errors import DataError
 from pretrain.deepspeed_compat import check_version, skip_op_compilation
 from pretrain.devices import use_gpu
-from pretrain.outcome import UserError
+from pretrain.fault_tolerance.signals import StopFlag, first_reports
+from pretrain.outcome import ExitCode, UserError
 
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ def choose_device(rank: Rank, wanted: str = "auto") -> torch.device:
 def use_deterministic_algorithms() -> str:
     """Let torch compute the same bits on every run; an operation that cannot is an error that names it.
 
-    Call it before the device computes. Returns a line that says so.
+    Call it before the device computes. Returns a line for the log.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
     torch.backends.cudnn.benchmark = False
@@ -182,6 +184,22 @@ def first_rank_decides(group: dist.ProcessGroup, decide: Callable[[], T]) -> T:
         raise answer[1]
     result: T = answer[0]
     return result
+
+
+def fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> int:
+    """Print the error of a command, and return its exit status. With several ranks, exit at once: others may wait.
+
+    Unless they have ``started``, all ranks meet the same error, and the first of a node prints it.
+    """
+    flag = StopFlag()
+    if not started and rank is not None and rank.local_rank > 0:
+        flag.install_signal_handlers()
+        if first_reports(flag):  # rank 0 has printed the same error
+            os._exit(code)
+    print(f"error: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+    if rank is not None and rank.world_size > 1:
+        os._exit(code)
+    return code
 
 
 def first_of_node_checks(rank: Rank, group: dist.ProcessGroup, open_sets: Callable[[bool], T]) -> T:

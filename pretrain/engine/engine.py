@@ -1,4 +1,4 @@
-"""Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
+"""Model, optimizer and DeepSpeed engine, from the recipe and DeepSpeed's configuration."""
 
 import logging
 import os
@@ -116,7 +116,7 @@ def compilation_error(error: Exception) -> UserError | None:
 
 
 def _require_compilers(device: torch.device) -> None:
-    """See that what inductor compiles with is there; else every rank would say so at length, in the first step."""
+    """Check that inductor's compiler is there; else every rank would raise a long error in the first step."""
     if device.type == "cuda":
         _require_triton()
     if device.type == "cpu":

@@ -123,6 +123,6 @@ class Schedule:
         )
 
     def passed(self, every_epochs: float, last: int, state: TrainState) -> bool:
-        """Whether a multiple of ``every_epochs``, or the end, lies between ``last`` (samples seen) and ``state``."""
+        """Whether a multiple of ``every_epochs``, or the end, is between ``last`` (samples seen) and ``state``."""
         interval, seen = every_epochs * self.epoch_size, state.samples_seen
         return seen // interval > last // interval or (state.step >= self.total_steps and last < seen)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shlex
 import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -39,34 +41,36 @@ class LossLevel:
     """The running level of the loss: median and scaled median absolute deviation of the last ``WINDOW`` steps.
 
     Both ignore up to half of the values, so a spike does not raise the limit for the next one; a level that stays high
-    becomes the level. It begins anew after a restart.
+    becomes the level. It starts over after a restart.
     """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def spikes(self, losses: list[float], *, step: int, samples_seen: int, global_batch: int) -> list[Spike]:
-        """Take in the losses of the last steps, oldest first, of which the last is ``step``; give the spikes.
+    def spikes(self, rows: list[dict[str, Any]], global_batch: int) -> list[Spike]:
+        """Take in the ledger's rows of the last steps, oldest first; give the spikes.
 
-        Args:
-            losses: means over the global batch; non-finite ones are passed over (reported as skipped).
-            step: number of the last step.
-            samples_seen: images trained on after it.
-            global_batch: images of a step.
+        Non-finite losses are passed over (reported as skipped).
         """
         found = []
-        for before, loss in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
-            if not math.isfinite(loss):
+        for row in rows:
+            if not math.isfinite(loss := row["loss"]):
                 continue
             if len(self._recent) >= NEEDED:
                 level = statistics.median(self._recent)
                 deviation = 1.4826 * statistics.median(abs(value - level) for value in self._recent)
                 limit = level + DEVIATIONS * max(deviation, SMALLEST_DEVIATION * abs(level))
                 if loss > limit:
-                    end = samples_seen - before * global_batch
-                    found.append(Spike(step - before, loss, level, limit, end - global_batch, end - 1))
+                    end = row["samples_seen"]
+                    found.append(Spike(row["step"], loss, level, limit, end - global_batch, end - 1))
             self._recent.append(loss)
         return found
+
+
+def replay_command(run: Path, step: int) -> str:
+    """The command that computes a step of a run again and draws its images."""
+    words = ["python", "-m", "pretrain.replay", str(run), "--steps", f"{step - 1}:{step}"]
+    return shlex.join([*words, "--images", f"{run.name}-step-{step}"])
 
 
 def write_spikes(
@@ -82,11 +86,12 @@ def write_spikes(
     """
     for spike in spikes:
         epochs, ids = samples(spike.first_position, spike.last_position + 1)
-        line = asdict(spike) | {"epochs": sorted(set(epochs.tolist())), "sample_ids": ids.tolist()}
+        replay = replay_command(file.parent, spike.step)
+        line = asdict(spike) | {"epochs": sorted(set(epochs.tolist())), "sample_ids": ids.tolist(), "replay": replay}
         try:
             with file.open("a") as handle:
                 handle.write(json.dumps(line) + "\n")
-            where = f"its images are listed in {file}"
+            where = f"its images are listed in {file}; {replay}"
         except OSError as error:
             where = f"its images could not be listed: {error}"
         say(

@@ -16,6 +16,7 @@ from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
+from pretrain.ledger import StepRecorder
 from pretrain.monitoring.attention import AttentionWatch
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
 from pretrain.monitoring.images import draw_attention
@@ -34,8 +35,6 @@ class Interval:
 
     losses: dict[str, float]
     """Means of the loss and its parts; empty where nothing was finite."""
-    step_losses: list[float]
-    """Loss of each step, over its global batch."""
     grad_norm: float | None
     """Of the whole gradient before clipping, in the last step; None where it is not known."""
     norms: dict[str, float]
@@ -95,6 +94,7 @@ class Monitor:
         self._attention, self._names = AttentionWatch(attention_images), class_names
         self.norms = PartNorms(shards)
         self.timer = StepTimer(device)
+        self.steps = StepRecorder(engine, device)
         self.show_batch = show_batch
         """Whether the next training batch is kept for ``training_images``."""
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -103,7 +103,6 @@ class Monitor:
     def reset(self) -> None:
         """Begin a new interval."""
         self._sums: dict[str, torch.Tensor] = {}
-        self._losses: list[torch.Tensor] = []
         self._finite = torch.zeros((), device=self._device)
         self._steps = 0
         self._began = time.monotonic()
@@ -120,7 +119,8 @@ class Monitor:
             self._began += time.monotonic() - began
 
     def see_batch(self, batch: Batch) -> None:
-        """Keep the first images of a training batch, on the device, where they are wanted."""
+        """Note what a training batch holds; keep its first images, on the device, where they are wanted."""
+        self.steps.add_batch(batch.digest)
         if self.show_batch:
             self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
 
@@ -131,10 +131,10 @@ class Monitor:
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """Add the losses of a micro-batch, scalars on the device; left out of the means where one is not finite.
 
-        The first is the loss that is minimized; it is also kept for each step.
+        The first is the loss that is minimized; it is also kept for the ledger.
         """
         stacked = torch.stack([value.detach().float() for value in losses.values()])
-        self._losses.append(stacked[0])
+        self.steps.add_loss(stacked[0])
         finite = stacked.isfinite().all()
         self._finite = self._finite + finite
         for name, value in zip(losses, torch.where(finite, stacked, 0.0), strict=True):
@@ -145,18 +145,14 @@ class Monitor:
         self.timer.enter("other")
         self._steps += 1
 
-    def means(self) -> tuple[dict[str, float], list[float]]:
-        """``losses`` and ``step_losses`` of the interval so far. Collective; waits for the device."""
+    def means(self) -> tuple[dict[str, float], float]:
+        """``losses`` of the interval so far, and over how many micro-batches. Collective; waits for the device."""
         if not self._sums:
-            return {}, []
-        stacked = torch.stack([*self._sums.values(), self._finite, *self._losses])
+            return {}, 0
+        stacked = torch.stack([*self._sums.values(), self._finite])
         dist.all_reduce(stacked)
-        values = stacked.tolist()
-        sums, count, losses = values[: len(self._sums)], values[len(self._sums)], values[len(self._sums) + 1 :]
-        size = len(losses) // self._steps
-        micro_batches = zip(*[iter(losses)] * size, strict=True)
-        step_losses = [sum(step) / (size * dist.get_world_size()) for step in micro_batches]
-        return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}, step_losses
+        *sums, count = stacked.tolist()
+        return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}, count
 
     @torch.no_grad()
     def measure(self, *, global_batch: int, images_requested: bool) -> Interval:
@@ -167,7 +163,7 @@ class Monitor:
             images_requested: whether images are asked for, on rank 0.
         """
         ranks, parts = dist.get_world_size(), self.norms.parts
-        losses, step_losses = self.means()
+        losses, _ = self.means()
         norm = self._engine.get_global_grad_norm()
         norm = None if norm is None or norm < 0 else float(norm)  # DeepSpeed writes -1 for a non-finite norm
         rate = self._steps * global_batch / (time.monotonic() - self._began)
@@ -188,7 +184,6 @@ class Monitor:
         seconds = dict(zip(PHASES, mean, strict=False))
         return Interval(
             losses=losses,
-            step_losses=step_losses,
             grad_norm=norm,
             norms=_rounded(
                 {f"gradient/{part}": value for part, value in of_gradients.items()}

@@ -25,10 +25,12 @@ from pretrain.events import write_start
 from pretrain.export import export_run
 from pretrain.files import read_sealed, write_sealed
 from pretrain.handoff.folder import load_handoff
+from pretrain.ledger import cut_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
+from pretrain.replay import make_plan
 from pretrain.report import read_run, render
 from pretrain.run_folder import RunFolder
 from pretrain.run_state import RunState
@@ -47,8 +49,9 @@ READ_BY = {
     "recipe.yaml": ("export", "report", "resume"), "ds_config.json": ("report", "resume"),
     "environment.json": ("export", "report", "resume"), "run.json": ("page", "report", "status", "resume"),
     "summary.json": ("page", "report", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
-    "events.jsonl": ("page", "resume"), "bad_samples.jsonl": ("page", "resume"), "trackers.json": ("resume",),
+    "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"), "trackers.json": ("resume",),
     "loss_spikes.jsonl": ("page", "resume"), "tensorboard": ("report", "resume"), "evaluation": ("page",),
+    "ledger.jsonl": ("replay", "resume"),
 }  # fmt: skip
 MEASURED = (".jsonl", "trackers.json", "tfevents", "evaluation/")
 """In files that have no digest a changed number cannot be seen; a line that is intact must stay."""
@@ -104,6 +107,10 @@ class Readers:
         state = SlurmFolder(run).state()
         return state, [] if state else ["run.json cannot be read"]  # as slurm.status says
 
+    def replay(self, run: Path) -> Found:
+        """As far as it reads the run's own measurements."""
+        return make_plan(run, (8, 9), []).ledger, []
+
     def resume(self, run: Path) -> Found:
         """A start, as far as it reads. Every intact line of the metrics is there afterwards, if the weights are."""
         folder, said = RunFolder(run), list[str]()
@@ -120,6 +127,8 @@ class Readers:
         )  # fmt: skip
         writer.close()
         assert warnings or self.intact <= lines(folder.metrics), "intact lines are gone"
+        if not folder.ledger.is_dir():
+            cut_rows(folder.ledger, progress.samples_seen, said.append)
         BadSampleCount(folder.bad_samples)()
         write_start(folder.events, state or RunState("running"), state)
         held = {

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped can be started: it loads, its network is built, its batch cut, its schedule adds up."""
+"""Every recipe for ImageNet can be started: it loads, its network is built, its batch divided, its schedule adds up."""
 
 import re
 from pathlib import Path
@@ -16,12 +16,21 @@ from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 TIMM = "in1k_timm_example"
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in {"demo", TIMM})
+FOR_A_CPU = {"demo", "template", "fashion_mnist_lavit"}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in {*FOR_A_CPU, TIMM})
 CLASSES_AND_IMAGES = {
     "data/imagenet-1k": (1_000, 1_281_167),
     "data/imagenet-21k": (21_841, 14_197_122),
     "data/imagenet-21k-p": (10_450, 11_060_223),
 }
+
+
+@pytest.mark.parametrize("name", sorted(FOR_A_CPU))
+def test_a_recipe_for_a_cpu_loads_and_its_head_has_the_command(name: str) -> None:
+    path = ROOT / f"recipes/{name}.yaml"
+    assert load_recipe(path).name == {"template": "mine"}.get(name, name)
+    command = f"pretrain/main.py --recipe recipes/{'mine' if name == 'template' else name}.yaml"
+    assert command in path.read_text().partition("\nname:")[0]
 
 
 def test_there_is_one_for_each_size_and_purpose() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.fault_tolerance.spikes import NEEDED, LossLevel, write_spikes
+from pretrain.ledger import StepRecorder
 from pretrain.monitoring.monitor import Monitor
+from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
 
 BATCH = 8
@@ -23,12 +26,18 @@ def noisy(steps: int, seed: int = 0) -> list[float]:
     return [3.0 + 0.1 * chance.gauss(0, 1) for _ in range(steps)]
 
 
+def rows(losses: list[float], *, last: int) -> list[dict[str, Any]]:
+    """Of the ledger, for steps of which the last has this number."""
+    steps = range(last - len(losses) + 1, last + 1)
+    return [{"step": s, "samples_seen": s * BATCH, "loss": x} for s, x in zip(steps, losses, strict=True)]
+
+
 def test_a_spike_is_found_with_its_step_and_the_positions_of_its_batch() -> None:
     losses = noisy(60)
     losses[50] = 6.0
     level = LossLevel()
-    assert level.spikes(losses[:40], step=140, samples_seen=140 * BATCH, global_batch=BATCH) == []
-    (spike,) = level.spikes(losses[40:], step=160, samples_seen=160 * BATCH, global_batch=BATCH)
+    assert level.spikes(rows(losses[:40], last=140), BATCH) == []
+    (spike,) = level.spikes(rows(losses[40:], last=160), BATCH)
     assert (spike.step, spike.loss) == (151, 6.0)
     assert (spike.first_position, spike.last_position) == (150 * BATCH, 151 * BATCH - 1)
     assert spike.level == pytest.approx(3.0, abs=0.1)
@@ -38,22 +47,22 @@ def test_a_spike_is_found_with_its_step_and_the_positions_of_its_batch() -> None
 def test_noise_a_falling_curve_and_a_new_level_are_no_spikes() -> None:
     level = LossLevel()
     losses = noisy(300) + [3 * math.exp(-step / 50) + noise - 3.0 for step, noise in enumerate(noisy(200, 1))]
-    assert level.spikes(losses, step=500, samples_seen=500 * BATCH, global_batch=BATCH) == []
-    jumped = level.spikes(noisy(200, 2), step=700, samples_seen=700 * BATCH, global_batch=BATCH)
+    assert level.spikes(rows(losses, last=500), BATCH) == []
+    jumped = level.spikes(rows(noisy(200, 2), last=700), BATCH)
     assert 0 < len(jumped) < 150, "a level that stays never became the level"
 
 
 def test_nothing_is_told_before_the_level_is_known_or_of_losses_that_are_not_finite() -> None:
     level = LossLevel()
-    assert level.spikes([1.0, 50.0] + [1.0] * (NEEDED - 3), step=NEEDED - 1, samples_seen=0, global_batch=BATCH) == []
-    assert level.spikes([math.nan, math.inf], step=NEEDED + 1, samples_seen=0, global_batch=BATCH) == []
-    assert len(level.spikes([1.0, 9.0], step=NEEDED + 3, samples_seen=0, global_batch=BATCH)) == 1
+    assert level.spikes(rows([1.0, 50.0] + [1.0] * (NEEDED - 3), last=NEEDED - 1), BATCH) == []
+    assert level.spikes(rows([math.nan, math.inf], last=NEEDED + 1), BATCH) == []
+    assert len(level.spikes(rows([1.0, 9.0], last=NEEDED + 3), BATCH)) == 1
 
 
 def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_training(tmp_path: Path) -> None:
     level, said = LossLevel(), []
-    level.spikes(noisy(40), step=40, samples_seen=40 * BATCH, global_batch=BATCH)
-    spikes = level.spikes([30.0], step=41, samples_seen=41 * BATCH, global_batch=BATCH)
+    level.spikes(rows(noisy(40), last=40), BATCH)
+    spikes = level.spikes(rows([30.0], last=41), BATCH)
 
     def samples(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, stop)
@@ -63,6 +72,7 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
     write_spikes(file, spikes, samples, said.append)
     line = json.loads(file.read_text())
     assert (line["step"], line["loss"], line["epochs"]) == (41, 30.0, [0, 1])
+    assert line["replay"] == f"python -m pretrain.replay {tmp_path} --steps 40:41 --images {tmp_path.name}-step-41"
     assert line["sample_ids"] == [1320, 1321, 1322, 1323, 1324, 1325, 1326, 1327]
     assert "step 41: loss 30 is far above the level of 2.9" in said[0]
     write_spikes(tmp_path / "no" / "folder", spikes, samples, said.append)
@@ -70,23 +80,30 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
 
 
 def losses_are_global(control: dist.ProcessGroup) -> None:
-    monitor, rank = Monitor.__new__(Monitor), dist.get_rank()
+    monitor, rank, engine = Monitor.__new__(Monitor), dist.get_rank(), mock.Mock()
+    engine.train_batch_size.return_value, engine.get_global_grad_norm.side_effect = BATCH, [2.5, 0.1, None, 7.0]
     monitor._device, monitor.timer = torch.device("cpu"), mock.Mock()
+    monitor.steps = StepRecorder(engine, monitor._device)
     monitor.reset()
     for step in range(3):
         for part in range(2):
             monitor.add({"loss": torch.tensor(float(10 * step + 4 * part + rank))})
-        monitor.step_done()
-    means, step_losses = monitor.means()
-    assert step_losses == [2.5, 12.5, 22.5]  # over two micro-batches and two ranks
-    assert means == {"loss": 12.5}
+            monitor.steps.add_batch(2**63 + step)
+        monitor.steps.end_step(torch.tensor(float(step == 1)))
+    found = monitor.steps.take(TrainState(step=12, samples_seen=12 * BATCH))
+    assert [row["loss"] for row in found] == [2.5, 12.5, 22.5]  # over two micro-batches and two ranks
+    assert [(row["step"], row["samples_seen"]) for row in found] == [(10, 80), (11, 88), (12, 96)]
+    assert [(row["grad_norm"], row["skipped"]) for row in found] == [(2.5, False), (None, True), (None, False)]
+    assert [row["batch"] for row in found] == [f"{4 * step:016x}" for step in range(3)]  # modulo 2**64
+    assert monitor.means() == ({"loss": 12.5}, 12)
+    assert monitor.steps.take(TrainState()) == []
     monitor.reset()
     monitor.add({"loss": torch.tensor(math.nan if rank else 1.0)})
-    monitor.step_done()
-    means, step_losses = monitor.means()
-    assert means == {"loss": 1.0}
-    assert math.isnan(step_losses[0])
+    monitor.steps.end_step(skipped=True)
+    assert monitor.means() == ({"loss": 1.0}, 1)
+    (row,) = monitor.steps.take(TrainState())
+    assert math.isnan(row["loss"])
 
 
-def test_the_monitor_keeps_every_steps_loss_over_the_global_batch() -> None:
+def test_every_steps_loss_norm_and_digest_are_those_of_the_global_batch() -> None:
     run_ranks(2, losses_are_global)
