@@ -220,7 +220,7 @@ class Replay:
         if self._unknown:
             yield f"WARNING {self._unknown} more steps are not in the ledger and were not compared"
         if self._far:
-            yield f"WARNING of {self._far} more steps only the batches were compared: no equal state is near enough"
+            yield f"WARNING of {self._far} more steps only the batches were compared: too far from an equal state"
         if self._why:
             yield f"bits need not agree: {'; '.join(sorted(self._why))}"
         yield from self._states
@@ -238,7 +238,7 @@ class Replay:
             return
         why = {f"{name} was {there[name]}, is {here[name]}" for name in SETUP if there[name] != here[name]}
         if self._trainer.engine.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-            why.add("a GPU repeats its bits with deterministic: true only")
+            why.add("a GPU is bitwise reproducible only with deterministic: true")
         if why:
             kinds = {(one["precision"], "cpu" if one["on"].startswith("cpu") else one["on"]) for one in (here, there)}
             narrow = len(kinds) == 1 and here["precision"] == "fp32"
