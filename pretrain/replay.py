@@ -214,7 +214,7 @@ class Replay:
         exact, close = self._distances.count(0), max(self._distances, default=0)
         count = len(self._distances)
         how = "bit for bit" if exact == count else f"{exact} bit for bit, the others within bounds, {close:.1e} at most"
-        yield f"{count} steps reproduced after step {self._start}" + (f": {how}" if count else "")
+        yield f"{count} step{'s' * (count != 1)} reproduced after step {self._start}" + (f": {how}" if count else "")
         if self._unknown:
             yield f"WARNING {self._unknown} more steps are not in the ledger and were not compared"
         if self._far:
