@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-.PHONY: setup demo test test-system test-cluster test-all soak bench lint clean
+.PHONY: setup demo test test-system test-cluster test-all soak bench lint docs clean
 setup: $(STAMP)
 
 # pip's progress is shown on a terminal and left out of logs.
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages pinned in constraints.txt into $(VENV) (a few minutes)"
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev]'
+	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev,docs]'
 	@touch $@
 
 # With SIGINT ignored here, `deepspeed` waits while the ranks save and exit: Ctrl-C stops the run cleanly.
@@ -55,5 +55,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The site in site/, from README.md and docs/; a broken link or anchor fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf data runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf data runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

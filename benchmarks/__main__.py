@@ -1,4 +1,4 @@
-"""All benchmarks: ``python -m benchmarks``, or ``make bench``; 15 minutes on two cores. Run nothing else meanwhile."""
+"""All benchmarks: ``python -m benchmarks``, or ``make bench``; 15 minutes on two idle cores."""
 
 import argparse
 import subprocess

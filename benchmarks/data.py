@@ -154,10 +154,10 @@ def pillow_loader(
         batch: images of a batch.
         side: of the images, in pixels.
         resampling: how Pillow resizes.
-        pinned: batches lie in page-locked memory, from which a GPU copies by itself.
+        pinned: batches are in page-locked memory, from which a GPU copies by itself.
 
     Returns:
-        batches without end: images (batch, 3, side, side) float32, normalised; labels (batch,) int64.
+        batches without end: images (batch, 3, side, side) float32, normalized; labels (batch,) int64.
     """
     shards = sorted(str(path) for path in folder.glob("*-train-*.tar"))
     read = webdataset.WebDataset(

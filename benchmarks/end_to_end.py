@@ -1,6 +1,6 @@
 """Throughput of the whole: training on a fixed batch, the input alone, both together, and DDP + webdataset + Pillow.
 
-All four live in the same processes and take turns of some seconds. The first and the third are ``pretrain.trainer``'s
+All four are in the same processes and take turns of some seconds. The first and the third are ``pretrain.trainer``'s
 loop; the last is the bare loop of ``benchmarks.trainer`` on a torch DataLoader with as many workers as our loader has
 threads. Each turn begins with steps that do not count, more than its queue holds. On a CPU decoding and training share
 the cores: the harmonic bound 1 / (1 / synthetic + 1 / data only) limits both together.

@@ -1,6 +1,6 @@
 """Cost of the trainer: its loop at each ZeRO stage, a bare DeepSpeed loop at the same stage, a bare torch DDP loop.
 
-All loops live in the same processes and take turns on the same fixed batches. The trainer's loop is ``Trainer.train``
+All loops are in the same processes and take turns on the same fixed batches. The trainer's loop is ``Trainer.train``
 with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared with compiled bare loops,
 and weights in bf16, too, with DDP in autocast. On a CPU everything starts again in fresh processes several times: from
 process to process a ratio varies more than within one.

@@ -62,7 +62,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Part:
-    """A part of a file, as a file: tarfile must not read beyond an archive that lies inside another."""
+    """A part of a file, as a file: tarfile must not read beyond an archive inside another."""
 
     def __init__(self, stream: IO[bytes], start: int, end: int) -> None:
         self._stream, self._start, self._end = stream, start, end
@@ -156,7 +156,7 @@ def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry
 
 
 def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None:
-    """Raise unless two blocks of zeros, and nothing but zeros, stand where the members end."""
+    """Raise unless the members are followed by two blocks of zeros, and by nothing but zeros."""
     source = archive.fileobj if streamed else stream
     if streamed:
         zeros = tarfile.BLOCKSIZE  # tarfile has read the first of the two blocks

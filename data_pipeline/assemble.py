@@ -109,8 +109,8 @@ def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator
 
 
 def write(job: ShardJob) -> Shard:
-    """Write one shard, its index and then its record, whose presence says that both are complete."""
-    job.record.unlink(missing_ok=True)  # an older one, of other images, says nothing of what is written now
+    """Write one shard, its index and then its record, whose presence means that both are complete."""
+    job.record.unlink(missing_ok=True)  # an older one is of other images
     images: dict[int, bytes] = {}
     of = job.rows
     for unit in np.unique(of["unit"]).tolist():
@@ -154,7 +154,7 @@ def rejects(units: Sequence[Path]) -> list[Reject]:
 
 
 def shards_in(folder: Path, prefix: str) -> list[Path]:
-    """Return the shards of a split that lie in a folder; not those of a split whose name only begins alike."""
+    """Return the shards of a split in a folder, without those of a split whose name has the same beginning."""
     return sorted(folder.glob(f"{prefix}-{'[0-9]' * 6}.tar"))
 
 

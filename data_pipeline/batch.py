@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def to_device(values: NDArray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy what lies on the host to the device, without the host waiting for all that the device has still to do.
+    """Copy host memory to the device without waiting for the work that is queued there.
 
     Only from page-locked memory a GPU copies by itself.
     """
@@ -44,7 +44,7 @@ class Batch:
     """A rank's micro-batch of m images."""
 
     images: torch.Tensor
-    """(m, 3, H, W) float32 on the device, normalised."""
+    """(m, 3, H, W) float32 on the device, normalized."""
     labels: torch.Tensor
     """(m,) int64 on the device."""
     sample_ids: NDArray[np.int64]
@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used, and what stands in its place."""
+    """A sample that could not be used, and its replacement."""
 
     id: int
     name: str

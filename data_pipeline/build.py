@@ -1,18 +1,17 @@
 """Build WebDataset shards: `python -m data_pipeline.build SOURCE DEST`.
 
 Every image is fully decoded once; it is kept, encoded again or left out by the rule in `data_pipeline.acceptance`, and
-put at a random place among all the others. What is left out is listed in dataset.json with its reason. DEST
-holds the dataset when dataset.json names the split; until then everything lies in DEST/.building-SPLIT, which needs as
-much room as the dataset itself. Killed or out of room, the same command resumes where it stopped, and the result is
-the same, byte for byte.
+written at a random position. What is left out is listed in dataset.json with its reason. The dataset is complete when
+dataset.json names the split; until then its files are in DEST/.building-SPLIT, which needs as much space as the dataset
+itself. Killed or out of space, the same command resumes where it stopped, and the result is the same, byte for byte.
 
-Exit status: 0 when the dataset is complete, 2 when SOURCE, DEST or an option is not as it should be, 1 when the same
-command may succeed later.
+Exit status: 0 when the dataset is complete, 2 when SOURCE, DEST or an option is wrong, 1 when the same command may
+succeed later.
 
   python -m data_pipeline.build photos data/photos --val-fraction 0.1         class folders; a tenth becomes val
   python -m data_pipeline.build downloads/imagenet data/imagenet-1k           the three archives of ImageNet-1k
   python -m data_pipeline.build 'shards/*.tar' data/mine                      WebDataset shards, converted
-  python -m data_pipeline.build 'shards/*.tar' shards                         the same, used where they lie
+  python -m data_pipeline.build 'shards/*.tar' shards                         the same, used in place
   python -m data_pipeline.build train='a/*.tar' val='b/*.tar' --index data/x  the same, the index elsewhere
 """
 
@@ -64,7 +63,7 @@ SHUFFLE_SEED = 0
 LOG_EVERY_S = 60.0
 """Seconds between lines with the progress, where there is no terminal to draw a bar on."""
 _SHOWN, _LONGEST_NAME = 5, 100
-_SOURCES = """'digits'; a folder of class folders, or of one such folder for each split; a folder with the three
+_SOURCES = """'digits'; a folder of class folders, or with one of these per split; a folder with the three
 ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a folder with IDX files, such as MNIST;
 WebDataset shards: a folder, a quoted pattern such as 'SHARDS/train-{0000..0146}.tar', or several SPLIT=PATTERN"""
 
@@ -96,7 +95,7 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Non
         if error.errno == errno.ENOSPC:
             raise StorageError(
                 f"no space left for {dest}; building needs twice the size of the dataset for a while. "
-                "Make room and run the same command again: it resumes from here"
+                "Free space and run the same command again: it resumes from here"
             ) from None
         raise StorageError(
             f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
@@ -322,7 +321,7 @@ class _Reporter:
 
 
 def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside: bool) -> None:
-    """Index shards where they lie."""
+    """Index shards in place."""
     _make(dest)
     try:
         with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
@@ -364,7 +363,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.index is not None:
         raise DataError("--index goes with plain WebDataset shards only; name DEST in its place")
     if Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
-        raise DataError(f"{dest} lies in {names[0]}, which is read; name a DEST elsewhere")
+        raise DataError(f"{dest} is inside {names[0]}, which is read; name another DEST")
     build(source, dest, Options(workers, args.max_side), console)
 
 
@@ -378,8 +377,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", help="name of the split that a folder or shards become (default: by their names)")
     parser.add_argument(
         "--val-fraction", type=float, default=0.0, metavar="SHARE",
-        help="make so much of each class of a folder, or of IDX files' training images, the val split, always the same "
-        "images; the test images of IDX files become the test split then",
+        help="share of each class of a folder, or of IDX files' training images, that becomes the val split, always "
+        "the same images; the test images of IDX files become the test split then",
     )  # fmt: skip
     parser.add_argument(
         "--classes", type=Path, metavar="FILE",
@@ -387,9 +386,9 @@ def main(arguments: list[str] | None = None) -> int:
         "labels, one a line",
     )  # fmt: skip
     parser.add_argument("--label-key", metavar="KEY", help="field of the json members of shards that holds the label")
-    parser.add_argument("--index", metavar="DEST", help="use shards where they lie, and write the dataset's index here")
-    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink images whose longer side is longer")
-    parser.add_argument("--workers", type=int, help="processes (default: as many as cores)")
+    parser.add_argument("--index", metavar="DEST", help="use shards in place, and write the dataset's index here")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink images whose longer side exceeds this")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     args = parser.parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True, markup=False)
     try:

@@ -62,7 +62,7 @@ class Dataset:
         Raises:
             DataError: there is no such dataset or split, the table is not the one that dataset.json names, a shard is
                 missing, has another size than dataset.json says or does not hold its first and last sample where the
-                table says, or a label lies outside the classes.
+                table says, or a label is none of the classes.
             StorageError: storage or network failed, also after all pauses.
         """
         store = open_store(path, cache)

@@ -101,7 +101,7 @@ def affine(config: AffineConfig, draws: Draws, size: tuple[int, int]) -> NDArray
     zoom = config.scale[0] + u[:, 3] * (config.scale[1] - config.scale[0])
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     linear = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], axis=1)
-    center = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's center lies at +0.5
+    center = np.array([size[1], size[0]]) / 2  # DALI's coordinates: a pixel's center is at +0.5
     offset = center - np.einsum("nij,nj->ni", linear, center + shift)
     return np.concatenate([linear, offset[:, :, None]], axis=2).astype(np.float32)
 

@@ -165,7 +165,7 @@ class Engine:
                     failed = error  # of a later batch: this one is not lost
                 yield prepared, images
                 if self._runs != current:
-                    raise RuntimeError("another iteration of this loader was begun; go on with that one")
+                    raise RuntimeError("another iteration of this loader has started; continue with that one")
                 if failed is not None:
                     self._recover(failed)
         finally:
@@ -210,7 +210,7 @@ class Engine:
     def _take(self) -> torch.Tensor:
         if self._device.type == "cpu":
             (output,) = self._pipe.share_outputs()
-            # No copy: DALI's dynamic executor gives a batch its own memory, which lives as long as this view of it.
+            # No copy: DALI's dynamic executor gives a batch its own memory, which is kept as long as this view of it.
             images = torch.from_numpy(np.asarray(output.as_tensor()))
         else:
             # Bound to torch's stream, where the copy waits for the decoding and the host for neither.
@@ -268,6 +268,6 @@ class Engine:
                 self._pipe.release_outputs()
             self._pipe.schedule_run()  # finds no batch: the end, after which DALI can be reset
             self._pipe.reset()
-        except RuntimeError:  # it failed on a batch that nobody will see
+        except RuntimeError:  # it failed on a batch that is not used
             self._replace()
         self._decoding.clear()

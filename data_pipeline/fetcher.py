@@ -77,6 +77,6 @@ class Fetcher:
                 try:
                     self._dataset.shard_path(shard)
                 except DataError:
-                    break  # who reads the shard will say so
+                    break  # reading the shard raises it
             if self._wanted == wanted:
                 self._done = wanted

@@ -1,6 +1,6 @@
-"""What the structure of a JPEG or PNG file says about it, apart from its pixels.
+"""The structure of a JPEG or PNG file, apart from its pixels.
 
-Decoders differ in what they forgive. A file is used as it is only where its structure leaves no room for that: DALI's
+Decoders differ in what they tolerate. A file is used as it is only where its structure leaves no room for that: DALI's
 decoders and Pillow give the same pixels then.
 """
 
@@ -220,7 +220,7 @@ def _note_chunks(found: Structure, kinds: list[bytes], *, palette: bool) -> None
 
 
 def _pixel_bytes(data: bytes) -> int:
-    """Return how many bytes the pixels have before compression, 0 when the header does not say."""
+    """Return how many bytes the pixels have before compression, 0 when the header does not have it."""
     width, height, bits, color = struct.unpack_from(">IIBB", data, 16)
     if color not in _PNG_CHANNELS:
         return 0

@@ -1,4 +1,4 @@
-"""Whether an error says that a GPU's memory is full, whichever library ran into it."""
+"""Whether an error means that a GPU's memory is full, whichever library raised it."""
 
 import re
 
@@ -13,7 +13,7 @@ _FULL = re.compile(
 
 
 def gpu_memory_is_full(error: BaseException) -> bool:
-    """Whether a GPU had no memory left. torch's allocator has an exception for it, all others say it in words."""
+    """Whether a GPU had no memory left. torch's allocator has an exception for it, all others only a message."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, (RuntimeError, MemoryError)) and _FULL.search(str(error)) is not None
     )

@@ -178,7 +178,7 @@ def pipeline(
         inputs = _inputs(names, feed)
         return (train_graph if train else eval_graph)(config, inputs, threads, device_id)
 
-    # DALI's own augmentations use names that it has moved, and it says so past any filter, a page for each rank.
+    # DALI's own augmentations use names that it has moved, and warn past any filter, a page for each rank.
     with warnings.catch_warnings(record=True) as remarks:
         pipe = graph(
             batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=config.prefetch
@@ -193,7 +193,7 @@ def pipeline(
 class SingleDecoder:
     """Decodes images one by one, to find those that cannot be decoded.
 
-    It is made anew behind each of those only: on a GPU making a decoder takes far longer than decoding with it.
+    It is rebuilt after each of those only: on a GPU creating a decoder takes far longer than decoding with it.
     """
 
     def __init__(self, config: InputConfig, device_id: int | None) -> None:

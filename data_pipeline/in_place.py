@@ -1,4 +1,4 @@
-"""Shards that others made, used where they lie: an index, a table and dataset.json are written, no shard is changed.
+"""WebDataset shards from elsewhere, used in place: an index, a table and dataset.json are written, no shard is changed.
 
 Samples must have a `cls` member with a number. Every image is fully decoded; what `data_pipeline.acceptance` does not
 accept as it is, and every sample without exactly one image and one label, is left out of the table and listed in
@@ -39,11 +39,11 @@ class Job:
     dest: Path
     """The dataset's folder."""
     beside: bool
-    """Whether the index is written beside the shard; else in the dataset's folder."""
+    """Whether the index is written next to the shard; else in the dataset's folder."""
 
     @property
     def name(self) -> str:
-        """The shard's name in dataset.json: relative to the dataset's folder if it lies in it."""
+        """The shard's name in dataset.json: relative to the dataset's folder if it is inside."""
         tar, dest = self.tar.parent.resolve() / self.tar.name, self.dest.resolve()  # the shard itself may be a link
         return str(tar.relative_to(dest) if tar.is_relative_to(dest) else tar)
 
@@ -71,7 +71,7 @@ def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance,
         dest: the dataset's folder.
         pool: where shards are indexed.
         advance: called for each shard that is done.
-        beside: write each index beside its shard; else into `dest`.
+        beside: write each index next to its shard; else into `dest`.
 
     Returns:
         the splits that were added; others were there before, with the same shards.

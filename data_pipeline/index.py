@@ -55,7 +55,7 @@ class Sample:
     def image(self) -> Member | str:
         """Return the member that is the image, or why there is not exactly one."""
         if self.repeated:
-            return "its members do not stand together"
+            return "its members are not adjacent"
         found = [m for m in self.members if m.is_image]
         if len(found) != 1:
             return self.incomplete()

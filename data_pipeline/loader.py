@@ -64,7 +64,7 @@ class _Loader(ABC):
 
     @abstractmethod
     def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
-        """Say which rows count, (m,), when the samples `seen` stand in them."""
+        """Return which rows count, (m,), when they hold the samples `seen`."""
 
     def mark_bad(self, sample: int, reason: str) -> None:
         """Treat a sample as bad from now on."""
@@ -84,7 +84,7 @@ class _Loader(ABC):
                     bad.append(self._described(sample, reason, int(seen[row])))
             jpegs.append(data)
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
-        # Drawn for the sample that should stand here, so that its replacement looks other than where it stands itself.
+        # Drawn for the sample that was planned, so that its replacement looks different from its own row.
         params = self._params(rows, *sizes)
         rows = replace(rows, sample_ids=seen, valid=self._valid(rows, seen))
         labels = self._dataset.labels[seen].astype(np.int64)
@@ -135,7 +135,7 @@ class _Loader(ABC):
 
 
 class TrainLoader(_Loader):
-    """This rank's micro-batches, for ever.
+    """This rank's micro-batches, without end.
 
     Global batch g covers the stream positions start_sample + g * global_batch and following; rank r takes the
     contiguous rows r * global_batch / world_size and following, in micro-batches of consecutive rows. The state is
@@ -248,7 +248,7 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """Every sample of a split exactly once over all ranks; may be iterated again and again.
 
-    The split is cut into batches, of which each rank takes a contiguous share: a sample stands in the same row of the
+    The split is cut into batches, of which each rank takes a contiguous share: a sample is in the same row of the
     same batch whatever the number of ranks, so that a network can give it the same scores, bit for bit. All ranks yield
     the same number of batches; what is missing at the end is padded with rows whose `valid` is False.
 
@@ -299,7 +299,7 @@ class EvalLoader(_Loader):
         for batch in range(len(self)):
             ids = self._first + batch * self._size + np.arange(self._size)
             valid = ids < end
-            rows = np.minimum(ids, end - 1)  # padded with what lies nearest, in a shard that is read anyway
+            rows = np.minimum(ids, end - 1)  # padded with neighbors, from a shard that is read anyway
             yield Rows(rows, np.zeros_like(ids), rows, valid)
 
     def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002

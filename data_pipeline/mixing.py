@@ -46,13 +46,13 @@ def draw_mixing(
         the draw, or None where mixing is off.
 
     Raises:
-        DataError: the rows are not whole pairs (2i, 2i + 1).
+        DataError: the rows are not complete pairs (2i, 2i + 1).
     """
     if not config.in_pairs:
         return None
     if len(rows) % 2 or rows[0] % 2 or (np.diff(rows) != 1).any():
         raise DataError(
-            f"mixup and cutmix need whole pairs of rows, but a micro-batch holds {len(rows)} rows from row {rows[0]}; "
+            f"mixup and CutMix need complete pairs of rows, but a micro-batch has {len(rows)} rows from row {rows[0]}; "
             "choose an even micro-batch"
         )
     keep, boxes = _draw(config, seed, step, rows[::2] // 2, size)
@@ -92,7 +92,7 @@ def mix(
         Mixed images of the same shape and type, and (m, num_classes) float32 targets.
 
     Raises:
-        DataError: mixing is on and the rows are not whole pairs (2i, 2i + 1).
+        DataError: mixing is on and the rows are not complete pairs (2i, 2i + 1).
     """
     targets = soft_targets(labels, num_classes, config.label_smoothing)
     height, width = images.shape[-2:]

@@ -3,9 +3,9 @@
 Position p is the number of samples seen since the start of training; its epoch is p // N, so that batches cross the
 boundary of an epoch and no tail is lost. Within an epoch:
 
-1. The shards stand in one order that depends on the seed alone. It is cut into `lanes`, so that a lane keeps its shards
+1. The shards have one order that depends on the seed alone. It is cut into `lanes`, so that a lane keeps its shards
    from epoch to epoch (as the canonical nodes of MosaicML streaming); only the cuts move, by less than a global batch.
-2. Each lane permutes its shards anew in every epoch, and permutes the samples of `window` shards at a time.
+2. Each lane permutes its shards again in every epoch, and permutes the samples of `window` shards at a time.
 3. Position p belongs to lane (p // lane_block) % lanes: with lane_block = global batch / lanes, the rows of a global
    batch that a node holds always come from the same lanes.
 
@@ -38,7 +38,7 @@ class _Lane:
 
 
 class Order:
-    """Which sample stands at which position.
+    """Which sample is at which position.
 
     Args:
         shard_sizes: number of samples of each shard; sample ids count through the shards.
@@ -84,7 +84,7 @@ class Order:
         """Return the ids of the first samples of the next shards to be read, for prefetching.
 
         Args:
-            position: where reading stands.
+            position: of reading.
             count: how many pieces of shards to name, beginning with the window of `position`.
         """
         epoch, lane = position // self.num_samples, position // self._block % self._lanes

@@ -70,7 +70,7 @@ class Reader:
             try:
                 return os.pread(duplicate, int(dataset.length[sample]), int(dataset.offset[sample]))
             except OSError:
-                self._forget(shard)  # a stale handle stays stale: the shard is opened anew
+                self._forget(shard)  # a stale handle stays stale: the shard is reopened
                 raise
             finally:
                 os.close(duplicate)

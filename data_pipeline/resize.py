@@ -36,7 +36,7 @@ def by_dali(images: Any, size: Any, interpolation: str) -> Any:
 @do_not_convert  # type: ignore[untyped-decorator]
 def by_torch(images: Any, size: Any, interpolation: str, threads: int) -> Any:
     """Return the node that resizes on the CPU; arguments as of `by_dali`, and in how many threads."""
-    # A thread lives as long as the graph that holds this pool. torch lets go of the interpreter while it computes.
+    # Threads exist as long as the graph that holds this pool. torch releases the GIL while it computes.
     pool = ThreadPoolExecutor(threads, thread_name_prefix="data-resize")
 
     def resize(batch: list[NDArray[np.uint8]], sizes: Sequence[Any] | None = None) -> list[NDArray[np.uint8]]:

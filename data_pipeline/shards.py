@@ -1,7 +1,7 @@
 """The bytes of a shard and of its index.
 
 A shard is a USTAR archive in which each sample is two members, KEY.cls (the label, fixed-width ASCII) and KEY.jpg. The
-index beside it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then per sample `ext offset size name ...`.
+index next to it is the one that DALI's `wds2idx` would write: `v1.2 COUNT`, then per sample `ext offset size name ...`.
 """
 
 import tarfile
@@ -31,7 +31,7 @@ def sample_bytes(length: int) -> int:
 
 
 def write_shard(out: BinaryIO, samples: Iterable[tuple[str, int, bytes]]) -> list[Written]:
-    """Write samples (key, label, JPEG) to an open file and say where each one is."""
+    """Write samples (key, label, JPEG) to an open file and return where each one is."""
     from webdataset.writer import TarWriter  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
 
     written = []

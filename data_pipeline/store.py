@@ -19,11 +19,11 @@ from data_pipeline.manifest import FILE_NAME, File, Manifest
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between one try and the next."""
 STALLED = 60
-"""Seconds without a byte after which a try is given up."""
+"""Seconds without a byte after which a try is abandoned."""
 T = TypeVar("T")
 _CHUNK = 8 * 2**20
 _PART = ".part"
-_WAIT = 0.05  # seconds until it is looked again whether the cache has room
+_WAIT = 0.05  # seconds between two looks for free space in the cache
 _DENIED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 _reading: dict[object, tuple[float, str]] = {}  # since when (time.monotonic), and what
@@ -105,7 +105,7 @@ class LocalStore:
         return Manifest.read(self.folder)
 
     def file(self, file: File) -> Path:
-        """Return where the file lies."""
+        """Return where the file is."""
         return self.folder / file.name
 
     def where(self, name: str) -> str:
@@ -145,7 +145,7 @@ class RemoteStore:
         return without_secrets(f"{self.url}/{name}")
 
     def manifest(self) -> Manifest:
-        """Fetch dataset.json anew: it is small, and says which version of all other files is meant."""
+        """Fetch dataset.json again: it is small, and decides which version of all other files is used."""
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder = self.folder / f"{name}.{os.getpid()}"
         try:
@@ -174,7 +174,7 @@ class RemoteStore:
         return path
 
     def _has(self, path: Path, file: File) -> bool:
-        """Fetch a file that is not in the cache, and say whether it is still there afterwards."""
+        """Fetch a file that is not in the cache, and return whether it is still there afterwards."""
         try:
             if not path.exists():
                 with _lock(path.with_name(path.name + ".lock")):
@@ -201,7 +201,7 @@ class RemoteStore:
             time.sleep(_WAIT)
 
     def _drop(self, limit: int) -> bool:
-        """Drop files, the least recently used first, and say whether the rest takes no more than `limit` bytes."""
+        """Drop files, the least recently used first, and return whether the rest takes no more than `limit` bytes."""
         files = {path: path.stat() for path in self.folder.glob("*-*") if path.suffix != ".lock"}
         total = sum(stat.st_size for stat in files.values())
         for path, stat in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
@@ -257,7 +257,7 @@ class RemoteStore:
 
 def _cache_error(path: Path, error: OSError) -> DataError:
     reason = error.strerror or error
-    return storage_error(error, f"{path}: {reason}; make room in the cache's folder, or name another")
+    return storage_error(error, f"{path}: {reason}; free space in the cache's folder, or name another")
 
 
 def _options(url: str) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def _aside(path: Path) -> Path:
 
 
 def _free(lock: Path) -> bool:
-    """Whether nobody holds a lock: then what it is for was left by a process that was killed."""
+    """Whether a lock is free: then its file was left by a process that was killed."""
     with lock.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

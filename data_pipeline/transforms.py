@@ -45,7 +45,7 @@ class RandomResizedCropConfig(_Config):
 
 
 class AffineConfig(_Config):
-    """A small random rotation, shift and zoom about the center of the resized image; what comes in is black."""
+    """A small random rotation, shift and zoom about the center of the resized image; uncovered areas are black."""
 
     degrees: float = Field(0.0, ge=0, le=180)
     """Rotation, drawn uniformly from [-degrees, degrees]."""
@@ -61,7 +61,7 @@ class RandAugmentConfig(_Config):
     operations: int = Field(2, ge=1, le=4)
     """Operations drawn for each image, one after the other."""
     magnitude: float = Field(9.0, ge=0, le=10)
-    """How strong they are: 0 is not at all (nearly, for some), 10 is the most."""
+    """Strength: 0 changes nothing (nearly nothing for some operations), 10 is the strongest."""
     magnitude_std: float = Field(0.5, ge=0)
     """Standard deviation of the magnitude, which differs from operation to operation."""
     probability: Fraction = 0.5
@@ -78,14 +78,14 @@ class ColorJitterConfig(_Config):
     saturation: Fraction = 0.0
     """A factor from [1 - saturation, 1 + saturation]."""
     hue: float = Field(0.0, ge=0, le=0.5)
-    """A turn of the color circle from [-hue, hue]; 0.5 is half of it."""
+    """A rotation of the color circle from [-hue, hue]; 0.5 is half of it."""
 
 
 class RandomErasingConfig(_Config):
     """Random erasing (Zhong et al. 2017): a box of the normalized image becomes 0, the mean color."""
 
     probability: Fraction = 0.25
-    """Share of the images that lose a box."""
+    """Share of the images in which a box is erased."""
     scale: Range = (0.02, 1 / 3)
     """The box's share of the area, drawn uniformly."""
     ratio: Range = (0.3, 1 / 0.3)
@@ -96,7 +96,7 @@ class AugmentConfig(_Config):
     """What makes a training image differ from epoch to epoch. Each part is off where it is not named."""
 
     random_resized_crop: RandomResizedCropConfig | None = None
-    """None resizes the whole image."""
+    """Left out, the whole image is resized."""
     horizontal_flip: Fraction = 0.0
     """Probability of mirroring left to right."""
     affine: AffineConfig | None = None
@@ -147,20 +147,20 @@ class InputConfig(_Config):
     better."""
     lanes: int = Field(1, ge=1)
     """Cut the order into this many lanes, each with its own part of the shards, so that a node reads only the shards of
-    the lanes it serves. Part of the order: a run keeps its number of lanes for life. Must divide the global batch."""
+    the lanes it serves. Part of the order: a run keeps its number of lanes. Must divide the global batch."""
     threads: int | None = Field(None, ge=1)
-    """DALI's CPU threads per rank; None shares the cores that this process may use among the ranks on the machine."""
+    """DALI's CPU threads per rank; by default this process's cores divided by the ranks on the machine."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches that are prepared ahead."""
     hw_decoder_load: float = Field(0.0, ge=0, le=1)
     """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one an
     image gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
     device_memory_padding: NonNegativeInt = 16 * 2**20
-    """Bytes of a GPU's memory that DALI takes ahead for each thread that decodes, so that an image larger than all
+    """Bytes of a GPU's memory that DALI allocates ahead for each decoding thread, so that an image larger than all
     before it needs no allocation during training. DALI's default."""
     preallocate_hint: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
-    """Height and width of the largest image, so that a GPU's JPEG engine takes the memory for a batch of such ahead.
-    Only where hw_decoder_load is above 0. (0, 0), DALI's default, hints at nothing."""
+    """Height and width of the largest image, so that a GPU's JPEG engine allocates memory for a batch of such images
+    ahead. Only where hw_decoder_load is above 0. (0, 0), DALI's default, gives no hint."""
     max_bad_fraction: Fraction = 0.001
     """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""
 

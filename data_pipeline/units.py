@@ -36,7 +36,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """The unit's table; its images lie beside it."""
+        """The unit's table; its images are next to it."""
         return self.scratch / f"unit-{self.number:06d}.npz"
 
     def digest(self) -> str:
@@ -91,7 +91,7 @@ def make(job: Job) -> int:
         else:
             kept.append((_key(job.seed, image.name), image, result))
     kept.sort(key=lambda entry: entry[:1])
-    job.path.unlink(missing_ok=True)  # an older one, of other images, says nothing of what is written now
+    job.path.unlink(missing_ok=True)  # an older one is of other images
     # On the disk before the table, also when the power fails.
     with replacing(job.path.with_suffix(".bin")) as out:
         out.writelines(result.jpeg for _, _, result in kept)
@@ -112,13 +112,13 @@ def make(job: Job) -> int:
             height=np.array([result.height for _, _, result in kept], np.uint16),
             crc32=np.array([crc32(result.jpeg) for _, _, result in kept], np.uint32),
         )
-        # Before the table, whose presence says that the unit is complete.
+        # Before the table, whose presence means that the unit is complete.
         write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
     return len(kept)
 
 
 def _key(seed: int, name: str) -> int:
-    """Return where an image stands in the shuffled order: a hash, so independent of how the source is cut."""
+    """Return the position of an image in the shuffled order: a hash, so independent of how the source is cut."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 

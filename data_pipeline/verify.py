@@ -2,8 +2,8 @@
 
 Every file is read and compared with its size and checksum in dataset.json, which carries its own; every index must be
 the one that belongs to its shard, every row of the table must point at an image with its checksum and a label equal
-to its .cls member, and the counts must add up. With --decode every image is decoded as well: it must be one that can be
-used as it is, and its size is compared.
+to its .cls member, and the counts must add up. With --decode every image is decoded as well: it must be
+usable as it is, and its size is compared.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
     with workers_pool(workers) as pool, Progress(console=console, disable=not console.is_terminal) as progress:
         for split, entry in manifest.splits.items():
             wrong = list(_check_file(folder, entry.table))
-            if wrong:  # then it cannot be said what belongs to its rows
+            if wrong:  # then its rows cannot be checked
                 problems += wrong
                 continue
             dataset = Dataset.open(folder, split)
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the dataset's folder")
     parser.add_argument("--decode", action="store_true", help="decode every image as well")
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     args = parser.parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:

@@ -67,8 +67,6 @@ def workers_pool(count: int) -> Iterator[Executor]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, perhaps for want of memory; run again with fewer --workers"
-        ) from None
+        raise DataError("a worker process was killed, perhaps out of memory; run again with fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
 """Synthetic images: textured shapes on a textured background, with masks.
 
-Color, brightness and place say nothing about a shape's class, so a network has to see form. Each image is a function of
-(seed, size); shapes do not overlap.
+Color, brightness and place are independent of a shape's class, so a network has to see form. Each image is a function
+of (seed, size); shapes do not overlap.
 """
 
 from collections.abc import Iterable

@@ -8,13 +8,13 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import Recipe
 
 DESCRIPTION = """\
-Train a LaViT by a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
+Train a LaViT, or another network, from a recipe, in the folder runs/NAME. Started again, a run resumes from its newest
 checkpoint.
 
   deepspeed --num_accelerators 2 pretrain/main.py --recipe recipes/demo.yaml     (two processes)
   deepspeed pretrain/main.py --recipe recipes/demo.yaml --set name=other --set optimizer.lr=1e-3
 
-Ctrl-C or SIGTERM saves and ends; the same command resumes, also with another number of processes.
+Ctrl-C or SIGTERM saves and exits; the same command resumes, also with another number of processes.
 """
 
 
@@ -29,7 +29,7 @@ def add_run_arguments(parser: argparse._ActionsContainer, *, runs: str | None = 
         type=Path,
         default=_default_configuration(),
         metavar="FILE",
-        help="DeepSpeed's configuration; the recipe's deepspeed section is laid over it (default: ds_config.json of "
+        help="DeepSpeed's configuration; the recipe's deepspeed section overrides it (default: ds_config.json of "
         "the current folder, else of the folder that holds pretrain/; here: %(default)s)",
     )
     add_set_argument(parser, "change a field of the recipe, for example optimizer.lr=1e-3")
@@ -55,7 +55,16 @@ def add_device_argument(parser: argparse._ActionsContainer) -> None:
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="compute on GPUs or on the CPU (default: auto, on GPUs where there are some)",
+        help="compute on GPUs or on the CPU (default: auto, on GPUs if there are any)",
+    )
+
+
+def add_trust_argument(parser: argparse._ActionsContainer) -> None:
+    """Add ``--trust-factory``."""
+    parser.add_argument(
+        "--trust-factory",
+        action="store_true",
+        help="import and call what a run or hand-off names as its network (model.factory), with your rights",
     )
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, TrainLoader
+from pretrain.check import architecture
 from pretrain.checkpoints.checkpoint import load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
@@ -20,6 +21,7 @@ from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import Schedule, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
+from pretrain.factory import try_network
 from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
 from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.spikes import LossLevel
@@ -85,6 +87,7 @@ def build_trainer(
     startup.end("data")
     watchdog.beat("building the engine", startup=True)
     model = build_model(recipe, train_set.num_classes)
+    macs = try_network(model, architecture(recipe, train_set.num_classes), device)
 
     def claim_folder() -> tuple[RunState, Beginning]:
         return claim(
@@ -99,7 +102,7 @@ def build_trainer(
 
     run_state, beginning = first_rank_decides(control, claim_folder)
     status.run_state, folder.locked = run_state, True
-    if beginning.initialized:
+    if beginning.initialized or recipe.model.factory is not None:  # a factory may draw its weights as it likes
         share_weights(model, device)
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     startup.end("engine")
@@ -124,7 +127,7 @@ def build_trainer(
         console.say(line)
     batch = resolved.batch
     console.say(
-        f"{recipe.model.name}: {count_parameters(model):,} parameters; {recipe.data.path}: {len(train_set):,} train, "
+        f"{recipe.model.title}: {count_parameters(model):,} parameters; {recipe.data.path}: {len(train_set):,} train, "
         f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
         f"{batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}; ZeRO stage {resolved.stage}, "
         f"{resolved.precision}, {device.type}"
@@ -152,10 +155,11 @@ def build_trainer(
         shards,
         device=device,
         precision=resolved.precision,
-        attention_images=recipe.watch.attention_images,
+        attention_images=recipe.watch.attention_images if recipe.model.factory is None else 0,
         data=recipe.data,
         class_names=train_set.class_names,
         show_batch=rank.is_first and not state.step,
+        macs=macs,
     )
     writer = CheckpointWriter(
         folder.checkpoints,

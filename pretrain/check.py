@@ -13,6 +13,7 @@ from pretrain.class_tree import read_ancestors
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, resolve_deepspeed_config
 from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.evaluation.probes import open_probe_sets
+from pretrain.factory import FactoryConfig
 from pretrain.handoff.folder import read_handoff
 from pretrain.handoff.initialize import check_architecture
 from pretrain.outcome import UserError, exit_code
@@ -35,7 +36,7 @@ class RunSize:
 
 
 def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
-    """Open the data and the hand-off of the initial weights, and count the model's parameters, without building it.
+    """Open the data and the hand-off of the initial weights, and count the model's parameters.
 
     The hand-off is not read where ``run`` has a checkpoint.
 
@@ -52,9 +53,12 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
     if recipe.loss.class_tree is not None:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
     network = architecture(recipe, train_set.num_classes)
-    if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
-        check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], network)
-    parameters = count_parameters(network)
+    if isinstance(network, FactoryConfig):
+        parameters = sum(parameter.numel() for parameter in network.on_meta.parameters())
+    else:
+        parameters = count_parameters(network)
+        if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):
+            check_architecture(recipe.initialize_from, read_handoff(recipe.initialize_from.handoff)[0], network)
     size = checkpoint_bytes(recipe, parameters)
     return RunSize(parameters, train_set.num_classes, len(train_set), len(val_set), size)
 
@@ -86,16 +90,17 @@ def resolve_for(
     return resolved
 
 
-def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig:
+def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig | FactoryConfig:
     """Configuration of the recipe's network.
 
     Raises:
         UserError: the variant does not exist, or a field of it makes no sense.
     """
+    model = recipe.model
+    if model.factory is not None:
+        return FactoryConfig(model.factory, model.arguments, num_classes, recipe.data.size)
     try:
-        return model_config(
-            recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
-        )
+        return model_config(model.title, num_classes=num_classes, image_size=recipe.data.size, **model.overrides)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
 

@@ -54,7 +54,7 @@ def claim(
         _check_content(folder, recipe, fingerprints, previous)
         if previous is not None and previous.state == "finished":
             raise UserError(
-                f"{folder.path} was finished by another process meanwhile; there is nothing left to do",
+                f"{folder.path} was finished by another process; nothing is left to do",
                 ExitCode.FINISHED,
             )
         beginning = begin()

@@ -44,9 +44,7 @@ def read_ancestors(path: Path, class_ids: Sequence[str]) -> list[list[int]]:
         chain, seen, node = [numbers[class_id]], {class_id}, class_id
         while (parent := parents.get(node)) is not None:
             if parent in seen:
-                raise UserError(
-                    f"loss.class_tree: {path}: {parent} is among its own ancestors: remove one of the lines"
-                )
+                raise UserError(f"loss.class_tree: {path}: {parent} is its own ancestor: remove one of the lines")
             seen.add(parent)
             if parent in numbers:
                 chain.append(numbers[parent])

@@ -23,7 +23,7 @@ WIDEST = 79
 BAR = 30
 """Columns of the bar at most."""
 SHORTEST_BAR = 6
-"""A shorter one says nothing."""
+"""Columns below which the bar is left out."""
 EVENTS = 3
 """Newest events that the live view repeats: on a terminal where much is printed they would be gone."""
 
@@ -100,7 +100,7 @@ class RunConsole:
 
 
 def discard_lost_output() -> None:
-    """Send to /dev/null what is printed to a closed terminal or a pipe that nobody reads: it must not end the run."""
+    """Send to /dev/null what is printed to a closed terminal or pipe: it must not end the run."""
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, 0)

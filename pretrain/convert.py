@@ -23,6 +23,8 @@ from torch.export import ExportedProgram
 
 from data_pipeline.files import replacing
 from models import LaViT, load_weights
+from pretrain.arguments import add_trust_argument
+from pretrain.factory import users_code
 from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import ExitCode, UserError
 
@@ -62,7 +64,12 @@ class Converted:
 
 
 def convert(
-    handoff: Path | str, out: Path, *, image_size: tuple[int, int] | None = None, opset: int | None = None
+    handoff: Path | str,
+    out: Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    opset: int | None = None,
+    trust_factory: bool = False,
 ) -> Converted:
     """Write a hand-off as one file, run the file on random and extreme images, and publish it if it is correct.
 
@@ -71,6 +78,7 @@ def convert(
         out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
         image_size: height and width in pixels; None takes the hand-off's. Parameters are resampled.
         opset: ONNX's version of operators; None takes the exporter's own.
+        trust_factory: as for ``load_handoff``.
 
     Raises:
         UserError: no hand-off, an impossible size, format or opset, missing packages, a file that cannot be written, or
@@ -84,8 +92,8 @@ def convert(
         raise UserError(f"opset: for .onnx files, from {OPSETS.start} to {OPSETS.stop - 1}, got {opset} for {out.name}")
     if out.suffix == ".onnx":
         _require_onnx()
-    reference, config = load_handoff(handoff)
-    size = image_size or reference.config.image_size
+    reference, config = load_handoff(handoff, trust_factory=trust_factory)
+    size, name = image_size or config.input.size, config.architecture["name"]
     model = _at_size(reference, size)
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     if out.suffix == ".onnx" and held > ONNX_LIMIT:
@@ -93,13 +101,14 @@ def convert(
             f"{out}: {held / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2; write a .pt2 file"
         )
     metadata = config.model_dump(mode="json", include=_KEPT) | {
-        "name": reference.config.name,
+        "name": name,
         "image_size": size,
         **config.input.model_dump(mode="json", include={"mean", "std", "interpolation", "eval_crop_ratio"}),
     }
     try:
         with _or_nothing(out), replacing(out) as stream, _quiet():
-            program = _program(model, size)
+            with users_code(f"{name} cannot be exported for images of {size}"):
+                program = _program(model, size)
             if out.suffix == ".onnx":
                 content, what = _onnx(program, metadata, opset)
                 load = _load_onnx
@@ -116,11 +125,13 @@ def convert(
                 )
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return Converted(out, what, size, reference.config.num_classes, difference, images)
+    return Converted(out, what, size, config.num_classes, difference, images)
 
 
-def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
-    """The same network with parameters for `size`, so that the file has nothing to resample."""
+def _at_size(reference: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Module:
+    """The same network; a LaViT with parameters for `size`, so that the file has nothing to resample."""
+    if not isinstance(reference, LaViT):
+        return reference
     fields = reference.config.to_dict() | {"image_size": list(size)}
     try:
         model = LaViT(type(reference.config).from_dict(fields)).eval()
@@ -130,11 +141,11 @@ def _at_size(reference: LaViT, size: tuple[int, int]) -> LaViT:
     return model
 
 
-def _program(model: LaViT, size: tuple[int, int]) -> ExportedProgram:
+def _program(model: torch.nn.Module, size: tuple[int, int]) -> ExportedProgram:
     """The network as a graph with a free batch size; two example images, as torch makes constants of sizes 0 and 1."""
-    example = torch.zeros(2, model.config.in_channels, *size)
+    example = torch.zeros(2, 3, *size)
     with torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def _onnx(program: ExportedProgram, metadata: dict[str, Any], opset: int | None) -> tuple[bytes, str]:
@@ -190,7 +201,7 @@ def trial_images(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Tenso
 
 
 @torch.no_grad()
-def _compare(reference: LaViT, forward: Forward, config: HandoffConfig, size: tuple[int, int]) -> tuple[float, int]:
+def _compare(reference: Forward, forward: Forward, config: HandoffConfig, size: tuple[int, int]) -> tuple[float, int]:
     """The largest difference of a logit over all trial images, and their number."""
     differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_images(config, size)]
     return torch.cat(differences).max().item(), sum(map(len, differences))
@@ -240,13 +251,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--image-size", type=int, nargs="+", metavar="N", help="side of the images in pixels, or height and width"
     )
     parser.add_argument("--opset", type=int, metavar="N", help=f"ONNX: {OPSETS.start} to {OPSETS.stop - 1}")
+    add_trust_argument(parser)
     given = parser.parse_args(arguments)
     sides = given.image_size
     if sides is not None and len(sides) > 2:
         parser.error(f"--image-size: one or two numbers, got {len(sides)}")
     size = None if sides is None else (sides[0], sides[-1])
     try:
-        print(convert(given.handoff, given.out, image_size=size, opset=given.opset))  # noqa: T201
+        print(convert(given.handoff, given.out, image_size=size, opset=given.opset, trust_factory=given.trust_factory))  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN

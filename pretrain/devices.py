@@ -43,7 +43,7 @@ def use_gpu(wanted: str = "auto") -> bool:
 
 
 def _evidence_of_gpu() -> str:
-    """What says that this process has a GPU; "" if nothing does."""
+    """Evidence that this process has a GPU; "" without any."""
     if devices := sorted(DEVICE_FILES.glob("nvidia[0-9]*")):
         return str(devices[0])
     if (count := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):

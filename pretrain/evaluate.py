@@ -19,8 +19,7 @@ from data_pipeline.errors import DataError, printable, without_secrets
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.loader import BadSample, EvalLoader
 from data_pipeline.transforms import InputConfig
-from models import LaViT
-from pretrain.arguments import add_device_argument
+from pretrain.arguments import add_device_argument, add_trust_argument
 from pretrain.engine.distributed import Rank, choose_device, fail, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
@@ -44,7 +43,7 @@ class Subject:
     """A hand-off and the split that it is evaluated on, checked."""
 
     source: Path | str
-    model: LaViT
+    model: torch.nn.Module
     """In evaluation mode, on the device, in the precision that it computes in."""
     config: HandoffConfig
     input: InputConfig
@@ -67,6 +66,7 @@ def open_subject(
     real: Path | None = None,
     by_position: bool = False,
     check_files: bool = True,
+    trust_factory: bool = False,
 ) -> Subject:
     """Load the hand-off, open the data, and match their classes.
 
@@ -80,12 +80,13 @@ def open_subject(
         real: file for ``RealLabels``.
         by_position: as for ``match_classes``.
         check_files: as for ``Dataset.open``.
+        trust_factory: as for ``load_handoff``.
 
     Raises:
         UserError: the hand-off is damaged, its classes are not the data's, or ``real`` belongs to other images.
         DataError: the dataset or the split does not exist or is damaged.
     """
-    model, config = load_handoff(source)
+    model, config = load_handoff(source, trust_factory=trust_factory)
     settings = _settings(config, data, source)
     dataset = Dataset.open(data, split, settings.cache, check_files=check_files)
     classes = match_classes(config, dataset, by_position=by_position)
@@ -218,6 +219,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of the report; default: RUN/evaluation for a run, else none"
     )
+    add_trust_argument(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     return parser.parse_args(arguments)
 
@@ -249,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
             real=options.real,
             by_position=options.classes_by_position,
             check_files=rank.local_rank == 0,
+            trust_factory=options.trust_factory,
         )
         control = None
         if rank.world_size > 1:

@@ -2,13 +2,13 @@
 
 | event | when |
 |---|---|
-| start | each start; with ``after``, what ``run.json`` said before it: its state, reason, step, samples seen and time |
+| start | each start; with ``after``, ``run.json`` before it: state, reason, step, samples seen and time |
 | went back | the weights went back to a checkpoint, after too many skipped steps in a row |
 | checkpoint failed | a checkpoint could not be written |
 | checkpoint passed over | a damaged checkpoint was found while loading |
 | other code | ``slurm`` starts the run again, with other code than before |
 
-A line has ``event``, ``time`` (Unix), ``step``, ``samples_seen`` and ``text``. What stands elsewhere is not said again:
+A line has ``event``, ``time`` (Unix), ``step``, ``samples_seen`` and ``text``. Nothing is recorded twice:
 skipped steps are counted in ``metrics.jsonl``, bad samples, loss spikes and hangs have files of their own, and the end
 of a run is ``run.json``.
 """

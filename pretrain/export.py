@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import without_secrets
+from pretrain.arguments import add_trust_argument
 from pretrain.check import architecture
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
@@ -13,14 +14,17 @@ from pretrain.checkpoints.checkpoint import (
     read_weights,
     verify,
 )
-from pretrain.handoff.folder import HandoffInput, write_handoff
+from pretrain.factory import require_trust
+from pretrain.handoff.folder import HandoffInput, load_handoff, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder, checkpoint_facts
 
 
-def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = "unknown") -> Path:
+def export_run(
+    folder: RunFolder, *, step: int | None = None, license_id: str = "unknown", trust_factory: bool = False
+) -> Path:
     """Write ``RUN/handoff`` from the newest intact checkpoint. Needs no engine and no process group.
 
     URLs in the recipe lose what may be a secret: a hand-off is published.
@@ -29,12 +33,13 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
         folder: the run.
         step: the step that must be handed off; None takes the newest there is.
         license_id: of the weights, for the model card.
+        trust_factory: needed where the run's network is that of a factory.
 
     Returns:
         the hand-off's folder.
 
     Raises:
-        UserError: not a run, or it has no usable checkpoint.
+        UserError: not a run, one whose factory is not trusted, or it has no usable checkpoint.
     """
     content = folder.read_recipe()
     if content is None:
@@ -65,8 +70,10 @@ def export_run(folder: RunFolder, *, step: int | None = None, license_id: str = 
     facts = (class_names, dataset.get("name"), dataset.get("samples"))
     if [type(fact) for fact in facts] != [list, str, int]:
         raise UserError(f"{folder.path / 'environment.json'} does not describe a dataset: put it back")
+    network = architecture(recipe, len(class_names)).to_dict()
+    require_trust(network, folder.path, trusted=trust_factory)
     handoff = {
-        "architecture": architecture(recipe, len(class_names)).to_dict(),
+        "architecture": network,
         "num_classes": len(class_names),
         "class_names": class_names,
         "class_ids": class_ids,
@@ -119,9 +126,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="ID",
         help="license of the weights for the model card, as the Hugging Face Hub names it, such as apache-2.0",
     )
+    add_trust_argument(parser)
     options = parser.parse_args(arguments)
     try:
-        print(export_run(RunFolder(options.run), license_id=options.license))  # noqa: T201
+        trust = options.trust_factory
+        path = export_run(RunFolder(options.run), license_id=options.license, trust_factory=trust)
+        load_handoff(path, trust_factory=trust)  # a factory may have changed since
+        print(path)  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.code

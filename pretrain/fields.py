@@ -1,10 +1,11 @@
-"""Fields of pydantic models in words: what one takes, what is wrong with a value, and which key was meant."""
+"""Fields of pydantic models as text: what one takes, what is wrong with a value, and which key was meant."""
 
 import difflib
 import shutil
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -39,7 +40,7 @@ def explain(
             text = f"unknown key {key}" + (hint(key) if hint else did_you_mean(*similar(model, key)))
         elif detail["type"] == "missing" and len(location) == len(detail["loc"]):
             text = f"{key} is missing"
-        elif detail["type"] == "value_error":  # a check of the model itself, whose message says what is wrong
+        elif detail["type"] == "value_error":  # a check of the model itself, with a message of its own
             text = f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
         else:
             for part in location:
@@ -115,27 +116,45 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def describe_fields(model: type[BaseModel], prefix: str = "", when: str = "") -> Iterator[str]:
-    """Yield help for every field of a model: its name, what it takes, its default and its meaning.
+@dataclass(frozen=True)
+class FieldHelp:
+    """A field of a model as text."""
+
+    name: str
+    """Dotted."""
+    takes: str
+    """Such as "a number > 0"."""
+    default: str
+    """Such as "required" or "default: 1"; "" for a section that is off unless it is given."""
+    meaning: str
+
+
+def field_help(model: type[BaseModel], prefix: str = "", when: str = "") -> Iterator[FieldHelp]:
+    """Yield every field of a model and of its sections, except the sections that are always on.
 
     Args:
         model: the model.
         prefix: of the names.
         when: the section that must be on for its fields to count.
     """
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 100)
     for name, field in model.model_fields.items():
         inner, key = section_of(field.annotation), f"{prefix}{name}"
         default = field.get_default(call_default_factory=True) if not field.is_required() else None
         off = inner is not None and default is None and not field.is_required()
         if inner is None or off:
-            kind = "section, off unless given" if off else describe(field.annotation, field.metadata)
+            takes = "section, off unless given" if off else describe(field.annotation, field.metadata)
             given = f"required{when}" if field.is_required() else f"default: {_default(default)}"
-            meaning = " ".join((field.description or "").split())
-            yield f"  {key}: {kind}" + ("" if off else f" ({given})")
-            yield from textwrap.wrap(meaning, width, initial_indent=6 * " ", subsequent_indent=6 * " ")
+            yield FieldHelp(key, takes, "" if off else given, " ".join((field.description or "").split()))
         if inner is not None:
-            yield from describe_fields(inner, f"{key}.", f" where {key} is given" if off else when)
+            yield from field_help(inner, f"{key}.", f" where {key} is given" if off else when)
+
+
+def describe_fields(model: type[BaseModel]) -> Iterator[str]:
+    """Yield lines of help for every field of a model: its name, what it takes, its default and its meaning."""
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 100)
+    for each in field_help(model):
+        yield f"  {each.name}: {each.takes}" + (f" ({each.default})" if each.default else "")
+        yield from textwrap.wrap(each.meaning, width, initial_indent=6 * " ", subsequent_indent=6 * " ")
 
 
 def _default(value: Any) -> str:

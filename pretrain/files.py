@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 SEAL = "blake2"
-"""Where a file says the digest of its own content."""
+"""Key of a file's digest of its own content."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -77,7 +77,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def aside(path: Path) -> Path:
-    """Where something damaged is kept, beside what takes its place."""
+    """Where something damaged is kept, next to its replacement."""
     return path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
 
 
@@ -138,7 +138,7 @@ def digest(content: bytes) -> str:
 
 
 def digest_of_fields(fields: dict[str, Any]) -> str:
-    """``digest`` of what a JSON file says, however it is indented."""
+    """``digest`` of the content of a JSON file, however it is indented."""
     return digest(json.dumps(fields, sort_keys=True).encode())
 
 

@@ -1,6 +1,6 @@
 """Python's collector of cyclic garbage, kept out of the steps.
 
-Left alone, it runs wherever the number of new objects happens to say so. A full collection visits all that torch, DALI
+By default it runs whenever the number of new objects reaches a threshold. A full collection visits all that torch, DALI
 and DeepSpeed made while they were loaded, half a million objects, for 0.2 s (measured); the rank that it hits lets all
 others wait, each time another one.
 """

@@ -12,6 +12,7 @@ from data_pipeline.transforms import MixingConfig
 from models import SemanticSoftmax
 from pretrain.class_tree import read_ancestors
 from pretrain.engine.schedule import draw_step
+from pretrain.factory import seed_generators
 from pretrain.recipe import LossSection, Recipe
 from pretrain.state import TrainState
 
@@ -36,6 +37,7 @@ class Classification:
         """Its name among the metrics."""
         self.mixing = mixing
         """How targets are to be made for it."""
+        self.num_classes = len(class_ids)
         self.levels: torch.Tensor | None = None
         """Level of each class, (classes,) int64 on the device, where classes compete within levels only."""
         self._semantic: SemanticSoftmax | None = None
@@ -59,11 +61,11 @@ def diagonality_weight(section: LossSection, *, epoch: float) -> float:
 
 
 class TrainingLoss:
-    """Forward pass and loss of a micro-batch: classification plus the weighted diagonality loss.
+    """Forward pass and loss of a micro-batch: classification, for a LaViT plus the weighted diagonality loss.
 
     Args:
         recipe: with loss, mixing and seed.
-        engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
+        engine: ``deepspeed.DeepSpeedEngine``.
         classification: of the recipe.
         device: of this rank.
         dtype: in which the network takes its images.
@@ -91,18 +93,22 @@ class TrainingLoss:
             the scalar to minimize, and its unweighted parts by name.
         """
         _, targets, logits, diagonality = self.predict(batch, state)
-        classification = self.classification(logits, targets)
-        weight = diagonality_weight(self._recipe.loss, epoch=state.samples_seen / self._epoch_size)
-        loss = classification + weight * diagonality.float()
-        return loss, {self.classification.name: classification, "diagonality": diagonality}
+        loss = classification = self.classification(logits, targets)
+        parts: dict[str, torch.Tensor] = {self.classification.name: classification}
+        if diagonality is not None:
+            weight = diagonality_weight(self._recipe.loss, epoch=state.samples_seen / self._epoch_size)
+            loss, parts = classification + weight * diagonality.float(), parts | {"diagonality": diagonality}
+        return loss, parts
 
-    def predict(self, batch: Batch, state: TrainState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def predict(
+        self, batch: Batch, state: TrainState
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Mix ``batch`` of m images and run the network on it, at ``state``.
 
         Returns:
-            mixed images (m, 3, H, W), targets and logits (m, classes), and the diagonality loss, a scalar.
+            mixed images (m, 3, H, W), targets and logits (m, classes), and a LaViT's diagonality loss, a scalar.
         """
-        recipe, model = self._recipe, self._engine.module
+        recipe, model, own = self._recipe, self._engine.module, self._recipe.model.factory is None
         drawn = batch.drawn or draw_step(recipe, model, state.step, batch.rows)
         uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, self._device)
         images, targets = mix(
@@ -110,11 +116,15 @@ class TrainingLoss:
             batch.labels,
             batch.rows,
             config=self.classification.mixing,
-            num_classes=model.config.num_classes,
+            num_classes=model.config.num_classes if own else self.classification.num_classes,
             seed=recipe.seed,
             step=state.step,
             drawn=drawn.mixing,
         )
+        images = images.to(self._dtype)
+        if not own:
+            seed_generators(recipe.seed, state.step, int(batch.rows[0]))
+            return images, targets, self._engine(images), None
         form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
-        logits, diagonality = self._engine(images.to(self._dtype), drop_path_uniforms=uniforms, with_diagonality=form)
+        logits, diagonality = self._engine(images, drop_path_uniforms=uniforms, with_diagonality=form)
         return images, targets, logits, diagonality

@@ -8,9 +8,11 @@ measured peaks. What is no tensor is not counted: CUDA context, buffers of NCCL 
 """
 
 import bisect
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +31,15 @@ from pretrain.check import COPIES
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.deepspeed_keys import FLOATS
 from pretrain.engine.precision import Precision, input_dtype
+from pretrain.factory import FactoryConfig, recompute_activations, users_code
 from pretrain.recipe import Recipe
 
+NetworkConfig = LaViTConfig | FactoryConfig
 Ints = NDArray[np.int64]
 Policy = Literal["none", "all"] | Sequence[bool]
 """Stages whose activations are recomputed, as ``LaViT.set_activation_checkpointing`` takes it."""
+PREFIXES = ("none", "stage 1", "stages 1-2", "stages 1-3", "all")
+"""First stages whose activations are recomputed: these keep most of them."""
 TRACED = (2, 4)
 """Micro-batches that are traced."""
 ALL_REDUCE = 500_000_000
@@ -58,27 +64,36 @@ class NetworkTrace:
 
     Traced with no and with all stages recomputed. While a stage runs, only what earlier stages keep depends on whether
     these are recomputed, so every choice follows from the two traces. ``mixed``: whether mixup or CutMix allocate a
-    second batch. ``gpu``: count what autocast keeps on a GPU, otherwise on a CPU.
+    second batch. ``gpu``: count what autocast keeps on a GPU, otherwise on a CPU. A network of a factory has no stages.
+
+    Raises:
+        UserError: a network of a factory cannot be traced.
     """
 
-    def __init__(self, config: LaViTConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
+    def __init__(self, config: NetworkConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
         self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu and precision == "bf16 autocast")
         self.names, sizes, _ = self._trace("none", TRACED[0])
         """Parameters in the order in which their gradients arrive."""
         self.elements = np.array(sizes)
         """(parameters,) in this order."""
-        self._part = np.array([int(n.split(".")[1]) if n.startswith("stages.") else STAGES for n in self.names])
+        self.policies: tuple[str, ...] = PREFIXES
+        """Of PREFIXES, what can be recomputed."""
+        self._stages, own = STAGES, "stages."
+        if isinstance(config, FactoryConfig):
+            self._stages, own = 0, "a LaViT's"
+            self.policies = ("none", "all")[: 1 + hasattr(config.on_meta, "set_grad_checkpointing")]
+        self._part = np.array([int(n.split(".")[1]) if n.startswith(own) else self._stages for n in self.names])
 
     def activations(self, policy: Policy, micro_batch: int) -> Activations:
         """Of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first."""
         chosen = as_booleans(policy)
-        parts = [*chosen, chosen[-1]]  # the last part is the batch, the head and the loss
+        parts = [*chosen[: self._stages], chosen[-1]]  # the last part is the batch, the head and the loss
         forward, held, kept, live = {}, {}, {}, {}
         for which in set(parts):
             forward[which], held[which], live[which] = self._at(which, micro_batch)
             kept[which] = held[which].copy()
             if which:  # what does not grow with the micro-batch is autocast's cache of weights: freed with its context
-                cached = self._at(which, 0)[1][:STAGES]
+                cached = self._at(which, 0)[1][: self._stages]
                 kept[which] -= [*cached, -cached.sum()]
         held_by, kept_by = (np.array([of[which][part] for part, which in enumerate(parts)]) for of in (held, kept))
         peak, backward = 0.0, np.zeros(len(self.names))
@@ -91,7 +106,7 @@ class NetworkTrace:
     def _at(self, recomputed: bool, micro_batch: int) -> list[NDArray[np.float64]]:
         small, large = (self._trace("all" if recomputed else "none", size)[2] for size in TRACED)
         bytes_ = small + (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0]) * (large - small)
-        return np.split(bytes_, [STAGES + 1, 2 * (STAGES + 1)])
+        return np.split(bytes_, [self._stages + 1, 2 * (self._stages + 1)])
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -121,7 +136,7 @@ class _Tracker(MemTracker):
 
 @functools.cache
 def trace(
-    config: LaViTConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
+    config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
 ) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
     """Trace one micro-batch as ``Trainer.train_step`` runs it.
 
@@ -139,31 +154,38 @@ def trace(
         forward.append(tracker.read_peak())
         held[-1] = tracker.live - held[-1]
 
+    own = isinstance(config, LaViTConfig)
     with torch.device("meta"):
-        model = LaViT(config).to(dtype)
-    model.set_activation_checkpointing(policy)
+        model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
+    model.to(dtype)
+    stages = model.stages if own else ()
+    unknown = f"model.factory: the memory of {config.name} is not known: it cannot be traced without computing"
+    recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(
                 lambda one, name=name: arrived.append((name, one.numel(), tracker.read_peak()))
             )
-        for stage in model.stages:
+        for stage in stages:
             stage.register_forward_pre_hook(lambda *_: held.append(tracker.live))
             stage.register_forward_hook(stage_ended)
         if gpu:
-            for module in (model, *(block for stage in model.stages for block in stage.blocks)):
+            for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
                 module.forward = functools.partial(_as_on_gpu, module.forward)
-        with tracker:
-            batch = torch.empty(micro_batch, config.in_channels, *config.image_size)
+        with nullcontext() if own else users_code(unknown), tracker:
+            batch = torch.empty(micro_batch, 3, *config.image_size)
             images = batch.clone() if mixed else batch
             targets = torch.empty(micro_batch, config.num_classes)
-            uniforms = torch.empty(model.num_drop_paths, micro_batch) if config.drop_path > 0 else None
+            options: dict[str, Any] = {"with_diagonality": True} if own else {}
+            if own and config.drop_path > 0:
+                options["drop_path_uniforms"] = torch.empty(model.num_drop_paths, micro_batch)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits, diagonality = model(images.to(dtype), drop_path_uniforms=uniforms, with_diagonality=True)
+                output = model(images.to(dtype), **options)
+            logits, diagonality = output if own else (output, torch.zeros(()))
             loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
-            del images, targets, uniforms, logits, diagonality  # the loader's batch stays until the next one
+            del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
             forward.append(tracker.read_peak())
             held.append(tracker.live - sum(held))
             loss.backward()
@@ -249,12 +271,12 @@ class MemoryEstimate:
     """
 
     def __init__(
-        self, recipe: Recipe, resolved: ResolvedDeepSpeed, config: LaViTConfig, *, gpu: bool, loader_batches: int = 0
+        self, recipe: Recipe, resolved: ResolvedDeepSpeed, config: NetworkConfig, *, gpu: bool, loader_batches: int = 0
     ) -> None:
         self.engine, self.precision, mixed = Engine(recipe, resolved), resolved.precision, recipe.mixing.in_pairs
         self.network = NetworkTrace(config, resolved.precision, mixed=mixed, gpu=gpu)
         self._policy, self._batch, self._multiple = recipe.model.activation_checkpointing, resolved.batch, 1 + mixed
-        self._loader = 4 * loader_batches * config.in_channels * math.prod(config.image_size)
+        self._loader = 4 * loader_batches * 3 * math.prod(config.image_size)
 
     def memory(self, policy: Policy | None = None, micro_batch: int | None = None) -> Memory:
         """At the recipe's or another recomputation policy, at the configured or another micro-batch."""

@@ -12,7 +12,7 @@ def start_up_noise(*, wanted: bool, first: bool) -> Iterator[None]:
     """Keep out what is printed within the block, such as DeepSpeed's reports of memory.
 
     Args:
-        wanted: let all through, and have DeepSpeed tell more.
+        wanted: let everything through, and have DeepSpeed print more.
         first: on other ranks than the first, warnings are kept out too, since every rank has the same ones.
     """
     logger = logging.getLogger("DeepSpeed")

@@ -25,7 +25,8 @@ from pretrain.devices import DEVICES
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import checkpoint_interval, count_steps
-from pretrain.memory_estimate import Engine, MemoryEstimate, as_booleans
+from pretrain.factory import FactoryConfig, try_network
+from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
@@ -40,8 +41,6 @@ nor measured is an option, and is printed as an assumption.
 """
 BYTES_PER_IMAGE = 115_000
 """Assumed where the dataset is not there: ImageNet-1k's training archive has 147.9 GB for 1,281,167 images."""
-PREFIXES = ("none", "stage 1", "stages 1-2", "stages 1-3", "all")
-"""First stages whose activations are recomputed: these keep most of them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gpu", choices=DEVICES, default="h100", help="default: h100")
     add("--gpus-per-node", type=count, default=8, help="default: 8")
     add("--node-gbit", type=number, default=400.0, help="network of a node, Gb/s one way (default: 400, an assumption)")
-    add("--headroom", type=share, default=0.1, help="share of memory for what is no tensor (default: 0.1, assumed)")
+    add("--headroom", type=share, default=0.1, help="share of memory that is not tensors (default: 0.1, assumed)")
     add = parser.add_argument_group("data, where the dataset is not there").add_argument
     add("--images", type=count, help="of the training split")
     add("--classes", type=count)
@@ -86,13 +85,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--mtbf-hours-per-gpu", type=number, default=50_000.0, help="mean time between failures (default: 5e4, assumed)"
     )
-    add("--save-seconds", type=number, default=1.0, help="what a checkpoint takes from training (default: 1, assumed)")
+    add("--save-seconds", type=number, default=1.0, help="seconds a checkpoint delays training (default: 1, assumed)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser.parse_args(arguments)
 
 
 def make_plan(options: argparse.Namespace) -> dict[str, Any]:
-    """Work everything out; takes some seconds. Bytes and seconds, where a key does not say otherwise.
+    """Work everything out; takes some seconds. Bytes and seconds, unless a key has another unit.
 
     Raises:
         UserError: what is wrong, in one line.
@@ -100,7 +99,11 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     recipe, device, gpus = load_recipe(options.recipe, options.assignments), DEVICES[options.gpu], options.gpus
     data = without_secrets(_data(recipe, options))
     config = architecture(recipe, data["classes"])
-    parameters, macs = count_parameters(config), count_macs(config)
+    if isinstance(config, FactoryConfig):
+        parameters = sum(parameter.numel() for parameter in config.on_meta.parameters())
+        macs = try_network(config.build(), config, torch.device("cpu"))
+    else:
+        parameters, macs = count_parameters(config), count_macs(config)
     deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
     of_gpus = {"world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
     resolved = resolve_for(recipe, deepspeed, **of_gpus)
@@ -127,7 +130,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     step, mtbf = compute and compute + communication, 3600 * options.mtbf_hours_per_gpu / gpus
     interval = math.sqrt(2 * options.save_seconds * mtbf)  # Young (1974), the first order of Daly (2006)
     return {
-        "name": recipe.name, "model": recipe.model.name, "gpu": device.name, "parameters": parameters, "macs": macs,
+        "name": recipe.name, "model": recipe.model.title, "gpu": device.name, "parameters": parameters, "macs": macs,
         "data": data, "epochs": recipe.schedule.epochs, "steps": steps, "batch": dataclasses.asdict(batch),
         "stage": resolved.stage, "precision": resolved.precision, "notes": resolved.notes,
         "capacity": capacity, "memory": rows, "refused": refused, "measured": measured,
@@ -161,7 +164,11 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 def _rows(estimate: MemoryEstimate, recipe: Recipe, capacity: float, *, chosen: bool) -> Iterator[dict[str, Any]]:
     """Memory at every recomputation policy, at the ZeRO stage of the estimate, which is ``chosen`` or not."""
     own = as_booleans(recipe.model.activation_checkpointing)
-    policies = {tuple(stage < count for stage in range(4)): name for count, name in enumerate(PREFIXES)}
+    policies = {
+        tuple(stage < count for stage in range(4)): name
+        for count, name in enumerate(PREFIXES)
+        if name in estimate.network.policies
+    }
     policies.setdefault(own, "the recipe's")
     for policy, name in policies.items():
         memory = estimate.memory(policy)

@@ -4,13 +4,13 @@ import random
 import socket
 
 FIRST, COUNT = 10_000, 20_000
-"""They lie below those that systems hand out to clients, any of which may be taken before the ranks are there."""
+"""They are below those that systems hand out to clients, any of which may be taken before the ranks are there."""
 _TRIES = 100
 _draw = random.SystemRandom()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now.
+    """A free port of this machine.
 
     Drawn at random, since seconds pass until it is taken, in which other processes look for ports too.
 
@@ -25,4 +25,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port among {_TRIES} from {FIRST} to {FIRST + COUNT}")
+    raise OSError(f"no free port in {_TRIES} tries from {FIRST} to {FIRST + COUNT}")

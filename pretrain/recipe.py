@@ -37,16 +37,40 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(Section):
-    """Which network is trained."""
+    """Which network is trained: a LaViT by its name, or what a callable of any package builds."""
 
-    name: str
-    """Variant, as ``models.list_models()`` gives them."""
+    name: str | None = None
+    """Variant of LaViT, as ``models.list_models()`` gives them."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the variant's configuration to change, by name."""
+    factory: str | None = None
+    """In place of name: ``package.module:callable``, found from the current folder or installed. It gives a
+    torch.nn.Module that maps images (batch, 3, height, width) to logits (batch, classes)."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the factory. The number of classes and the image size are passed where it takes them."""
     activation_checkpointing: Literal["none", "all"] | tuple[bool, bool, bool, bool] = "none"
-    """Recompute activations in the backward pass: in no stage, in all, or one choice for each of the four."""
+    """Recompute activations in the backward pass: in no stage, in all, or one choice for each of LaViT's four."""
     compile: bool = False
     """Compile the network with torch.compile, for training and evaluation; not at ZeRO stage 3."""
+
+    @property
+    def title(self) -> str:
+        """The network's name or factory."""
+        return self.name or self.factory or ""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ModelSection":
+        if self.factory is None:
+            if self.name is None or self.arguments:
+                raise ValueError("give the name of a LaViT, with overrides, or a factory, with arguments")
+        elif self.name is not None or self.overrides:
+            raise ValueError(
+                "factory excludes name and overrides, which are LaViT's: leave them out; on the command line "
+                f"--set 'model={{factory: {self.factory}}}' replaces the whole section"
+            )
+        elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", self.factory) is None:
+            raise ValueError(f"factory must be package.module:callable, got {shown(self.factory)}")
+        return self
 
 
 class InitializeSection(Section):
@@ -214,7 +238,9 @@ class WatchdogSection(Section):
 
 def _as_folder_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise ValueError(f"must be at most 200 letters, digits, '.', '_' or '-', the first no sign, got {shown(name)}")
+        raise ValueError(
+            f"must be at most 200 letters, digits, '.', '_' or '-', starting with a letter or digit, got {shown(name)}"
+        )
     return name
 
 
@@ -405,6 +431,8 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if schedule.warmup_epochs > schedule.epochs:
         lengths = f"schedule.warmup_epochs is {schedule.warmup_epochs:g}, schedule.epochs {schedule.epochs:g}"
         yield "schedule", f"the warm-up is longer than the run: {lengths}"
+    if recipe.model.factory is not None and recipe.initialize_from is not None:
+        yield "initialize_from", "initialize_from is for a LaViT: let the factory load what it begins with"
     try:
         check_overrides(recipe.deepspeed, "deepspeed")
     except UserError as error:

@@ -27,7 +27,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.preview import draw_grid, to_pixels
-from pretrain.arguments import add_device_argument, add_set_argument
+from pretrain.arguments import add_device_argument, add_set_argument, add_trust_argument
 from pretrain.build import build_trainer
 from pretrain.check import resolve_for
 from pretrain.checkpoints.checkpoint import (
@@ -47,6 +47,7 @@ from pretrain.engine.distributed import (
     init_distributed,
     read_rank,
 )
+from pretrain.factory import require_trust
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.watchdog import Watchdog
@@ -88,7 +89,7 @@ class Plan:
     """Their names, by label."""
 
 
-def make_plan(run: Path, steps: tuple[int, int], assignments: list[str]) -> Plan:
+def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trust_factory: bool = False) -> Plan:
     """Read what a replay of ``steps`` needs, and check that it is possible. For rank 0.
 
     Raises:
@@ -98,6 +99,8 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str]) -> Plan
     if folder.read_recipe() is None:
         raise UserError(f"{run} is no run folder: it has no recipe.yaml; give runs/NAME")
     recipe = load_recipe(file, assignments)
+    if recipe.model.factory is not None:
+        require_trust({"factory": recipe.model.factory}, run, trusted=trust_factory)
     if lines := recipe_differences(load_recipe(file).model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise UserError(f"--set changes what {run} computes ({'; '.join(lines)}): set only what a resume may change")
     checkpoints = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
@@ -301,9 +304,12 @@ class Sheets:
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass micro-batches on, after a forward pass of its own."""
         loss, data = self._trainer.loss, self._trainer.recipe.data
+        buffers = self._trainer.optimizer_shards.buffers
         for batch in batches:
+            before = {name: buffer.clone() for name, buffer in buffers.tensors().items()}
             with torch.no_grad():
                 images, targets, logits, _ = loss.predict(batch, self._trainer.state)
+            buffers.fill(before)
             pixels = to_pixels(images, data.mean, data.std)
             for row, (sample, label) in enumerate(zip(batch.sample_ids.tolist(), batch.labels.tolist(), strict=True)):
                 value = float(loss.classification(logits[row : row + 1], targets[row : row + 1]))
@@ -368,6 +374,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, metavar="DIR", help="draw the images of each step, highest loss first")
     add_set_argument(parser, "change a field of the recipe that a resume may change, such as data.path")
     add_device_argument(parser)
+    add_trust_argument(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the launcher
     return parser.parse_args(arguments)
 
@@ -383,6 +390,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     """Recompute past steps of a run, compare them with its ledger and its checkpoints, and name what differs first."""
     options = parse_arguments(arguments)
+    run, steps, trust = options.run, options.steps, options.trust_factory
     rank: Rank | None = None
     trainer: Trainer | None = None
     scratch: Path | None = None
@@ -391,16 +399,16 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(rank, options.device)
         meet(rank, MEET_WITHIN_S)
         control = init_distributed(device)
-        plan = first_rank_decides(control, lambda: make_plan(options.run, options.steps, options.assignments))
-        scratch = first_rank_decides(control, lambda: copy_description(options.run))
+        plan = first_rank_decides(control, lambda: make_plan(run, steps, options.assignments, trust_factory=trust))
+        scratch = first_rank_decides(control, lambda: copy_description(run))
         trainer = open_trainer(plan, RunFolder(scratch), rank=rank, device=device, control=control)
         if rank.is_first:
-            there, here = (read_sealed(folder / "environment.json").get("git") for folder in (options.run, scratch))
+            there, here = (read_sealed(folder / "environment.json").get("git") for folder in (run, scratch))
             if there != here:
                 trainer.log.say(f"WARNING this is {source(here)}, the last attempt of the run had {source(there)}")
         sheets = None if options.images is None else Sheets(trainer, options.images, plan.classes)
         replay = Replay(trainer, plan, sheets)
-        replay.run(options.steps[1])
+        replay.run(steps[1])
         trainer.log.say("\n".join(replay.report()))
         trainer.close()
         dist.barrier(control)  # the launcher ends the others as soon as one is gone

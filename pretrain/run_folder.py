@@ -154,7 +154,7 @@ class RunFolder:
         )
 
     def check_checkpoint(self, path: Path, manifest: dict[str, Any], recipe: Recipe) -> None:
-        """Refuse a checkpoint that was written with another recipe; those of older versions do not say.
+        """Refuse a checkpoint that was written with another recipe; those of older versions do not record it.
 
         Raises:
             UserError: names every field that differs, of those that the checkpoint knows.

@@ -10,6 +10,7 @@ from typing import Any
 from models import LaViTConfig, model_config
 from pretrain.devices import Device
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.factory import FactoryConfig
 from pretrain.memory_estimate import Engine, as_booleans
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -19,7 +20,7 @@ SAME_NETWORK = ("num_classes", "drop_path", "norm")
 
 
 def read_benchmark(
-    path: Path, device: Device, config: LaViTConfig, recipe: Recipe, resolved: ResolvedDeepSpeed
+    path: Path, device: Device, config: LaViTConfig | FactoryConfig, recipe: Recipe, resolved: ResolvedDeepSpeed
 ) -> dict[str, Any] | None:
     """Find training images per second in a result of ``python -m benchmarks``; None where it is of another device.
 

@@ -124,7 +124,9 @@ class Trainer:
             monitor.timer.enter("optimizer")
             engine.step()  # DeepSpeed steps the optimizer with the last micro-batch only
             monitor.add({"loss": loss, **parts})
-        monitor.steps.end_step(self.nonfinite.note_step())
+        skipped = self.nonfinite.note_step()
+        self.optimizer_shards.buffers.step_done(skipped=skipped)
+        monitor.steps.end_step(skipped)
         if self.recipe.ema is not None:
             step = self.state.step
             self.optimizer_shards.update_average(min(self.recipe.ema.decay, (1 + step) / (10 + step)))
@@ -164,7 +166,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate the weights and, where it is kept, their moving average. A stop leaves nothing of either."""
         results: dict[str, tuple[Evaluation, float]] = {}
-        with self._outside_training():
+        with self._outside_training(), self.optimizer_shards.buffers.averaged():
             for kind in ("eval", "eval_average")[: 1 + (self.recipe.ema is not None)]:
                 began = time.monotonic()
                 with self.optimizer_shards.averaged_weights() if kind == "eval_average" else nullcontext():
@@ -198,7 +200,7 @@ class Trainer:
         began = time.monotonic()
         self.watchdog.beat("probing")
         average = self.optimizer_shards.averaged_weights() if self.recipe.ema is not None else nullcontext()
-        with self._outside_training():
+        with self._outside_training(), self.optimizer_shards.buffers.averaged():
             result, stopped = None, False
             with average:
                 try:
@@ -367,7 +369,7 @@ class Trainer:
         self.watchdog.beat("handing off", startup=True)
         self._count_seconds()
         if dist.get_rank() == 0:
-            export_run(self.log.folder, step=self.state.step)
+            export_run(self.log.folder, step=self.state.step, trust_factory=True)
             write_summary(self.log.folder, self.state)
             self.log.status.write("finished")
         dist.barrier(self.stop.group)

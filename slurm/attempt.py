@@ -45,7 +45,7 @@ def begin(folder: SlurmFolder) -> str:
     if state is not None and state.state == "finished":
         return _leave("the run is finished", ExitCode.FINISHED)
     if folder.stop_request():
-        return _leave(f"the run is not to go on: {folder.stop_request()}", ExitCode.FINISHED)
+        return _leave(f"the run must not continue: {folder.stop_request()}", ExitCode.FINISHED)
     if other := _other_that_runs(records, attempt.job):
         return _leave(f"job {other.job} runs this run already", ExitCode.FINISHED)
     if _gave_up_on_the_lost(folder, history, attempt, launch):
@@ -79,7 +79,7 @@ def begin(folder: SlurmFolder) -> str:
         "SLURM_NTASKS": ranks,
         "SLURM_NTASKS_PER_NODE": launch.gpus_per_node,
         "SLURM_DISTRIBUTION": "block",
-        "SLURM_KILL_BAD_EXIT": 1,  # one dead rank ends the step, even if the others do not notice
+        "SLURM_KILL_BAD_EXIT": 1,  # a rank that fails ends the step, even if the others do not notice
         "SLURM_WAIT": 120,  # as does one that has ended well when the others do not follow
         "SLURM_CPU_BIND": "none",  # loaders share a node's cores among its ranks by themselves
         "MASTER_ADDR": nodes[0],
@@ -161,8 +161,8 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
     queue = scheduler.queue(retry_s=scheduler.OUTAGE_S)
     own = queue.pop(job, None)
     if other := current_job(folder, history.records(), queue):  # submitted while this one could not ask Slurm
-        history.note(attempt, f"job {other.id} goes on in its place", next_job=other.id)
-        say(f"job {other.id} goes on in its place already")
+        history.note(attempt, f"job {other.id} continues it", next_job=other.id)
+        say(f"job {other.id} continues it already")
         return
     exclude = _can_do_without(decision, folder.read_launch().min_nodes)
     if newly := {decision.node, *decision.slow} & {*exclude}:
@@ -171,7 +171,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
         try:
             scheduler.requeue(job)
         except SlurmError as error:
-            say(f"cannot be requeued ({error}): submitting a job in its place")
+            say(f"cannot be requeued ({error}): submitting a job instead")
             follower = scheduler.submit(
                 folder.script(job),
                 folder.read_launch().environment,
@@ -181,8 +181,8 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
                 retry_s=scheduler.OUTAGE_S,
             )
             waits = f", {decision.wait_s:.0f} s from now as --retry-wait asks" if decision.wait_s else ""
-            history.note(attempt, f"goes on as job {follower}{waits}", next_job=follower)
-            say(f"job {follower} goes on in its place")
+            history.note(attempt, f"continues as job {follower}{waits}", next_job=follower)
+            say(f"job {follower} continues it")
             return
     try:  # what follows improves a restart but is not worth losing it
         imposed_s = scheduler.imposed_wait_s()
@@ -197,7 +197,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
 
 
 def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
-    """The nodes to avoid, if enough stay when all are left out; with too few the job would wait for ever."""
+    """The nodes to avoid, if enough stay when all are left out; with too few the job would wait forever."""
     if not decision.exclude:
         return ()
     failed = f"{', '.join(decision.exclude)} failed more than once, but"
@@ -222,7 +222,7 @@ def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Attempt, la
                       saved_at=step, slow=folder.slow_nodes(lost))  # fmt: skip
     decision = decide(outcome, history.before(lost), launch.policy)
     saved = f"saved at step {step}" if step else "nothing was saved"
-    reason = f"killed with its node, or before it could say anything; {saved}"
+    reason = f"killed with its node, or before it could write its exit record; {saved}"
     gave_up = decision.action == "none"
     ended = Decision("none" if gave_up else "leave", "lost", reason, slow=outcome.slow)
     history.end(lost, ended, step=step)

@@ -88,11 +88,11 @@ class SlurmFolder:
         write_atomically(self._stop, f"{reason}\n".encode())
 
     def withdraw_stop(self) -> None:
-        """The run is launched anew."""
+        """The run is launched again."""
         self._stop.unlink(missing_ok=True)
 
     def stop_request(self) -> str:
-        """Who asked to stop and when; "" when nobody did."""
+        """Who requested the stop, and when; "" without a request."""
         try:
             return self._stop.read_text().strip() or "asked to stop"
         except FileNotFoundError:

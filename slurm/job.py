@@ -25,7 +25,7 @@ from slurm.restart import RankExit
 MAIN = ROOT / "pretrain" / "main.py"
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
 DRAIN_S = 5.0
-"""What a dead rank had printed is read for so long, in case something that it started holds its output open."""
+"""What a finished rank has printed is read for so long, in case something that it started holds its output open."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_rank(folder: SlurmFolder) -> int:
         if child is not None:
             child.send_signal(signum)
         if signum == signal.SIGUSR2 and received.count("SIGUSR2") == 1:
-            # At the time limit Slurm kills the batch script too, and nobody would be left to start the run again.
+            # At the time limit Slurm kills the batch script too, and nothing would restart the run.
             timer = threading.Timer(limit, give_up)
             timer.daemon = True
             timer.start()

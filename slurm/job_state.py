@@ -168,8 +168,8 @@ def _who_releases(folder: SlurmFolder, job: Job) -> str:
     if job.launch_failed:
         return f"Slurm could not launch it and holds it: `python -m slurm.release {folder.run}` lets it go on"
     if job.reason == "JobHeldAdmin":
-        return f"an administrator holds it, who alone can let it go on: `scontrol release {job.id}`"
-    return f"Slurm: {job.reason}; `scontrol release {job.id}` lets it go on"
+        return f"an administrator holds it, and only they can release it: `scontrol release {job.id}`"
+    return f"Slurm: {job.reason}; `scontrol release {job.id}` releases it"
 
 
 def _without_job(
@@ -189,22 +189,22 @@ def _without_job(
     if final is not None:
         return final.cause, final.reason
     if not asked and last is not None and last.ended:
-        return "restarting", f"{last.reason}; Slurm could not be asked"
+        return "restarting", f"{last.reason}; Slurm did not answer"
     if not asked:
-        return (run.state if run else "unknown"), "as its folder says; Slurm could not be asked"
+        return (run.state if run else "unknown"), "from its folder; Slurm did not answer"
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled"
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
     again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
     before = f"; before: {last.reason}" if last and last.reason else ""
-    return "lost", f"{what}, and nothing goes on in its place: {again}{before}"
+    return "lost", f"{what}, and no job continues it: {again}{before}"
 
 
 def _started_by_hand(folder: SlurmFolder, run: RunState | None) -> tuple[str, str]:
     if run is None:
         return "unknown", "run.json cannot be read"
     if run.state == "running" and not _locked(folder.run):
-        return "lost", f"run.json says running, but no process of {run.host} holds the run; seen from this machine"
+        return "lost", f"run.json says running, but no process of {run.host} holds the lock; seen from this machine"
     return run.state, run.reason
 
 

@@ -1,4 +1,4 @@
-"""Start a run on a cluster that recovers by itself: ``python -m slurm.launch --recipe R --nodes 4 ...``."""
+"""Start a run on a cluster, with automatic recovery: ``python -m slurm.launch --recipe R --nodes 4 ...``."""
 
 import argparse
 import contextlib
@@ -18,9 +18,9 @@ from slurm.scheduler import SlurmError, UnreachedError
 from slurm.script import executor_for, ignored_variables, submit, submitit_script
 
 DESCRIPTION = """\
-Start a run on a Slurm cluster, one task per GPU. It is started again after preemption, time limits, lost nodes and
-crashes, and resumes from its newest checkpoint, until it is finished, stopped with `python -m slurm.stop`, or
-cannot succeed. `python -m slurm.status` shows its state.
+Start a run on a Slurm cluster, one task per GPU. After preemption, time limits, lost nodes, crashes and hangs it is
+restarted and resumes from its newest checkpoint, until it is finished, stopped with `python -m slurm.stop`, or cannot
+succeed. `python -m slurm.status` shows its state.
 """
 
 
@@ -32,11 +32,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
     add_run_arguments(run, runs="folder of the run folders, which all nodes must see")
     add_device_argument(run)
-    size = parser.add_argument_group("its size")
+    size = parser.add_argument_group("size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
-    size.add_argument("--min-nodes", type=int, help="continue with so few when some are gone; the global batch stays")
-    size.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="one task each, such as 8 or h100:8")
-    slurm = parser.add_argument_group("Slurm's")
+    size.add_argument(
+        "--min-nodes",
+        type=int,
+        help="fewest nodes to continue with when some are gone; the global batch stays the same",
+    )
+    size.add_argument(
+        "--gpus-per-node", required=True, metavar="[TYPE:]N", help="GPUs per node, one task each, such as 8 or h100:8"
+    )
+    slurm = parser.add_argument_group("Slurm")
     for name in ("partition", "account", "qos", "constraint"):
         slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
     slurm.add_argument("--time", default="24:00:00", help="limit of one attempt (default: 24:00:00)")

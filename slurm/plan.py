@@ -72,8 +72,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
     interval = checkpoint_interval(recipe, steps)
     lines = [
-        f"run           {run.path}" + (f", goes on from step {folder.saved_step()}" if folder.saved_step() else ""),
-        f"model         {recipe.model.name}, {run_size.parameters:,} parameters, {run_size.classes} classes",
+        f"run           {run.path}" + (f", resumes from step {folder.saved_step()}" if folder.saved_step() else ""),
+        f"model         {recipe.model.title}, {run_size.parameters:,} parameters, {run_size.classes} classes",
         f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
         f"ranks         {nodes} nodes x {per_node} = {nodes * per_node}"
         + (f"; a restart also takes {' or '.join(map(str, usable[:-1]))} nodes" if usable[:-1] else ""),
@@ -114,7 +114,7 @@ def _refuse_a_second_job(folder: SlurmFolder) -> None:
 
 
 def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]:
-    """Bytes that the checkpoints need and that there are; the one being written stands beside those that are kept."""
+    """Bytes that the checkpoints need and that there are; the one being written in addition to those that are kept."""
     there = next(path for path in (run, *run.parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"{there} cannot be written: choose another folder with --runs")

@@ -1,7 +1,7 @@
 """Requeue runs that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
 
 When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
-its host dies where jobs may not be requeued, the job ends. Nothing of it is left then that could react.
+its host dies where jobs may not be requeued, the job ends, and none of its processes is left to react.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from slurm.scheduler import Job, SlurmError
 from slurm.status import find_runs
 
 DESCRIPTION = """\
-Release the jobs of runs that Slurm holds since it could not launch them, and submit again those that ended without a
-word of their batch script, while Slurm still tells how (for MinJobAge, mostly 5 minutes). What a person or an
-administrator holds stays held, what was cancelled stays cancelled, and what failed more often in a row than
---max-restarts of slurm.launch allows is left alone. Anybody may do it for jobs of his own: let cron or scrontab do it.
+Release the jobs of runs that Slurm holds because it could not launch them, and resubmit those whose batch script was
+killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). Jobs that a user or an administrator
+holds stay held, cancelled ones stay cancelled, and a run that failed more often in a row than --max-restarts of
+slurm.launch allows is left alone. Every user may do this for their own jobs; let cron or scrontab call it.
 
   */2 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
 """
 
 
 def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
-    """Release the job of a run if Slurm holds it because a launch failed, or submit one in place of a dead one.
+    """Release the job of a run if Slurm holds it because a launch failed, or submit one in place of a lost one.
 
     Returns:
         what was done, in one line; "" for nothing.
@@ -50,7 +50,7 @@ def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | N
     failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
     if failed > limit:
         return (
-            f"{folder.run}: job {job} stays held: {failed} launches in a row failed; `sinfo -R` tells what is wrong "
+            f"{folder.run}: job {job} stays held: {failed} launches in a row failed; `sinfo -R` shows what is wrong "
             f"with the nodes, then: scontrol release {job}"
         )
     scheduler.release(job)
@@ -63,11 +63,11 @@ def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | N
     """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
     held = lock(folder.release_lock)
     if held is None:
-        return f"{folder.run}: another slurm.release is at it"
+        return f"{folder.run}: another slurm.release is resubmitting it"
     with held:
         queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
         found, launch = find_state(folder, history.records(), queue), folder.read_launch()
-        if found.remedy != "submit":  # somebody has launched it meanwhile
+        if found.remedy != "submit":  # it was launched again by hand
             return ""
         gone = queue.get(found.job)
         tries = last.submitted_again if last else len(folder.submitted()) - 1

@@ -16,7 +16,7 @@ from typing import Literal
 from pretrain.outcome import ExitCode
 
 JobState = Literal["running", "requeued", "preempted", "time limit", "node lost", "cancelled", "forgotten"]
-"""What Slurm says of the job whose ranks have just ended; "requeued": it will start it again by itself; "forgotten": a
+"""Slurm's state of the job whose ranks have just ended; "requeued": it will start it again by itself; "forgotten": a
 slurmctld that was killed does not know it any more."""
 Cause = Literal[
     "finished", "stopped", "cancelled", "will fail again", "preempted", "time limit", "node lost", "crashed", "hang",
@@ -28,11 +28,11 @@ Action = Literal["none", "cancel", "leave", "requeue", "release"]
 accepts no other job now, so ``slurm.release`` submits it."""
 
 COUNTED: tuple[Cause, ...] = ("time limit", "node lost", "crashed", "hang", "lost")
-"""Outcomes that may mean that the run cannot continue. Being preempted says nothing about the run."""
+"""Outcomes that may mean that the run cannot continue. Being preempted is not a failure of the run."""
 FAILURES_TO_EXCLUDE = 2
 """A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
 WORDS = 300
-"""Characters of srun's words that are kept."""
+"""Characters of srun's message that are kept."""
 _ENDED_BY_SRUN = re.compile("Terminated|Killed|CANCELLED")
 
 
@@ -134,7 +134,7 @@ class Outcome:
     status: int
     """Of srun."""
     node_down: bool
-    """Whether Slurm takes one of its nodes for dead."""
+    """Whether Slurm reports one of its nodes as down."""
     finished: bool
     stop_request: str
     begun_at: int
@@ -243,14 +243,14 @@ def _why(outcome: Outcome) -> tuple[Cause, str, str]:
     if outcome.job_state == "time limit":
         return "time limit", f"time limit{late and f' ({late})'}; {saved}", ""
     if stopped:
-        return "preempted", f"told to stop by {stopped[0].message or 'a signal'}; {saved}", ""
+        return "preempted", f"stopped by {stopped[0].message or 'a signal'}; {saved}", ""
     if outcome.srun_errors:
         return (
             "crashed",
             f"{'; '.join(outcome.srun_errors)[:WORDS]} (srun ended with {outcome.status})",
             _named(outcome),
         )
-    return "lost", f"no rank lived to say why (srun ended with {outcome.status}); {saved}", ""
+    return "lost", f"no rank wrote an exit record (srun ended with {outcome.status}); {saved}", ""
 
 
 def _missing_node(exits: list[RankExit]) -> str:

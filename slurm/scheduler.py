@@ -1,4 +1,4 @@
-"""Slurm's commands as functions. What they say is believed, submitit's cache is not; sacct is never needed."""
+"""Slurm's commands as functions. Their output is trusted, submitit's cache is not; sacct is never needed."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class SlurmError(Exception):
-    """A command of Slurm failed; the text is what it said."""
+    """A command of Slurm failed; the text is its output."""
 
 
 class UnreachedError(SlurmError):
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def launch_failed(self) -> bool:
-        """Whether Slurm holds it because it could not start it. Its owner may release it, as what he held himself."""
+        """Whether Slurm holds it because it could not start it. Its user may release it."""
         return self.held and self.reason.lower().startswith("launch")
 
 
@@ -148,7 +148,7 @@ def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
 
 
 def any_down(nodes: list[str]) -> bool:
-    """Whether Slurm takes one of the nodes for dead."""
+    """Whether Slurm reports one of the nodes as down."""
     states = run("sinfo", "-a", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=OUTAGE_S).lower().split()
     return any(state.startswith(("down", "fail")) or state.endswith("*") for state in states)
 

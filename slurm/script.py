@@ -44,7 +44,7 @@ def sbatch_options(options: Namespace, environment: Mapping[str, str]) -> dict[s
 
     Args:
         options: of ``slurm.launch``.
-        environment: of which SBATCH_ACCOUNT and the like are taken where the options do not say it.
+        environment: of which SBATCH_ACCOUNT and the like are taken where the options do not set it.
 
     Raises:
         UserError: an option cannot be given, or has a line break.
@@ -113,7 +113,7 @@ def ignored_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
-    """Submit a run's first job, without what the environment says to sbatch and srun.
+    """Submit a run's first job, without the environment's variables for sbatch and srun.
 
     Raises:
         SlurmError: Slurm refused it, or did not answer.

@@ -26,9 +26,9 @@ WIDEST = 40
 DESCRIPTION = """\
 Show the state of runs, from their folders and from Slurm's queue.
 
-states: waiting (for nodes), held (until someone releases it), starting, running, stopping, restarting, finished,
-stopped (slurm.stop), cancelled (scancel), failed (will not be started again; the reason says what to change), lost
-(nothing runs and nothing waits), unknown (its folder cannot be read)
+states: waiting (for nodes), held (until it is released), starting, running, stopping, restarting, finished,
+stopped (slurm.stop), cancelled (scancel), failed (will not be restarted; the reason says what to change), lost
+(nothing runs or waits), unknown (its folder cannot be read)
 """
 
 
@@ -115,7 +115,7 @@ def _queue() -> dict[str, Job] | None:
     try:
         return {job.id: job for job in scheduler.queue().values() if "/slurm/" in job.command}
     except SlurmError as error:
-        print(f"WARNING Slurm cannot be asked, this is what the folders say: {error}", file=sys.stderr)  # noqa: T201
+        print(f"WARNING Slurm does not answer; states are from the run folders: {error}", file=sys.stderr)  # noqa: T201
         return None
 
 

@@ -1,4 +1,4 @@
-"""Stop a run and keep what it has: ``python -m slurm.stop RUN``."""
+"""Stop a run and save: ``python -m slurm.stop RUN``."""
 
 import argparse
 import getpass
@@ -13,7 +13,7 @@ from slurm.job_state import current_job
 from slurm.scheduler import SlurmError
 
 DESCRIPTION = """\
-Stop a run: its ranks save and end, and nothing starts it again. `slurm.launch` with the same recipe resumes it.
+Stop a run: its ranks save and exit, and nothing restarts it. `slurm.launch` with the same recipe resumes it.
 """
 
 
@@ -34,10 +34,10 @@ def stop(folder: SlurmFolder) -> str:
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
     job = current_job(folder, History(folder.history).records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
     if job is None:
-        return "it has no job; nothing will start it again until it is launched"
+        return "it has no job; nothing will restart it until it is launched again"
     if job.state == "RUNNING":
         scheduler.cancel(job.id, signal="USR2")
-        return f"asked: the ranks of job {job.id} save and end at the next step; slurm.status tells when"
+        return f"requested: the ranks of job {job.id} save and end at the next step; slurm.status shows when"
     scheduler.cancel(job.id)
     return f"job {job.id} was {job.state.lower()} and is cancelled"
 

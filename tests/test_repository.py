@@ -1,17 +1,14 @@
-"""Recipes are valid, versions are pinned once, and the pages name files that exist."""
+"""Versions are pinned once, and the pages name what exists, are short and open with a command."""
 
+import ast
 import re
 import tomllib
 
+import yaml
+
 from pretrain.fields import dotted_names
-from pretrain.recipe import Recipe
-from tests.pages import PAGES, ROOT
-
-
-def test_the_head_of_the_demos_recipe_has_the_command() -> None:
-    """``tests/pretrain/test_recipes.py`` starts the others."""
-    text = (ROOT / "recipes/demo.yaml").read_text()
-    assert "--recipe recipes/demo.yaml" in text.partition("\nname:")[0]
+from pretrain.recipe import CHANGEABLE, Recipe
+from tests.pages import PAGES, ROOT, SITE
 
 
 def test_versions_are_pinned_in_constraints_alone() -> None:
@@ -22,6 +19,36 @@ def test_versions_are_pinned_in_constraints_alone() -> None:
     named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in named), "pyproject.toml names a version"
     assert {name.lower() for name in named} <= pinned
+
+
+def test_pre_commit_has_the_pinned_version_of_ruff() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["rev"] == f"v{pins['ruff']}"
+
+
+def test_pages_are_short_and_open_with_a_command() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+    for page in SITE:
+        lines = page.read_text().splitlines()
+        assert len(lines) <= 130, page.name
+        assert lines[0].startswith("# "), page.name
+        assert lines[1:3] == ["", "```bash"], page.name
+
+
+def test_every_page_is_on_the_site() -> None:
+    named = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
+    assert len(named) == len({*named})
+    assert {*named} == {page.name for page in SITE} | {"index.md", "contributing.md", "security.md"}
+
+
+def test_the_page_of_recipe_fields_has_every_section_and_what_may_change_on_a_resume() -> None:
+    text = (ROOT / "docs/recipe.md").read_text()
+    tables = {*re.findall(r"^<!-- fields: (\S+) -->$", text, re.MULTILINE)}
+    assert tables >= {"recipe"} | {name.split(".")[0] for name in dotted_names(Recipe) if "." in name}
+    may_change = text.partition("When a run is resumed")[2].partition("\n\n")[0]
+    removed = {"model.overrides.attention_kernel"}  # old recipes have it
+    assert {*re.findall(r"`([\w.]+)`", may_change)} == {*CHANGEABLE, "gradient_clipping", "name"} - removed
 
 
 def test_source_files_named_in_the_pages_exist() -> None:
@@ -43,11 +70,11 @@ def test_links_between_pages_resolve_and_the_readme_links_every_page() -> None:
                 titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
                 slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
                 assert anchor in slugs, f"{page.name} links to {path}#{anchor}"
-    assert {path for path, _ in linked[ROOT / "README.md"]} >= {f"docs/{page.name}" for page in PAGES[2:]}
+    assert {path for path, _ in linked[ROOT / "README.md"]} >= {f"docs/{page.name}" for page in SITE}
 
 
 def test_recipe_fields_named_in_the_pages_exist() -> None:
-    known = {*dotted_names(Recipe)}
+    known = {*dotted_names(Recipe), *CHANGEABLE}
     sections = {name.split(".")[0] for name in known if "." in name}
     named = {
         (page.name, name)
@@ -57,3 +84,15 @@ def test_recipe_fields_named_in_the_pages_exist() -> None:
     }
     assert len(named) > 20
     assert not {(page, name) for page, name in named if name not in known}
+
+
+def test_messages_explained_in_troubleshooting_are_those_of_the_code() -> None:
+    sources = [path for package in ("data_pipeline", "pretrain", "slurm") for path in (ROOT / package).rglob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    quoted = re.findall(r"\*\*(`[^*]+`)\.\*\*", (ROOT / "docs/troubleshooting.md").read_text())
+    messages = [message for line in quoted for message in re.findall(r"`([^`]+)`", line)]
+    assert len(messages) > 20
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("..."))):
+            assert any(part in text for text in texts), f"no message has {part!r}"

@@ -1,6 +1,6 @@
 """Where images come from.
 
-A source is a small class that names images in a fixed order and says where their bytes are.
+A source is a small class that lists images in a fixed order and where their bytes are.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def splits_among(names: Collection[str]) -> dict[str, str]:
 
 
 def may_be_image(name: str) -> bool:
-    """Whether a file's name is that of an image, or says nothing about it."""
+    """Whether a file's name is that of an image, or has no extension that excludes it."""
     return name.lower().endswith(IMAGE_SUFFIXES) or "." not in name
 
 

@@ -25,8 +25,8 @@ from data_pipeline.sources import (
 class Archived:
     """A tar, or a compressed tar, of class folders, or of such folders for each split, also below other folders.
 
-    Below the folders that all images share, the folders are splits if their names say so (`splits_among`), else
-    classes. Files beside them, hidden ones and others that are no images are listed. The archive is read through once
+    Below the folders that all images share, the folders are splits if they are named so (`splits_among`), else
+    classes. Files next to them, hidden ones and others that are no images are listed. The archive is read through once
     to find this, a compressed one once more for each split.
 
     Args:
@@ -49,7 +49,7 @@ class Archived:
         shared = os.path.commonpath([str(folder) for folder in folders]) if folders else ""
         above = PurePosixPath(shared).parts
         below = {folder.parts[len(above)] for folder in folders if len(folder.parts) > len(above)}
-        if PurePosixPath(shared) in folders and len(below) <= 1:  # one class; else images beside the class folders
+        if PurePosixPath(shared) in folders and len(below) <= 1:  # one class; else images next to the class folders
             below, above = set(above[-1:]), above[:-1]
         self._depth = len(above)
         self._split_of = {} if split is not None else splits_among(below)
@@ -67,7 +67,7 @@ class Archived:
         for name in self.splits[1:]:
             if not classes[name] & classes[self.splits[0]]:
                 raise DataError(
-                    f"{path} has no class of '{self.splits[0]}' in '{name}': its labels lie elsewhere; unpack it"
+                    f"{path} has no class of '{self.splits[0]}' in '{name}': its labels are elsewhere; unpack it"
                 )
 
     def describe(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Archived:
             if any(map(is_hidden, path.parts)):
                 found, class_id = "", ""
             if found == split and (class_id in self._classes or may_be_image(path.name)):
-                unusable = entry.unusable or ("" if class_id else "lies in no class folder")
+                unusable = entry.unusable or ("" if class_id else "is in no class folder")
                 yield SourceImage(entry.name, class_id, Unusable(unusable) if unusable else data)
             elif not found or class_id not in self._classes:
                 beside[str(path.parent)] += 1
@@ -100,7 +100,7 @@ class Archived:
             yield SourceImage(f"{folder}/", "", Unusable(f"hidden, or in no class folder of a split: {count} files"))
 
     def _place(self, folder: PurePosixPath) -> tuple[str, str]:
-        """Return the split ('' when it has none) and the class ('' when it has none) of what lies in a folder."""
+        """Return the split ('' when it has none) and the class ('' when it has none) of the members of a folder."""
         parts = (*folder.parts[self._depth :], "", "")
         return (self._split_of.get(parts[0], ""), parts[1]) if self._split_of else (self._split, parts[0])
 

@@ -35,7 +35,7 @@ _ENOUGH = 10_000
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says about SOURCE."""
+    """Options of the command line about SOURCE."""
 
     names: Sequence[str]
     split: str | None = None
@@ -111,7 +111,7 @@ def _kind_of(path: Path) -> str:
         return "archive of archives"
     samples = [sample for sample in samples_of(first, []) if any(member.is_image for member in sample.members)]
     folders = any("/" in entry.name.removeprefix("./") for entry in first)
-    # A text beside an image in a folder may be its caption.
+    # A text next to an image in a folder may be its caption.
     labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
     if any(sample.member(label) is not None for sample in samples for label in labels):
         return "shard"

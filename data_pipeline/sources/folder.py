@@ -23,7 +23,7 @@ from data_pipeline.sources import (
 class Folder:
     """Every file below a class folder is an image; what is none is listed with its reason.
 
-    Links are followed. Hidden files and folders and what lies beside the class folders are listed.
+    Links are followed. Hidden files and folders, and files next to the class folders, are listed.
 
     Args:
         root: the folder.
@@ -48,7 +48,7 @@ class Folder:
         names = {folder: {path.name for path in classes} for folder, classes in self._classes.items()}
         for folder, found in names.items():
             if not found:
-                raise DataError(f"{folder} has no class folders with images; images must lie in {folder}/CLASS/")
+                raise DataError(f"{folder} has no class folders with images; images must be in {folder}/CLASS/")
             if not found & next(iter(names.values())):
                 raise DataError(
                     f"{folder} has no class folder of the training split, so its labels must be elsewhere; sort its "
@@ -88,12 +88,12 @@ class Folder:
             yield from found
 
     def _beside(self) -> Iterator[SourceImage]:
-        """List what lies beside the folders of the splits and of the classes."""
+        """List the files next to the folders of the splits and of the classes."""
         used = {*self._roots.values(), *(path for classes in self._classes.values() for path in classes)}
         for folder in dict.fromkeys((self.root, *self._roots.values())):
             for entry in _scan(folder):
                 if Path(entry.path) not in used:
-                    reason = "a folder that is no class" if _is_folder(entry) else "lies in no class folder"
+                    reason = "a folder that is no class" if _is_folder(entry) else "is in no class folder"
                     name = printable(Path(entry.path).relative_to(self.root).as_posix())
                     yield SourceImage(name, "", Unusable("hidden" if is_hidden(entry.name) else reason))
 
@@ -142,7 +142,7 @@ def _refuse_odd(root: Path, classes: list[Path]) -> None:
     """Refuse folders that are not likely to be classes: all have names of splits, or one holds only folders."""
     if all(path.name.lower() in SPLIT_WORDS for path in classes):
         raise DataError(
-            f"{root} has images in {classes[0].name} that lie in no class folder; sort them into class folders"
+            f"{root} has images in {classes[0].name} that are in no class folder; sort them into class folders"
         )
     inside = _scan(classes[0])
     if len(classes) == 1 and all(_is_folder(entry) for entry in inside) and len(inside) > 1:

@@ -41,7 +41,7 @@ class Idx:
             raise DataError(f"{root} holds {train.name} and {more[0].name}; give each dataset a folder of its own")
         tests = image_files(root, "val")
         if len(tests) != 1:
-            raise DataError(f"{root} must hold one file of test images beside {train.name}, but holds {len(tests)}")
+            raise DataError(f"{root} must hold one file of test images next to {train.name}, but holds {len(tests)}")
         self._images = {"train": train, "val": tests[0]}
         self._labels = {split: _read(_labels_of(path), 1) for split, path in self._images.items()}
         self._pixels = {split: _read(path, 3) for split, path in self._images.items()}

@@ -40,7 +40,7 @@ class ImageNet1k:
         return dict(sorted(self._names.items()))
 
     def count(self, split: str) -> int | None:
-        """Return the number of validation images; the training archive does not say."""
+        """Return the number of validation images; it is not known for the training archive."""
         return len(self._truth) if split == "val" else None
 
     def images(self, split: str) -> Iterator[SourceImage]:

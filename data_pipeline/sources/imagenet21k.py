@@ -44,7 +44,7 @@ class ImageNet21k:
         return {wnid: wnid for wnid in self._classes or sorted(found)}
 
     def count(self, split: str) -> None:
-        """Return None: the archive does not say."""
+        """Return None: the archive does not hold it."""
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, class by class in the order of the archive."""

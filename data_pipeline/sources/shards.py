@@ -61,7 +61,7 @@ class Shards:
         return {image.class_id for split in self.splits for image in self.images(split) if image.class_id}
 
     def count(self, split: str) -> None:
-        """Return None: shards do not say."""
+        """Return None: shards do not hold it."""
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the samples of a split, shard by shard."""

@@ -2,7 +2,8 @@
 
     checkpoints/step-00001000/
         rank-00000.safetensors     what rank 0 owned: flat fp32 tensors "parameter", "exp_avg", "exp_avg_sq"; its
-        rank-00001.safetensors     metadata "pieces" lists (name, shape, offset, length, step) in the same order
+        rank-00001.safetensors     metadata "pieces" lists (name, shape, offset, length, step) in the same order.
+                                   Since format 2 also "buffer/NAME", each buffer of the network on this rank
         manifest.json              format, progress, sizes and BLAKE2 digests of the files; written last
 
 A checkpoint is written into a hidden folder that is renamed when all is on disk, so it is complete or absent. It is
@@ -20,12 +21,16 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from pretrain.checkpoints.buffers import mean_over_ranks
 from pretrain.checkpoints.optimizer_shards import AVERAGE, OptimizerShards
 from pretrain.files import SEAL, aside, digest_of_fields, digest_of_file
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+BUFFER = "buffer/"
+"""What names of buffers begin with in a rank's file."""
 MANIFEST = "manifest.json"
 
 
@@ -46,7 +51,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step of a checkpoint, as its name says."""
+    """The optimizer step of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -81,7 +86,7 @@ def load_newest(
         dist.all_gather_object(problems, problem, group=group)
         passing = next((one for one in problems if one is not None and one.code is ExitCode.RETRY), None)
         if passing is not None:
-            raise UserError(f"{passing}; nothing was given up: start again", ExitCode.RETRY)
+            raise UserError(f"{passing}; nothing was discarded: start again", ExitCode.RETRY)
         problem = next(filter(None, problems), None)
         if problem is None:
             try:
@@ -132,7 +137,7 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor]:
-    """Put the fp32 weights of a checkpoint together, by name, without an engine.
+    """Put the fp32 weights of a checkpoint together, and the mean of its buffers, by name, without an engine.
 
     Args:
         path: the checkpoint.
@@ -142,7 +147,9 @@ def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor
         CheckpointDamagedError: the shards do not cover every parameter exactly once.
     """
     index, kind = _ShardIndex(path), AVERAGE if average else "parameter"
-    return {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
+    weights = {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
+    buffers = {name: one.float() if one.is_floating_point() else one for name, one in index.buffers().items()}
+    return weights | buffers
 
 
 def _fill(path: Path, shards: OptimizerShards) -> None:
@@ -159,6 +166,12 @@ def _fill(path: Path, shards: OptimizerShards) -> None:
     for shard in shards.shards:
         for kind in shards.kinds:
             shard.view(kind, shards.optimizer).copy_(index.read(shard.name, kind, shard.offset, shard.length))
+    buffers = index.buffers(dist.get_rank(), dist.get_world_size())
+    if {name: one.shape for name, one in buffers.items()} != {
+        n: one.shape for n, one in shards.buffers.tensors().items()
+    }:
+        raise UserError(f"{path} holds another model: its buffers are others; give this run another name")
+    shards.buffers.fill(buffers)
     shards.set_steps(index.steps)
     shards.share_stage0_state()
     shards.refresh_model()
@@ -201,7 +214,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], stretches: Iterable[Stretc
 
 
 class _ShardIndex:
-    """Where every stretch of every parameter lies in the files of a checkpoint."""
+    """Where every stretch of every parameter is in the files of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -232,6 +245,13 @@ class _ShardIndex:
                 parts.append(self._files[number].get_slice(kind)[at + a - start : at + b - start])
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def buffers(self, rank: int = 0, ranks: int = 0) -> dict[str, torch.Tensor]:
+        """The buffers by name: of this rank where as many ``ranks`` wrote the checkpoint, else their mean."""
+        files = self._files[rank : rank + 1] if ranks == len(self._files) else self._files
+        names = [name for name in self._files[0].keys() if name.startswith(BUFFER)]  # noqa: SIM118 - no mapping
+        values = {name: torch.stack([file.get_tensor(name) for file in files]) for name in names}
+        return {name.removeprefix(BUFFER): mean_over_ranks(value) for name, value in values.items()}
+
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with the digest that ``read_manifest`` checks."""
@@ -255,8 +275,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: {error}") from None
     if not same:
         raise CheckpointDamagedError(f"{path / MANIFEST} has other content than when it was written")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+    if manifest.get("format") not in READABLE:
+        raise UserError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {READABLE}")
     for name in manifest["files"]:
         if name in ("", ".", "..") or Path(name).name != name:
             raise CheckpointDamagedError(f"{path / MANIFEST} names {name!r}, which is no plain name of a file")

@@ -1,7 +1,7 @@
 """The optimizer's state under any ZeRO stage, as named shards of parameters.
 
 DeepSpeed keeps fp32 master weights and moments in flat partitions whose layout depends on stage and world size. An
-``OptimizerShard`` says which elements of which parameter a rank owns and gives views of them, so that a checkpoint
+``OptimizerShard`` has views of the elements of each parameter that a rank owns, so that a checkpoint
 keyed by (name, offset, length) can be written and read under any layout.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoints.buffers import Buffers
 from pretrain.deepspeed_compat import flat_partitions, list_shards, torch_optimizer, update_weights
 
 AVERAGE = "average"
@@ -68,6 +69,8 @@ class OptimizerShards:
         fields = list_shards(engine, names) if self.stage else self._assign_parameters(names)
         self.shards = [OptimizerShard(*values) for values in fields]
         """This rank's shards, in the order of the model's parameters."""
+        self.buffers = Buffers(engine.module)
+        """What the network keeps in addition to its parameters."""
         self._prepare_state()
 
     def _prepare_state(self) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.errors import is_lasting
 from pretrain.checkpoints.checkpoint import (
+    BUFFER,
     FORMAT,
     MANIFEST,
     CheckpointDamagedError,
@@ -50,7 +51,7 @@ class Retention:
     every_steps: int | None = None
     """In addition, the first one at or behind every multiple of so many optimizer steps."""
     best: bool = False
-    """In addition, the one with the highest top-1 of those that were evaluated where they stand."""
+    """In addition, the one with the highest top-1 of those that were evaluated at their own step."""
 
 
 class CheckpointWriter:
@@ -87,7 +88,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint was begun whose outcome nobody asked for yet."""
+        """Whether a checkpoint was started whose outcome has not been read yet."""
         return self._thread is not None
 
     def start(self, state: TrainState) -> None:
@@ -134,6 +135,8 @@ class CheckpointWriter:
             for shard in shards:
                 self._buffers[kind][at : at + shard.length].copy_(shard.view(kind, optimizer), non_blocking=on_gpu)
                 at += shard.length
+        for name, buffer in self._shards.buffers.tensors().items():
+            self._buffers[BUFFER + name] = buffer.detach().to("cpu", copy=True).contiguous()
         if on_gpu:
             torch.cuda.current_stream(shards[0].partition.device).synchronize()
 

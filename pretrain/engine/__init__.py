@@ -1,1 +1,1 @@
-"""The engine: DeepSpeed as its configuration and the recipe say, its precision, its optimizers, and the ranks."""
+"""The engine: DeepSpeed, precision, optimizers and ranks."""

@@ -112,7 +112,7 @@ def choose_device(rank: Rank, wanted: str = "auto") -> torch.device:
 def use_deterministic_algorithms() -> str:
     """Let torch compute the same bits on every run; an operation that cannot is an error that names it.
 
-    Call it before the device computes. Returns a line that says so.
+    Call it before the device computes. Returns a line for the log.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is first used
     torch.backends.cudnn.benchmark = False

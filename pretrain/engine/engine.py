@@ -1,4 +1,4 @@
-"""Model, optimizer and DeepSpeed engine, as recipe and DeepSpeed's configuration say."""
+"""Model, optimizer and DeepSpeed engine, from the recipe and DeepSpeed's configuration."""
 
 import logging
 import os
@@ -7,46 +7,55 @@ from typing import Any
 
 import torch
 
-from models import LaViT, create_model
+from models import LaViT, LaViTConfig
+from pretrain.check import architecture
 from pretrain.deepspeed_compat import record_gradient_norm
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
+from pretrain.engine.precision import input_dtype
+from pretrain.factory import cast_statistics, classifier_of, layers_of, notes_on, recompute_activations, spared_names
 from pretrain.noise import start_up_noise
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 
 
-def build_model(recipe: Recipe, num_classes: int) -> LaViT:
+def build_model(recipe: Recipe, num_classes: int) -> Any:
     """The recipe's network with weights drawn from its seed: equal on every rank.
 
+    Returns:
+        a ``LaViT``, or the ``torch.nn.Module`` of ``model.factory``.
+
     Raises:
-        UserError: the variant does not exist, or a field of it makes no sense.
+        UserError: the variant or factory does not exist, a field or argument of it makes no sense, or the network has
+            not what the recipe asks of it.
     """
     torch.manual_seed(recipe.seed)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         logging.getLogger("models").setLevel(logging.ERROR)  # rank 0 logs warnings about the recipe's model
+    config = architecture(recipe, num_classes)
     try:
-        model = create_model(
-            recipe.model.name, num_classes=num_classes, image_size=recipe.data.size, **recipe.model.overrides
-        )
-        model.set_activation_checkpointing(recipe.model.activation_checkpointing)
+        model = LaViT(config) if isinstance(config, LaViTConfig) else config.build()
+        recompute_activations(model, recipe.model.activation_checkpointing)
+        if recipe.probes is not None:
+            classifier_of(model)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"model: {error}") from None
     return model
 
 
 def build_engine(
-    model: LaViT, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device, *, verbose: bool = False
+    model: torch.nn.Module, recipe: Recipe, resolved: ResolvedDeepSpeed, device: torch.device, *, verbose: bool = False
 ) -> tuple[Any, list[str]]:
     """Wrap the model by ``deepspeed.initialize``; the process group must exist. ``verbose`` lets it print all it wants.
 
     Returns:
-        ``deepspeed.DeepSpeedEngine``, which takes what ``LaViT.forward`` takes; and lines about what was chosen.
+        ``deepspeed.DeepSpeedEngine``, which takes what the network's ``forward`` takes; and lines about what was
+        chosen.
 
     Raises:
         UserError: DeepSpeed refuses the configuration for a reason that was not foreseen, or the network cannot be
-            compiled here.
+            compiled here, or its layers are not known.
     """
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
@@ -54,8 +63,12 @@ def build_engine(
     if recipe.deterministic:
         notes.append(use_deterministic_algorithms())
     model.to(device)
-    optimizer, more = build_optimizer(model, section, no_decay=model.no_weight_decay(), layers=model.layer_groups())
+    layers = layers_of(model) if section.layer_decay < 1 else ()
+    optimizer, more = build_optimizer(model, section, no_decay=spared_names(model), layers=layers)
     notes += more
+    if recipe.model.factory is not None:
+        notes += notes_on(model, recipe, input_dtype(resolved.precision))
+        cast_statistics(model, input_dtype(resolved.precision))
     if recipe.model.compile:
         notes.append(_compile(model, resolved.stage, device))
     try:
@@ -70,7 +83,7 @@ def build_engine(
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
 
 
-def _compile(model: LaViT, stage: int, device: torch.device) -> str:
+def _compile(model: torch.nn.Module, stage: int, device: torch.device) -> str:
     """Compile the network in place: its parameters keep their names, and checkpoints fit either way."""
     if stage == 3:
         raise UserError(
@@ -82,14 +95,14 @@ def _compile(model: LaViT, stage: int, device: torch.device) -> str:
     return "compiled by torch.compile: the first steps take minutes"
 
 
-def compile_forward(model: LaViT) -> None:
+def compile_forward(model: torch.nn.Module) -> None:
     """Compile a network's forward pass in place, one graph for each size of a batch.
 
     Left to itself torch compiles whatever batch comes second for any size, and a run that resumes may evaluate before
     it trains.
     """
     # Of nn.Module.compile the graph would hold DeepSpeed's hooks, which read clocks.
-    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign, assignment]
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
 
 def compilation_error(error: Exception) -> UserError | None:
@@ -103,7 +116,7 @@ def compilation_error(error: Exception) -> UserError | None:
 
 
 def _require_compilers(device: torch.device) -> None:
-    """See that what inductor compiles with is there; else every rank would say so at length, in the first step."""
+    """Check that inductor's compiler is there; else every rank would raise a long error in the first step."""
     if device.type == "cuda":
         _require_triton()
     if device.type == "cpu":

@@ -33,7 +33,7 @@ def build_optimizer(
         layers: names of all parameters in the order of depth, for ``layer_decay``.
 
     Returns:
-        the optimizer, whose groups have ``lr_scale`` beside torch's own keys (the learning rate is set before every
+        the optimizer, whose groups have ``lr_scale`` and torch's own keys (the learning rate is set before every
         step; the one given here is never used), and lines about what was chosen.
 
     Raises:
@@ -64,7 +64,7 @@ def parameter_groups(
     last layer, the head, has all of it.
 
     Raises:
-        ValueError: a spared name does not exist, or a parameter stands in no layer or in two.
+        ValueError: a spared name does not exist, or a parameter is in no layer or in two.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if unknown := no_decay - {name for name, _ in model.named_parameters()}:
@@ -74,7 +74,7 @@ def parameter_groups(
     else:
         depths = [list(layer) for layer in layers]
         if sorted(name for layer in depths for name in layer) != sorted(name for name, _ in model.named_parameters()):
-            raise ValueError("layers: every parameter of the model must stand in exactly one of them")
+            raise ValueError("layers: every parameter of the model must be in exactly one of them")
     groups = []
     for above, layer in zip(range(len(depths) - 1, -1, -1), depths, strict=True):
         for spared in (False, True):
@@ -109,7 +109,7 @@ def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torc
         try:
             # It clips by itself at 1.0 unless set otherwise; clipping is set once, in ds_config.json.
             optimizer = fused(groups, bias_correction=False, max_grad_norm=math.inf, **options)
-        except (ImportError, RuntimeError) as error:  # apex says so only when the optimizer is constructed
+        except (ImportError, RuntimeError) as error:  # apex raises only when the optimizer is constructed
             problem = f"NVIDIA's apex is installed without its CUDA extensions ({' '.join(str(error).split())})"
         else:
             return optimizer, "LAMB: FusedLAMB of NVIDIA's apex (it is installed)"

@@ -15,7 +15,7 @@ def choose_precision(
 ) -> tuple[Precision, list[str]]:
     """Decide which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
 
-    ``bf16`` and ``fp16`` store and compute the model in 16 bits beside fp32 masters; ``torch_autocast`` keeps its
+    ``bf16`` and ``fp16`` store and compute the model in 16 bits with fp32 masters; ``torch_autocast`` keeps its
     weights in fp32 and computes matrix products and convolutions in bfloat16.
 
     Args:

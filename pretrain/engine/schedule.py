@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipeline.mixing import MixingDraw, draw_mixing
-from models import LaViT
 from pretrain.engine.optimizers import peak_learning_rate
 from pretrain.recipe import Recipe, ScheduleSection
 from pretrain.state import TrainState
@@ -73,17 +73,17 @@ class StepDraw:
     """(branches, m), as `drop_path_uniforms` returns it."""
 
 
-def draw_step(recipe: Recipe, model: LaViT, step: int, rows: np.ndarray) -> StepDraw:
+def draw_step(recipe: Recipe, model: Any, step: int, rows: np.ndarray) -> StepDraw:
     """Draw mixing and drop path; a function of recipe, network, step and rows of the global batch only.
 
     Args:
         recipe: with seed, mixing and image size.
-        model: the network whose residual branches may be skipped.
+        model: the LaViT whose residual branches may be skipped; another network draws its random numbers itself.
         step: optimizer step, from 0.
         rows: (m,) rows of the global batch.
     """
     uniforms = None
-    if model.config.drop_path > 0:
+    if recipe.model.factory is None and model.config.drop_path > 0:
         uniforms = drop_path_uniforms(recipe.seed, step, rows, branches=model.num_drop_paths)
     mixing = draw_mixing(recipe.mixing, seed=recipe.seed, step=step, rows=rows, size=recipe.data.size)
     return StepDraw(mixing, uniforms)
@@ -123,6 +123,6 @@ class Schedule:
         )
 
     def passed(self, every_epochs: float, last: int, state: TrainState) -> bool:
-        """Whether a multiple of ``every_epochs``, or the end, lies between ``last`` (samples seen) and ``state``."""
+        """Whether a multiple of ``every_epochs``, or the end, is between ``last`` (samples seen) and ``state``."""
         interval, seen = every_epochs * self.epoch_size, state.samples_seen
         return seen // interval > last // interval or (state.step >= self.total_steps and last < seen)

@@ -73,7 +73,7 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
         return ClassMatch(columns, "by id, in another order", tuple(warnings))
     warnings.append(
         f"the data has {count} of the hand-off's {config.num_classes} classes, matched by id; the scores of the others "
-        "are left out, which is an easier task than choosing among all"
+        "are left out, which is an easier task than choosing from all classes"
     )
     return ClassMatch(columns, f"by id, {count} of {config.num_classes}", tuple(warnings))
 

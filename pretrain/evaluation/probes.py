@@ -19,8 +19,8 @@ from data_pipeline.batch import to_device
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
-from models import LaViT
 from pretrain.engine.distributed import gather_rows
+from pretrain.factory import classifier_of
 from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.outcome import UserError
 from pretrain.recipe import ProbesSection
@@ -97,7 +97,7 @@ class Probes:
         """Probe the weights as they are. Collective; every rank makes the same number of forward passes.
 
         Args:
-            engine: ``deepspeed.DeepSpeedEngine`` of a LaViT; is left in training mode.
+            engine: ``deepspeed.DeepSpeedEngine``; is left in training mode.
             dtype: what it computes in.
             stop: polled at every batch; must return the same on all ranks.
 
@@ -233,14 +233,14 @@ def fit_linear(
 
 
 @contextmanager
-def _what_the_head_reads(model: LaViT) -> Iterator[list[Tensor]]:
+def _what_the_head_reads(model: torch.nn.Module) -> Iterator[list[Tensor]]:
     """Collect the pooled features of every forward pass within the block."""
     read: list[Tensor] = []
     compiled = vars(model).pop("forward", None)  # a compiled graph would not call the hook
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    hook = classifier_of(model).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(1)))
     try:
         yield read
     finally:
         hook.remove()
         if compiled is not None:
-            model.forward = compiled  # type: ignore[method-assign]
+            model.forward = compiled

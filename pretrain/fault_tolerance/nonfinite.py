@@ -48,26 +48,26 @@ class NonFiniteSteps:
         elif self._stage == 0:
             self._optimizer.register_step_pre_hook(self._drop_gradients)
 
-    def note_step(self) -> torch.Tensor | bool:
+    def note_step(self) -> bool | torch.Tensor:
         """Remember whether the step just taken was skipped; called after every step of the optimizer.
 
         Returns:
-            whether it was, on the device where the host does not know yet.
+            whether it was; on the device where the host does not wait for it.
         """
         if self.waits:
             skipped = self._engine.skipped_steps + self._dropped
-            self._reported, was_skipped = skipped, skipped > self._reported
-            self._flags.append(was_skipped)
+            self._flags.append(was_skipped := skipped > self._reported)
+            self._reported = skipped
             return was_skipped
         assert self._nonfinite is not None, "the optimizer took no step"
-        event, on_device = None, self._nonfinite
-        if self._nonfinite.is_cuda:
-            self._nonfinite = self._nonfinite.to("cpu", non_blocking=True)  # pinned; readable after the event
+        there, self._nonfinite = self._nonfinite, None
+        here, event = there, None
+        if there.is_cuda:
+            here = there.to("cpu", non_blocking=True)  # pinned; readable after the event
             event = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to the decoders
             event.record()
-        self._flags.append((self._nonfinite, event))
-        self._nonfinite = None
-        return on_device
+        self._flags.append((here, event))
+        return there
 
     def skipped(self, *, skip_last: int = 0) -> list[bool]:
         """Whether each step noted and not asked for yet was skipped, oldest first; the same on every rank.

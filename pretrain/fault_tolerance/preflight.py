@@ -189,7 +189,7 @@ def slow_ones(measured: list[Measured]) -> tuple[list[str], list[str]]:
 
     Returns:
         warnings, and the slow nodes: those that compute slowly, or whose links to both neighbors are slow. A single
-        slow link does not tell which of its ends is slow.
+        slow link does not show which of its ends is slow.
     """
     links: list[tuple[str, str, float]] = []
     crossing = [

@@ -69,7 +69,7 @@ def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
     A launcher gives its process id in LAUNCHER_PID; ``torchrun`` and ``deepspeed`` are found by their commands. The
     latter is two processes: ``deepspeed`` itself, which dies of SIGTERM without telling anyone, and its child, which
     starts the ranks.
-    If it is gone nobody waits for this rank any more: it saves and ends. After ``grace_s`` seconds it ends without
+    If it is gone nothing waits for this rank any more: it saves and exits. After ``grace_s`` seconds it ends without
     having saved.
     """
     starter = os.environ.get("LAUNCHER_PID")
@@ -93,7 +93,7 @@ def watch_launcher(flag: StopFlag, *, grace_s: float = 120.0) -> None:
             select.select(descriptors, [], [])
         flag.request("the launcher died")
         threading.Event().wait(grace_s)
-        os.write(2, b"the launcher died and saving hangs: ending unsaved\n")
+        os.write(2, b"the launcher died and saving hangs: exiting without saving\n")
         os._exit(ExitCode.RETRY)
 
     threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

@@ -41,7 +41,7 @@ class LossLevel:
     """The running level of the loss: median and scaled median absolute deviation of the last ``WINDOW`` steps.
 
     Both ignore up to half of the values, so a spike does not raise the limit for the next one; a level that stays high
-    becomes the level. It begins anew after a restart.
+    becomes the level. It starts over after a restart.
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ WRITE_LIMIT_S = 20.0
 EXIT_DELAY_S = 5.0
 """The first rank to notice waits so long before it ends, since the launcher then ends the others."""
 REPORT_FIRST_S = 60.0
-"""Collectives may take so much longer than the limit: their own error would not say where the other ranks are."""
+"""Collectives may take so much longer than the limit: their own error does not name the phase of the other ranks."""
 
 
 class Watchdog:
@@ -59,7 +59,7 @@ class Watchdog:
 
     @property
     def phase(self) -> str:
-        """What this rank does, as the last ``beat`` said."""
+        """What this rank does, from the last ``beat``."""
         return self._beat[1]
 
     def close(self) -> None:

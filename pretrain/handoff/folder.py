@@ -19,6 +19,7 @@ from safetensors.torch import load, save_file
 
 from data_pipeline.files import write_atomically
 from models import LaViT, LaViTConfig
+from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff import transformers_files
@@ -62,7 +63,7 @@ class HandoffConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: dict[str, Any]
-    """``LaViTConfig`` as a dictionary."""
+    """``LaViTConfig`` as a dictionary; of a network with a "factory", ``FactoryConfig``."""
     num_classes: int
     class_names: list[str]
     """Readable names, in the order of the logits."""
@@ -160,21 +161,32 @@ def write_handoff(folder: Path, weights: dict[str, torch.Tensor], content: dict[
         ) from None
 
 
-def load_handoff(source: Path | str) -> tuple[LaViT, HandoffConfig]:
-    """Build the model of a hand-off, in evaluation mode on the CPU.
+def load_handoff(
+    source: Path | str, *, factory: Factory | None = None, trust_factory: bool = False
+) -> tuple[Any, HandoffConfig]:
+    """Build the model of a hand-off, in evaluation mode on the CPU: a ``LaViT``, or the network of a factory.
 
     Args:
         source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is not a folder: a
             repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
+        factory: the callable that builds the network, where it is no LaViT; it gets the hand-off's arguments.
+        trust_factory: import the callable that the hand-off names instead.
 
     Raises:
-        UserError: no hand-off, unfinished, or its files do not belong together.
+        UserError: no hand-off, unfinished, or its files do not belong together; or the network is that of a factory,
+            and neither of both is given.
     """
     config, weights = read_handoff(source)
     try:
-        model = LaViT(LaViTConfig.from_dict(config.architecture))
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        if "factory" in config.architecture:
+            require_trust(config.architecture, source, trusted=trust_factory or factory is not None)
+            name, arguments = config.architecture["factory"], config.architecture["arguments"]
+            model: Any = FactoryConfig(name, arguments, config.num_classes, config.input.size).build(factory)
+            load_state(model, weights)
+        else:
+            model = LaViT(LaViTConfig.from_dict(config.architecture))
+            model.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: {WEIGHTS} and {CONFIG} do not fit: {_one_line(error)}") from None
     return model.eval(), config
 

@@ -10,6 +10,22 @@ from data_pipeline.errors import printable
 _SHOWN = 10
 """Classes that the card names; ``config.json`` has all."""
 _WEIGHTS = {"raw": "those of the last step", "average": "their exponential moving average (EMA)"}
+_LAVIT = "LaViT (Less-Attention Vision Transformer, arXiv 2406.00427)"
+_TRANSFORMERS = """\
+With torch, transformers and Pillow; `trust_remote_code=True` runs the Python files of this folder.
+{rectangle}
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+source = "PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"
+model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(source)
+pixels = processor(image, return_tensors="pt").pixel_values  # of an image of Pillow
+logits, maps = model(pixels).logits, model.forward_features(pixels)  # four maps, (batch, C, H, W)
+pipeline("image-classification", model=source, trust_remote_code=True)(image)
+```
+
+"""
 _RECTANGLE = """
 transformers has no image processor that cuts a rectangle out of the center, so there is none here: below, `processor`
 and `pipeline` do not work. `input` in `config.json` states how to make `pixels`.
@@ -32,13 +48,14 @@ def model_card(
     network, name, split = map(
         _escaped, (content["architecture"]["name"], dataset["name"], recipe["data"]["val_split"])
     )
-    size = data["image_size"]
+    size, own = data["image_size"], "factory" not in content["architecture"]
+    rectangle = "" if isinstance(size, int) or size[0] == size[1] else _RECTANGLE
     return f"""---
 {yaml.safe_dump(_front_matter(content, license_id), sort_keys=False, allow_unicode=True).strip()}
 ---
 # {_escaped(recipe["name"])}: {network} on {name}
 
-LaViT (Less-Attention Vision Transformer, arXiv 2406.00427) for {content["num_classes"]} classes
+{_LAVIT if own else f"The network that {network} builds,"} for {content["num_classes"]} classes
 ({_classes(content["class_names"])}). The weights are {_WEIGHTS[content["weights"]]}, in fp32.
 
 ## Training
@@ -74,25 +91,14 @@ Measured during training after {evaluated_at:,} images, in the precision of trai
 
 ## Use
 
-With torch, transformers and Pillow; `trust_remote_code=True` runs the Python files of this folder.
-{"" if isinstance(size, int) or size[0] == size[1] else _RECTANGLE}
-```python
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-
-source = "PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"
-model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(source)
-pixels = processor(image, return_tensors="pt").pixel_values  # of an image of Pillow
-logits, maps = model(pixels).logits, model.forward_features(pixels)  # four maps, (batch, C, H, W)
-pipeline("image-classification", model=source, trust_remote_code=True)(image)
-```
-
-With the project that trained it, which checks the digests in `config.json` and runs no code of this folder:
+{_TRANSFORMERS.format(rectangle=rectangle) if own else ""}\
+With the project that trained it, which checks the digests in `config.json` and runs no code of this folder\
+{"" if own else f"; factory is the callable that builds the network, {network}"}:
 
 ```python
 from pretrain.handoff import load_handoff
 
-model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME")
+model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"{"" if own else ", factory=CALLABLE"})
 logits = model(images)  # (batch, 3, H, W) in 0..1, normalized by config.input.mean and std -> (batch, classes)
 ```
 """
@@ -106,8 +112,11 @@ def _classes(names: list[str]) -> str:
 def _settings(recipe: dict[str, Any]) -> str:
     """What the recipe states about training as YAML, each text in one line, without what is off or not read."""
     chosen = {name: recipe.get(name) for name in ("mixing", "loss", "optimizer", "ema", "schedule")}
-    chosen = {"model": recipe.get("model", {}).get("overrides"), "augment": recipe["data"].get("augment")} | chosen
-    unread = ("betas", "eps") if (chosen["optimizer"] or {}).get("kind") == "sgd" else ("momentum",)
+    model = recipe.get("model", {})
+    settings = model.get("overrides") or model.get("arguments")
+    chosen = {"model": settings, "augment": recipe["data"].get("augment")} | chosen
+    unread = {"betas", "eps"} if (chosen["optimizer"] or {}).get("kind") == "sgd" else {"momentum"}
+    unread |= {"diagonality_weight", "diagonality_ramp_epochs", "diagonality_form"} if model.get("factory") else set()
 
     def on(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -154,15 +163,17 @@ def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
         {"type": "accuracy", "name": "top-5 accuracy, percent", "value": round(metrics["top5"], 4)},
         {"type": "loss", "name": "cross-entropy, nats", "value": round(metrics["loss"], 6)},
     ]
+    own = "factory" not in content["architecture"]
+    of_lavit = ("custom_code", "lavit", content["architecture"]["name"], "arxiv:2406.00427") if own else ()
     result = {
         "task": {"type": "image-classification", "name": "Image Classification"},
         "dataset": {"type": name, "name": name, "split": printable(recipe["data"]["val_split"])},
         "metrics": measured,
     }
     return {
-        "library_name": "transformers",
+        "library_name": "transformers" if own else "lavit-pretrain",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "custom_code", "lavit", content["architecture"]["name"], "arxiv:2406.00427"],
+        "tags": ["image-classification", *of_lavit],
         "license": license_id,
         "datasets": [name],
         "metrics": ["accuracy"],

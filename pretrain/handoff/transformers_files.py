@@ -23,8 +23,9 @@ FIELDS = ("model_type", "architectures", "auto_map", "id2label", "label2id")
 
 
 def files(config: "HandoffConfig") -> dict[str, bytes]:
-    """Files that are written beside weights, config and card: name to content."""
-    written = {name: (Path(models.__file__).parent / name).read_bytes() for name in CODE}
+    """Files that are written beside weights, config and card: name to content. The code is that of a LaViT only."""
+    code = () if "factory" in config.architecture else CODE
+    written = {name: (Path(models.__file__).parent / name).read_bytes() for name in code}
     height, width = config.input.size
     if height == width:  # no image processor of the library covers a rectangle and crops its center
         written[PREPROCESSOR] = (json.dumps(_preprocessor(config), indent=2) + "\n").encode()
@@ -32,7 +33,9 @@ def files(config: "HandoffConfig") -> dict[str, bytes]:
 
 
 def fields(config: "HandoffConfig") -> dict[str, Any]:
-    """The values of ``FIELDS``. A name that several classes share is followed by the class id, to be unique."""
+    """The values of ``FIELDS``, for a LaViT. A name that several classes share is followed by its id, to be unique."""
+    if "factory" in config.architecture:
+        return {}
     module, count = Path(CODE[0]).stem, Counter(config.class_names)
     ids = config.class_ids or [str(label) for label in range(config.num_classes)]
     names = [

@@ -64,14 +64,15 @@ class Monitor:
     """Measures one rank. Losses are summed on the device, so that no step waits for it.
 
     Args:
-        engine: ``deepspeed.DeepSpeedEngine`` of a LaViT.
+        engine: ``deepspeed.DeepSpeedEngine``.
         shards: of the engine.
         device: of this rank.
         precision: what the engine computes in.
-        attention_images: images whose attention is measured and drawn; 0 for none.
+        attention_images: images whose attention is measured and drawn; 0 for none, as for other networks than LaViT.
         data: how the images were made, to show them as they were.
         class_names: captions of the training images, by label.
         show_batch: keep the next training batch, to show it.
+        macs: multiply-accumulates of one image; None counts those of a LaViT.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class Monitor:
         data: InputConfig,
         class_names: tuple[str, ...],
         show_batch: bool = False,
+        macs: int | None = None,
     ) -> None:
         self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
-        self._flops, self._peak = model_flops_per_image(count_macs(engine.module.config)), peak_of(device, precision)
+        self._flops = model_flops_per_image(count_macs(engine.module.config) if macs is None else macs)
+        self._peak = peak_of(device, precision)
         self._attention, self._names = AttentionWatch(attention_images), class_names
         self.norms = PartNorms(shards)
         self.timer = StepTimer(device)

@@ -1,5 +1,6 @@
 """Norms of gradients and weights, for each part of the network, at any ZeRO stage."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,15 @@ EMBED, HEAD = "embed", "head"
 
 
 def part_of(name: str) -> str:
-    """The part of a LaViT that a parameter belongs to: "embed", "stage1" to "stage4" or "head".
+    """The part of a network that a parameter belongs to; for a LaViT "embed", "stage1" to "stage4" or "head".
 
-    The embedding of stages 2 to 4 belongs to its stage; the final norm and the pool belong to the head.
+    The embedding of stages 2 to 4 belongs to its stage; the final norm and the pool belong to the head. Of other
+    networks it is the module or parameter of the outermost level.
     """
-    first, *rest = name.split(".")
-    if first != "stages":
-        return HEAD
-    return EMBED if rest[0] == "0" and rest[1] != "blocks" else f"stage{int(rest[0]) + 1}"
+    if found := re.match(r"stages\.(\d+)\.(\w+)", name):
+        return EMBED if found[1] == "0" and found[2] != "blocks" else f"stage{int(found[1]) + 1}"
+    first = name.partition(".")[0]
+    return HEAD if first in {"norm", "pool"} else first
 
 
 class PartNorms:
@@ -36,7 +38,7 @@ class PartNorms:
         self._shards = shards
         self.wanted = False
         """Whether the optimizer's next step measures the gradients."""
-        self.parts = [EMBED, *sorted({part_of(name) for name in shards.names} - {EMBED, HEAD}), HEAD]
+        self.parts = list(dict.fromkeys(map(part_of, shards.names)))
         """Names of the parts, in the order of the network."""
         self._by_partition: dict[int, list[OptimizerShard]] = {}
         for shard in shards.shards:

@@ -71,7 +71,7 @@ class StepProfiler:
         return self._end(timer) if step == self.last and self._profile is not None else ""
 
     def abandon(self) -> str:
-        """End without a result where a stop came between; a line to say, or ""."""
+        """End without a result if a stop came first; a line for the log, or ""."""
         if self._profile is None:
             return ""
         self._span.close()

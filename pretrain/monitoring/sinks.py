@@ -51,7 +51,7 @@ class TensorBoard:
     """Event files for ``tensorboard --logdir``, opened by the first measurement.
 
     Args:
-        folder: where they lie; those of previous attempts stay.
+        folder: where they are; those of previous attempts stay.
         purge_from: whatever they hold at so many samples seen or more is no longer shown.
     """
 
@@ -215,7 +215,7 @@ class ForwardOnly:
 
 
 class Guarded:
-    """Several sinks as one that never raises: one that fails is given up, with a warning.
+    """Several sinks as one that never raises: one that fails is abandoned, with a warning.
 
     Args:
         sinks: by the name that users know.

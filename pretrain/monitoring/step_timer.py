@@ -18,7 +18,7 @@ MARKS = 1024
 class StepTimer:
     """Splits the time of an interval's steps into phases, on the device's own clock where it is a GPU.
 
-    There the host runs ahead of the device, so its clock says nothing about the device's work: an event is put into the
+    There the host runs ahead of the device, so its clock does not measure the device's work: an event is put into the
     stream at every change of phase, and the events are read when they are over. The phase "data" is then the time that
     the device had nothing to do because data were missing.
     """

@@ -89,7 +89,7 @@ def test_shares_follow_the_beta_distribution():
 
 @pytest.mark.parametrize("rows", [np.arange(1, 5), np.arange(3), np.array([0, 2])], ids=str)
 def test_rows_that_are_not_whole_pairs_are_refused(rows):
-    with pytest.raises(DataError, match="whole pairs"):
+    with pytest.raises(DataError, match="complete pairs"):
         mixed(BOTH, rows)
 
 

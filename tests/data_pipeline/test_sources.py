@@ -176,8 +176,8 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["IN", "IN/out"], "lies in"),
-        (["IN", "IN"], "lies in"),
+        (["IN", "IN/out"], "is inside"),
+        (["IN", "IN"], "is inside"),
         (["IN/ant", "OUT"], "has no class folders"),
         (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "--classes does not go with a folder of images"),
         (["IN", "OUT", "--label-key", "y"], "--label-key does not go with"),
@@ -255,7 +255,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
         (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
         (("train/ant", "Train/ant"), None, "both"),
         (("train/ant", "cow", "dog"), None, "images as in a class"),
-        (("test", "train"), None, "lie in no class folder"),
+        (("test", "train"), None, "are in no class folder"),
         (("training_set/ant", "test_set/ant"), None, {"train", "test"}),
         (("train_station", "test-tube", "cup"), None, {"train"}),
         (("ds/train/ant", "ds/val/ant"), None, "name"),

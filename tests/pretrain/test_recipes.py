@@ -1,4 +1,4 @@
-"""Every recipe that is shipped can be started: it loads, its network is built, its batch cut, its schedule adds up."""
+"""Every recipe for ImageNet can be started: it loads, its network is built, its batch divided, its schedule adds up."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,22 @@ from pretrain.engine.schedule import count_steps
 from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem != "demo")
+TIMM = "in1k_timm_example"
+FOR_A_CPU = {"demo", "template", "fashion_mnist_lavit"}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if path.stem not in {*FOR_A_CPU, TIMM})
 CLASSES_AND_IMAGES = {
     "data/imagenet-1k": (1_000, 1_281_167),
     "data/imagenet-21k": (21_841, 14_197_122),
     "data/imagenet-21k-p": (10_450, 11_060_223),
 }
+
+
+@pytest.mark.parametrize("name", sorted(FOR_A_CPU))
+def test_a_recipe_for_a_cpu_loads_and_its_head_has_the_command(name: str) -> None:
+    path = ROOT / f"recipes/{name}.yaml"
+    assert load_recipe(path).name == {"template": "mine"}.get(name, name)
+    command = f"pretrain/main.py --recipe recipes/{'mine' if name == 'template' else name}.yaml"
+    assert command in path.read_text().partition("\nname:")[0]
 
 
 def test_there_is_one_for_each_size_and_purpose() -> None:
@@ -77,3 +87,16 @@ def test_a_recipe_begins_with_the_handoff_of_another_one_for_the_same_network(na
     assert source.model.name == recipe.model.name
     assert {**source.model.overrides, "drop_path": 0} == {**recipe.model.overrides, "drop_path": 0}
     assert (source.data.mean, source.data.std) == (recipe.data.mean, recipe.data.std)
+
+
+def test_the_example_with_a_network_of_timm_can_be_started_and_its_head_is_true() -> None:
+    path = ROOT / f"recipes/{TIMM}.yaml"
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.model.factory) == (TIMM, "timm:create_model")
+    config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
+    resolved = resolve_for(recipe, config, world_size=8, has_gpu=True, has_bf16_gpu=True)
+    assert resolved.precision == "bf16 autocast", "its running statistics are to stay in fp32"
+    steps = count_steps(recipe.schedule, epoch_size=1_281_167, global_batch=1024)
+    head = re.sub(r"\n#\s+", " ", path.read_text().split("\nname:")[0])
+    for fact in (f"{steps:,} steps", f"their {1024 * steps:,} images", "not run", f"--recipe recipes/{TIMM}.yaml"):
+        assert fact in head

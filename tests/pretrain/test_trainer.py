@@ -40,7 +40,8 @@ def trainer() -> Any:
     )
     made.__dict__ |= {part: mock.Mock() for part in parts} | {
         "recipe": recipe, "schedule": Schedule(recipe, 100, 100), "batch": SimpleNamespace(global_batch=100),
-        "state": TrainState(), "dtype": None, "optimizer_shards": mock.Mock(averaged_weights=nullcontext),
+        "state": TrainState(), "dtype": None,
+        "optimizer_shards": mock.Mock(averaged_weights=nullcontext, buffers=mock.Mock(averaged=nullcontext)),
         "monitor": mock.Mock(excluded=nullcontext, attention=lambda: None),
     }  # fmt: skip
     made.probes.section = recipe.probes

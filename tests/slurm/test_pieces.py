@@ -149,7 +149,7 @@ def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkey
     monkeypatch.setattr(scheduler, "submit", submit)
     monkeypatch.setattr(scheduler, "queue", lambda retry_s: queue)
     assert release.release(folder, before).endswith("is submitted again as job 8")
-    assert told == [f"{folder.run}: another slurm.release is at it"]
+    assert told == [f"{folder.run}: another slurm.release is resubmitting it"]
     assert release.release(folder, before) == "", "one that had asked Slurm before"
     assert submitted == [(folder.script("7"), ())]
 
@@ -271,7 +271,7 @@ def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_res
     assert status_of(folder.run, None).state == "running"
     History(folder.history).end(attempt, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
     status = status_of(folder.run, None)
-    assert (status.state, status.why) == ("restarting", "rank 0 on a: broken; Slurm could not be asked")
+    assert (status.state, status.why) == ("restarting", "rank 0 on a: broken; Slurm did not answer")
 
 
 def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_run_that_was_started_by_hand_and_died_is_told_as_lost(tmp_path: Path)
     assert find_runs(tmp_path / "runs") == [run]
     status = status_of(run, {})
     assert (status.state, status.step) == ("lost", 7)
-    assert "no process of here holds the run" in status.why
+    assert "no process of here holds the lock" in status.why
 
 
 def test_the_table_has_a_row_for_each_run_whatever_its_files_and_reasons_hold(

@@ -75,7 +75,7 @@ def killed_run(folder: Path, data: Path, chance: random.Random, *, steps: int) -
 
 
 def clean(folder: Path, data: Path, *, runs: int, seed: int) -> Counter[str]:
-    """Replay as many killed runs, each on two numbers of ranks; asserts that nothing differs. Counts of steps."""
+    """Replay so many killed runs, each on two numbers of ranks; asserts that none differs. Returns counts of steps."""
     chance, counts, steps = random.Random(seed), Counter[str](), 4 * HALF
     for number in range(runs):
         attempts = killed_run(folder / str(number), data, chance, steps=steps)

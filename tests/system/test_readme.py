@@ -1,7 +1,8 @@
-"""The commands and snippets of the README, and the snippets of the pages, run as written."""
+"""The commands of the README and the first ones of each page, and the snippets of all, run as written."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,48 +11,63 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
-from tests.pages import ROOT, snippets
+from tests.pages import ROOT, SITE, blocks, snippets
 from tests.system.launching import changes
 
 pytestmark = pytest.mark.slow
+QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
-    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html", "N": "8",
-    "ID": "apache-2.0", "real.json": "data/real.json",
+    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
+    "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0", "A:B": "0:2",
 }  # fmt: skip
 """What stands in for the words in capitals."""
-ELSEWHERE = ("slurm.", "pretrain.evaluate RUN_OR_HANDOFF --data DEST [--split val] --real", "examples.")
-"""Run by tests/slurm, test_evaluation.py and tests/examples."""
+ELSEWHERE = ("slurm.", "examples.", "demo-cnn", "downloads/imagenet", "my_images", "--steps 300:")
+"""Run by tests of their own, or below; step 300 is beyond the run that stands in for the demo."""
 
 
 def commands() -> list[str]:
-    """``python``, ``deepspeed`` and ``torchrun`` commands of the README, with the optional parts, each once."""
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"`((?:python|deepspeed) [^`]+)`", text)
-    found += re.findall(r"^ {4}((?:python|deepspeed|torchrun) .*?)(?: {2,}.*)?$", text, re.MULTILINE)
+    """``python``, ``deepspeed`` and ``torchrun`` commands of the README and the first ones of each page, each once."""
+    readme = ROOT / "README.md"
+    found = re.findall(r"`((?:python|deepspeed) [^`]+)`", readme.read_text())
+    shown = [block for block in blocks(readme, "bash") if "my_images" not in block]
+    shown += [blocks(page, "bash")[0] for page in SITE] + blocks(QUICKSTART, "bash")
+    lines = re.sub(r" *\\\n *", " ", "".join(shown))
+    found += re.findall(r"^((?:python|deepspeed|torchrun) .*?)(?: {2,}#.*)?$", lines, re.MULTILINE)
     complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
     return [one for one in complete if not any(name in one for name in ELSEWHERE)]
 
 
 def words_of(command: str) -> list[str]:
-    text = re.sub(r"\[(--real [^]]*|[^]]*\.\.\.)\]", "", command)
-    return [EXAMPLES.get(word, word) for word in re.sub(r"[\[\]]|\.\.\.", " ", text).split()]
+    text = re.sub(r"\[[^]]*\.\.\.\]", "", command)
+    return [EXAMPLES.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", " ", text))]
 
 
 def runnable(language: str) -> list[tuple[str, str]]:
-    """Snippets but for those of timm and torchvision, which test_timm_handoff.py runs."""
-    return [(page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision", block)]
+    """Snippets except those of other packages, which test_timm_handoff.py and test_hub.py run."""
+    return [
+        (page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision|transformers", block)
+    ]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: Path) -> Path:
     """A folder laid out like the repository after ``make demo``."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("data_pipeline", "examples", "models", "pretrain", "recipes", "slurm", "ds_config.json"):
+    for name in ("data_pipeline", "examples", "models", "pretrain", "slurm", "ds_config.json"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     (folder / "data").mkdir()
     shutil.copytree(digits, folder / "data/digits")
     shutil.copytree(straight, folder / "runs/demo")
@@ -60,17 +76,33 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: P
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-    }  # fmt: skip
     words = words_of(command)
     if words[0] == "deepspeed":
-        words[1:1] = ["--num_accelerators", "2", "--master_port", str(free_port())]
+        accelerators = [] if "--num_accelerators" in words else ["--num_accelerators", "2"]
+        words[1:1] = [*accelerators, "--master_port", str(free_port())]
     if "pretrain/main.py" in words:
-        words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{words[0]}")
-    ended = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{commands().index(command)}")
+    ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_lines_about_own_images_run_as_written(checkout: Path) -> None:
+    for number in range(120):
+        image = checkout / f"my_images/class{number % 3}/{number}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), (80 * (number % 3), number, 90)).save(image)
+    (block,) = (block for block in blocks(ROOT / "README.md", "bash") if "my_images" in block)
+    lines = [line.partition("  #")[0].split() for line in block.splitlines() if not line.startswith("tensorboard")]
+    assert len(lines) == 5
+    for line in lines:
+        words = [*line]
+        if words[0] == "deepspeed":
+            words[1:1] = ["--master_port", str(free_port())]
+            words += changes(schedule__epochs=0.5, schedule__warmup_epochs=0)
+        ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert {path.name for path in (checkout / "runs/mine").iterdir()} >= {"evaluation", "handoff", "tensorboard"}
+    assert (checkout / "preview.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(("page", "code"), runnable("python"))
