@@ -2,12 +2,14 @@
 N ?= 100
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTHON ?= python3
+EXTRAS ?= remote,dev,docs
+WHEELHOUSE ?= wheelhouse
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-.PHONY: setup demo test test-system test-cluster test-all soak bench lint docs clean
+.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak bench lint docs clean
 setup: $(STAMP)
 
 # pip's progress is shown on a terminal and left out of logs.
@@ -17,8 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages pinned in constraints.txt into $(VENV) (a few minutes)"
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[remote,dev,docs]'
+	    DS_BUILD_OPS=0 $(BIN)/pip install $$quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
+
+# Wheels of all that `make setup` installs, for machines without internet with the same Python and build of torch. There:
+# PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheelhouse make setup
+wheelhouse:
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --constraint constraints.txt --wheel-dir $(WHEELHOUSE) '.[$(EXTRAS)]'
+	rm -f $(WHEELHOUSE)/lavit_pretrain-*.whl
 
 # With SIGINT ignored here, `deepspeed` waits while the ranks save and exit: Ctrl-C stops the run cleanly.
 demo: setup

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,11 @@ GIL_FREE = (os.pread, os.preadv, os.posix_fadvise, os.dup, os.open, os.close, zl
 _MEAN, _STD = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def build_shards(folder: Path, count: int) -> Path:
-    """Build a dataset of photographs cut from scikit-learn's two and resized, alike in both splits; its folder."""
+def build_shards(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = (PHOTOGRAPH,)) -> Path:
+    """Build a dataset of photographs cut from scikit-learn's two and resized, alike in both splits; its folder.
+
+    Their sizes, width and height in pixels, are taken in turn.
+    """
     rng = np.random.default_rng(0)
     images = [Image.fromarray(array) for array in load_sample_images().images]
     for number in range(count):
@@ -64,7 +67,8 @@ def build_shards(folder: Path, count: int) -> Path:
         place = folder / f"photos/class{number % 10}"
         place.mkdir(parents=True, exist_ok=True)
         box = (left, top, left + width, min(top + height, image.height))
-        image.crop(box).resize(PHOTOGRAPH, Image.Resampling.LANCZOS).save(place / f"{number}.jpg", quality=92)
+        resized = image.crop(box).resize(sizes[number % len(sizes)], Image.Resampling.LANCZOS)
+        resized.save(place / f"{number}.jpg", quality=92)
     for split in ("train", "val"):
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             if build([str(folder / "photos"), str(folder / "shards"), "--split", split]):
@@ -75,13 +79,12 @@ def build_shards(folder: Path, count: int) -> Path:
 def ours(folder: Path, device: torch.device, batch: int, **settings: Any) -> Iterator[torch.Tensor]:
     """Batches of our loader, with settings of its ``InputConfig``."""
     augment = AugmentConfig(random_resized_crop=RandomResizedCropConfig(), horizontal_flip=0.5)
-    config = InputConfig(path=folder, interpolation="bilinear", augment=augment, **settings)
+    config = InputConfig(path=folder, **{"interpolation": "bilinear", "augment": augment, **settings})
     dataset = Dataset.open(folder, "train")
-    loader = TrainLoader(
-        dataset, config, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, device=device
-    )
-    for ready in loader:
-        yield ready.images
+    place = {"global_batch": batch, "micro_batch": batch, "rank": 0, "world_size": 1, "device": device}
+    with contextlib.closing(TrainLoader(dataset, config, seed=0, **place)) as loader:
+        for ready in loader:
+            yield ready.images
 
 
 def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:

@@ -1,10 +1,13 @@
 """Versions are pinned once, and the pages name what exists, are short and open with a command."""
 
 import ast
+import importlib.metadata
 import re
 import tomllib
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pretrain.fields import dotted_names
 from pretrain.recipe import CHANGEABLE, Recipe
@@ -19,6 +22,29 @@ def test_versions_are_pinned_in_constraints_alone() -> None:
     named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in named), "pyproject.toml names a version"
     assert {name.lower() for name in named} <= pinned
+
+
+def test_whatever_an_installation_pulls_in_is_pinned() -> None:
+    """On a machine with GPUs the CUDA libraries of torch and DALI, too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+    pinned = {canonicalize_name(name) for name in pins}
+    assert project["build-system"]["requires"] == [f"setuptools=={pins['setuptools']}"], "a wheelhouse would need both"
+    installed = re.search(r"^EXTRAS \?= (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(",")
+    names = [*project["project"]["dependencies"], *(name for extra in installed for name in extras[extra])]
+    wanted = [Requirement(name) for name in names]
+    seen: set[str] = set()
+    while wanted:
+        one = wanted.pop()
+        if str(one) in seen:
+            continue
+        seen.add(str(one))
+        assert canonicalize_name(one.name) in pinned, f"{one} is not pinned in constraints.txt"
+        needs = [Requirement(text) for text in importlib.metadata.requires(one.name) or ()]
+        chosen = ("", *one.extras)
+        wanted += [n for n in needs if n.marker is None or any(n.marker.evaluate({"extra": e}) for e in chosen)]
+    assert len(seen) > 100
 
 
 def test_pre_commit_has_the_pinned_version_of_ruff() -> None:

@@ -7,7 +7,6 @@ import sys
 import threading
 import warnings
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -127,17 +126,37 @@ def test_a_gpu_decodes_with_dalis_defaults_and_one_decoder_unless_it_is_asked_fo
         assert not [name for name in names if name in decoder(config, None)]
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-def test_the_graph_for_a_gpu_is_well_formed_with_every_augmentation(train):
-    full = AugmentConfig(
-        random_resized_crop={}, horizontal_flip=0.5, affine={"degrees": 3}, rand_augment={},
-        color_jitter={"brightness": 0.1, "hue": 0.1}, random_erasing={},
-    )  # fmt: skip
-    config = InputConfig(path="nowhere", augment=full, image_size=64)
-    # All that Python can check is checked before DALI asks for the device.
-    without = nullcontext() if torch.cuda.is_available() else pytest.raises(RuntimeError, match="CUDA is not available")
-    with without:
-        graph.pipeline(config, lambda _: [], train=train, batch_size=2, threads=1, device_id=0)
+FULL = AugmentConfig(
+    random_resized_crop={}, horizontal_flip=0.5, affine={"degrees": 3}, rand_augment={},
+    color_jitter={"brightness": 0.1, "hue": 0.1}, random_erasing={},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train", "augment", "at_most"),
+    [
+        (True, FULL, 460),
+        (True, FULL.model_copy(update={"rand_augment": None, "trivial_augment": True}), 220),
+        (True, FULL.model_copy(update={"rand_augment": None}), 20),
+        (False, FULL, 10),
+    ],
+    ids=["RandAugment", "TrivialAugment", "no policy", "evaluation"],
+)
+def test_dali_has_every_operator_of_the_graph_for_a_gpu_and_images_never_leave_it(monkeypatch, train, augment, at_most):
+    config = InputConfig(path="nowhere", augment=augment, image_size=64)
+    # All but the device itself: DALI asks for it when the graph is complete.
+    monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
+    pipe = graph.pipeline(config, lambda _: [], train=train, batch_size=2, threads=1, device_id=0)
+    assert len(pipe._ops) <= at_most, "more operators a batch than before"
+    assert [output.device for output in pipe._graph_outputs] == ["gpu"]
+    for node in pipe._ops:
+        schema, device = node._op.schema, node._op.device
+        assert device in schema.GetSupportedBackends(), f"{schema.Name()} has no {device} backend"
+        schema.CheckArgs(node.spec)
+        inputs = [edge.device for edge in node.inputs]
+        assert device != "cpu" or "gpu" not in inputs, f"{schema.Name()} takes images back to the host"
+        assert device != "gpu" or not inputs or inputs[0] == "gpu", f"{schema.Name()} takes images from the host"
+    assert [node._op.schema.Name() for node in pipe._ops if node._op.device == "mixed"] == ["decoders__ImageSlice"]
 
 
 @pytest.mark.parametrize(("world", "steps"), [(1, 7), (2, 21), (4, 23)])

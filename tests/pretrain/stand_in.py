@@ -6,6 +6,7 @@ A host that reads a value of the device fails on it. What else a GPU would fail 
 
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,6 +73,23 @@ class HostWaits(TorchDispatchMode):
     def _copied(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
         if source.device != target.device and not non_blocking:
             self.note(f"copy from {source.device} to {target.device}")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that do work, which a view does not, by the phase of the step that they are in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase: str | None = None
+        self.counts: Counter[str | None] = Counter()
+
+    def enter(self, phase: str | None) -> None:
+        """From here on operators are of this phase; a listener of ``StepTimer``."""
+        self.phase = phase
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[self.phase] += not function.is_view
+        return function(*args, **kwargs or {})
 
 
 class _Made(TorchFunctionMode):

@@ -1,0 +1,298 @@
+"""The steps of ``benchmarks.first_gpu``: generators of named rows, the most valuable first.
+
+``python -m benchmarks.first_gpu_steps STEP ROWS KNOWN SCRATCH`` appends each row to ROWS as soon as it is measured.
+KNOWN holds the rows of earlier steps, SCRATCH is a folder for all of them. On a CPU "compiled" networks are captured
+only, and run operation by operation: compiling kernels takes minutes there.
+"""
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nvidia.dali import __version__ as dali_version
+from PIL import Image
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import data, model, timing
+from benchmarks.first_gpu import ROOT, STEPS, Found, fastest
+from benchmarks.trainer import Stepper, build, fixed_batches, join, recipe_of
+from data_pipeline.dataset import Dataset
+from data_pipeline.graph import SingleDecoder
+from data_pipeline.loader import TrainLoader
+from data_pipeline.transforms import IMAGENET_STD, InputConfig
+from pretrain.devices import use_gpu
+from pretrain.ports import free_port
+from pretrain.recipe import load_recipe
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+GPU = use_gpu()
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+NETWORK, SIDE, BATCHES = ("lavit_small", 224, (128, 256)) if GPU else ("lavit_micro", 32, (4,))
+OTHERS = ("pvt_v2_b2", "swin_tiny_patch4_window7_224")
+IMAGES, ALIKE = (512, 64) if GPU else (48, 8)
+"""Images of the dataset, and those whose pixels are compared."""
+WARMUP, ROUNDS, COUNT = (10, 5, 20) if GPU else (1, 2, 2)
+"""Steps or batches before measuring; measurements; steps or batches of each."""
+SIZES = ((500, 375), (500, 333), (375, 500), (500, 500), (640, 480), (400, 300), (320, 240), (1600, 1200))
+"""Widths and heights as in ImageNet, where most images have less than a million pixels."""
+TRAINERS = {
+    f"ZeRO {stage} {precision} {mode}": (stage, precision, mode == "compiled")
+    for mode in ("eager", "compiled")
+    for stage, precision in ((1, "bf16"), (0, "autocast"))
+}
+"""ZeRO stage, precision, and whether the network is compiled, by name."""
+HOST_BOUND = 0.9
+"""A GPU that computes less of a step's time waits for the host."""
+AUGMENT = load_recipe(ROOT / "recipes/in1k_lavit_small.yaml").data.augment
+PLAIN = AUGMENT.model_copy(update={"rand_augment": None})
+
+
+def shards(scratch: Path) -> Path:
+    """The dataset, built by the first step that needs it."""
+    if not (scratch / "data").exists():
+        new = scratch / f"data-{os.getpid()}"
+        data.build_shards(new, IMAGES, SIZES)
+        new.rename(scratch / "data")
+    return scratch / "data/shards"
+
+
+def environment(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """Versions; torch and DALI compute on one GPU, in one process."""
+    described = timing.environment()
+    row = {**described["versions"], **described["machine"], "revision": described["revision"], "dali": dali_version}
+    row |= {"cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version() if GPU else None}
+    ones = torch.ones(256, 256, device=DEVICE, dtype=torch.bfloat16)
+    torch_computes = (ones @ ones).unique().tolist() == [256]
+    jpeg, size = io.BytesIO(), np.array([48, 64], np.int32)
+    Image.new("RGB", (64, 48)).save(jpeg, "jpeg")
+    decoder = SingleDecoder(InputConfig(path="none"), DEVICE.index)
+    failed = decoder.why_not(np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size)
+    computes = f"torch {'multiplies' if torch_computes else 'MULTIPLIES WRONG'}, DALI {failed or 'decodes'}"
+    yield row.pop("name"), row | {"computes": computes}
+
+
+def pixels(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """Whether pixels repeat bit for bit, also in other batches, by decoder share; and their distance from a CPU's."""
+    dataset = Dataset.open(shards(scratch), "train")
+
+    def load(batch: int, device: torch.device = DEVICE, **settings: Any) -> torch.Tensor:
+        config = InputConfig(path=dataset.path, **{"augment": PLAIN, **settings})
+        place = {"global_batch": ALIKE, "rank": 0, "world_size": 1, "device": device}
+        with closing(TrainLoader(dataset, config, seed=0, micro_batch=batch, **place)) as loader:
+            return torch.cat([one.images.cpu() for one in itertools.islice(loader, ALIKE // batch)])
+
+    for policy in (PLAIN, AUGMENT):
+        there = load(ALIKE, torch.device("cpu"), augment=policy)
+        for share in (1.0, 0.0, 0.65) if policy is PLAIN else (0.0,):
+            settings = {"hw_decoder_load": share, "augment": policy}
+            first = load(ALIKE, **settings)
+            same = {batch: torch.equal(first, load(batch, **settings)) for batch in (ALIKE, ALIKE // 4, 1)}
+            apart = (first - there).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+            differ = [str(batch) for batch, equal in same.items() if not equal]
+            said = f"DO NOT REPEAT in batches of {', '.join(differ)}" if differ else "repeat bit for bit"
+            name = f"hw_decoder_load {share}{', RandAugment' if policy is AUGMENT else ''}"
+            yield name, {"repeats": said, "same": not differ, "max": apart.max().item(), "mean": apart.mean().item()}
+
+
+def loader(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """The loader alone, with the recipe's augmentation, by decoder share; and without RandAugment."""
+    for policy, share in ((AUGMENT, 0.0), (AUGMENT, 1.0), (AUGMENT, 0.65), (PLAIN, 0.0), (PLAIN, 1.0)):
+        settings = {"interpolation": "bicubic", "hw_decoder_load": share, "augment": policy}
+        batches = data.ours(shards(scratch), DEVICE, BATCHES[0], **settings)
+        data.measure(batches, WARMUP, BATCHES[0])
+        per_cpu_s, per_s, python_us = data.measure(batches, ROUNDS * COUNT, BATCHES[0])
+        batches.close()
+        name = f"hw_decoder_load {share}{', RandAugment off' if policy is PLAIN else ''}"
+        yield name, {"images_per_s": per_s, "cores": per_s / per_cpu_s, "python_us": python_us}
+
+
+def profiled(step: Callable[[], float]) -> dict[str, Any]:
+    """How much of the seconds that ``step`` returns the device computes, and the kernels with most of its time."""
+    device = DeviceType.CUDA if GPU else DeviceType.CPU
+    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:
+        took = step()
+    kernels, busy, end = Counter[str](), 0.0, 0.0
+    for one in sorted(found.events() or (), key=lambda one: one.time_range.start):
+        if one.device_type == device and not one.is_user_annotation:
+            span = one.time_range
+            busy += max(0.0, span.end - max(span.start, end))  # streams overlap
+            end = max(end, span.end)
+            kernels[one.name[:100]] += span.elapsed_us()
+    busy = min(1.0, busy / (1e6 * took))
+    bound = "host" if busy < HOST_BOUND else "device"
+    return {"busy": busy, "bound": bound, "kernels_ms": {name: us / 1e3 for name, us in kernels.most_common(10)}}
+
+
+def speed(name: str, mode: str, batch: int) -> dict[str, Any]:
+    """Forward and backward pass of a network."""
+    torch.compiler.reset()
+    gc.collect()
+    network, images = model.build(name, mode), torch.randn(batch, 3, SIDE, SIDE, device=DEVICE, dtype=model.DTYPE)
+    for _ in range(3):  # compiles, and records CUDA graphs
+        model.seconds(model.train, network, images)
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    times = [model.seconds(model.train, network, images) for _ in range(ROUNDS)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
+    row = {"images_per_s": batch / statistics.median(times), "step_s": times, "peak_gib": peak}
+    return row | profiled(lambda: model.STEPS * model.seconds(model.train, network, images))
+
+
+def network(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """The network alone, in each batch and mode."""
+    for batch, mode in itertools.product(BATCHES, model.MODES):
+        yield f"{NETWORK} {mode}, batch {batch}", speed(NETWORK, mode, batch)
+
+
+def others(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """LaViT and timm's networks, compiled."""
+    yield NETWORK, speed(NETWORK, "compiled", BATCHES[0])
+    try:
+        import timm  # noqa: F401, PLC0415 - optional
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises the latter
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "timm"
+        yield "timm", {"note": "timm is not installed" if absent else f"timm cannot be imported: {error}"}
+        return
+    for name in OTHERS:
+        yield name, speed(name, "compiled", BATCHES[0])
+
+
+class Running:
+    """A trainer's own loop on a fixed batch, or on its loader where that has settings."""
+
+    def __init__(self, name: str, scratch: Path, control: dist.ProcessGroup, **settings: Any) -> None:
+        stage, precision, compiled = TRAINERS[name]
+        options = argparse.Namespace(model=NETWORK, size=SIDE, micro_batch=BATCHES[0], shards=shards(scratch))
+        recipe = recipe_of(options, compiled=compiled, augment=AUGMENT.model_dump(), **settings)
+        recipe = recipe.model_copy(update={"log_every_steps": 10**9})
+        changes = {
+            "train_batch_size": BATCHES[0], "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": precision == "bf16"}, "torch_autocast": {"enabled": precision == "autocast"},
+        }  # fmt: skip
+        trainer = build(recipe, changes, scratch / f"run-{time.monotonic_ns()}", DEVICE, control)
+        self.timer = trainer.monitor.timer
+        self._stepper = Stepper(trainer.train_loader if settings else fixed_batches(0, options, DEVICE))
+        trainer.train_loader = self._stepper  # type: ignore[assignment]
+        self._stepper.start(trainer.train)
+        self.seconds(WARMUP)
+
+    def seconds(self, steps: int = COUNT) -> float:
+        """Take steps."""
+        return self._stepper.seconds(steps, DEVICE)
+
+    def phases(self, steps: int = COUNT) -> tuple[float, dict[str, float]]:
+        """Take steps; their seconds, and those of each phase."""
+        self.timer.split()  # of before
+        return self.seconds(steps), dict(self.timer.split())
+
+    def waits(self) -> list[str]:
+        """Where, in five steps, torch says that the host waits for the device."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if GPU:
+                torch.cuda.set_sync_debug_mode("warn")
+            self.seconds(5)
+            if GPU:
+                torch.cuda.set_sync_debug_mode("default")
+        # The end of `seconds` waits in torch/cuda.
+        found = [one for one in caught if "synchroniz" in str(one.message) and "torch/cuda/" not in one.filename]
+        return sorted({f"{Path(one.filename).name}:{one.lineno}" for one in found})
+
+
+def trainer(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """The trainer on a fixed batch, in each stage, precision and mode."""
+    control = join(0, free_port(), 1)[1]
+    for name in TRAINERS:
+        running = Running(name, scratch, control)
+        waits = running.waits()
+        measured = [running.phases() for _ in range(ROUNDS)]
+        phases = {key: statistics.median(1e3 * one[key] / COUNT for _, one in measured) for key in measured[0][1]}
+        step_s = statistics.median(took / COUNT for took, _ in measured)
+        row = {"images_per_s": BATCHES[0] / step_s, "step_ms": 1e3 * step_s, "optimizer_ms": phases["optimizer"]}
+        row |= {"phases_ms": phases, "waits": "; ".join(waits) or "none"}
+        yield name, row | profiled(running.seconds)
+
+
+def end_to_end(known: Found, scratch: Path) -> Rows:
+    """The fastest trainer on its loader and on a fixed batch, in turns; with the fastest decoder share that repeats."""
+    control = join(0, free_port(), 1)[1]
+    good = [share for share, row in known["pixels"].items() if row["same"]]
+    load = fastest(known["loader"], good) or "hw_decoder_load 0.0"
+    name = fastest(known["trainer"], [*TRAINERS]) or next(iter(TRAINERS))
+    runs = {"synthetic": Running(name, scratch, control)}
+    runs["loader"] = Running(name, scratch, control, hw_decoder_load=float(load.split()[-1]))
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    waits = []
+    for key, counts in timing.turns([*runs], ROUNDS):
+        took, phases = runs[key].phases()
+        if counts:
+            times[key].append(took)
+            waits += [phases["data"] / sum(phases.values())] if key == "loader" else []
+    rates = {key: COUNT * BATCHES[0] / statistics.median(taken) for key, taken in times.items()}
+    row = {"ratio": timing.ratio(times["synthetic"], times["loader"]), "data_wait": statistics.median(waits)}
+    row |= {"images_per_s": rates["loader"], "synthetic_images_per_s": rates["synthetic"]}
+    found = profiled(runs["loader"].seconds)
+    yield f"{name}, {load}", row | {"idle": 1 - found["busy"], "kernels_ms": found["kernels_ms"]}
+
+
+def tests(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
+    """The tests marked ``gpu``, complete runs last."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    files.sort(key=lambda path: path.parent.name == "system")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", *map(str, files)]
+    counts, failed = Counter[str](), []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)  # noqa: T201
+            if found := re.match(r"(tests/\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)", line):
+                counts[found[2].lower()] += 1
+                failed += [found[1]] if found[2] in {"FAILED", "ERROR"} else []
+                counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+                yield "tests marked gpu", {"outcomes": "; ".join([counted, *failed])}
+
+
+def main() -> int:
+    """Take the step that the command line names."""
+    step, rows, known, scratch = sys.argv[1:]
+    assert step in STEPS
+    torch.set_num_threads(1)
+    if not GPU:
+        compile_ = torch.compile
+
+        def capture(*arguments: Any, mode: object = None, **options: Any) -> Any:  # noqa: ARG001
+            return compile_(*arguments, backend="aot_eager", **options)
+
+        torch.compile = capture
+    with Path(rows).open("a") as out:
+        for name, row in globals()[step](json.loads(Path(known).read_text()), Path(scratch)):
+            print(json.dumps({name: row}), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except BaseException:  # noqa: BLE001 - the last line of it is what the summary shows
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # loops and watchdogs are still running
