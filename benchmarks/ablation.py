@@ -39,15 +39,21 @@ from pretrain.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 NO_RESIDUAL, NO_LOSS = "model.overrides.attention_residual=false", "loss.diagonality_weight=0"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "vanilla": ("model.overrides.vanilla_blocks={depths}", NO_RESIDUAL, NO_LOSS),
+    "vanilla": ("model.overrides.vanilla_blocks=DEPTHS", NO_RESIDUAL, NO_LOSS),
     "reuse": ("model.overrides.learned_maps=false", NO_RESIDUAL, NO_LOSS),
     "la": (NO_RESIDUAL, NO_LOSS),
     "la+residual": (NO_LOSS,),
     "la+loss": (NO_RESIDUAL,),
     "la+residual+printed": ("loss.diagonality_form=as_printed",),
     "la+residual+loss": (),
+    "vit": ("model={factory: 'examples.networks:ViT', arguments: {width: 144, depth: 5, drop_path: 0.05}}", NO_LOSS),
+    "cnn": (
+        "model={factory: 'examples.networks:CNN', arguments: {widths: [16, 32, 64, 156], depths: [1, 1, 1, 3]}}",
+        NO_LOSS,
+    ),
 }
-"""What differs from the recipe, which is the whole LaViT. ``reuse`` repeats scores: Psi and Theta are the identity."""
+"""What differs from the recipe, which is the whole LaViT. ``reuse`` repeats scores: Psi and Theta are the identity.
+``vit`` and ``cnn`` have as many parameters as LaViT."""
 QUESTIONS = {
     "Less Attention in place of vanilla attention": ("la", "vanilla"),
     "Psi and Theta, over repeating scores": ("la", "reuse"),
@@ -58,9 +64,11 @@ QUESTIONS = {
     "printed sign of the loss": ("la+residual+printed", "la+residual"),
     "intended over printed sign": ("la+residual+loss", "la+residual+printed"),
     "all of LaViT over its vanilla twin": ("la+residual+loss", "vanilla"),
+    "all of LaViT over a ViT": ("la+residual+loss", "vit"),
+    "all of LaViT over a CNN": ("la+residual+loss", "cnn"),
 }
 """What is compared, as (with, without)."""
-FEW_SEEDS: tuple[str, ...] = ()
+FEW_SEEDS = ("vit", "cnn")
 """Variants that are trained with three seeds."""
 IMAGES = 200
 """Test images whose attention is measured."""
@@ -74,7 +82,7 @@ def settings(variant: str, seed: int, options: argparse.Namespace) -> list[str]:
         f"name={variant.replace('+', '-')}-{seed}", f"seed={seed}", f"data.path={options.data}",
         f"schedule.epochs={options.epochs}", f"schedule.warmup_epochs={options.epochs / 10}",
         f"evaluation.every_epochs={options.epochs}", "data.threads=1", "checkpoint.keep=1", "watch.attention_images=0",
-        *(assignment.format(depths=depths) for assignment in VARIANTS[variant]),
+        *(assignment.replace("DEPTHS", str(depths)) for assignment in VARIANTS[variant]),
     ]  # fmt: skip
 
 
@@ -93,7 +101,16 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     train = ("pretrain/main.py", "--recipe", str(options.recipe), "--runs", str(options.runs), *sets)
     used = _run(train, options.runs / f"{folder.name}.log")
     report = folder / "evaluation" / f"{Path(options.data).name}-test.json"
-    evaluate = ("-m", "pretrain.evaluate", str(folder), "--data", str(options.data), "--split", "test")
+    evaluate = (
+        "-m",
+        "pretrain.evaluate",
+        str(folder),
+        "--data",
+        str(options.data),
+        "--split",
+        "test",
+        "--trust-factory",
+    )
     _run(evaluate, options.runs / f"{folder.name}.log")
     summary, evaluation = (json.loads(path.read_text()) for path in (folder / "summary.json", report))
     row = {
@@ -123,7 +140,7 @@ def measure(recipe: Recipe, folder: Path, options: argparse.Namespace) -> dict[s
     """Parameters, multiply-accumulates of an image, and the attention of each block before and after training."""
     with writing:  # the seed of the weights is torch's global one
         fresh = build_model(recipe, 10).eval()
-    trained, _ = load_handoff(folder / "handoff")
+    trained, _ = load_handoff(folder / "handoff", trust_factory=True)
     test = Dataset.open(options.data, "test")
     loader = EvalLoader(test, recipe.data, batch_size=IMAGES, rank=0, world_size=1, device=torch.device("cpu"))
     images = next(iter(loader)).images
@@ -198,7 +215,7 @@ def show(content: dict[str, Any]) -> Iterator[str]:
     yield "\n| question | difference in top-1, points | |\n|---|---|---|"
     for question, found in content["differences"].items():
         half = "" if found["half_width"] is None else f" ± {found['half_width']:.2f}"
-        verdict = "differs" if found["differs"] else "no difference found"
+        verdict = "differs" if found["differs"] else "no difference found" if half else "one seed"
         yield f"| {question} ({found['with']} - {found['without']}) | {found['mean']:+.2f}{half} | {verdict} |"
 
 

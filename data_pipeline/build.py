@@ -112,7 +112,7 @@ def _make(dest: Path) -> None:
         str(dest.resolve()).encode()
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{dest} cannot be made ({error.strerror}); name another DEST") from None
+        raise DataError(f"{dest} cannot be created ({error.strerror}); choose another DEST") from None
     except UnicodeEncodeError:
         raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
 
@@ -126,7 +126,7 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
     scratch = dest / f".building-{split}"
     if manifest is not None and split in manifest.splits:
         if manifest.splits[split].built != built:
-            raise DataError(f"{dest} already holds a split '{split}' that was built otherwise; name another folder")
+            raise DataError(f"{dest} already holds a split '{split}' built with other options; choose another DEST")
         shutil.rmtree(scratch, ignore_errors=True)
         console.print(f"{dest}: split '{split}' is complete ({manifest.splits[split].samples} samples); nothing to do")
         return
@@ -218,7 +218,7 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
     if not scratch.exists():
         foreign = assemble.shards_in(dest, prefix)
         if foreign:
-            raise DataError(f"{foreign[0]} exists but belongs to no dataset built here; name another folder")
+            raise DataError(f"{foreign[0]} exists but belongs to no dataset built here; choose another DEST")
         scratch.mkdir()
         write_atomically(plan, text)
     elif any(scratch.glob("unit-*.npz")):

@@ -27,8 +27,8 @@ def require_room(dataset: Dataset, window: int, lanes: int) -> None:
         needed = math.ceil(sum(largest) / 1e6) / 1000  # rounded up, so that it is enough
         raise DataError(
             f"the cache may hold {dataset.store.limit / 1e9:g} gigabytes, but the {len(largest)} shards that this "
-            f"machine shuffles at a time ({window} in each of {lanes} lanes) need {needed:g}; give data.cache.gigabytes"
-            " at least that, better twice, or make data.shuffle_window smaller"
+            f"machine shuffles at a time ({window} in each of {lanes} lanes) need {needed:g}; set data.cache.gigabytes"
+            " to at least that, preferably twice, or lower data.shuffle_window"
         )
 
 

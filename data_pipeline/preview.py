@@ -125,9 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m data_pipeline.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", metavar="DATASET", help="the dataset's folder, or a URL for which data.cache is set")
-    parser.add_argument("--recipe", type=Path, required=True, help="whose sections data and mixing are used")
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe whose data and mixing sections are used")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), help="default: %(default)s")
-    parser.add_argument("--count", type=int, default=32, help="of images, an even number (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=32, help="number of images, even (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.count < 2 or args.count % 2:
         parser.error(f"argument --count: must be even and positive, not {args.count}")

@@ -1,8 +1,8 @@
 """Check a dataset: `python -m data_pipeline.verify DEST`.
 
-Every file is read and compared with its size and checksum in dataset.json, which carries its own; every index must be
-the one that belongs to its shard, every row of the table must point at an image with its checksum and a label equal
-to its .cls member, and the counts must add up. With --decode every image is decoded as well: it must be
+Every file is read and compared with its size and checksum in dataset.json, which carries its own; every index must
+belong to its shard, every row of the table must point at an image with its checksum and a label equal to its .cls
+member, and the counts must add up. With --decode every image is decoded as well: it must be
 usable as it is, and its size is compared.
 """
 
@@ -123,7 +123,7 @@ def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
     if decode:
         size = size_as_it_is(jpeg)
         if isinstance(size, Rejected):
-            return f"it {size.reason}"
+            return size.reason
         if size != (row["width"], row["height"]):
             return f"it is {size[0]} x {size[1]}, the table says {row['width']} x {row['height']}"
     return ""

@@ -24,7 +24,7 @@ Observer = Callable[[Tensor, Grid, Grid], None]
 class _Product(torch.autograd.Function):
     """`torch.bmm`, whose gradients are computed in the memory order of their factors.
 
-    `torch.mm` does so by itself. `torch.bmm` gives every gradient row by row; that of a transposed factor, such as Q^T
+    `torch.mm` does so already. `torch.bmm` gives every gradient row by row; that of a transposed factor, such as Q^T
     in K Q^T, is then transposed in memory on its way back.
     """
 
@@ -77,7 +77,7 @@ class SpatialReduction(nn.Module):
 
 
 class TokenMap(nn.Module):
-    """A Linear layer over the tokens of a grid, initialised to the identity (this project's choice).
+    """A Linear layer over the tokens of a grid, initialized to the identity (this project's choice).
 
     Its weight is stored for one grid. For any other it is resampled as a map from grid to grid while running, so a
     network accepts another image size at every call.
@@ -109,7 +109,7 @@ class Theta(TokenMap):
         weight, bias = self.on_grid(key_grid)
         assert bias is not None
         heads = scores.flatten(0, 1)
-        # One product a head, on the scores as they lie; torch.matmul would transpose them in memory and back.
+        # One product a head, in the memory layout of the scores; torch.matmul would transpose them and back.
         return torch.baddbmm(bias[:, None], weight.expand(heads.shape[0], -1, -1), heads).view_as(scores)
 
 
@@ -272,7 +272,7 @@ class LessAttention(Attention):
 
 
 class ClassAttention(nn.Module):
-    """One class token, the query, attends to all tokens of the last stage and so summarises them.
+    """One class token, the query, attends to all tokens of the last stage and so summarizes them.
 
     The class token stays out of the score matrices of the blocks, whose axes are grids (this project's choice). It is a
     constant, so it needs no query projection and no residual: both would fold into parameters that are here anyway.

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 STAGES = 4
 Grid = tuple[int, int]
-"""(height, width) of a grid of tokens, or of a picture in pixels."""
+"""(height, width) of a grid of tokens, or of an image in pixels."""
 REMOVED_FIELDS = ("attention_kernel",)
 """Fields that recipes and hand-offs of earlier versions may name and that changed no weight: accepted and ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LaViTConfig:
-    """The architecture, whole: `LaViT(LaViTConfig.from_dict(config.to_dict()))` builds the same network.
+    """The complete architecture: `LaViT(LaViTConfig.from_dict(config.to_dict()))` builds the same network.
 
     The paper published names and totals, but neither widths nor depths: every default here is this project's choice.
 
@@ -42,7 +42,7 @@ class LaViTConfig:
     mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)
     """Hidden width of the MLP over C."""
     reduction_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    """Spatial reduction: one key stands for a square of this many tokens a side (1: every token is a key)."""
+    """Spatial reduction: one key represents a square of this many tokens a side (1: every token is a key)."""
     learned_maps: bool = True
     """Whether Less Attention blocks have Psi and Theta. Without them they repeat the scores of the block before, as in
     "Leveraging redundancy in attention with Reuse Transformers" (arXiv 2110.06821)."""
@@ -99,15 +99,15 @@ class LaViTConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels: the side of every input picture must be a multiple of it, so that each grid divides evenly."""
+        """Pixels: the side of every input image must be a multiple of it, so that each grid divides evenly."""
         return math.lcm(*(self.key_side(stage) for stage in range(STAGES)), self.patch_size * 2 ** (STAGES - 1))
 
     def key_side(self, stage: int) -> int:
-        """Side in pixels of the square that one key token of `stage` (counted from 0) stands for."""
+        """Side in pixels of the square that one key token of `stage` (counted from 0) represents."""
         return self.patch_size * 2**stage * self.reduction_ratios[stage]
 
     def grids(self, image_size: Grid) -> list[tuple[Grid, Grid]]:
-        """(query grid, key grid) of each stage for pictures of `image_size` pixels.
+        """(query grid, key grid) of each stage for images of `image_size` pixels.
 
         Raises:
             ValueError: a side is not a multiple of `stride`.

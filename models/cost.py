@@ -33,7 +33,7 @@ def count_parameters(config: LaViTConfig) -> int:
 
 
 def count_macs(config: LaViTConfig, image_size: Grid | None = None) -> int:
-    """Multiply-accumulates of one picture's forward pass, at `image_size` (height, width) or the configuration's own.
+    """Multiply-accumulates of one image's forward pass, at `image_size` (height, width) or the configuration's own.
 
     At another size than the configuration's own, resampling Psi and Theta costs more, once a call; it is not counted.
 
@@ -59,7 +59,7 @@ def count_macs(config: LaViTConfig, image_size: Grid | None = None) -> int:
 
 
 def attention_macs(config: LaViTConfig, stage: int, grids: tuple[Grid, Grid], *, less: bool) -> int:
-    """Multiply-accumulates of one block's attention for one picture, the MLP left out.
+    """Multiply-accumulates of one block's attention for one image, the MLP left out.
 
     Args:
         config: the architecture.

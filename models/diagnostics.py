@@ -17,7 +17,7 @@ from .lavit import LaViT
 
 @dataclass(frozen=True)
 class BlockDiagnostics:
-    """One block's attention, averaged over heads and pictures; the queries are pooled to the key grid first."""
+    """One block's attention, averaged over heads and images; the queries are pooled to the key grid first."""
 
     stage: int
     """Counted from 0, as in parameter names."""

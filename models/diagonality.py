@@ -19,13 +19,13 @@ def diagonality_loss(attention: Tensor, *, as_printed: bool = False) -> Tensor:
 
     Three choices of this project. The sign of the second term is the paper's flipped: as printed, minimising it pushes
     the diagonal down, against its stated purpose. The loss reads softmaxed attention, where the second term is
-    `N - N trace(A)` and therefore bounded. It is normalised per token and averaged over the matrices, so that its
+    `N - N trace(A)` and therefore bounded. It is normalized per token and averaged over the matrices, so that its
     weight in the total loss does not depend on the size of the batch or on the number of heads.
 
     Args:
         attention: (..., N, N), probabilities over the last axis or over the one before it: both terms are the same for
             the transposed matrix.
-        as_printed: give the second term the paper's printed sign, normalised and averaged in the same way. For
+        as_printed: give the second term the paper's printed sign, normalized and averaged in the same way. For
             comparison only.
 
     Returns:

@@ -18,7 +18,7 @@ from .stage import PositionEmbedding, Stage
 class LaViT(nn.Module):
     """Four stages at strides 4, 8, 16 and 32 (for patches of 4), a final LayerNorm, a pool and a linear classifier.
 
-    Any picture whose sides are multiples of `config.stride` can be fed, another size at every call: what depends on the
+    Any image whose sides are multiples of `config.stride` can be fed, another size at every call: what depends on the
     token grid is resampled on the way when the size is not `config.image_size`.
     """
 
@@ -31,7 +31,7 @@ class LaViT(nn.Module):
         self.norm = layer_norm(config.widths[-1], config.norm)
         self.pool = ClassAttention(config.widths[-1], config.heads[-1]) if config.pool == "class_attention" else None
         self.head = nn.Linear(config.widths[-1], config.num_classes)
-        _initialise(self)
+        _initialize(self)
 
     @overload
     def forward(
@@ -96,12 +96,12 @@ class LaViT(nn.Module):
             uniforms = None
         elif uniforms is None:
             uniforms = torch.rand(self.num_drop_paths, images.shape[0], device=images.device)
-        picture, scores, maps, losses, row = images, None, [], [], 0
+        features, scores, maps, losses, row = images, None, [], [], 0
         for stage in self.stages:
             rows = 2 * len(stage.blocks)
             drawn = None if uniforms is None else uniforms[row : row + rows]
-            picture, scores, more = stage(picture, scores, drawn, with_diagonality)
-            maps.append(picture)
+            features, scores, more = stage(features, scores, drawn, with_diagonality)
+            maps.append(features)
             losses += more
             row += rows
         return maps, losses
@@ -141,7 +141,7 @@ class LaViT(nn.Module):
     def layer_groups(self) -> list[list[str]]:
         """Names of all parameters in the order of depth: the stem, then block by block, then the head.
 
-        Layer-wise learning-rate decay counts these groups. What stands at the entry of stages 2 to 4 belongs to the
+        Layer-wise learning-rate decay counts these groups. What is at the entry of stages 2 to 4 belongs to the
         first block there; the final norm and the pool belong to the head.
         """
         groups: list[list[str]] = [[] for _ in range(sum(self.config.depths) + 2)]
@@ -157,7 +157,7 @@ class LaViT(nn.Module):
         return groups
 
 
-def _initialise(model: LaViT) -> None:
+def _initialize(model: LaViT) -> None:
     """Start every layer so that activations keep their scale at any width and depth (this project's choice).
 
     Weights are truncated normal with variance 1 / fan-in; the two layers that end a residual branch are divided by

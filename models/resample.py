@@ -14,7 +14,7 @@ def _interpolate(fields: Tensor, grid: Grid) -> Tensor:
 
 
 def resample_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
-    """A value per token, seen as a picture over the grid and resized by bicubic interpolation.
+    """A value per token, seen as an image over the grid and resized by bicubic interpolation.
 
     Args:
         table: (T, C), T = source height x width.
@@ -24,8 +24,8 @@ def resample_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
     Returns:
         (T', C), T' = target height x width.
     """
-    picture = table.T.unflatten(1, source)
-    return _interpolate(picture, target).flatten(1).T.to(table.dtype)
+    image = table.T.unflatten(1, source)
+    return _interpolate(image, target).flatten(1).T.to(table.dtype)
 
 
 def resample_map(weight: Tensor, source: Grid, target: Grid) -> Tensor:
@@ -33,7 +33,7 @@ def resample_map(weight: Tensor, source: Grid, target: Grid) -> Tensor:
 
     With `W = I + D`, the identity stays what it is and D is interpolated over the grid it reads and over the grid it
     writes. It is multiplied by T / T', as each output now sums over T' tokens in place of T: a smooth
-    picture of scores, enlarged and mapped, equals the mapped one, enlarged.
+    image of scores, enlarged and mapped, equals the mapped one, enlarged.
 
     Args:
         weight: (T, T), outputs by inputs, T = source height x width.

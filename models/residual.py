@@ -17,7 +17,7 @@ class AttentionResidual(nn.Module):
 
     The scores are seen as (heads, h', w', h, w), and the depthwise convolution's kernel and stride are the ratio of the
     two stages' grids on each of the four axes: 2 over queries, `key_ratio` over keys (this project's choice; the paper
-    strides over the flattened matrix, whose neighbours are not neighbours in the picture). It starts as the average.
+    strides over the flattened matrix, whose neighbors are not neighbors in the image). It starts as the average.
     Neither convolution has a bias: it would add one number to all scores, which the softmax does not see.
 
     All three are linear, and the depthwise kernels do not overlap, so they are applied as one small matrix to the

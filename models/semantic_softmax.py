@@ -1,7 +1,7 @@
 """Semantic softmax: one softmax for each level of a class hierarchy (Ridnik et al. 2021, "for the masses").
 
-In ImageNet-21k the picture of a chair may be labelled "chair" or "furniture"; a single softmax over both calls one of
-them wrong. Here a class competes only with the classes of its own level, and a label also speaks for its ancestors.
+In ImageNet-21k the image of a chair may be labeled "chair" or "furniture"; a single softmax over both calls one of
+them wrong. Here a class competes only with the classes of its own level, and a label also counts for its ancestors.
 """
 
 from collections.abc import Sequence

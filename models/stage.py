@@ -28,9 +28,9 @@ class PatchEmbedding(nn.Module):
         self.conv = nn.Conv2d(channels, width, side, stride=side)
         self.norm = norm(width)
 
-    def forward(self, picture: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, side h, side w) to tokens (batch, h w, width)."""
-        return self.norm(self.conv(picture).permute(0, 2, 3, 1).flatten(1, 2))
+        return self.norm(self.conv(features).permute(0, 2, 3, 1).flatten(1, 2))
 
 
 class PositionEmbedding(nn.Module):
@@ -69,7 +69,7 @@ class Stage(nn.Module):
         before, total = sum(config.depths[:stage]), sum(config.depths)
         blocks = []
         for block in range(depth):
-            # Scores are materialised only by the last Vanilla Attention block, and only if anyone reads them.
+            # Scores are materialized only by the last Vanilla Attention block, and only if anyone reads them.
             keeps = block == vanilla - 1 and (depth > vanilla or feeds_next)
             attention = (
                 VanillaAttention(width, heads, ratio, norm, keeps_scores=keeps)
@@ -81,12 +81,12 @@ class Stage(nn.Module):
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     def forward(
-        self, picture: Tensor, before: Scores | None, uniforms: Tensor | None, with_diagonality: Diagonality
+        self, features: Tensor, before: Scores | None, uniforms: Tensor | None, with_diagonality: Diagonality
     ) -> tuple[Tensor, Scores | None, list[Tensor]]:
         """Run the stage.
 
         Args:
-            picture: the image, or the map of the stage before, (batch, channels, height, width).
+            features: the image, or the map of the stage before, (batch, channels, height, width).
             before: the last scores of the stage before, if there is a residual to be made of them.
             uniforms: (2 x depth, batch) for stochastic depth, or None.
             with_diagonality: whether to compute the diagonality loss of the Less Attention blocks.
@@ -94,9 +94,9 @@ class Stage(nn.Module):
         Returns:
             This stage's map (batch, C, h, w), a channels-last view of its tokens; its last scores; the losses.
         """
-        tokens = self.embed(picture)
+        tokens = self.embed(features)
         side = self.embed.side
-        grid = (picture.shape[2] // side, picture.shape[3] // side)
+        grid = (features.shape[2] // side, features.shape[3] // side)
         tokens = self.position(tokens, grid)
         scores = None if self.residual is None or before is None else self.residual(*before)
         losses = []

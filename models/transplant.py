@@ -204,6 +204,6 @@ def _token_count(vit: nn.Module) -> int:
         return int(vit.seq_length)  # type: ignore[arg-type]
     position = getattr(vit, "pos_embed", None)
     if not isinstance(position, Tensor):
-        raise ValueError("vit: neither seq_length nor pos_embed tells the number of tokens")
+        raise ValueError("vit: neither seq_length nor pos_embed gives the number of tokens")
     prefix = int(getattr(vit, "num_prefix_tokens", 0)) if getattr(vit, "no_embed_class", False) else 0
     return int(position.shape[1]) + prefix

@@ -9,7 +9,7 @@ from .lavit import LaViT
 
 # This project's geometry, the paper's totals: widths and depths were never published. One family: 64 channels a head,
 # MLP ratios and spatial reduction as PVT's, and Less Attention where it saves multiplications, from the third block of
-# stage 3 and the second of stage 4 on. How it was chosen, against which alternatives, stands in docs/model.md.
+# stage 3 and the second of stage 4 on. How it was chosen, against which alternatives: see docs/model.md.
 _TRUNK = {"mlp_ratios": (8.0, 8.0, 4.0, 4.0), "reduction_ratios": (8, 4, 2, 1)}
 _SIZES: dict[str, dict[str, Any]] = {
     # For the demo: small scans on a CPU in seconds, with Less Attention in stages 1 to 3.
@@ -84,13 +84,13 @@ def model_config(
 
 
 def create_model(name: str, num_classes: int = 1000, image_size: int | Grid | None = None, **overrides: Any) -> LaViT:
-    """Build a network by name, freshly initialised.
+    """Build a network by name, freshly initialized.
 
     Args:
         name: one of `list_models()`. `NAME_vanilla` is the same trunk with Vanilla Attention only and no attention
             residual, so that every claim can be compared.
         num_classes: outputs of the classifier.
-        image_size: native side, or (height, width), in pixels; None: the size the name stands for (224; 32 for micro).
+        image_size: native side, or (height, width), in pixels; None: the size of the variant (224; 32 for micro).
         **overrides: fields of `LaViTConfig`, in place of the size's own.
 
     Raises:

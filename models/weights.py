@@ -44,8 +44,8 @@ def load_weights(model: LaViT, state_dict: Mapping[str, Tensor], *, fresh: Seque
 def resample_weights(model: LaViT, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor that depends on a token grid, for the model's grids; none where they are those of `given`.
 
-    A position embedding is stored as (height, width, C), so it tells the grid that its stage was trained on, which the
-    square weights of Psi and Theta do not.
+    A position embedding is stored as (height, width, C), so it shows the grid that its stage was trained on; the square
+    weights of Psi and Theta do not.
     """
     out: dict[str, Tensor] = {}
     for index, stage in enumerate(model.stages):

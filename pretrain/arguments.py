@@ -64,7 +64,7 @@ def add_trust_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--trust-factory",
         action="store_true",
-        help="import and call what a run or hand-off names as its network (model.factory), with your rights",
+        help="import and call the function that a run or hand-off names (model.factory); it runs as you",
     )
 
 
@@ -90,7 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_run_arguments(parser, runs="folder of the run folders")
+    add_run_arguments(parser, runs="folder that holds the run folders")
     add_device_argument(parser)
     parser.add_argument(
         "--profile",

@@ -12,6 +12,7 @@ from pretrain.checkpoints.checkpoint import (
     list_checkpoints,
     read_manifest,
     read_weights,
+    step_of,
     verify,
 )
 from pretrain.factory import require_trust
@@ -31,7 +32,7 @@ def export_run(
 
     Args:
         folder: the run.
-        step: the step that must be handed off; None takes the newest there is.
+        step: the step whose checkpoint is handed off; None takes the newest.
         license_id: of the weights, for the model card.
         trust_factory: needed where the run's network is that of a factory.
 
@@ -46,7 +47,7 @@ def export_run(
         raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = folder.read_dataset()
-    checkpoint, code = _newest_intact(folder.checkpoints)
+    checkpoint, code = _newest_intact(folder.checkpoints, step)
     manifest, origin = read_manifest(checkpoint), folder.read_origin()
     folder.check_checkpoint(checkpoint, manifest, recipe)
     here, fingerprint = checkpoint_facts(recipe, {}, origin), dataset["fingerprint"]
@@ -57,10 +58,6 @@ def export_run(
     ):
         raise UserError(f"{folder.path / 'environment.json'} is not of the run that wrote {checkpoint}: put it back")
     progress = manifest["progress"]
-    if step is not None and progress["step"] != step:
-        raise UserError(
-            f"the checkpoint of step {step} in {folder.checkpoints} is missing or damaged: start again", ExitCode.RETRY
-        )
     if not progress["evaluation"]:
         raise UserError(
             f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
@@ -101,10 +98,15 @@ def export_run(
     return folder.handoff
 
 
-def _newest_intact(checkpoints: Path) -> tuple[Path, ExitCode]:
-    """The checkpoint, and the exit status where it is not new enough."""
+def _newest_intact(checkpoints: Path, step: int | None) -> tuple[Path, ExitCode]:
+    """The checkpoint, of a step if one is given, and the exit status where it was not evaluated."""
     problems, code = [], ExitCode.WILL_FAIL_AGAIN
-    for path in list_checkpoints(checkpoints):
+    found = list_checkpoints(checkpoints)
+    wanted = [path for path in found if step in (None, step_of(path))]
+    if step is not None and not wanted:
+        there = ", ".join(str(step_of(path)) for path in found) or "none"
+        raise UserError(f"{checkpoints} has no checkpoint of step {step} (there: {there})", ExitCode.RETRY)
+    for path in wanted:
         try:
             verify(path)
         except CheckpointDamagedError as error:
@@ -113,11 +115,13 @@ def _newest_intact(checkpoints: Path) -> tuple[Path, ExitCode]:
             print(f"WARNING skipping {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
             return path, code
+    if step is not None:
+        code = ExitCode.RETRY  # the run takes the step again
     raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems), code)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the hand-off of a run from its newest checkpoint."""
+    """Write the hand-off of a run from its newest checkpoint, or from that of a step."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.export", description=main.__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
     parser.add_argument(
@@ -126,11 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="ID",
         help="license of the weights for the model card, as the Hugging Face Hub names it, such as apache-2.0",
     )
+    parser.add_argument("--step", type=int, help="hand off the checkpoint of this step (default: the newest)")
     add_trust_argument(parser)
     options = parser.parse_args(arguments)
     try:
         trust = options.trust_factory
-        path = export_run(RunFolder(options.run), license_id=options.license, trust_factory=trust)
+        path = export_run(RunFolder(options.run), step=options.step, license_id=options.license, trust_factory=trust)
         load_handoff(path, trust_factory=trust)  # a factory may have changed since
         print(path)  # noqa: T201
     except UserError as error:

@@ -116,8 +116,8 @@ def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: b
     """
     if "factory" in architecture and not trusted:
         raise UserError(
-            f"{source}: its network is built by {architecture['factory']}, which is not imported because a file says "
-            "so: give --trust-factory if you trust the file, or load_handoff(..., factory=CALLABLE)"
+            f"{source}: its network is built by {architecture['factory']}, which is not imported just because a "
+            "file names it: give --trust-factory if you trust the file, or load_handoff(..., factory=CALLABLE)"
         )
 
 
@@ -141,8 +141,8 @@ def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device:
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if shape != (2, config.num_classes):
         raise UserError(
-            f"model.factory: {config.name} makes {shape} of images {tuple(images.shape)}; logits "
-            f"{(2, config.num_classes)} are wanted, (batch, classes)"
+            f"model.factory: {config.name} returns {shape} for images {tuple(images.shape)}; logits must be "
+            f"{(2, config.num_classes)}, (batch, classes)"
         )
     return counter.get_total_flops() // (2 * len(images))
 

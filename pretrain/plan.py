@@ -76,11 +76,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--node-gbit", type=number, default=400.0, help="network of a node, Gb/s one way (default: 400, an assumption)")
     add("--headroom", type=share, default=0.1, help="share of memory that is not tensors (default: 0.1, assumed)")
     add = parser.add_argument_group("data, where the dataset is not there").add_argument
-    add("--images", type=count, help="of the training split")
-    add("--classes", type=count)
-    add("--bytes-per-image", type=number, help="on disk")
+    add("--images", type=count, help="number of images in the training split")
+    add("--classes", type=count, help="number of classes")
+    add("--bytes-per-image", type=number, help="mean size on disk")
     add = parser.add_argument_group("time").add_argument
-    add("--benchmark", type=Path, metavar="FILE", help="result of python -m benchmarks on this kind of GPU")
+    add("--benchmark", type=Path, metavar="FILE", help="result of python -m benchmarks.model on this kind of GPU")
     add("--mfu", type=share, help="assume this share of the GPU's peak where nothing was measured")
     add(
         "--mtbf-hours-per-gpu", type=number, default=50_000.0, help="mean time between failures (default: 5e4, assumed)"

@@ -45,9 +45,9 @@ def read_state(run: Path) -> RunState | None:
     except FileNotFoundError:
         return None
     except TypeError as error:
-        raise UserError(f"{path} is no state of a run ({error}): remove it") from None
+        raise UserError(f"{path} is not the state of a run ({error}): remove it") from None
     for name, default in asdict(RunState("running")).items():
         kind = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value := getattr(state, name), kind) or (name == "state" and value not in get_args(State)):
-            raise UserError(f"{path} is no state of a run ({name} is {value!r:.60}): remove it")
+            raise UserError(f"{path} is not the state of a run ({name} is {value!r:.60}): remove it")
     return state

@@ -301,7 +301,7 @@ class Trainer:
         folder = self.log.folder.checkpoints
         loaded = load_newest(folder, self.optimizer_shards, group=group, good=lambda found: not found.skipped_in_a_row)
         if loaded is None:
-            raise UserError(f"{why}, and there is no checkpoint to go back to: {advice}")
+            raise UserError(f"{why}, and there is no checkpoint to roll back to: {advice}")
         for warning in loaded[1]:
             self.log.say(f"WARNING {warning}")
             self.log.event("checkpoint passed over", warning, state)
@@ -309,7 +309,7 @@ class Trainer:
         state.skipped_steps += sum(self.nonfinite.skipped())  # of steps that the old weights took meanwhile
         state.rollbacks += 1
         state.skipped_in_a_row = 0
-        what = f"{why}: back to the weights of step {loaded[0].step}, continuing behind these images"
+        what = f"{why}: rolled back to the weights of step {loaded[0].step}, continuing after these images"
         self.log.event("went back", what, state)
         self.log.say(f"WARNING {what} ({state.rollbacks} of {allowed} times)")
 

@@ -47,7 +47,7 @@ def begin(folder: SlurmFolder) -> str:
     if folder.stop_request():
         return _leave(f"the run must not continue: {folder.stop_request()}", ExitCode.FINISHED)
     if other := _other_that_runs(records, attempt.job):
-        return _leave(f"job {other.job} runs this run already", ExitCode.FINISHED)
+        return _leave(f"job {other.job} already trains this run", ExitCode.FINISHED)
     if _gave_up_on_the_lost(folder, history, attempt, launch):
         return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
     folder.adopt(attempt.job)
@@ -65,7 +65,7 @@ def begin(folder: SlurmFolder) -> str:
     step, code = folder.saved_step(), code_digest()
     before = next((record.code for record in reversed(records) if record.code), code)
     if code != before:
-        text = f"the code is not that of the attempt before: its digest was {before}, and is {code}"
+        text = f"the code differs from the previous attempt's: its digest was {before}, and is {code}"
         seen = state.samples_seen if state else 0
         write_event(folder.run / "events.jsonl", "other code", step=step, samples_seen=seen, text=text)
         say(text)
@@ -162,7 +162,7 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
     own = queue.pop(job, None)
     if other := current_job(folder, history.records(), queue):  # submitted while this one could not ask Slurm
         history.note(attempt, f"job {other.id} continues it", next_job=other.id)
-        say(f"job {other.id} continues it already")
+        say(f"job {other.id} already continues the run")
         return
     exclude = _can_do_without(decision, folder.read_launch().min_nodes)
     if newly := {decision.node, *decision.slow} & {*exclude}:
@@ -204,10 +204,10 @@ def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
     try:
         left = scheduler.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) - {*decision.exclude}
     except SlurmError as error:
-        say(f"WARNING {failed} nothing can be asked about the partition: {error}")
+        say(f"WARNING {failed} the partition cannot be queried: {error}")
         return ()
     if len(left) < min_nodes:
-        say(f"{failed} the partition has too few other nodes to do without")
+        say(f"{failed} the partition has too few other nodes to exclude any")
         return ()
     return decision.exclude
 

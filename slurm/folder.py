@@ -70,7 +70,7 @@ class SlurmFolder:
             return Launch(**content)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{self._launch} cannot be read ({error}): start the run with `python -m slurm.launch`"
+                f"{self._launch} cannot be read ({error}): launch the run again with `python -m slurm.launch`"
             ) from None
 
     def write_launch(self, launch: Launch) -> None:

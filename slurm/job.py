@@ -56,7 +56,7 @@ def run_rank(folder: SlurmFolder) -> int:
 
     first = os.environ["NODE_NAMES"].split(",")[0]
     if rank == 0 and node != first:
-        write_exit(ExitCode.RETRY, "failed", f"rank 0 runs on {node}, but the others look for it on {first}")
+        write_exit(ExitCode.RETRY, "failed", f"rank 0 runs on {node}, but the other ranks expect it on {first}")
         return ExitCode.RETRY
     launch = folder.read_launch()
     limit = launch.policy.time_to_save_s

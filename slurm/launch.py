@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m slurm.launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
-    add_run_arguments(run, runs="folder of the run folders, which all nodes must see")
+    add_run_arguments(run, runs="folder that holds the run folders, visible to all nodes")
     add_device_argument(run)
     size = parser.add_argument_group("size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
@@ -55,15 +55,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     slurm.add_argument("--setup", action="append", default=[], metavar="COMMAND",
                        help="shell line before all else, such as 'module load cuda'; may be repeated")  # fmt: skip
     slurm.add_argument("--container", metavar="COMMAND",
-                       help="what each task is started with, for example 'apptainer exec --nv lavit.sif'")  # fmt: skip
+                       help="command that starts each task, for example 'apptainer exec --nv lavit.sif'")  # fmt: skip
     slurm.add_argument("--container-python", default="python3", help="Python in the container (default: python3)")
     recovery = parser.add_argument_group("recovery")
     recovery.add_argument("--save-within", type=int, default=120, metavar="SECONDS",
-                       help="so long before the time limit the ranks are asked to save (default: 120)")  # fmt: skip
+                       help="the ranks save this long before the time limit (default: 120)")  # fmt: skip
     recovery.add_argument("--max-restarts", type=int, default=5,
-                       help="give up after so many in a row without a new checkpoint (default: 5)")  # fmt: skip
+                       help="restarts in a row without a new checkpoint before giving up (default: 5)")  # fmt: skip
     recovery.add_argument("--retry-wait", type=float, default=60.0, metavar="SECONDS",
-                       help="wait before the second of these, then four times as long each (default: 60)")  # fmt: skip
+                       help="wait before the second restart, then four times as long each (default: 60)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
     options = parser.parse_args(arguments)
     options.min_nodes = options.min_nodes or options.nodes

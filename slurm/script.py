@@ -129,7 +129,7 @@ def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]"
     except FailedJobError as error:
         failed = failure("sbatch", str(error))
         if isinstance(failed, UnreachedError):
-            failed.args = (f"{failed}; it may have been heard: look with squeue --me, scancel it, then launch again",)
+            failed.args = (f"{failed}; the job may exist: check `squeue --me`, cancel it, then launch again",)
         raise failed from None
 
 

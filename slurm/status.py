@@ -28,7 +28,7 @@ Show the state of runs, from their folders and from Slurm's queue.
 
 states: waiting (for nodes), held (until it is released), starting, running, stopping, restarting, finished,
 stopped (slurm.stop), cancelled (scancel), failed (will not be restarted; the reason says what to change), lost
-(nothing runs or waits), unknown (its folder cannot be read)
+(nothing runs or waits), preempted (started without Slurm and stopped), unknown (its folder cannot be read)
 """
 
 
@@ -92,9 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m slurm.status", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="runs/NAME: this one in detail")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="runs/NAME: show this run in detail")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if options.run is not None and not options.run.is_dir():
         print(f"error: {options.run}: no such run; `python -m slurm.status` lists them", file=sys.stderr)  # noqa: T201

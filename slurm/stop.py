@@ -30,11 +30,11 @@ def stop(folder: SlurmFolder) -> str:
         )
     state = folder.state()
     if state is not None and state.state == "finished":
-        return "it is finished already"
+        return "the run is already finished"
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
     job = current_job(folder, History(folder.history).records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
     if job is None:
-        return "it has no job; nothing will restart it until it is launched again"
+        return "the run has no job, and nothing restarts it until it is launched again"
     if job.state == "RUNNING":
         scheduler.cancel(job.id, signal="USR2")
         return f"requested: the ranks of job {job.id} save and end at the next step; slurm.status shows when"

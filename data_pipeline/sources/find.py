@@ -150,7 +150,7 @@ def _expanded(pattern: str) -> list[Path]:
     try:
         parts = list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"{pattern} is no pattern ({error}); check its braces") from None
+        raise DataError(f"{pattern} is not a valid pattern ({error}); check its braces") from None
     found = [_globbed(part) for part in parts]
     missing = next((part for part, paths in zip(parts, found, strict=True) if not paths), None)
     if missing is not None and any(found):
@@ -215,13 +215,13 @@ def _by_split(paths: Sequence[Path], split: str | None, root: Path | None = None
     unnamed = None
     for path in dict.fromkeys(paths):
         if not path.is_file():
-            raise DataError(f"{path} is no file; name shards")
+            raise DataError(f"{path} is not a file; name shards")
         above = reversed(path.parent.relative_to(root).parts) if root is not None else (path.parent.name,)
         named = split or next(filter(None, map(split_in, (path.name, *above))), None)
         unnamed = unnamed or (path if named is None else None)
         found.setdefault(named or "train", []).append(path)
     if unnamed is not None and len(found) > 1:
-        raise DataError(f"{unnamed} does not say which split it belongs to, others do; name them as SPLIT=PATTERN")
+        raise DataError(f"{unnamed} has no split in its name, but others do; name them as SPLIT=PATTERN")
     return found
 
 

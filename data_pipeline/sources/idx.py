@@ -124,5 +124,5 @@ def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
     shape = np.frombuffer(data, ">u4", min(dimensions, max(0, len(data) - 4) // 4), offset=min(4, len(data)))
     begin = 4 + 4 * dimensions
     if data[:4] != bytes((0, 0, _BYTES, dimensions)) or len(data) != begin + math.prod(shape.tolist()):
-        raise DataError(f"{path} is no complete IDX file of bytes in {dimensions} dimensions; download it again")
+        raise DataError(f"{path} is not a complete IDX file of bytes in {dimensions} dimensions; download it again")
     return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)

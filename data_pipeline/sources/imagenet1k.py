@@ -55,7 +55,7 @@ class ImageNet1k:
             raise DataError(f"{path} holds a class twice; download it again")
         strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
         if strange:
-            raise DataError(f"{path} holds {strange[0]}, which is no class of {DEVKIT}; download both again")
+            raise DataError(f"{path} holds {strange[0]}, which is not a class of {DEVKIT}; download both again")
         for _ in self._val():  # also to be refused before hours of work, not after
             pass
         if missing:

@@ -40,7 +40,7 @@ ALLOWED = frozenset(
 REFUSED = {
     "optimizer": "the optimizer is the recipe's: set optimizer.* there",
     "scheduler": "the schedule is the recipe's: set schedule.* there",
-    "activation_checkpointing": "it steers DeepSpeed's own checkpointing, which this model does not use: set "
+    "activation_checkpointing": "it configures DeepSpeed's own checkpointing, which is not used here: set "
     "model.activation_checkpointing in the recipe",
     "compile": "set model.compile in the recipe",
     "amp": "apex.amp was removed from DeepSpeed and apex: use bf16, fp16 or torch_autocast",

@@ -85,7 +85,7 @@ def _check_fp16(*, stage: int, has_gpu: bool) -> None:
         raise UserError("fp16 needs a GPU, DeepSpeed refuses it on a CPU: use bf16, torch_autocast or fp32 here")
     if stage == 0:
         raise UserError(
-            "fp16 at ZeRO stage 0 keeps its masters where checkpoints do not find them: use zero_optimization.stage 1 "
+            "fp16 at ZeRO stage 0 keeps fp32 weights where checkpoints cannot find them: use zero_optimization.stage 1 "
             "or more"
         )
 

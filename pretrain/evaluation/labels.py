@@ -41,7 +41,7 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
     where, count = dataset.path, dataset.num_classes
     if by_position:
         if count != config.num_classes:
-            raise UserError(f"the hand-off has {config.num_classes} classes and {where} has {count}: not by position")
+            raise UserError(f"the hand-off has {config.num_classes} classes, {where} has {count}: they must be equal")
         same = tuple(config.class_ids or config.class_names) == (
             dataset.class_ids if config.class_ids else dataset.class_names
         )
@@ -53,7 +53,7 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
     unknown = [class_id for class_id in dataset.class_ids if class_id not in number_of]
     if unknown:
         raise UserError(
-            f"{len(unknown)} of the {count} classes of {where} are none of the hand-off's {config.num_classes} (the "
+            f"{len(unknown)} of the {count} classes of {where} are not among the hand-off's {config.num_classes} (the "
             f"first: {unknown[0]!r}; the hand-off has {_some(config.class_ids)}): evaluate on data with its classes, "
             "or give --classes-by-position if only the ids differ"
         )
@@ -64,7 +64,7 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
     if renamed:
         warnings.append(
             f"{len(renamed)} classes have the same id but another name in the data, the first "
-            f"{renamed[0][0]!r} in the hand-off and {renamed[0][1]!r} here; ids count"
+            f"{renamed[0][0]!r} in the hand-off and {renamed[0][1]!r} here; ids are used"
         )
     if columns == tuple(range(config.num_classes)):
         return ClassMatch(None, "by id", tuple(warnings))

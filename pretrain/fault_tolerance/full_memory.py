@@ -11,7 +11,7 @@ _ADVICE = {
 }
 _TRAINING = (
     "lower train_micro_batch_size_per_gpu, or recompute with model.activation_checkpointing; python -m pretrain.plan "
-    "says what fits"
+    "estimates what fits"
 )
 
 

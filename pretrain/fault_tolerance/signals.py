@@ -41,7 +41,7 @@ class StopFlag:
         def ask(signum: int, _frame: FrameType | None) -> None:
             name = signal.Signals(signum).name
             if signum == signal.SIGINT and self.reason == "SIGINT":
-                os.write(2, b"stopped at once, not saved\n")
+                os.write(2, b"stopped immediately, not saved\n")
                 os._exit(ExitCode.STOPPED)
             self.request(name)
 

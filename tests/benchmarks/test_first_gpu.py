@@ -96,7 +96,7 @@ def test_the_fastest_is_one_of_those_that_may_be_chosen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_all_steps_work_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.first_gpu", "--minutes", "30", "--results", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

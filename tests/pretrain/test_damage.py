@@ -21,11 +21,9 @@ from pretrain.checkpoints.checkpoint import CheckpointDamagedError, load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
 from pretrain.engine.engine import build_engine, build_model
-from pretrain.events import write_start
 from pretrain.export import export_run
 from pretrain.files import read_sealed, write_sealed
 from pretrain.handoff.folder import load_handoff
-from pretrain.ledger import cut_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.outcome import ExitCode, UserError
@@ -33,6 +31,7 @@ from pretrain.recipe import load_recipe
 from pretrain.replay import make_plan
 from pretrain.report import read_run, render
 from pretrain.run_folder import RunFolder
+from pretrain.run_log import RunLog, RunStatus
 from pretrain.run_state import RunState
 from pretrain.summary import record_handoff_evaluation, summary_lines
 from slurm.folder import SlurmFolder
@@ -125,12 +124,12 @@ class Readers:
             folder.metrics, folder.tensorboard, samples_seen=progress.samples_seen, trackers={"book": mock.Mock()},
             done=dict.fromkeys(("eval", "eval_average", "attention", "probe"), progress.samples_seen), say=said.append,
         )  # fmt: skip
+        status = RunStatus(folder, first=True)
+        status.run_state = RunState("running")
+        RunLog(folder, status, mock.Mock(say=said.append), writer, 100).start(progress, (), {})
         writer.close()
         assert warnings or self.intact <= lines(folder.metrics), "intact lines are gone"
-        if not folder.ledger.is_dir():
-            cut_rows(folder.ledger, progress.samples_seen, said.append)
         BadSampleCount(folder.bad_samples)()
-        write_start(folder.events, state or RunState("running"), state)
         held = {
             f"{shard.name} {kind}": shard.view(kind, self.shards.optimizer)
             for shard in self.shards.shards

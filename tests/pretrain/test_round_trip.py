@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from pretrain.checkpoints.checkpoint import list_checkpoints, step_of
 from pretrain.evaluate import main as evaluate_door
 from pretrain.export import export_run
 from pretrain.handoff.folder import CONFIG
 from pretrain.metrics import read_metrics
-from pretrain.outcome import ExitCode
+from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
 from tests.pretrain.ranks import start_ranks
@@ -29,11 +30,12 @@ def through_the_door(log: Path, arguments: list[str]) -> None:
 
 
 def train(folder: Path, digits: Path, ranks: int, *, stage: int, **fields: object) -> Path:
-    """Trains 13 steps of a small network, by the door that people use; the result is the run's folder."""
+    """Trains 13 steps of a small network, by the command that users run; the result is the run's folder."""
     small = "{depths: [1, 1, 2, 1], widths: [16, 32, 32, 32], heads: [1, 2, 2, 2], drop_path: 0.05}"
     assignments = changes(
         data__path=digits, schedule__epochs=0.6, schedule__warmup_epochs=0.2, ema__decay=0.9,
-        optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small,
+        optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small, evaluation__every_epochs=0.3,
+        checkpoint__every_steps=8,
         deepspeed__zero_optimization__stage=stage, **fields,
     )  # fmt: skip
     arguments = ["--recipe", str(RECIPE), "--runs", str(folder), *assignments]
@@ -69,6 +71,14 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     handed_off = (export_run(run) / CONFIG).read_text()
     assert "s3://bucket/digits" in handed_off
     assert "secret" not in handed_off
+    # Any checkpoint can be handed off that was taken after an evaluation.
+    steps = sorted(step_of(path) for path in list_checkpoints(run.checkpoints))
+    assert len(steps) > 1
+    for step in steps:
+        samples = json.loads((export_run(run, step=step) / CONFIG).read_text())["samples_seen"]
+        assert samples * steps[-1] == expected["samples_seen"] * step
+    with pytest.raises(UserError, match=rf"no checkpoint of step 1 \(there: {steps[-1]}"):
+        export_run(run, step=1)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_the_demo_trains_a_cnn_that_is_killed_resumed_on_one_rank_handed_off_and
         assert error.count("\n") == 1
         assert "--trust-factory" in error
     card = (folder / "handoff/README.md").read_text()
-    assert "examples.networks:CNN" in card
+    assert r"examples.networks\:CNN" in card
     assert not [word for word in ("LaViT", "lavit\n", "trust_remote_code", "diagonality") if word in card]
     assert not list((folder / "handoff").glob("*.py"))
     for _ in range(2):  # as the run itself has handed it off, and as the command does
