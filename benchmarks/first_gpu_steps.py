@@ -1,12 +1,14 @@
-"""The steps of ``benchmarks.first_gpu``: generators of named rows, the most valuable first.
+"""The steps of ``benchmarks.first_gpu``: generators of names and of what measures their rows, most valuable first.
 
-``python -m benchmarks.first_gpu_steps STEP ROWS KNOWN SCRATCH`` appends each row to ROWS as soon as it is measured.
+``python -m benchmarks.first_gpu_steps STEP ROWS KNOWN SCRATCH`` appends each row to ROWS as soon as it is measured, and
+goes on with the next where one fails.
 KNOWN holds the rows of earlier steps, SCRATCH is a folder for all of them. On a CPU "compiled" networks are captured
 only, and run operation by operation: compiling kernels takes minutes there.
 """
 
 import argparse
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -21,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,13 @@ from benchmarks.trainer import Stepper, build, fixed_batches, join, recipe_of
 from data_pipeline.dataset import Dataset
 from data_pipeline.graph import SingleDecoder
 from data_pipeline.loader import TrainLoader
-from data_pipeline.transforms import IMAGENET_STD, InputConfig
+from data_pipeline.transforms import IMAGENET_STD, AugmentConfig, InputConfig
 from pretrain.devices import use_gpu
 from pretrain.ports import free_port
 from pretrain.recipe import load_recipe
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Callable[[], Row]]]
 GPU = use_gpu()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 NETWORK, SIDE, BATCHES = ("lavit_small", 224, (128, 256)) if GPU else ("lavit_micro", 32, (4,))
@@ -80,14 +84,17 @@ def environment(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     described = timing.environment()
     row = {**described["versions"], **described["machine"], "revision": described["revision"], "dali": dali_version}
     row |= {"cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version() if GPU else None}
-    ones = torch.ones(256, 256, device=DEVICE, dtype=torch.bfloat16)
-    torch_computes = (ones @ ones).unique().tolist() == [256]
-    jpeg, size = io.BytesIO(), np.array([48, 64], np.int32)
-    Image.new("RGB", (64, 48)).save(jpeg, "jpeg")
-    decoder = SingleDecoder(InputConfig(path="none"), DEVICE.index)
-    failed = decoder.why_not(np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size)
-    computes = f"torch {'multiplies' if torch_computes else 'MULTIPLIES WRONG'}, DALI {failed or 'decodes'}"
-    yield row.pop("name"), row | {"computes": computes}
+
+    def compute() -> Row:
+        ones = torch.ones(256, 256, device=DEVICE, dtype=torch.bfloat16)
+        right = (ones @ ones).unique().tolist() == [256]
+        jpeg, size = io.BytesIO(), np.array([48, 64], np.int32)
+        Image.new("RGB", (64, 48)).save(jpeg, "jpeg")
+        decoder = SingleDecoder(InputConfig(path="none"), DEVICE.index)
+        failed = decoder.why_not(np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size)
+        return row | {"computes": f"torch {'multiplies' if right else 'MULTIPLIES WRONG'}, DALI {failed or 'decodes'}"}
+
+    yield row.pop("name"), compute
 
 
 def pixels(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
@@ -100,32 +107,36 @@ def pixels(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
         with closing(TrainLoader(dataset, config, seed=0, micro_batch=batch, **place)) as loader:
             return torch.cat([one.images.cpu() for one in itertools.islice(loader, ALIKE // batch)])
 
-    for policy in (PLAIN, AUGMENT):
-        there = load(ALIKE, torch.device("cpu"), augment=policy)
-        for share in (1.0, 0.0, 0.65) if policy is PLAIN else (0.0,):
-            settings = {"hw_decoder_load": share, "augment": policy}
-            first = load(ALIKE, **settings)
-            same = {batch: torch.equal(first, load(batch, **settings)) for batch in (ALIKE, ALIKE // 4, 1)}
-            apart = (first - there).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
-            differ = [str(batch) for batch, equal in same.items() if not equal]
-            said = f"DO NOT REPEAT in batches of {', '.join(differ)}" if differ else "repeat bit for bit"
-            name = f"hw_decoder_load {share}{', RandAugment' if policy is AUGMENT else ''}"
-            yield name, {"repeats": said, "same": not differ, "max": apart.max().item(), "mean": apart.mean().item()}
+    def compare(policy: AugmentConfig, share: float) -> Row:
+        settings = {"hw_decoder_load": share, "augment": policy}
+        there, first = load(ALIKE, torch.device("cpu"), **settings), load(ALIKE, **settings)
+        differ = [batch for batch in (ALIKE, ALIKE // 4, 1) if not torch.equal(first, load(batch, **settings))]
+        apart = (first - there).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+        said = f"DO NOT REPEAT in batches of {differ}" if differ else "repeat bit for bit"
+        return {"repeats": said, "same": not differ, "max": apart.max().item(), "mean": apart.mean().item()}
+
+    for share in (1.0, 0.0, 0.65):
+        yield f"hw_decoder_load {share}", partial(compare, PLAIN, share)
+    yield "hw_decoder_load 0.0, RandAugment", partial(compare, AUGMENT, 0.0)
 
 
 def loader(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     """The loader alone, with the recipe's augmentation, by decoder share; and without RandAugment."""
-    for policy, share in ((AUGMENT, 0.0), (AUGMENT, 1.0), (AUGMENT, 0.65), (PLAIN, 0.0), (PLAIN, 1.0)):
+
+    def read(policy: AugmentConfig, share: float) -> Row:
         settings = {"interpolation": "bicubic", "hw_decoder_load": share, "augment": policy}
-        batches = data.ours(shards(scratch), DEVICE, BATCHES[0], **settings)
-        data.measure(batches, WARMUP, BATCHES[0])
-        per_cpu_s, per_s, python_us = data.measure(batches, ROUNDS * COUNT, BATCHES[0])
-        batches.close()
-        name = f"hw_decoder_load {share}{', RandAugment off' if policy is PLAIN else ''}"
-        yield name, {"images_per_s": per_s, "cores": per_s / per_cpu_s, "python_us": python_us}
+        with closing(data.ours(shards(scratch), DEVICE, BATCHES[0], **settings)) as batches:
+            data.measure(batches, WARMUP, BATCHES[0])
+            per_cpu_s, per_s, python_us = data.measure(batches, ROUNDS * COUNT, BATCHES[0])
+        return {"images_per_s": per_s, "cores": per_s / per_cpu_s, "python_us": python_us}
+
+    for share in (0.0, 1.0, 0.65):
+        yield f"hw_decoder_load {share}", partial(read, AUGMENT, share)
+    for share in (0.0, 1.0):
+        yield f"hw_decoder_load {share}, RandAugment off", partial(read, PLAIN, share)
 
 
-def profiled(step: Callable[[], float]) -> dict[str, Any]:
+def profiled(step: Callable[[], float]) -> Row:
     """How much of the seconds that ``step`` returns the device computes, and the kernels with most of its time."""
     device = DeviceType.CUDA if GPU else DeviceType.CPU
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:
@@ -142,7 +153,7 @@ def profiled(step: Callable[[], float]) -> dict[str, Any]:
     return {"busy": busy, "bound": bound, "kernels_ms": {name: us / 1e3 for name, us in kernels.most_common(10)}}
 
 
-def speed(name: str, mode: str, batch: int) -> dict[str, Any]:
+def speed(name: str, mode: str, batch: int) -> Row:
     """Forward and backward pass of a network."""
     torch.compiler.reset()
     gc.collect()
@@ -160,20 +171,16 @@ def speed(name: str, mode: str, batch: int) -> dict[str, Any]:
 def network(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     """The network alone, in each batch and mode."""
     for batch, mode in itertools.product(BATCHES, model.MODES):
-        yield f"{NETWORK} {mode}, batch {batch}", speed(NETWORK, mode, batch)
+        yield f"{NETWORK} {mode}, batch {batch}", partial(speed, NETWORK, mode, batch)
 
 
 def others(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     """LaViT and timm's networks, compiled."""
-    yield NETWORK, speed(NETWORK, "compiled", BATCHES[0])
-    try:
-        import timm  # noqa: F401, PLC0415 - optional
-    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises the latter
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "timm"
-        yield "timm", {"note": "timm is not installed" if absent else f"timm cannot be imported: {error}"}
-        return
-    for name in OTHERS:
-        yield name, speed(name, "compiled", BATCHES[0])
+    installed = importlib.util.find_spec("timm") is not None
+    for name in (NETWORK, *(OTHERS if installed else ())):
+        yield name, partial(speed, name, "compiled", BATCHES[0])
+    if not installed:
+        yield "timm", lambda: {"note": "timm is not installed"}
 
 
 class Running:
@@ -221,37 +228,44 @@ class Running:
 def trainer(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     """The trainer on a fixed batch, in each stage, precision and mode."""
     control = join(0, free_port(), 1)[1]
-    for name in TRAINERS:
+
+    def train(name: str) -> Row:
         running = Running(name, scratch, control)
         waits = running.waits()
         measured = [running.phases() for _ in range(ROUNDS)]
         phases = {key: statistics.median(1e3 * one[key] / COUNT for _, one in measured) for key in measured[0][1]}
         step_s = statistics.median(took / COUNT for took, _ in measured)
         row = {"images_per_s": BATCHES[0] / step_s, "step_ms": 1e3 * step_s, "optimizer_ms": phases["optimizer"]}
-        row |= {"phases_ms": phases, "waits": "; ".join(waits) or "none"}
-        yield name, row | profiled(running.seconds)
+        return row | {"phases_ms": phases, "waits": "; ".join(waits) or "none"} | profiled(running.seconds)
+
+    for name in TRAINERS:
+        yield name, partial(train, name)
 
 
 def end_to_end(known: Found, scratch: Path) -> Rows:
     """The fastest trainer on its loader and on a fixed batch, in turns; with the fastest decoder share that repeats."""
-    control = join(0, free_port(), 1)[1]
-    good = [share for share, row in known["pixels"].items() if row["same"]]
+    good = [share for share, row in known["pixels"].items() if row.get("same")]
     load = fastest(known["loader"], good) or "hw_decoder_load 0.0"
     name = fastest(known["trainer"], [*TRAINERS]) or next(iter(TRAINERS))
-    runs = {"synthetic": Running(name, scratch, control)}
-    runs["loader"] = Running(name, scratch, control, hw_decoder_load=float(load.split()[-1]))
-    times: dict[str, list[float]] = {key: [] for key in runs}
-    waits = []
-    for key, counts in timing.turns([*runs], ROUNDS):
-        took, phases = runs[key].phases()
-        if counts:
-            times[key].append(took)
-            waits += [phases["data"] / sum(phases.values())] if key == "loader" else []
-    rates = {key: COUNT * BATCHES[0] / statistics.median(taken) for key, taken in times.items()}
-    row = {"ratio": timing.ratio(times["synthetic"], times["loader"]), "data_wait": statistics.median(waits)}
-    row |= {"images_per_s": rates["loader"], "synthetic_images_per_s": rates["synthetic"]}
-    found = profiled(runs["loader"].seconds)
-    yield f"{name}, {load}", row | {"idle": 1 - found["busy"], "kernels_ms": found["kernels_ms"]}
+
+    def train() -> Row:
+        control = join(0, free_port(), 1)[1]
+        runs = {"synthetic": Running(name, scratch, control)}
+        runs["loader"] = Running(name, scratch, control, hw_decoder_load=float(load.split()[-1]))
+        times: dict[str, list[float]] = {key: [] for key in runs}
+        waits = []
+        for key, counts in timing.turns([*runs], ROUNDS):
+            took, phases = runs[key].phases()
+            if counts:
+                times[key].append(took)
+                waits += [phases["data"] / sum(phases.values())] if key == "loader" else []
+        rates = {key: COUNT * BATCHES[0] / statistics.median(taken) for key, taken in times.items()}
+        row = {"ratio": timing.ratio(times["synthetic"], times["loader"]), "data_wait": statistics.median(waits)}
+        row |= {"images_per_s": rates["loader"], "synthetic_images_per_s": rates["synthetic"]}
+        found = profiled(runs["loader"].seconds)
+        return row | {"idle": 1 - found["busy"], "kernels_ms": found["kernels_ms"]}
+
+    yield f"{name}, {load}", train
 
 
 def tests(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
@@ -267,7 +281,10 @@ def tests(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
                 counts[found[2].lower()] += 1
                 failed += [found[1]] if found[2] in {"FAILED", "ERROR"} else []
                 counted = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-                yield "tests marked gpu", {"outcomes": "; ".join([counted, *failed])}
+                row = {"outcomes": "; ".join([counted, *failed])}
+                yield "tests marked gpu", row.copy
+    if failed or process.returncode:
+        raise RuntimeError(f"pytest ended with {process.returncode}")
 
 
 def main() -> int:
@@ -282,10 +299,16 @@ def main() -> int:
             return compile_(*arguments, backend="aot_eager", **options)
 
         torch.compile = capture
+    failed = 0
     with Path(rows).open("a") as out:
-        for name, row in globals()[step](json.loads(Path(known).read_text()), Path(scratch)):
+        for name, measure in globals()[step](json.loads(Path(known).read_text()), Path(scratch)):
+            try:
+                row = measure()
+            except Exception as error:  # noqa: BLE001 - the next row may be measured all the same
+                traceback.print_exc()
+                failed, row = 1, {"note": f"{name} failed: {' '.join(str(error).split())[:200]}"}
             print(json.dumps({name: row}), file=out, flush=True)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

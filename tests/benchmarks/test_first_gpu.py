@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from benchmarks import first_gpu
 
@@ -59,6 +61,31 @@ def test_steps_that_crash_hang_or_are_killed_leave_the_others_and_are_one_line_e
     again = driven(tmp_path, "--only", "others")
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads(file.read_text())["loader"] == content["loader"]
+
+
+def test_a_row_that_fails_is_noted_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import first_gpu_steps
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("no\nengine")
+
+    def step(known: first_gpu.Found, scratch: Path) -> first_gpu_steps.Rows:
+        yield "load 1", fail
+        yield "load 0", lambda: {"images_per_s": known["pixels"]["one"]["rate"], "cores": 1.0}
+
+    rows, known = tmp_path / "rows", tmp_path / "known"
+    known.write_text(json.dumps({"pixels": {"one": {"rate": 7.0}}}))
+    monkeypatch.setattr(first_gpu_steps, "loader", step)
+    monkeypatch.setattr(torch, "compile", torch.compile)  # which it replaces on a CPU
+    monkeypatch.setattr(sys, "argv", ["", "loader", str(rows), str(known), str(tmp_path)])
+    assert first_gpu_steps.main() == 1
+    found = dict(pair for line in rows.read_text().splitlines() for pair in json.loads(line).items())
+    assert found == {"load 1": {"note": "load 1 failed: no engine"}, "load 0": {"images_per_s": 7.0, "cores": 1.0}}
+    page = first_gpu.summary({"loader": {"status": "exit status 1", "seconds": 2, "rows": found}})
+    assert page[page.index("loader: exit status 1 (2 s)") + 1 :][:2] == [
+        "    load 1 failed: no engine",
+        "    load 0: 7 images/s on 1.0 cores  <- fastest",
+    ]
 
 
 def test_the_fastest_is_one_of_those_that_may_be_chosen() -> None:
