@@ -152,7 +152,7 @@ class CheckpointWriter:
             again = False
             if self._rank == 0 and problem:
                 text = f"WARNING checkpoint at step {progress['step']} could not be written: {problem}"
-                self._say(text if pause is None else f"{text}; retrying")
+                self._say(text if pause is None else f"{text}; trying again for a while")
                 again = pause is not None and not self._hurry.wait(pause)
             result: list[Any] = [problem, lasting, again]
             dist.broadcast_object_list(result, src=0, group=self.group)

@@ -292,11 +292,11 @@ def test_classes_are_matched_by_id_with_a_warning_where_anything_differs() -> No
             False,
             "1 of the 2 classes of data/x are .*'c'.*--classes-by-position",
         ),
-        ((["a", "b"], "AB"), (["a", "b", "c"], "ABC"), False, "none of the hand-off's 2"),
+        ((["a", "b"], "AB"), (["a", "b", "c"], "ABC"), False, "are not among the hand-off's 2"),
         ((None, "AB"), (["a", "b"], "BA"), False, r"another order \(class 0: 'A' in the hand-off, 'B' here\)"),
         ((None, "AB"), (["a", "b"], "AX"), False, "1 classes of data/x have other names"),
         ((None, "ABC"), (["a", "b"], "AB"), False, "3 classes and data/x has 2"),
-        ((["a", "b"], "AB"), (["a"], "A"), True, "2 classes and data/x has 1"),
+        ((["a", "b"], "AB"), (["a"], "A"), True, "2 classes, data/x has 1"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(ours: Any, theirs: Any, by_position: bool, message: str) -> None:

@@ -124,10 +124,10 @@ def test_a_network_that_gives_no_logits_is_one_line() -> None:
     def tried(chosen: FactoryConfig) -> str:
         return refused(lambda: try_network(chosen.build(), chosen, CPU))
 
-    assert "makes (2, 3) of images (2, 3, 32, 32); logits (2, 10)" in tried(
+    assert "returns (2, 3) for images (2, 3, 32, 32); logits must be (2, 10)" in tried(
         config("examples.networks:CNN", num_classes=3)
     )
-    assert "makes a tuple of images" in tried(config(f"{__name__}:pair"))
+    assert "returns a tuple for images" in tried(config(f"{__name__}:pair"))
     assert "does not take images (2, 3, 16, 16): RuntimeError" in tried(
         config("examples.networks:ViT", (16, 16), image_size=32)
     )
