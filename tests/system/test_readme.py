@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
-    "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
+    "STEP": "20", "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
     "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0", "A:B": "0:2",
 }  # fmt: skip
 """What stands in for the words in capitals."""
