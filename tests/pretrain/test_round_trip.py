@@ -34,8 +34,7 @@ def train(folder: Path, digits: Path, ranks: int, *, stage: int, **fields: objec
     small = "{depths: [1, 1, 2, 1], widths: [16, 32, 32, 32], heads: [1, 2, 2, 2], drop_path: 0.05}"
     assignments = changes(
         data__path=digits, schedule__epochs=0.6, schedule__warmup_epochs=0.2, ema__decay=0.9,
-        optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small, evaluation__every_epochs=0.3,
-        checkpoint__every_steps=8,
+        optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small,
         deepspeed__zero_optimization__stage=stage, **fields,
     )  # fmt: skip
     arguments = ["--recipe", str(RECIPE), "--runs", str(folder), *assignments]
@@ -59,7 +58,8 @@ def in_training(run: Path) -> dict[str, Any]:
 def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     ranks: int, stage: int, digits: Path, tmp_path: Path
 ) -> None:
-    folder = train(tmp_path, digits, ranks, stage=stage)
+    often = {"evaluation__every_epochs": 0.3, "checkpoint__every_steps": 8}
+    folder = train(tmp_path, digits, ranks, stage=stage, **often)
     found, expected = evaluated(folder, digits), in_training(folder)
     assert [found[name] for name in TOTALS] == [expected[name] for name in TOTALS]
     assert json.loads((folder / "summary.json").read_text())["handoff_top1"] == expected["top1"]
