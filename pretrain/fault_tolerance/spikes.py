@@ -20,6 +20,9 @@ DEVIATIONS = 8.0
 """How far above the level a spike is, in robust standard deviations of single losses."""
 SMALLEST_DEVIATION = 0.02
 """Of the level: a curve without noise is not called one of spikes."""
+TAIL = 0.97
+"""A spike is twice as far above the level as this quantile: what happens every few steps, such as one wrong image in
+the small batches of a network that has learned all others, is no spike."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Spike:
 
 
 class LossLevel:
-    """The running level of the loss: median and scaled median absolute deviation of the last ``WINDOW`` steps.
+    """The running level of the loss: median, scaled median absolute deviation and tail of the last ``WINDOW`` steps.
 
-    Both ignore up to half of the values, so a spike does not raise the limit for the next one; a level that stays high
-    becomes the level. It starts over after a restart.
+    All ignore a few high values, so a spike does not raise the limit for the next one; a level that stays high becomes
+    the level. It starts over after a restart.
     """
 
     def __init__(self) -> None:
@@ -59,7 +62,8 @@ class LossLevel:
             if len(self._recent) >= NEEDED:
                 level = statistics.median(self._recent)
                 deviation = 1.4826 * statistics.median(abs(value - level) for value in self._recent)
-                limit = level + DEVIATIONS * max(deviation, SMALLEST_DEVIATION * abs(level))
+                tail = sorted(self._recent)[int(TAIL * (len(self._recent) - 1))]
+                limit = level + max(DEVIATIONS * max(deviation, SMALLEST_DEVIATION * abs(level)), 2 * (tail - level))
                 if loss > limit:
                     end = row["samples_seen"]
                     found.append(Spike(row["step"], loss, level, limit, end - global_batch, end - 1))

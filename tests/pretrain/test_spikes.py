@@ -52,6 +52,17 @@ def test_noise_a_falling_curve_and_a_new_level_are_no_spikes() -> None:
     assert 0 < len(jumped) < 150, "a level that stays never became the level"
 
 
+def test_what_happens_every_few_steps_is_no_spike() -> None:
+    """Small batches of a converged network: most at the floor of label smoothing, one in ten with a wrong image."""
+    chance = random.Random(0)
+    losses = [0.29 + 0.002 * chance.random() + (0.09 if chance.random() < 0.1 else 0.0) for _ in range(1000)]
+    assert sum(loss > 0.37 for loss in losses) > 80
+    level = LossLevel()
+    assert len(level.spikes(rows(losses, last=1000), BATCH)) < 8, "of some hundred"
+    (spike,) = level.spikes(rows([2.0], last=1001), BATCH)
+    assert spike.limit < 0.5
+
+
 def test_nothing_is_told_before_the_level_is_known_or_of_losses_that_are_not_finite() -> None:
     level = LossLevel()
     assert level.spikes(rows([1.0, 50.0] + [1.0] * (NEEDED - 3), last=NEEDED - 1), BATCH) == []
