@@ -188,8 +188,8 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"variants": variants, "differences": differences}
 
 
-def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> Path:
-    """Write the rows and their comparison, sorted."""
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Write the rows and their comparison, sorted; returns the file and its content."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     path: Path = options.results / f"ablation-{today}{'-quick' * options.quick}.json"
     order = list(VARIANTS)
@@ -200,7 +200,7 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> Path:
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return path, content
 
 
 def show(content: dict[str, Any]) -> Iterator[str]:
@@ -287,8 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, *zip(*wanted, strict=True)))
     if rows:
-        path = write(rows, options)
-        content = json.loads(path.read_text())
+        path, content = write(rows, options)
         console.print(*show(content), f"\n{path}", sep="\n")
         if options.figure:
             draw(content, Path(options.figure))

@@ -54,7 +54,7 @@ def check_recipe_here(recipe: Recipe, run: RunFolder) -> RunSize:
         read_ancestors(recipe.loss.class_tree, train_set.class_ids)
     network = architecture(recipe, train_set.num_classes)
     if isinstance(network, FactoryConfig):
-        parameters = sum(parameter.numel() for parameter in network.on_meta.parameters())
+        parameters = network.parameters
     else:
         parameters = count_parameters(network)
         if recipe.initialize_from is not None and not list_checkpoints(run.checkpoints):

@@ -52,6 +52,11 @@ class FactoryConfig:
         """The network on torch's meta device, without memory."""
         return self.build().to("meta")
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the network has."""
+        return sum(parameter.numel() for parameter in self.on_meta.parameters())
+
     def build(self, factory: Factory | None = None) -> nn.Module:
         """The network on the CPU, in training mode.
 

@@ -100,7 +100,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     data = without_secrets(_data(recipe, options))
     config = architecture(recipe, data["classes"])
     if isinstance(config, FactoryConfig):
-        parameters = sum(parameter.numel() for parameter in config.on_meta.parameters())
+        parameters = config.parameters
         macs = try_network(config.build(), config, torch.device("cpu"))
     else:
         parameters, macs = count_parameters(config), count_macs(config)
