@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,23 +38,28 @@ from pretrain.handoff import load_handoff
 from pretrain.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
-NO_RESIDUAL, NO_LOSS = "model.overrides.attention_residual=false", "loss.diagonality_weight=0"
+NO_RESIDUAL, LOSS, NO_LOSS = (
+    "model.overrides.attention_residual=false",
+    "loss.diagonality_weight=0.01",
+    "loss.diagonality_weight=0",
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "vanilla": ("model.overrides.vanilla_blocks=DEPTHS", NO_RESIDUAL, NO_LOSS),
     "reuse": ("model.overrides.learned_maps=false", NO_RESIDUAL, NO_LOSS),
     "la": (NO_RESIDUAL, NO_LOSS),
     "la+residual": (NO_LOSS,),
-    "la+loss": (NO_RESIDUAL,),
-    "la+residual+printed": ("loss.diagonality_form=as_printed",),
-    "la+residual+loss": (),
+    "la+loss": (NO_RESIDUAL, LOSS),
+    "la+residual+printed": (LOSS, "loss.diagonality_form=as_printed"),
+    "la+residual+loss": (LOSS,),
+    "la+residual+loss/10": ("loss.diagonality_weight=0.001",),
     "vit": ("model={factory: 'examples.networks:ViT', arguments: {width: 144, depth: 5, drop_path: 0.05}}", NO_LOSS),
     "cnn": (
         "model={factory: 'examples.networks:CNN', arguments: {widths: [16, 32, 64, 156], depths: [1, 1, 1, 3]}}",
         NO_LOSS,
     ),
 }
-"""What differs from the recipe, which is the whole LaViT. ``reuse`` repeats scores: Psi and Theta are the identity.
-``vit`` and ``cnn`` have as many parameters as LaViT."""
+"""What differs from the recipe. ``la+residual+loss`` is LaViT as the paper describes it. ``reuse`` repeats scores: Psi
+and Theta are the identity. ``vit`` and ``cnn`` have as many parameters as LaViT."""
 QUESTIONS = {
     "Less Attention in place of vanilla attention": ("la", "vanilla"),
     "Psi and Theta, over repeating scores": ("la", "reuse"),
@@ -63,12 +69,13 @@ QUESTIONS = {
     "diagonality loss, without residual": ("la+loss", "la"),
     "printed sign of the loss": ("la+residual+printed", "la+residual"),
     "intended over printed sign": ("la+residual+loss", "la+residual+printed"),
+    "a tenth of the loss's weight": ("la+residual+loss/10", "la+residual+loss"),
     "all of LaViT over its vanilla twin": ("la+residual+loss", "vanilla"),
     "all of LaViT over a ViT": ("la+residual+loss", "vit"),
     "all of LaViT over a CNN": ("la+residual+loss", "cnn"),
 }
 """What is compared, as (with, without)."""
-FEW_SEEDS = ("vit", "cnn")
+FEW_SEEDS = ("la+residual+loss/10", "vit", "cnn")
 """Variants that are trained with three seeds."""
 IMAGES = 200
 """Test images whose attention is measured."""
@@ -79,7 +86,7 @@ def settings(variant: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The recipe's assignments for one run."""
     depths = yaml.safe_load(options.recipe.read_text())["model"]["overrides"]["depths"]
     return [
-        f"name={variant.replace('+', '-')}-{seed}", f"seed={seed}", f"data.path={options.data}",
+        f"name={re.sub('[+/]', '-', variant)}-{seed}", f"seed={seed}", f"data.path={options.data}",
         f"schedule.epochs={options.epochs}", f"schedule.warmup_epochs={options.epochs / 10}",
         f"evaluation.every_epochs={options.epochs}", "data.threads=1", "checkpoint.keep=1", "watch.attention_images=0",
         *(assignment.replace("DEPTHS", str(depths)) for assignment in VARIANTS[variant]),
@@ -157,8 +164,14 @@ def measure(recipe: Recipe, folder: Path, options: argparse.Namespace) -> dict[s
                 }
                 for block in attention_diagnostics(model, images)
             }  # fmt: skip
-    parameters = sum(parameter.numel() for parameter in fresh.parameters())
-    return {"parameters": parameters, "macs": counter.get_total_flops() // 2, "attention": attention}
+    return {
+        "parameters": sum(parameter.numel() for parameter in fresh.parameters()),
+        "macs": counter.get_total_flops() // 2,
+        "attention": attention,
+        "residual_scales": {
+            name: weight.tolist() for name, weight in trained.named_parameters() if name.endswith("residual.gamma")
+        },
+    }
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
@@ -205,49 +218,64 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> tuple[Path
 
 def show(content: dict[str, Any]) -> Iterator[str]:
     """Lines for the terminal and the documentation: a table of variants, and one of differences."""
-    by_variant = {row["variant"]: row for row in content["rows"]}
-    yield "| variant | parameters | MMACs | top-1, % | seeds |\n|---|---|---|---|---|"
-    for variant, found in content["variants"].items():
-        row = by_variant[variant]
+
+    def points(found: dict[str, Any], sign: str = "") -> str:
         half = "" if found["half_width"] is None else f" ± {found['half_width']:.2f}"
-        costs = f"{row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.1f}"
-        yield f"| {variant} | {costs} | {found['mean']:.2f}{half} | {found['seeds']} |"
+        return f"{found['mean']:{sign}.2f}{half}"
+
+    yield "| variant | parameters | MMACs | core-minutes | top-1, % | on val, % | seeds |"
+    yield "|---|---|---|---|---|---|---|"
+    for variant, found in content["variants"].items():
+        rows = [row for row in content["rows"] if row["variant"] == variant]
+        times = [row["core_seconds"] / 60 for row in rows if row["core_seconds"] is not None]
+        costs = f"{rows[0]['parameters'] / 1e6:.2f} M | {rows[0]['macs'] / 1e6:.1f}"
+        time = f"{statistics.median(times):.1f}" if times else ""
+        val = points(interval([row["val_top1"] for row in rows]))
+        yield f"| {variant} | {costs} | {time} | {points(found)} | {val} | {found['seeds']} |"
     yield "\n| question | difference in top-1, points | |\n|---|---|---|"
     for question, found in content["differences"].items():
-        half = "" if found["half_width"] is None else f" ± {found['half_width']:.2f}"
-        verdict = "differs" if found["differs"] else "no difference found" if half else "one seed"
-        yield f"| {question} ({found['with']} - {found['without']}) | {found['mean']:+.2f}{half} | {verdict} |"
+        verdict = "differs" if found["differs"] else "one seed" if found["seeds"] == 1 else "no difference found"
+        yield f"| {question} ({found['with']} - {found['without']}) | {points(found, '+')} | {verdict} |"
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Top-1 with intervals, and the saturation of each block before and after training."""
+    """Top-1 with intervals, and what each block's attention is like before and after training."""
     import matplotlib as mpl  # noqa: PLC0415  (an optional package)
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    names = list(content["variants"])
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    accuracy, names = axes[0, 0], list(content["variants"])
     for place, name in enumerate(names):
         found = content["variants"][name]
         points = [row["top1"] for row in content["rows"] if row["variant"] == name]
-        left.plot(points, [place] * len(points), ".", color="0.6")
-        left.errorbar(found["mean"], place, xerr=found["half_width"] or 0.0, fmt="o", capsize=3, color="C0")
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlabel("top-1 on the test images, % (mean, 95 % interval, runs)")
-    for color, name in enumerate(name for name in names if name in ("vanilla", "reuse", "la", "la+residual+loss")):
-        rows = [row["attention"] for row in content["rows"] if row["variant"] == name]
-        blocks = [b for b, values in rows[0]["after"].items() if values["saturation"] is not None]
-        for when, line in (("before", ":"), ("after", "-")):
-            means = [statistics.fmean(row[when][block]["saturation"] for row in rows) for block in blocks]
-            places = [block.rpartition("_")[0].replace("_block", " block ") for block in blocks]
-            right.plot(places, means, f"o{line}", color=f"C{color}", label=f"{name}, {when} training", markersize=4)
-    right.set_ylabel("saturation: similarity with the block before")
-    right.tick_params(axis="x", rotation=30)
-    right.legend(fontsize=8)
+        accuracy.plot(points, [place] * len(points), ".", color="0.6")
+        accuracy.errorbar(found["mean"], place, xerr=found["half_width"] or 0.0, fmt="o", capsize=3, color="C0")
+    accuracy.set_yticks(range(len(names)), names)
+    accuracy.invert_yaxis()
+    accuracy.set_xlabel("top-1 on the test images, %: mean, 95 % interval, runs")
+    shown = ("vanilla", "reuse", "la", "la+residual", "la+residual+printed", "la+residual+loss")
+    titles = {
+        "saturation": "saturation: similarity with the block before",
+        "diagonality": "diagonality: attention to the own place",
+        "symmetry": "symmetry",
+    }
+    for axis, (quantity, title) in zip(axes.flat[1:], titles.items(), strict=True):
+        for color, name in enumerate(name for name in names if name in shown):
+            rows = [row["attention"] for row in content["rows"] if row["variant"] == name]
+            blocks = [block for block, values in rows[0]["after"].items() if values[quantity] is not None]
+            places = [block.rpartition("_")[0].replace("stage", "").replace("_block", ".") for block in blocks]
+            for when, line in (("before", ":"), ("after", "o-")) if name in ("vanilla", "la") else (("after", "o-"),):
+                means = [statistics.fmean(row[when][block][quantity] for row in rows) for block in blocks]
+                label = f"{name}, before training" if when == "before" else name
+                axis.plot(places, means, line, color=f"C{color}", label=label, markersize=4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("stage.block")
+        axis.set_ylim(0, 1.03)
+    axes[0, 1].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
