@@ -6,6 +6,7 @@ Each shard takes one contiguous range of each unit, so that scratch is read almo
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from data_pipeline.archive import entries
 from data_pipeline.errors import StorageError
 from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import File, Reject, Shard, file_of
-from data_pipeline.shards import crc32, index_text, sample_bytes, write_shard
+from data_pipeline.shards import index_text, sample_bytes, samples_of, write_shard
 
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 """What readers need of every sample: see `data_pipeline.dataset.Dataset`."""
@@ -124,15 +126,14 @@ def write(job: ShardJob) -> Shard:
         for row in rows.tolist():
             at = int(of["unit_offset"][row]) - low
             images[row] = bytes(data[at : at + int(of["length"][row])])
-            if crc32(images[row]) != of["crc32"][row]:
+            if zlib.crc32(images[row]) != of["crc32"][row]:
                 raise StorageError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
     keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(of["name"].tolist()))
     tar, idx = job.path.with_suffix(".tar"), job.path.with_suffix(".idx")
     with replacing(tar) as out:
-        samples = ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys))
-        written = write_shard(out, samples)
-    write_atomically(idx, index_text(entry.index for entry in written).encode())
-    shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))
+        write_shard(out, ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys)))
+    write_atomically(idx, index_text(samples_of(entries(tar), [])).encode())
+    shard = Shard(samples=job.images, tar=file_of(tar), idx=file_of(idx))
     write_atomically(job.record, _Record(digest=job.digest(), shard=shard).model_dump_json().encode())
     return shard
 

@@ -118,7 +118,7 @@ def _make(dest: Path) -> None:
 
 
 def _build_split(source: Source, split: str, dest: Path, options: Options, console: Console) -> None:
-    built = source.describe() | {
+    built = source.described | {
         "shuffle_seed": SHUFFLE_SEED, "max_side": options.max_side, "shard_bytes": source.shard_bytes,
         "jpeg_quality": acceptance.QUALITY, "pillow": PIL.__version__,
     }  # fmt: skip

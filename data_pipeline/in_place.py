@@ -7,6 +7,7 @@ dataset.json.
 
 import hashlib
 import io
+import zlib
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from data_pipeline.archive import entries, is_compressed
 from data_pipeline.assemble import save_table
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
-from data_pipeline.index import STRAY, Labels, Sample, samples_of
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Reject, Shard, Split, file_of, publish
-from data_pipeline.shards import crc32, index_text
+from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_of
 from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
 
@@ -159,7 +159,7 @@ def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
     samples = list(samples_of(entries(job.tar), strays))
     if not samples:
         raise DataError(f"{job.tar} holds no samples; take it out of the folder")
-    text = index_text(sample.line for sample in samples)
+    text = index_text(samples)
     if not job.idx.exists():
         write_atomically(job.idx, text.encode())
     elif job.idx.read_bytes() != text.encode():
@@ -195,4 +195,4 @@ def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejecte
     stream.seek(image.offset)
     data = stream.read(image.size)
     size = size_as_it_is(data)
-    return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, crc32(data))
+    return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, zlib.crc32(data))

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from contextlib import suppress
 
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.shards import crc32
 from data_pipeline.store import patiently
 
 _OPEN_SHARDS = 256
@@ -38,7 +38,7 @@ class Reader:
             reason = self.bad_samples[sample]
         elif len(data) != self.dataset.length[sample]:
             reason = f"the shard ends after {len(data)} of its {self.dataset.length[sample]} bytes"
-        elif crc32(data) != self.dataset.crc32[sample]:
+        elif zlib.crc32(data) != self.dataset.crc32[sample]:
             reason = "its checksum differs from the one taken when the shards were built"
         else:
             reason = ""

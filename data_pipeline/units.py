@@ -8,16 +8,17 @@ A unit is complete when its .npz exists, so an interrupted build resumes after t
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.acceptance import Accepted, Rejected, normalize
+from data_pipeline.acceptance import Rejected, normalize
+from data_pipeline.archive import Extent
 from data_pipeline.files import replacing, write_atomically
-from data_pipeline.shards import crc32
-from data_pipeline.sources import Extent, SourceImage, Unusable
+from data_pipeline.sources import SourceImage
 
 UNIT_IMAGES = 4096
 UNIT_BYTES = 256 * 2**20
@@ -70,22 +71,17 @@ def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int |
 
 
 def _size(image: SourceImage) -> int:
-    if isinstance(image.data, Unusable):
+    if isinstance(image.data, Rejected):
         return 0
     return image.data.length if isinstance(image.data, Extent) else len(image.data)
-
-
-def _normalized(image: SourceImage, max_side: int | None) -> Accepted | Rejected:
-    if isinstance(image.data, Unusable):
-        return Rejected(image.data.reason)
-    return normalize(image.data.read() if isinstance(image.data, Extent) else image.data, max_side)
 
 
 def make(job: Job) -> int:
     """Make one unit and return how many images it holds."""
     kept, rejected = [], []
     for image in job.images:
-        result = _normalized(image, job.max_side)
+        data = image.data.read() if isinstance(image.data, Extent) else image.data
+        result = data if isinstance(data, Rejected) else normalize(data, job.max_side)
         if isinstance(result, Rejected):
             rejected.append({"name": image.name, "reason": result.reason})
         else:
@@ -110,7 +106,7 @@ def make(job: Job) -> int:
             length=np.array([len(result.jpeg) for _, _, result in kept], np.int32),
             width=np.array([result.width for _, _, result in kept], np.uint16),
             height=np.array([result.height for _, _, result in kept], np.uint16),
-            crc32=np.array([crc32(result.jpeg) for _, _, result in kept], np.uint32),
+            crc32=np.array([zlib.crc32(result.jpeg) for _, _, result in kept], np.uint32),
         )
         # Before the table, whose presence means that the unit is complete.
         write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())

@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,8 @@ from data_pipeline.acceptance import Rejected, size_as_it_is
 from data_pipeline.archive import entries
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.index import Sample, samples_of
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Shard, file_of, info_text
-from data_pipeline.shards import crc32, index_text
+from data_pipeline.shards import Sample, index_text, samples_of
 from data_pipeline.workers import run_all, workers_pool
 
 _AGAIN = "copy it again or build the dataset again"
@@ -94,7 +94,7 @@ def check_shard(job: Job) -> list[str]:
         samples = list(samples_of(entries(tar), []))
     except DataError as error:
         return [str(error)]
-    if index_text(sample.line for sample in samples) != idx.read_text():
+    if index_text(samples) != idx.read_text():
         problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
     at = {member.offset: sample for sample in samples for member in sample.members}
     with tar.open("rb") as stream:
@@ -118,7 +118,7 @@ def _check_file(folder: Path, file: File) -> Iterator[str]:
 
 
 def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
-    if crc32(jpeg) != row["crc32"]:
+    if zlib.crc32(jpeg) != row["crc32"]:
         return "its checksum is not the one in the table"
     if decode:
         size = size_as_it_is(jpeg)

@@ -12,8 +12,8 @@ from typing import Any
 
 from data_pipeline.archive import entries
 from data_pipeline.errors import DataError
-from data_pipeline.index import IMAGE_EXTENSIONS, Labels, samples_of
 from data_pipeline.manifest import INFO_NAME
+from data_pipeline.shards import IMAGE_EXTENSIONS, Labels, is_image, samples_of
 from data_pipeline.sources import SPLIT_WORDS, Source, imagenet1k, split_in
 from data_pipeline.sources.archived import Archived
 from data_pipeline.sources.digits import Digits
@@ -109,7 +109,7 @@ def _kind_of(path: Path) -> str:
     first = list(islice(entries(path), _PEEKED))
     if first and all(entry.name.endswith(".tar") for entry in first):
         return "archive of archives"
-    samples = [sample for sample in samples_of(first, []) if any(member.is_image for member in sample.members)]
+    samples = [sample for sample in samples_of(first, []) if any(map(is_image, sample.members))]
     folders = any("/" in entry.name.removeprefix("./") for entry in first)
     # A text next to an image in a folder may be its caption.
     labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS

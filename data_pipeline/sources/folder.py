@@ -2,25 +2,25 @@
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.acceptance import Rejected
+from data_pipeline.archive import Extent
 from data_pipeline.errors import DataError, StorageError, printable
 from data_pipeline.sources import (
-    SHARD_BYTES,
     SPLIT_WORDS,
-    Extent,
+    Source,
     SourceImage,
-    Unusable,
     held_out,
     is_hidden,
     may_be_image,
     splits_among,
-)  # fmt: skip
+)
 
 
-class Folder:
+class Folder(Source):
     """Every file below a class folder is an image; what is none is listed with its reason.
 
     Links are followed. Hidden files and folders, and files next to the class folders, are listed.
@@ -35,15 +35,12 @@ class Folder:
         StorageError: the folder cannot be read.
     """
 
-    shard_bytes = SHARD_BYTES
-
     def __init__(self, root: Path, split: str | None = None, val_fraction: float = 0.0) -> None:
         self.root, self._fraction = root, val_fraction
         splits = {} if split is not None else _splits_in(root)
         self._roots = splits or {split or "train": root}
         if val_fraction and "val" in self._roots:
             raise DataError(f"{root} comes with a val split; leave --val-fraction out")
-        self.splits = (*self._roots, *(("val",) if val_fraction else ()))
         self._classes = {folder: _classes(folder) for folder in self._roots.values()}
         names = {folder: {path.name for path in classes} for folder, classes in self._classes.items()}
         for folder, found in names.items():
@@ -56,16 +53,12 @@ class Folder:
                 )
         if split is None and not splits:
             _refuse_odd(root, self._classes[root])
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
-        described = {"source": "folder", "root": printable(str(self.root))}
-        return described | ({"val_fraction": self._fraction} if self._fraction else {})
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
-        """Return the names of the class folders, sorted."""
-        names = sorted({printable(path.name) for classes in self._classes.values() for path in classes})
-        return {name: name for name in names}
+        described: dict[str, Any] = {"source": "folder", "root": printable(str(root))}
+        super().__init__(
+            (*self._roots, *(("val",) if val_fraction else ())),
+            described | ({"val_fraction": val_fraction} if val_fraction else {}),
+            {name: name for name in sorted({printable(name) for found in names.values() for name in found})},
+        )
 
     def count(self, split: str) -> int | None:
         """Count the files; None where a part of them is held out."""
@@ -82,7 +75,7 @@ class Folder:
         for folder in self._classes[root]:
             found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder)]
             if fraction:
-                usable = [i.name for i in found if not isinstance(i.data, Unusable) and may_be_image(i.name)]
+                usable = [i.name for i in found if not isinstance(i.data, Rejected) and may_be_image(i.name)]
                 chosen = held_out(usable, round(fraction * len(usable)))
                 found = [image for image in found if (image.name in chosen) == (split == "val")]
             yield from found
@@ -95,20 +88,20 @@ class Folder:
                 if Path(entry.path) not in used:
                     reason = "a folder that is no class" if _is_folder(entry) else "is in no class folder"
                     name = printable(Path(entry.path).relative_to(self.root).as_posix())
-                    yield SourceImage(name, "", Unusable("hidden" if is_hidden(entry.name) else reason))
+                    yield SourceImage(name, "", Rejected("hidden" if is_hidden(entry.name) else reason))
 
     def _image(self, root: Path, class_name: str, path: str, reason: str) -> SourceImage:
         name, class_id = printable(Path(path).relative_to(root).as_posix()), printable(class_name)
         if reason:
-            return SourceImage(name, class_id, Unusable(reason))
+            return SourceImage(name, class_id, Rejected(reason))
         try:
             info = os.stat(path)  # noqa: PTH116  (as Extent's)
         except OSError as error:
             if Path(path).is_symlink():
-                return SourceImage(name, class_id, Unusable("a link that leads nowhere"))
+                return SourceImage(name, class_id, Rejected("a link that leads nowhere"))
             raise StorageError(f"{path} cannot be read ({error.strerror}); fix it and build again") from None
         if not stat.S_ISREG(info.st_mode):
-            return SourceImage(name, class_id, Unusable("a named pipe, socket or device"))
+            return SourceImage(name, class_id, Rejected("a named pipe, socket or device"))
         return SourceImage(name, class_id, Extent(path, 0, info.st_size))
 
 

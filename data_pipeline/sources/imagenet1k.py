@@ -2,27 +2,23 @@
 
 import io
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.archive import entries
+from data_pipeline.archive import contents
 from data_pipeline.errors import DataError
-from data_pipeline.sources import SHARD_BYTES, SourceImage, extent
+from data_pipeline.sources import Source, SourceImage
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
-class ImageNet1k:
+class ImageNet1k(Source):
     """The training archive of per-class archives, the validation archive, and the labels from the development kit.
 
     Labels count through the WordNet ids in their alphabetical order, as everywhere.
     """
-
-    splits = ("train", "val")
-    shard_bytes = SHARD_BYTES
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -30,18 +26,9 @@ class ImageNet1k:
             if not (root / name).is_file():
                 raise DataError(f"{root / name} does not exist; download it from image-net.org into {root}")
         self._wnid_of, self._names, self._truth = _read_devkit(root / DEVKIT)
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
-        return {"source": "imagenet-1k", "bytes": {name: (self.root / name).stat().st_size for name in (TRAIN, VAL)}}
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
-        """Return WordNet id -> words."""
-        return dict(sorted(self._names.items()))
-
-    def count(self, split: str) -> int | None:
-        """Return the number of validation images; it is not known for the training archive."""
-        return len(self._truth) if split == "val" else None
+        described = {"source": "imagenet-1k", "bytes": {name: (root / name).stat().st_size for name in (TRAIN, VAL)}}
+        counts = {"val": len(self._truth)}
+        super().__init__(("train", "val"), described, dict(sorted(self._names.items())), counts)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images in the order of the archives."""
@@ -49,8 +36,8 @@ class ImageNet1k:
 
     def _train(self) -> Iterator[SourceImage]:
         path = self.root / TRAIN
-        outers = list(entries(path))
-        classes = {outer.name.rpartition("/")[2].removesuffix(".tar"): outer for outer in outers}
+        outers = list(contents(path))
+        classes = {outer[0].name.rpartition("/")[2].removesuffix(".tar"): outer for outer in outers}
         if len(classes) < len(outers):
             raise DataError(f"{path} holds a class twice; download it again")
         strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
@@ -62,23 +49,23 @@ class ImageNet1k:
             raise DataError(f"{path} lacks {len(missing)} classes, for example {missing[0]}; download it again")
         for wnid, outer in classes.items():
             found = False
-            for entry in entries(path, outer):
+            for entry, content in contents(path, outer):
                 found = True
-                yield SourceImage(f"{wnid}/{entry.name}", wnid, extent(path, entry))
+                yield SourceImage(f"{wnid}/{entry.name}", wnid, content)
             if not found:
-                raise DataError(f"{outer.name} in {path} holds no images; download it again")
+                raise DataError(f"{outer[0].name} in {path} holds no images; download it again")
 
     def _val(self) -> Iterator[SourceImage]:
         path = self.root / VAL
         found, count = set(), 0
-        for entry in entries(path):
+        for entry, content in contents(path):
             count += 1
             # The name ends with the image's number, from 1, which is its line in the ground truth.
             line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
             if not (line.isascii() and line.isdigit()) or not 1 <= int(line) <= len(self._truth):
                 raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
             found.add(int(line))
-            yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], extent(path, entry))
+            yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], content)
         if not len(found) == count == len(self._truth):
             raise DataError(f"{path} holds {count} images, but {DEVKIT} labels {len(self._truth)}; download it again")
 

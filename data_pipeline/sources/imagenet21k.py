@@ -1,19 +1,19 @@
 """ImageNet-21k (winter21 or fall11), or any folder of an archive for each class; never unpacked to disk."""
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.archive import Entry, contents, entries, entries_of, is_compressed
+from data_pipeline.acceptance import Rejected
+from data_pipeline.archive import Content, Entry, contents, is_compressed
 from data_pipeline.errors import DataError
-from data_pipeline.sources import SHARD_BYTES, SPLIT_WORDS, SourceImage, Unusable, extent, held_out
+from data_pipeline.sources import SPLIT_WORDS, Source, SourceImage, held_out
 
 HELD_OUT = 50
 ENOUGH = 500
 
 
-class ImageNet21k:
+class ImageNet21k(Source):
     """A tar, a compressed tar, or a folder, of one tar for each WordNet id.
 
     A plain tar is read in place, in parallel. A compressed one can only be read from its beginning: one class at a time
@@ -25,35 +25,25 @@ class ImageNet21k:
         classes: the WordNet ids to take, as for ImageNet-21k-P; None takes all.
     """
 
-    splits = ("train", "val")
-    shard_bytes = SHARD_BYTES
-
     def __init__(self, path: Path, classes: list[str] | None = None) -> None:
         self.path, self._classes = path, None if classes is None else sorted(set(classes))
         self._compressed = not path.is_dir() and is_compressed(path)
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
+        self._archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
         chosen = None if self._classes is None else hashlib.sha256("\n".join(self._classes).encode()).hexdigest()
-        size = sum(file.stat().st_size for file in self._archives())
+        size = sum(file.stat().st_size for file in self._archives)
         described = {"source": "imagenet-21k", "bytes": size, "classes_sha256": chosen}
-        return described | {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:
-        """Return the chosen WordNet ids, or those that occur; the archive does not hold their words."""
-        return {wnid: wnid for wnid in self._classes or sorted(found)}
-
-    def count(self, split: str) -> None:
-        """Return None: the archive does not hold it."""
+        described |= {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
+        # The archive does not hold the words of its WordNet ids.
+        super().__init__(("train", "val"), described, {wnid: wnid for wnid in self._classes or ()} or None)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, class by class in the order of the archive."""
         seen = set()
-        for wnid, images in self._compressed_classes() if self._compressed else self._plain_classes():
+        for wnid, images in self._by_class():
             if not images:
                 raise DataError(f"{wnid}.tar in {self.path} holds no images; download it again, or take {wnid} out")
             seen.add(wnid)
-            usable = [image.name for image in images if not isinstance(image.data, Unusable)]
+            usable = [image.name for image in images if not isinstance(image.data, Rejected)]
             chosen = held_out(usable, HELD_OUT) if len(usable) >= ENOUGH else set()
             yield from (image for image in images if (image.name in chosen) == (split == "val"))
         self._complete(seen)
@@ -74,33 +64,19 @@ class ImageNet21k:
             raise DataError(f"{self.path} holds archives of splits, such as {name}; unpack it, and build from them")
         return wnid if self._classes is None or wnid in self._classes else None
 
-    def _plain_classes(self) -> Iterator[tuple[str, list[SourceImage]]]:
-        outers = [(self._wanted(name), file, outer) for name, file, outer in self._outers()]
-        self._complete({wnid for wnid, *_ in outers if wnid is not None})  # before hours of work, not after
+    def _by_class(self) -> Iterator[tuple[str, list[SourceImage]]]:
+        outers: Iterable[tuple[str | None, Path, tuple[Entry, Content] | None]] = self._outers()
+        if not self._compressed:
+            outers = list(outers)
+            self._complete({wnid for wnid, *_ in outers if wnid is not None})  # before hours of work, not after
         for wnid, file, outer in outers:
-            if wnid is None:
-                continue
-            if outer is None and is_compressed(file):
-                raise DataError(f"{file} is compressed; unpack it with gunzip, bunzip2 or unxz")
-            yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, extent(file, e)) for e in entries(file, outer)]
+            if wnid is not None:
+                yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, data) for e, data in contents(file, outer)]
 
-    def _outers(self) -> Iterator[tuple[str, Path, Entry | None]]:
-        """Yield name, file and, inside an archive, member of each class's archive."""
+    def _outers(self) -> Iterator[tuple[str | None, Path, tuple[Entry, Content] | None]]:
+        """Yield WordNet id, file and, inside an archive, member of each class's archive."""
         if self.path.is_dir():
-            yield from ((file.name, file, None) for file in self._archives())
+            yield from ((self._wanted(file.name), file, None) for file in self._archives)
         else:
-            yield from ((outer.name, self.path, outer) for outer in entries(self.path))
-
-    def _archives(self) -> list[Path]:
-        return sorted(self.path.glob("*.tar")) if self.path.is_dir() else [self.path]
-
-    def _compressed_classes(self) -> Iterator[tuple[str, list[SourceImage]]]:
-        for outer, data in contents(self.path, lambda name: self._wanted(name) is not None):
-            wnid = self._wanted(outer.name)
-            if wnid is None:
-                continue
-            images = []
-            for entry in entries_of(data, outer.name, self.path):
-                image = Unusable(entry.unusable) if entry.unusable else data[entry.offset : entry.offset + entry.size]
-                images.append(SourceImage(f"{wnid}/{entry.name}", wnid, image))
-            yield wnid, images
+            for outer in contents(self.path, wanted=lambda name: self._wanted(name) is not None):
+                yield self._wanted(outer[0].name), self.path, outer

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.acceptance import Rejected
 from data_pipeline.archive import contents, entries
 from data_pipeline.build import main as build
 from data_pipeline.errors import DataError
-from data_pipeline.index import Labels
 from data_pipeline.manifest import Manifest
-from data_pipeline.sources import Source, Unusable
+from data_pipeline.shards import Labels
+from data_pipeline.sources import Source
 from data_pipeline.sources.archived import Archived
 from data_pipeline.sources.imagenet1k import ImageNet1k
 from data_pipeline.sources.imagenet21k import ImageNet21k
@@ -56,7 +57,7 @@ KINDS = {"imagenet-1k": write_1k, "imagenet-21k": write_21k, "class folders": wr
 def images_of(source: Source) -> tuple[dict[str, str], int]:
     """Class id of each image that can be used, by name, and how many are listed."""
     images = list(source.images("train"))
-    usable = {image.name: image.class_id for image in images if not isinstance(image.data, Unusable)}
+    usable = {image.name: image.class_id for image in images if not isinstance(image.data, Rejected)}
     return usable, len(images) - len(usable)
 
 
