@@ -13,7 +13,7 @@ from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, File, Shard, Split, file_of
 from data_pipeline.shards import header_at
-from data_pipeline.store import CacheConfig, LocalStore, Store, open_store, patiently
+from data_pipeline.store import CacheConfig, Store, open_store, patiently
 
 _PROBES = 16
 
@@ -88,7 +88,7 @@ class Dataset:
         )
         dataset._check_table(entry)
         # A remote shard is compared with its checksum when it is fetched.
-        if check_files and isinstance(store, LocalStore):
+        if check_files and not store.remote:
             dataset._check_shards(store.folder)
         return dataset
 

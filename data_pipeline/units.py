@@ -20,6 +20,7 @@ from data_pipeline.archive import Extent
 from data_pipeline.files import replacing, write_atomically
 from data_pipeline.sources import SourceImage
 
+SHUFFLE_SEED = 0
 UNIT_IMAGES = 4096
 UNIT_BYTES = 256 * 2**20
 _NAME_BYTES = 48  # of the original name, kept in the shard's member names so that a user can find the image again
@@ -32,7 +33,6 @@ class Job:
     number: int
     images: tuple[SourceImage, ...]
     scratch: Path
-    seed: int
     max_side: int | None
 
     @property
@@ -56,7 +56,7 @@ def made(job: Job) -> int | None:
         return len(table["key"]) if str(table["digest"]) == job.digest() else None
 
 
-def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
+def cut(images: Iterable[SourceImage], scratch: Path, max_side: int | None) -> Iterator[Job]:
     """Group a source's images into units."""
     group: list[SourceImage] = []
     size = number = 0
@@ -64,10 +64,10 @@ def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int |
         group.append(image)
         size += _size(image)
         if len(group) == UNIT_IMAGES or size >= UNIT_BYTES:
-            yield Job(number, tuple(group), scratch, seed, max_side)
+            yield Job(number, tuple(group), scratch, max_side)
             group, size, number = [], 0, number + 1
     if group:
-        yield Job(number, tuple(group), scratch, seed, max_side)
+        yield Job(number, tuple(group), scratch, max_side)
 
 
 def _size(image: SourceImage) -> int:
@@ -85,7 +85,7 @@ def make(job: Job) -> int:
         if isinstance(result, Rejected):
             rejected.append({"name": image.name, "reason": result.reason})
         else:
-            kept.append((_key(job.seed, image.name), image, result))
+            kept.append((_key(image.name), image, result))
     kept.sort(key=lambda entry: entry[:1])
     job.path.unlink(missing_ok=True)  # an older one is of other images
     # On the disk before the table, also when the power fails.
@@ -113,10 +113,11 @@ def make(job: Job) -> int:
     return len(kept)
 
 
-def _key(seed: int, name: str) -> int:
+def _key(name: str) -> int:
     """Return the position of an image in the shuffled order: a hash, so independent of how the source is cut."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little")
+    key = SHUFFLE_SEED.to_bytes(8, "little")
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _short(name: str) -> bytes:

@@ -12,13 +12,11 @@ import torch
 from PIL import Image, ImageOps
 
 from data_pipeline.acceptance import Rejected, decode
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
-from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import Manifest
 from data_pipeline.transforms import InputConfig
 from data_pipeline.verify import main as verify
-from tests.data_pipeline.datasets import ONE_RANK, build_into, stored
+from tests.data_pipeline.datasets import build_into, stored, training
 from tests.data_pipeline.images import PLAIN, jpeg, tar
 
 WIDTH, HEIGHT = 48, 48  # square, so that turned images have this size as well
@@ -289,11 +287,9 @@ def test_what_is_accepted_is_intact_for_verify_and_trains_with_the_pixels_of_pil
     config = InputConfig(path=dataset.path, image_size=(HEIGHT, WIDTH), **PLAIN)
     batch = len(dataset)
     reports: list = []
-    loader = TrainLoader(
-        dataset, config, seed=1, global_batch=batch, micro_batch=batch, on_bad_sample=reports.append, **ONE_RANK
-    )
-    images = next(iter(loader))
-    loader.close()
+    place = {"global_batch": batch, "micro_batch": batch, "on_bad_sample": reports.append}
+    with training(dataset, config, **place) as loader:
+        images = next(iter(loader))
     assert not reports
     assert set(images.sample_ids.tolist()) == set(range(batch))
     pixels = (images.images * 255).permute(0, 2, 3, 1)
@@ -323,5 +319,5 @@ def test_a_program_that_pillow_could_run_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.jpg").write_bytes(EPS)
     (tmp_path / "in" / "a" / "y.jpg").write_bytes(GOOD)
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    build_into(tmp_path / "in", tmp_path / "out")
     assert not ran.exists()
