@@ -14,7 +14,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.verify import main as verify
 from tests.data_pipeline.datasets import classes_by_bytes, listed, run_build
-from tests.data_pipeline.images import jpeg, tar
+from tests.data_pipeline.images import jpeg, saved, tar
 
 
 def shard(path: Path, labels: list[bytes], first: int = 0) -> Path:
@@ -78,16 +78,10 @@ def test_an_index_of_another_shard_is_refused(tmp_path, capsys):
 IMAGE = jpeg(1, (20, 20))
 
 
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.open(io.BytesIO(IMAGE)).save(out, "PNG")
-    return out.getvalue()
-
-
 LAYOUTS = {
     "cls": {"0.jpg": IMAGE, "0.cls": b"2\n"},
     "upper case and a prefix": {"0.image.JPEG": IMAGE, "0.cls": b"00002"},
-    "png": {"a/b/0.png": png(), "a/b/0.cls": b"2"},
+    "png": {"a/b/0.png": saved(Image.open(io.BytesIO(IMAGE)), "PNG"), "a/b/0.cls": b"2"},
     "json": {"0.jpg": IMAGE, "0.json": b'{"label": 2, "width": 20}'},
     "json, another field": {"0.jpg": IMAGE, "0.json": b'{"y": {"id": 2}}'},
     "txt": {"0.jpg": IMAGE, "0.txt": b"2"},
