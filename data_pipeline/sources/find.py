@@ -14,13 +14,11 @@ from data_pipeline.archive import entries
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import INFO_NAME
 from data_pipeline.shards import IMAGE_EXTENSIONS, Labels, is_image, samples_of
-from data_pipeline.sources import SPLIT_WORDS, Source, imagenet1k, split_in
-from data_pipeline.sources.archived import Archived
+from data_pipeline.sources import SPLIT_WORDS, Source, split_in
 from data_pipeline.sources.digits import Digits
-from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.folder import Archived, Folder
 from data_pipeline.sources.idx import Idx, image_files
-from data_pipeline.sources.imagenet1k import ImageNet1k
-from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.sources.imagenet import TRAIN, ImageNet1k, ImageNet21k
 from data_pipeline.sources.shards import LABEL_MEMBERS, Shards
 
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
@@ -86,7 +84,7 @@ def _in_file(path: Path, wanted: Wanted) -> Source:
 
 
 def _in_folder(path: Path, wanted: Wanted) -> Source:
-    if (path / imagenet1k.TRAIN).exists():
+    if (path / TRAIN).exists():
         return _with_own_splits(ImageNet1k(path), wanted, "classes", "val_fraction")
     if image_files(path, "train"):
         return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes")

@@ -16,9 +16,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import Labels
 from data_pipeline.sources import Source
-from data_pipeline.sources.archived import Archived
-from data_pipeline.sources.imagenet1k import ImageNet1k
-from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.sources.folder import Archived
+from data_pipeline.sources.imagenet import ImageNet1k, ImageNet21k
 from data_pipeline.sources.shards import Shards
 from tests.data_pipeline.datasets import run_build
 from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar

@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Reader
-from data_pipeline.sources import imagenet21k as source_21k
+from data_pipeline.sources import imagenet
 from tests.data_pipeline.datasets import classes_by_bytes, listed, run_build
 from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
 
@@ -53,8 +53,8 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "folder"])
 def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(source_21k, "ENOUGH", 8)
-    monkeypatch.setattr(source_21k, "HELD_OUT", 3)
+    monkeypatch.setattr(imagenet, "ENOUGH", 8)
+    monkeypatch.setattr(imagenet, "HELD_OUT", 3)
     archive = tmp_path / "winter21.tar"
     images = imagenet_21k(archive, {**CLASSES, "n09999999": 4}, "w" if mode == "folder" else mode)
     if mode == "folder":
