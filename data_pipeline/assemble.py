@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from data_pipeline.archive import entries
 from data_pipeline.errors import StorageError
 from data_pipeline.files import replacing, write_atomically
-from data_pipeline.manifest import File, Manifest, Reject, Shard, Split, file_of
+from data_pipeline.manifest import Manifest, Reject, Shard, Split, file_of
 from data_pipeline.shards import index_text, sample_bytes, samples_of, write_shard
 
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
@@ -156,24 +156,17 @@ def shards_in(folder: Path, prefix: str) -> list[Path]:
 
 def publish(shards: Sequence[Shard], scratch: Path, dest: Path, prefix: str) -> None:
     """Move the shards to their place; may be interrupted and called again."""
-    names = {file.name for file in _files(shards)}
+    names = [file.name for shard in shards for file in (shard.tar, shard.idx)]
+    expected = set(names)
     for path in shards_in(dest, prefix):
-        if path.name not in names:  # the source was larger when an earlier build was interrupted here
+        if path.name not in expected:  # the source was larger when an earlier build was interrupted here
             path.with_suffix(".idx").unlink(missing_ok=True)
             path.unlink()
-    for file in _files(shards):
-        if (scratch / file.name).exists():
-            (scratch / file.name).replace(dest / file.name)
-        elif not (dest / file.name).exists():
-            raise StorageError(
-                f"{dest / file.name} vanished while the dataset was built; remove {scratch}, build again"
-            )
-
-
-def _files(shards: Sequence[Shard]) -> Iterator[File]:
-    for shard in shards:
-        yield shard.tar
-        yield shard.idx
+    for name in names:
+        if (scratch / name).exists():
+            (scratch / name).replace(dest / name)
+        elif not (dest / name).exists():
+            raise StorageError(f"{dest / name} vanished while the dataset was built; remove {scratch}, build again")
 
 
 def with_split(

@@ -109,7 +109,7 @@ def _build_split(
     prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
     _prepare(scratch, dest, prefix, built, console)
     with _left_for_the_next_build(scratch), _Progress(console) as progress, workers_pool(workers) as pool:
-        report = progress.start_task_of(f"{split}: decode", source.count(split))
+        report = progress.begin(f"{split}: decode", source.count(split))
         jobs = units.cut(source.images(split), scratch, max_side)
         counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=workers, report=report)
         made = list(counts)
@@ -125,7 +125,7 @@ def _build_split(
             raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
         classes = _classes(source, manifest, assemble.classes_of(made))
         table = assemble.merge(made, list(classes), source.shard_bytes)
-        report = progress.start_task_of(f"{split}: write shards", len(table["label"]))
+        report = progress.begin(f"{split}: write shards", len(table["label"]))
         left = assemble.shard_jobs(table, scratch, prefix)
         written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=workers, report=report)
         shards = list(written.values())
@@ -278,7 +278,7 @@ class _Progress(Progress):
         super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
         self._silent_since = time.monotonic()
 
-    def start_task_of(self, description: str, total: int | None) -> Advance:
+    def begin(self, description: str, total: int | None) -> Advance:
         """Add a task, and return what is called with how much more of it is done."""
         return partial(self.advance, self.add_task(description, total=total))
 
@@ -298,7 +298,7 @@ def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside
     """Index shards in place."""
     try:
         with _locked(dest), _Progress(console) as progress, workers_pool(workers) as pool:
-            report = progress.start_task_of("index", sum(map(len, source.paths.values())))
+            report = progress.begin("index", sum(map(len, source.paths.values())))
             made = index_in_place(source, dest, pool, report, beside=beside)
         manifest = Manifest.read(dest)
         for split in source.paths:

@@ -145,15 +145,6 @@ def test_shards_of_several_splits_are_converted_or_used_where_they_lie(names, so
         assert {path.suffix for path in root.rglob("*") if path.is_file()} == {".tar"}
 
 
-def test_shards_that_cannot_all_be_indexed_leave_no_index(tmp_path, capsys):
-    two_shards(tmp_path, "x-0.tar", "x-1.tar")
-    data = (tmp_path / "x-1.tar").read_bytes()
-    (tmp_path / "x-1.tar").write_bytes(data[:4000])
-    assert run_build(tmp_path / "*.tar", tmp_path) == 2
-    assert "x-1.tar" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.tar", "x-1.tar"]
-
-
 def test_info_of_others_says_splits_and_classes_and_ours_is_as_timm_reads_it(tmp_path):
     two_shards(tmp_path / "in", "a.tar", "b.tar")
     splits = {name: {"name": name, "filenames": [file], "shard_lengths": [3], "num_samples": 3}

@@ -16,7 +16,7 @@ def test_a_whole_dataset_passes(digits, capsys):
     assert "train: 1437 samples in 10 shards, val: 360 samples in 3 shards, all decoded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", [0.0, 0.01, 0.37, 0.73, 0.999])
+@pytest.mark.parametrize("where", [0.0, 0.37, 0.999])
 @pytest.mark.parametrize(
     "name",
     [
