@@ -88,14 +88,8 @@ class Engine:
     the inputs until the batch's output is there, on a GPU until its event has passed, and of a pipeline that failed
     until it is shut down. So DALI's are never the last ones, for which it would take the GIL, image by image.
 
-    Args:
-        config: how images are read.
-        prepare: reads and draws what a micro-batch needs; called in threads.
-        mark_bad: called with a sample that cannot be decoded, and why.
-        train: the training graph, else the evaluation graph.
-        batch_size: images in a micro-batch.
-        threads: CPU threads of DALI.
-        device: where images appear.
+    `prepare` reads and draws what a micro-batch needs, in threads; `mark_bad` is called with a sample that cannot be
+    decoded, and why.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from data_pipeline.archive import entries, is_compressed
 from data_pipeline.assemble import with_split
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
-from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Reject, Shard, file_of, publish
+from data_pipeline.manifest import FILE_NAME, INFO_NAME, Manifest, Reject, Shard, file_of, publish
 from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_of
 from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
@@ -59,14 +59,6 @@ class Job:
             return self.tar.with_suffix(".idx")
         return self.dest / f"{self.tar.stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}.idx"
 
-    def files(self) -> tuple[File, File]:
-        """Describe the shard and its index as dataset.json names them."""
-        idx = str(Path(self.name).with_suffix(".idx")) if self.beside else self.idx.name
-        return (
-            file_of(self.tar).model_copy(update={"name": self.name}),
-            file_of(self.idx).model_copy(update={"name": idx}),
-        )
-
 
 def index_in_place(
     source: Shards, dest: Path, pool: Executor | None, advance: Advance, *, beside: bool = True
@@ -95,8 +87,8 @@ def index_in_place(
             )
         if printable(job.name) != job.name:
             raise DataError(f"{job.tar} has a name that is not UTF-8; rename it")
-    for split in manifest.splits if manifest is not None else ():
-        there = [(shard.tar.name, shard.tar.bytes) for shard in manifest.splits[split].shards] if manifest else []
+    for split, entry in (manifest.splits if manifest is not None else {}).items():
+        there = [(shard.tar.name, shard.tar.bytes) for shard in entry.shards]
         if [(job.name, job.tar.stat().st_size) for job in jobs.pop(split, [])] not in ([], there):
             raise DataError(f"{dest} already holds a split '{split}'; name another with --split, or remove {FILE_NAME}")
     left = [job for group in jobs.values() for job in group]
@@ -177,8 +169,9 @@ def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
             else:
                 rows.append(row)
     rejected += [Reject(name=f"{job.tar.name}:{name}", reason=STRAY) for name in strays]
-    tar, idx = job.files()
-    return np.array(rows, _ROW), rejected, Shard(samples=len(rows), tar=tar, idx=idx)
+    idx = str(Path(job.name).with_suffix(".idx")) if job.beside else job.idx.name
+    record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, idx))
+    return np.array(rows, _ROW), rejected, record
 
 
 def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejected:

@@ -108,7 +108,7 @@ def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[
 
 def _check_file(folder: Path, file: File) -> Iterator[str]:
     try:
-        if file_of(folder / file.name).model_copy(update={"name": file.name}) != file:
+        if file_of(folder / file.name, file.name) != file:
             yield f"{folder / file.name} is not as it was written: its size or checksum differs; {_AGAIN}"
     except OSError as error:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
