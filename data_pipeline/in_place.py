@@ -60,9 +60,7 @@ class Job:
         return self.dest / f"{self.tar.stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}.idx"
 
 
-def index_in_place(
-    source: Shards, dest: Path, pool: Executor | None, advance: Advance, *, beside: bool = True
-) -> list[str]:
+def index_in_place(source: Shards, dest: Path, pool: Executor | None, advance: Advance, *, beside: bool) -> list[str]:
     """Index shards and add them to dest/dataset.json, all splits at once.
 
     Args:
