@@ -97,8 +97,9 @@ def _samples(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, 
 
 
 def _bytes(content: Content, stream: BinaryIO) -> bytes:
-    """Return the bytes of a label."""
+    """Return the bytes of a label that can be used."""
     if isinstance(content, Extent):
         stream.seek(content.offset)
         return stream.read(content.length)
-    return content if isinstance(content, bytes) else b""
+    assert isinstance(content, bytes)
+    return content
