@@ -173,6 +173,7 @@ def pipeline(
         threads: CPU threads of DALI; on the CPU as many more resize.
         device_id: the GPU, or None for the CPU.
     """
+    # What is drawn for one image of one pixel has the names, dimensions and types of the inputs.
     one = np.ones(1, np.int64)
     params = train_params(config, Draws(0, one, one), one, one) if train else eval_params(config, one, one)
     examples = {"jpeg": np.zeros(1, np.uint8)} | {name: values[0] for name, values in params.items()}
