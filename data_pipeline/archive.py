@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from data_pipeline.acceptance import Rejected
 from data_pipeline.errors import DataError, StorageError, printable
 
 _CHUNK = 2**20
@@ -41,6 +42,38 @@ class Entry:
     size: int
     unusable: str = ""
     """Why its bytes cannot be used, as for a link; '' for a plain file."""
+
+    @property
+    def extension(self) -> str:
+        """What follows the first dot of the file's name, as WebDataset has it."""
+        return self.name.rpartition("/")[2].partition(".")[2]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """An image's bytes inside a file, to be read by whichever worker gets it."""
+
+    path: str
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Read the bytes; StorageError when the file has vanished, is unreadable or has become shorter."""
+        try:
+            with open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
+                stream.seek(self.offset)
+                data = stream.read(self.length)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be read ({error.strerror}); make it readable and build again"
+            ) from None
+        if len(data) != self.length:
+            raise StorageError(f"{self.path} ended early: it changed while it was read; build again when it is at rest")
+        return data
+
+
+Content = Extent | bytes | Rejected
+"""Where an image's bytes are, the bytes themselves where they can only be read once through, or why it has none."""
 
 
 class _DamagedError(Exception):
@@ -85,46 +118,48 @@ def is_compressed(path: Path) -> bool:
         return compressed
 
 
-def entries(path: Path, inside: Entry | None = None) -> Iterator[Entry]:
-    """Yield the members of an archive that are not folders, reading the headers of a plain one only.
+def entries(path: Path) -> Iterator[Entry]:
+    """Yield the members of an archive that are not folders; of a plain one only the headers are read.
+
+    Raises:
+        DataError: the archive is damaged or incomplete.
+        StorageError: it cannot be read.
+    """
+    return (entry for entry, _ in contents(path, wanted=lambda _: False))
+
+
+def contents(
+    path: Path, inside: tuple[Entry, Content] | None = None, wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[Entry, Content]]:
+    """Yield the members of an archive that are not folders, each with its content: an Extent in a plain archive.
 
     Args:
         path: the file; if it is compressed, it is read through.
-        inside: the member of a plain archive that is itself the archive to be read.
+        inside: what this function yielded for the member of the file that is itself the archive to be read.
+        wanted: whether the bytes of a compressed archive's member of this name are read; others have none.
 
     Raises:
         DataError: the archive is damaged or incomplete.
         StorageError: it cannot be read.
     """
+    outer = None if inside is None else inside[1]
     with _reported(path, inside), _opened(path) as (stream, compressed):
-        if compressed:
-            yield from (entry for entry, _ in _members(stream, 0, streamed=True))
-            return
-        start, size = (inside.offset, inside.size) if inside is not None else (0, path.stat().st_size)
-        part = _Part(stream, start, start + size)
-        yield from (entry for entry, _ in _members(part, start, streamed=False))
+        if isinstance(outer, Rejected):
+            raise _DamagedError(outer.reason)
+        if isinstance(outer, bytes):
+            for entry, _ in _members(io.BytesIO(outer), 0, streamed=False):
+                yield entry, _content(entry, outer[entry.offset : entry.offset + entry.size])
+        elif compressed:
+            for entry, read in _members(stream, 0, streamed=True):
+                yield entry, _content(entry, read() if not entry.unusable and wanted(entry.name) else b"")
+        else:
+            start, size = (outer.offset, outer.length) if isinstance(outer, Extent) else (0, path.stat().st_size)
+            for entry, _ in _members(_Part(stream, start, start + size), start, streamed=False):
+                yield entry, _content(entry, Extent(str(path), entry.offset, entry.size))
 
 
-def contents(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[Entry, bytes]]:
-    """Yield the members of an archive that are not folders, with their bytes: the way to read a compressed one.
-
-    Args:
-        path: the file, compressed or not.
-        wanted: whether a member of this name is read; others, and what is unusable, have no bytes.
-
-    Raises:
-        DataError: the archive is damaged or incomplete.
-        StorageError: it cannot be read.
-    """
-    with _reported(path, None), _opened(path) as (stream, _):
-        for entry, read in _members(stream, 0, streamed=True):
-            yield entry, read() if not entry.unusable and wanted(entry.name) else b""
-
-
-def entries_of(data: bytes, name: str, path: Path) -> Iterator[Entry]:
-    """Yield the members of an archive that is held in memory, `name` in `path`; offsets count in `data`."""
-    with _reported(path, Entry(name, 0, len(data))):
-        yield from (entry for entry, _ in _members(io.BytesIO(data), 0, streamed=False))
+def _content(entry: Entry, content: Content) -> Content:
+    return Rejected(entry.unusable) if entry.unusable else content
 
 
 def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
@@ -186,9 +221,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
 
 
 @contextmanager
-def _reported(path: Path, inside: Entry | None) -> Iterator[None]:
+def _reported(path: Path, inside: tuple[Entry, Content] | None) -> Iterator[None]:
     """Turn what goes wrong while an archive is read into one line."""
-    what = f"{inside.name} in {path}" if inside is not None else str(path)
+    what = f"{inside[0].name} in {path}" if inside is not None else str(path)
     try:
         yield
     except FileNotFoundError:

@@ -6,7 +6,8 @@ Each shard takes one contiguous range of each unit, so that scratch is read almo
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from data_pipeline.archive import entries
 from data_pipeline.errors import StorageError
 from data_pipeline.files import replacing, write_atomically
-from data_pipeline.manifest import File, Reject, Shard, file_of
-from data_pipeline.shards import crc32, index_text, sample_bytes, write_shard
+from data_pipeline.manifest import Manifest, Reject, Shard, Split, file_of
+from data_pipeline.shards import index_text, sample_bytes, samples_of, write_shard
 
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 """What readers need of every sample: see `data_pipeline.dataset.Dataset`."""
@@ -28,19 +30,12 @@ Table = dict[str, NDArray[Any]]
 it, and the image's original name."""
 
 
-def save_table(path: Path, table: Table) -> None:
-    """Write NAME-split.samples.npz atomically; every column is (samples,), in the order of the shards."""
-    with replacing(path) as out:
-        np.savez(out, allow_pickle=False, **{field: table[field] for field in COLUMNS})
-
-
 @dataclass(frozen=True)
 class ShardJob:
     """One shard to be written to scratch."""
 
     path: Path
-    """Where its files go, without an extension."""
-    units: Path
+    """Where its files go, without an extension; the units are next to them."""
     first: int
     rows: Table
 
@@ -100,12 +95,12 @@ def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> 
     return {"shard": shard, "offset": offset, **merged}
 
 
-def shard_jobs(table: Table, units: Path, folder: Path, prefix: str) -> Iterator[ShardJob]:
-    """Yield the shards to write; `folder` is where they go, `units` where the images are."""
+def shard_jobs(table: Table, scratch: Path, prefix: str) -> Iterator[ShardJob]:
+    """Yield the shards to write."""
     bounds = np.searchsorted(table["shard"], np.arange(table["shard"][-1] + 2)).tolist()
     for number, (low, high) in enumerate(pairwise(bounds)):
         rows = {field: column[low:high] for field, column in table.items()}
-        yield ShardJob(folder / f"{prefix}-{number:06d}", units, low, rows)
+        yield ShardJob(scratch / f"{prefix}-{number:06d}", low, rows)
 
 
 def write(job: ShardJob) -> Shard:
@@ -117,22 +112,23 @@ def write(job: ShardJob) -> Shard:
         rows = np.flatnonzero(of["unit"] == unit)
         low = int(of["unit_offset"][rows[0]])
         high = int(of["unit_offset"][rows[-1]] + of["length"][rows[-1]])
-        path = job.units / f"unit-{unit:06d}.bin"
+        path = job.path.with_name(f"unit-{unit:06d}.bin")
         with path.open("rb") as stream:
             stream.seek(low)
             data = memoryview(stream.read(high - low))
         for row in rows.tolist():
             at = int(of["unit_offset"][row]) - low
             images[row] = bytes(data[at : at + int(of["length"][row])])
-            if crc32(images[row]) != of["crc32"][row]:
-                raise StorageError(f"{path} is not as it was written; check the disk, remove {job.units}, build again")
+            if zlib.crc32(images[row]) != of["crc32"][row]:
+                raise StorageError(
+                    f"{path} is not as it was written; check the disk, remove {path.parent}, build again"
+                )
     keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(of["name"].tolist()))
     tar, idx = job.path.with_suffix(".tar"), job.path.with_suffix(".idx")
     with replacing(tar) as out:
-        samples = ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys))
-        written = write_shard(out, samples)
-    write_atomically(idx, index_text(entry.index for entry in written).encode())
-    shard = Shard(samples=len(written), tar=file_of(tar), idx=file_of(idx))
+        write_shard(out, ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys)))
+    write_atomically(idx, index_text(samples_of(entries(tar), [])).encode())
+    shard = Shard(samples=job.images, tar=file_of(tar), idx=file_of(idx))
     write_atomically(job.record, _Record(digest=job.digest(), shard=shard).model_dump_json().encode())
     return shard
 
@@ -160,21 +156,42 @@ def shards_in(folder: Path, prefix: str) -> list[Path]:
 
 def publish(shards: Sequence[Shard], scratch: Path, dest: Path, prefix: str) -> None:
     """Move the shards to their place; may be interrupted and called again."""
-    names = {file.name for file in _files(shards)}
+    names = [file.name for shard in shards for file in (shard.tar, shard.idx)]
+    expected = set(names)
     for path in shards_in(dest, prefix):
-        if path.name not in names:  # the source was larger when an earlier build was interrupted here
+        if path.name not in expected:  # the source was larger when an earlier build was interrupted here
             path.with_suffix(".idx").unlink(missing_ok=True)
             path.unlink()
-    for file in _files(shards):
-        if (scratch / file.name).exists():
-            (scratch / file.name).replace(dest / file.name)
-        elif not (dest / file.name).exists():
-            raise StorageError(
-                f"{dest / file.name} vanished while the dataset was built; remove {scratch}, build again"
-            )
+    for name in names:
+        if (scratch / name).exists():
+            (scratch / name).replace(dest / name)
+        elif not (dest / name).exists():
+            raise StorageError(f"{dest / name} vanished while the dataset was built; remove {scratch}, build again")
 
 
-def _files(shards: Sequence[Shard]) -> Iterator[File]:
-    for shard in shards:
-        yield shard.tar
-        yield shard.idx
+def with_split(
+    manifest: Manifest | None,
+    split: str,
+    path: Path,
+    table: Table,
+    *,
+    classes: Mapping[str, str],
+    shards: list[Shard],
+    rejected: list[Reject],
+    built: dict[str, Any],
+) -> Manifest:
+    """Write the table of a split to `path`, and return what dataset.json says with that split."""
+    with replacing(path) as out:
+        np.savez(out, allow_pickle=False, **{field: table[field] for field in COLUMNS})
+    entry = Split(
+        samples=len(table["label"]),
+        class_counts=np.bincount(table["label"], minlength=len(classes)).tolist(),
+        shards=shards,
+        table=file_of(path),
+        rejected=rejected,
+        built=built,
+    )
+    splits = (manifest.splits if manifest is not None else {}) | {split: entry}
+    return Manifest(
+        name=path.parent.resolve().name, class_ids=list(classes), class_names=list(classes.values()), splits=splits
+    )

@@ -28,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,7 +50,7 @@ from data_pipeline import acceptance, assemble, units
 from data_pipeline.errors import DataError, StorageError, printable
 from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
-from data_pipeline.manifest import FILE_NAME, Manifest, Split, file_of, publish
+from data_pipeline.manifest import FILE_NAME, Manifest, publish
 from data_pipeline.sources import Source
 from data_pipeline.sources.find import Wanted, find_source
 from data_pipeline.sources.shards import Shards
@@ -59,7 +58,6 @@ from data_pipeline.workers import Advance, run_all, workers_pool
 
 J = TypeVar("J", units.Job, assemble.ShardJob)
 R = TypeVar("R")
-SHUFFLE_SEED = 0
 LOG_EVERY_S = 60.0
 """Seconds between lines with the progress, where there is no terminal to draw a bar on."""
 _SHOWN, _LONGEST_NAME = 5, 100
@@ -68,25 +66,16 @@ ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a
 WebDataset shards: a folder, a quoted pattern such as 'SHARDS/train-{0000..0146}.tar', or several SPLIT=PATTERN"""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose."""
-
-    workers: int
-    max_side: int | None = None
-
-
-def build(source: Source, dest: Path, options: Options, console: Console) -> None:
+def build(source: Source, dest: Path, workers: int, max_side: int | None, console: Console) -> None:
     """Build all splits of a source into `dest`.
 
     Raises:
         DataError: the source or the destination is not as it should be, or the disk is full.
     """
-    _make(dest)
     try:
         with _locked(dest):
             for split in source.splits:
-                _build_split(source, split, dest, options, console)
+                _build_split(source, split, dest, console, workers=workers, max_side=max_side)
     except DataError:
         with suppress(OSError):
             dest.rmdir()  # if nothing is in it
@@ -102,24 +91,11 @@ def build(source: Source, dest: Path, options: Options, console: Console) -> Non
         ) from None
 
 
-def _make(dest: Path) -> None:
-    """Make the dataset's folder."""
-    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME:
-        raise DataError(
-            f"{dest} has a name of more than {_LONGEST_NAME} bytes, and shards are named after it; shorten it"
-        )
-    try:
-        str(dest.resolve()).encode()
-        dest.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{dest} cannot be created ({error.strerror}); choose another DEST") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
-
-
-def _build_split(source: Source, split: str, dest: Path, options: Options, console: Console) -> None:
-    built = source.describe() | {
-        "shuffle_seed": SHUFFLE_SEED, "max_side": options.max_side, "shard_bytes": source.shard_bytes,
+def _build_split(
+    source: Source, split: str, dest: Path, console: Console, *, workers: int, max_side: int | None
+) -> None:
+    built = source.described | {
+        "shuffle_seed": units.SHUFFLE_SEED, "max_side": max_side, "shard_bytes": source.shard_bytes,
         "jpeg_quality": acceptance.QUALITY, "pillow": PIL.__version__,
     }  # fmt: skip
     manifest = Manifest.read(dest) if (dest / FILE_NAME).exists() else None
@@ -132,11 +108,10 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
         return
     prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
     _prepare(scratch, dest, prefix, built, console)
-    with _left_for_the_next_build(scratch), _progress(console) as progress, workers_pool(options.workers) as pool:
-        task = progress.add_task(f"{split}: decode", total=source.count(split))
-        jobs = units.cut(source.images(split), scratch, SHUFFLE_SEED, options.max_side)
-        report = _Reporter(progress, task)
-        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=options.workers, report=report)
+    with _left_for_the_next_build(scratch), _Progress(console) as progress, workers_pool(workers) as pool:
+        report = progress.begin(f"{split}: decode", source.count(split))
+        jobs = units.cut(source.images(split), scratch, max_side)
+        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=workers, report=report)
         made = list(counts)
         if not made and split != source.splits[0]:
             shutil.rmtree(scratch)
@@ -144,32 +119,24 @@ def _build_split(source: Source, split: str, dest: Path, options: Options, conso
             return
         if not made:
             raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
+        rejected = assemble.rejects(made)
         if not any(counts.values()):
-            first = assemble.rejects(made)[0]
+            first = rejected[0]
             raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
-        class_ids, class_names = _classes(source, manifest, assemble.classes_of(made))
-        table = assemble.merge(made, class_ids, source.shard_bytes)
-        task = progress.add_task(f"{split}: write shards", total=len(table["label"]))
-        left = assemble.shard_jobs(table, scratch, scratch, prefix)
-        report = _Reporter(progress, task)
-        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=options.workers, report=report)
+        classes = _classes(source, manifest, assemble.classes_of(made))
+        table = assemble.merge(made, list(classes), source.shard_bytes)
+        report = progress.begin(f"{split}: write shards", len(table["label"]))
+        left = assemble.shard_jobs(table, scratch, prefix)
+        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=workers, report=report)
         shards = list(written.values())
     assemble.publish(shards, scratch, dest, prefix)
-    table_path = dest / f"{prefix}.samples.npz"
-    assemble.save_table(table_path, table)
-    entry = Split(
-        samples=len(table["label"]),
-        class_counts=np.bincount(table["label"], minlength=len(class_ids)).tolist(),
-        shards=shards,
-        table=file_of(table_path),
-        rejected=assemble.rejects(made),
-        built=built,
+    path = dest / f"{prefix}.samples.npz"
+    complete = assemble.with_split(
+        manifest, split, path, table, classes=classes, shards=shards, rejected=rejected, built=built
     )
-    splits = (manifest.splits if manifest is not None else {}) | {split: entry}
-    whole = Manifest(name=dest.resolve().name, class_ids=class_ids, class_names=class_names, splits=splits)
-    publish(whole, dest)
+    publish(complete, dest)
     shutil.rmtree(scratch)
-    print_summary(console, dest, whole, split)
+    print_summary(console, dest, complete, split)
 
 
 def print_summary(console: Console, dest: Path, manifest: Manifest, split: str) -> None:
@@ -230,7 +197,7 @@ def _resumed(
     work: Callable[[J], R],
     known: Callable[[J], R | None],
     *,
-    pool: Executor,
+    pool: Executor | None,
     ahead: int,
     report: Advance,
 ) -> dict[Path, R]:
@@ -255,7 +222,7 @@ def _count(job: units.Job | assemble.ShardJob) -> int:
     return job.images if isinstance(job, assemble.ShardJob) else len(job.images)
 
 
-def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> tuple[list[str], list[str]]:
+def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> dict[str, str]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
     stated = source.class_names(found)
     if manifest is not None:
@@ -272,12 +239,23 @@ def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> tupl
     missing = sorted(found - stated.keys())
     if missing:
         raise DataError(f"class '{missing[0]}' is not in the source's list of classes; complete the list")
-    return list(stated), list(stated.values())
+    return stated
 
 
 @contextmanager
 def _locked(dest: Path) -> Iterator[None]:
-    """Keep a second build out of the same folder; the lock goes with the process, however it ends."""
+    """Make the dataset's folder, and keep a second build out of it; the lock goes with the process, however it ends."""
+    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME:
+        raise DataError(
+            f"{dest} has a name of more than {_LONGEST_NAME} bytes, and shards are named after it; shorten it"
+        )
+    try:
+        str(dest.resolve()).encode()
+        dest.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{dest} cannot be created ({error.strerror}); choose another DEST") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
     with (dest / ".building.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -291,42 +269,36 @@ def _locked(dest: Path) -> Iterator[None]:
             (dest / ".building.lock").unlink()
 
 
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+class _Progress(Progress):
+    """A bar for each task; in a batch job's log, a line now and then."""
 
-
-class _Reporter:
-    """Advances a bar; in a batch job's log, a line now and then."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, progress.tasks[task]
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
         self._silent_since = time.monotonic()
 
-    def __call__(self, done: float) -> None:
-        self._progress.advance(self._task.id, done)
-        if not self._progress.disable or time.monotonic() - self._silent_since < LOG_EVERY_S:
+    def begin(self, description: str, total: int | None) -> Advance:
+        """Add a task, and return what is called with how much more of it is done."""
+        return partial(self.advance, self.add_task(description, total=total))
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Advance a task."""
+        super().advance(task_id, advance)
+        if not self.disable or time.monotonic() - self._silent_since < LOG_EVERY_S:
             return
         self._silent_since = time.monotonic()
-        task = self._task
+        task = self._tasks[task_id]
         total = "" if task.total is None else f" of {task.total:.0f}"
         left = "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
-        self._progress.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
+        self.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
 
 
 def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside: bool) -> None:
     """Index shards in place."""
-    _make(dest)
     try:
-        with _locked(dest), _progress(console) as progress, workers_pool(workers) as pool:
-            count = sum(len(paths) for paths in source.paths.values())
-            report = _Reporter(progress, progress.add_task("index", total=count))
+        with _locked(dest), _Progress(console) as progress, workers_pool(workers) as pool:
+            report = progress.begin("index", sum(map(len, source.paths.values())))
             made = index_in_place(source, dest, pool, report, beside=beside)
         manifest = Manifest.read(dest)
         for split in source.paths:
@@ -364,7 +336,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         raise DataError("--index goes with plain WebDataset shards only; name DEST in its place")
     if Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
         raise DataError(f"{dest} is inside {names[0]}, which is read; name another DEST")
-    build(source, dest, Options(workers, args.max_side), console)
+    build(source, dest, workers, args.max_side, console)
 
 
 def main(arguments: list[str] | None = None) -> int:

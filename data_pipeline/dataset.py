@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, File, Shard, Split, file_of
-from data_pipeline.shards import member_name, member_size
-from data_pipeline.store import CacheConfig, LocalStore, Store, open_store, patiently
+from data_pipeline.shards import header_at
+from data_pipeline.store import CacheConfig, Store, open_store, patiently
 
 _PROBES = 16
 
@@ -88,7 +88,7 @@ class Dataset:
         )
         dataset._check_table(entry)
         # A remote shard is compared with its checksum when it is fetched.
-        if check_files and isinstance(store, LocalStore):
+        if check_files and not store.remote:
             dataset._check_shards(store.folder)
         return dataset
 
@@ -112,8 +112,8 @@ class Dataset:
     def sample_name(self, sample: int) -> str:
         """Return the name of a sample's member in its shard."""
         with suppress(OSError), self.shard_path(int(self.shard[sample])).open("rb") as shard:
-            if name := member_name(shard, int(self.offset[sample])):
-                return name
+            if header := header_at(shard, int(self.offset[sample])):
+                return header.name
         return f"sample {sample}"
 
     def _check_table(self, entry: Split) -> None:
@@ -150,7 +150,8 @@ class Dataset:
     def _check_ends(self, path: Path, *samples: int) -> None:
         def sizes() -> list[int | None]:
             with path.open("rb") as stream:
-                return [member_size(stream, int(self.offset[sample])) for sample in samples]
+                headers = [header_at(stream, int(self.offset[sample])) for sample in samples]
+            return [header and header.size for header in headers]
 
         try:
             found = patiently(sizes, str(path))

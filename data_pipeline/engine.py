@@ -2,12 +2,12 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,26 +52,6 @@ class Prepared:
     digest: int = 0
 
 
-class Preparer(Protocol):
-    """Reads and draws what micro-batches need."""
-
-    def prepare(self, rows: Rows) -> Prepared:
-        """Return the batch, ready for the graph; called in threads."""
-
-    def mark_bad(self, sample: int, reason: str) -> None:
-        """Treat a sample as bad from now on."""
-
-
-class CudaEvent(Protocol):
-    """The part of ``torch.cuda.Event`` that is used here."""
-
-    def query(self) -> bool:
-        """Return whether all work before the event is done."""
-
-    def synchronize(self) -> None:
-        """Wait for it."""
-
-
 class InFlightBuffers:
     """Memory that work queued on a GPU still reads: DALI's outputs, and the inputs that they were decoded from.
 
@@ -82,9 +62,9 @@ class InFlightBuffers:
     """
 
     def __init__(self) -> None:
-        self._held: deque[tuple[CudaEvent, object]] = deque()
+        self._held: deque[tuple[torch.cuda.Event, object]] = deque()
 
-    def hold(self, event: CudaEvent, buffers: object) -> None:
+    def hold(self, event: torch.cuda.Event, buffers: object) -> None:
         """Keep buffers alive until the event has passed; release those whose event has."""
         self._held.append((event, buffers))
         while self._held and self._held[0][0].query():
@@ -94,13 +74,6 @@ class InFlightBuffers:
         """Wait for all events and release everything."""
         while self._held:
             self._held.popleft()[0].synchronize()
-
-
-@dataclass(frozen=True)
-class _Ready:
-    prepared: Prepared
-    inputs: dict[str, Any]
-    """What DALI reads, by name; it owns the memory."""
 
 
 class Engine:
@@ -114,23 +87,29 @@ class Engine:
     soon as the last operator that reads the input returns; on a GPU that work is then only queued. So the engine keeps
     the inputs until the batch's output is there, on a GPU until its event has passed, and of a pipeline that failed
     until it is shut down. So DALI's are never the last ones, for which it would take the GIL, image by image.
+
+    `prepare` reads and draws what a micro-batch needs, in threads; `mark_bad` is called with a sample that cannot be
+    decoded, and why.
     """
 
     def __init__(
         self,
         config: InputConfig,
-        preparer: Preparer,
         *,
+        prepare: Callable[[Rows], Prepared],
+        mark_bad: Callable[[int, str], None],
         train: bool,
         batch_size: int,
         threads: int,
         device: torch.device,
     ) -> None:
-        self._config, self._device, self._preparer, self._depth = config, device, preparer, config.prefetch
+        self._config, self._device, self._depth = config, device, config.prefetch
+        self._prepare, self._mark_bad = prepare, mark_bad
         self._device_id = None if device.type == "cpu" else device.index or 0
         self._plan: Iterator[Rows] = iter(())
-        self._reading: deque[tuple[Rows, Future[_Ready]]] = deque()
-        self._decoding: deque[_Ready] = deque()
+        self._reading: deque[tuple[Rows, Future[tuple[Prepared, dict[str, Any]]]]] = deque()
+        # With what DALI reads of each, by name; it owns the memory.
+        self._decoding: deque[tuple[Prepared, dict[str, Any]]] = deque()
         self._in_flight = InFlightBuffers()
         self._runs = 0
         self._build = partial(
@@ -158,7 +137,7 @@ class Engine:
                 except RuntimeError as error:
                     self._recover(error)
                     continue
-                prepared, failed = self._decoding.popleft().prepared, None
+                prepared, failed = self._decoding.popleft()[0], None
                 try:
                     self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
                 except RuntimeError as error:
@@ -193,19 +172,19 @@ class Engine:
         ready = reading.result()
         self._read_ahead()
         self._decoding.append(ready)
-        return [ready.inputs[name] for name in names]
+        return [ready[1][name] for name in names]
 
     def _read_ahead(self) -> None:
         while len(self._reading) < self._depth:
             rows = next(self._plan, None)
             if rows is None:
                 return
-            self._reading.append((rows, self._readers.submit(self._prepare, rows)))
+            self._reading.append((rows, self._readers.submit(self._prepare_inputs, rows)))
 
-    def _prepare(self, rows: Rows) -> _Ready:
-        prepared = self._preparer.prepare(rows)
+    def _prepare_inputs(self, rows: Rows) -> tuple[Prepared, dict[str, Any]]:
+        prepared = self._prepare(rows)
         arrays: dict[str, Any] = {"jpeg": prepared.jpegs, **prepared.params}
-        return _Ready(prepared, {name: graph.in_place(values) for name, values in arrays.items()})
+        return prepared, {name: graph.in_place(values) for name, values in arrays.items()}
 
     def _take(self) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -226,7 +205,7 @@ class Engine:
         """Mark the samples that DALI cannot decode as bad and begin again at the first batch that was not yielded."""
         if gpu_memory_is_full(error):  # which says nothing about an image
             raise error
-        given = [ready.prepared for ready in self._decoding]
+        given = [prepared for prepared, _ in self._decoding]
         candidates = {
             int(sample): (jpeg, prepared.params["start"][row], prepared.params["shape"][row])
             for prepared in given
@@ -238,7 +217,7 @@ class Engine:
         if not bad or len(bad) == len(candidates):
             raise error  # no image is the cause
         for sample, reason in bad.items():
-            self._preparer.mark_bad(sample, reason)
+            self._mark_bad(sample, reason)
         again = [prepared.planned for prepared in given] + [rows for rows, _ in self._reading]
         self._plan = chain(again, self._plan)
         self._reading.clear()

@@ -5,55 +5,44 @@ everything after it follows the pixels; without one it is "cpu", and torch resiz
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-from data_pipeline import auto_augment, resize
+from data_pipeline import auto_augment
+from data_pipeline.draws import Draws, eval_params, train_params
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.transforms import InputConfig
 
 Source = Callable[..., list[Any]]
 
-# Dimensions and type of an image's inputs, as DALI wants them.
-_INPUTS = {
-    "jpeg": (1, types.UINT8),
-    "start": (1, types.INT32),
-    "shape": (1, types.INT32),
-    "mirror": (0, types.INT32),
-    "affine": (2, types.FLOAT),
-    "brightness": (0, types.FLOAT),
-    "contrast": (0, types.FLOAT),
-    "saturation": (0, types.FLOAT),
-    "hue": (0, types.FLOAT),
-    "operation": (1, types.INT32),
-    "strength": (1, types.INT32),
-    "sign": (1, types.INT32),
-    "erase_start": (1, types.FLOAT),
-    "erase_shape": (1, types.FLOAT),
-    "resize": (1, types.FLOAT),
-    "crop_x": (0, types.FLOAT),
-    "crop_y": (0, types.FLOAT),
-}
+_RESIZE = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
+_TYPES = {np.dtype(types.to_numpy_type(kind)): kind for kind in (types.UINT8, types.INT32, types.FLOAT)}
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _inputs(names: list[str], source: Source) -> dict[str, Any]:
+def _inputs(examples: dict[str, NDArray], source: Source) -> dict[str, Any]:
     """Return the node of each input; `source` is called for every batch and returns their values in this order.
 
     DALI reads them in place: the caller keeps them alive until the batch's output is consumed.
+
+    Args:
+        examples: what each input has for one image.
+        source: called for every batch.
     """
-    kinds = [_INPUTS[name] for name in names]
     nodes = fn.external_source(
-        source, num_outputs=len(names), ndim=[ndim for ndim, _ in kinds], dtype=[dtype for _, dtype in kinds],
-        no_copy=True,
+        source, num_outputs=len(examples), ndim=[value.ndim for value in examples.values()],
+        dtype=[_TYPES[value.dtype] for value in examples.values()], no_copy=True,
     )  # fmt: skip
-    return dict(zip(names, nodes, strict=True))
+    return dict(zip(examples, nodes, strict=True))
 
 
 def in_place(values: NDArray | list[NDArray[np.uint8]]) -> TensorListCPU:
@@ -90,10 +79,47 @@ def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) 
     )
 
 
+def resize_by_dali(images: Any, size: Any, interpolation: str) -> Any:
+    """Return the node that resizes, with antialiasing, on the device where the images are.
+
+    Args:
+        images: node of (h, w, 3) uint8 images.
+        size: (height, width) for all images, or a node of one (2,) float32 each.
+        interpolation: "bilinear", "bicubic" or "lanczos".
+    """
+    return fn.resize(images, size=size, interp_type=_RESIZE[interpolation], antialias=True)
+
+
+@do_not_convert  # type: ignore[untyped-decorator]
+def resize_by_torch(images: Any, size: Any, interpolation: str, threads: int) -> Any:
+    """Return the node that resizes on the CPU; arguments as of `resize_by_dali`, and in how many threads.
+
+    On a CPU DALI's own resizing would be more than half of all that the input costs. torch's kernel for bytes takes a
+    fraction of it, and its pixels are nearer to Pillow's (tests/data_pipeline/test_resize.py).
+    """
+    # Threads exist as long as the graph that holds this pool. torch releases the GIL while it computes.
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="data-resize")
+
+    def resize(batch: list[NDArray[np.uint8]], sizes: Sequence[Any] | None = None) -> list[NDArray[np.uint8]]:
+        sizes = [size] * len(batch) if sizes is None else sizes
+        return list(pool.map(lambda image, wanted: _resized(image, wanted, interpolation), batch, sizes))
+
+    inputs = (images,) if isinstance(size, tuple) else (images, size)
+    return fn.python_function(*inputs, function=resize, batch_processing=True, output_layouts="HWC")
+
+
+@torch.inference_mode()
+def _resized(image: NDArray[np.uint8], size: Any, mode: str) -> NDArray[np.uint8]:
+    """Resize one image, (h, w, 3) -> (height, width, 3)."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # channels last in memory, as torch's fast kernel wants it
+    resized = F.interpolate(pixels, size=[int(side) for side in size], mode=mode, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
 def _resize(images: Any, size: Any, config: InputConfig, threads: int, device_id: int | None) -> Any:
     if device_id is None:
-        return resize.by_torch(images, size, config.interpolation, threads)
-    return resize.by_dali(images, size, config.interpolation)
+        return resize_by_torch(images, size, config.interpolation, threads)
+    return resize_by_dali(images, size, config.interpolation)
 
 
 def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
@@ -101,21 +127,6 @@ def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
         images, dtype=types.FLOAT16 if config.dtype == "float16" else types.FLOAT, output_layout="CHW",
         mean=(np.array(config.mean) * 255).tolist(), std=(np.array(config.std) * 255).tolist(), **arguments,
     )  # fmt: skip
-
-
-def train_inputs(config: InputConfig) -> list[str]:
-    """Return the names of what the training graph is fed with."""
-    augment = config.augment
-    names = ["jpeg", "start", "shape", "mirror"]
-    if augment.affine is not None:
-        names += ["affine"]
-    if augment.color_jitter is not None:
-        names += ["brightness", "contrast", "saturation", "hue"]
-    if _has_policy(config):
-        names += ["operation", "strength", "sign"]
-    if augment.random_erasing is not None:
-        names += ["erase_start", "erase_shape"]
-    return names
 
 
 def _has_policy(config: InputConfig) -> bool:
@@ -142,11 +153,6 @@ def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, devic
     return images
 
 
-def eval_inputs(config: InputConfig) -> list[str]:  # noqa: ARG001  (as train_inputs)
-    """Return the names of what the evaluation graph is fed with."""
-    return ["jpeg", "start", "shape", "resize", "crop_x", "crop_y"]
-
-
 def eval_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 evaluation images."""
     images = _resize(_decode(inputs, config, device_id), inputs["resize"], config, threads, device_id)
@@ -167,15 +173,18 @@ def pipeline(
         threads: CPU threads of DALI; on the CPU as many more resize.
         device_id: the GPU, or None for the CPU.
     """
-    names = (train_inputs if train else eval_inputs)(config)
+    # What is drawn for one image of one pixel has the names, dimensions and types of the inputs.
+    one = np.ones(1, np.int64)
+    params = train_params(config, Draws(0, one, one), one, one) if train else eval_params(config, one, one)
+    examples = {"jpeg": np.zeros(1, np.uint8)} | {name: values[0] for name, values in params.items()}
 
     def feed() -> list[Any]:
-        return source(names)
+        return source(list(examples))
 
     # RandAugment's choice between operations is a condition in the graph, for which DALI must convert this function.
     @pipeline_def(enable_conditionals=train and _has_policy(config))  # type: ignore[untyped-decorator]
     def graph() -> Any:
-        inputs = _inputs(names, feed)
+        inputs = _inputs(examples, feed)
         return (train_graph if train else eval_graph)(config, inputs, threads, device_id)
 
     # DALI's own augmentations use names that it has moved, and warn past any filter, a page for each rank.
@@ -198,12 +207,12 @@ class SingleDecoder:
 
     def __init__(self, config: InputConfig, device_id: int | None) -> None:
         self._config, self._device_id = config, device_id
-        self._values: dict[str, Any] = {}
+        self._image: dict[str, NDArray] = {}
         self._pipe: Pipeline | None = None
 
     def why_not(self, jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32]) -> str:
         """Decode a box of an image and return DALI's reason when it cannot, else ''."""
-        self._values = {"jpeg": [jpeg], "start": start[None], "shape": shape[None]}
+        self._image = {"jpeg": jpeg, "start": start, "shape": shape}
         pipe = self._pipe = self._pipe or self._built()
         try:
             pipe.run()
@@ -219,6 +228,6 @@ class SingleDecoder:
     def _built(self) -> Pipeline:
         pipe = Pipeline(1, 1, self._device_id, prefetch_queue_depth=1)
         with pipe:
-            inputs = _inputs(list(self._values), lambda: list(self._values.values()))
+            inputs = _inputs(self._image, lambda: [[value] for value in self._image.values()])
             pipe.set_outputs(_decode(inputs, self._config, self._device_id))
         return pipe

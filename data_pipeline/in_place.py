@@ -7,10 +7,12 @@ dataset.json.
 
 import hashlib
 import io
+import zlib
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -18,17 +20,20 @@ from numpy.typing import NDArray
 
 from data_pipeline.acceptance import Rejected, size_as_it_is
 from data_pipeline.archive import entries, is_compressed
-from data_pipeline.assemble import save_table
+from data_pipeline.assemble import with_split
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
-from data_pipeline.index import STRAY, Labels, Sample, samples_of
-from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Reject, Shard, Split, file_of, publish
-from data_pipeline.shards import crc32, index_text
+from data_pipeline.manifest import FILE_NAME, INFO_NAME, Manifest, Reject, Shard, file_of, publish
+from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_of
 from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
 
-_COLUMNS = ("label", "offset", "length", "width", "height", "crc32")
-_TYPES = (np.int32, np.int64, np.int32, np.uint16, np.uint16, np.uint32)
+_ROW = np.dtype(
+    [
+        ("label", np.int32), ("offset", np.int64), ("length", np.int32), ("width", np.uint16), ("height", np.uint16),
+        ("crc32", np.uint32),
+    ]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,8 @@ class Job:
             return self.tar.with_suffix(".idx")
         return self.dest / f"{self.tar.stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}.idx"
 
-    def files(self) -> tuple[File, File]:
-        """Describe the shard and its index as dataset.json names them."""
-        idx = str(Path(self.name).with_suffix(".idx")) if self.beside else self.idx.name
-        return (
-            file_of(self.tar).model_copy(update={"name": self.name}),
-            file_of(self.idx).model_copy(update={"name": idx}),
-        )
 
-
-def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance, *, beside: bool = True) -> list[str]:
+def index_in_place(source: Shards, dest: Path, pool: Executor | None, advance: Advance, *, beside: bool) -> list[str]:
     """Index shards and add them to dest/dataset.json, all splits at once.
 
     Args:
@@ -88,8 +85,8 @@ def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance,
             )
         if printable(job.name) != job.name:
             raise DataError(f"{job.tar} has a name that is not UTF-8; rename it")
-    for split in manifest.splits if manifest is not None else ():
-        there = [(shard.tar.name, shard.tar.bytes) for shard in manifest.splits[split].shards] if manifest else []
+    for split, entry in (manifest.splits if manifest is not None else {}).items():
+        there = [(shard.tar.name, shard.tar.bytes) for shard in entry.shards]
         if [(job.name, job.tar.stat().st_size) for job in jobs.pop(split, [])] not in ([], there):
             raise DataError(f"{dest} already holds a split '{split}'; name another with --split, or remove {FILE_NAME}")
     left = [job for group in jobs.values() for job in group]
@@ -99,7 +96,8 @@ def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance,
         for job, result in run_all(pool, index_shard, left, len(left)):
             results[job] = result
             advance(1)
-        _add({split: [results[job] for job in group] for split, group in jobs.items()}, source, manifest, dest)
+        if jobs:
+            _add({split: [results[job] for job in group] for split, group in jobs.items()}, source, manifest, dest)
     except BaseException:
         for path in new:
             with suppress(OSError):
@@ -109,24 +107,22 @@ def index_in_place(source: Shards, dest: Path, pool: Executor, advance: Advance,
 
 
 def _add(
-    results: dict[str, list[tuple[NDArray[np.int64], list[Reject], Shard]]],
+    results: dict[str, list[tuple[NDArray[Any], list[Reject], Shard]]],
     source: Shards,
     manifest: Manifest | None,
     dest: Path,
 ) -> None:
     """Write the tables and dataset.json."""
-    if not results:
-        return
     tables, rejected = {}, {}
     for split, shards in results.items():
-        tables[split] = np.concatenate(
-            [np.column_stack([rows, np.full(len(rows), number)]) for number, (rows, _, _) in enumerate(shards)]
-        )
+        rows = np.concatenate([found for found, _, _ in shards])
         rejected[split] = [reject for _, rejects, _ in shards for reject in rejects]
-        if not len(tables[split]):
+        if not len(rows):
             first = rejected[split][0]
             raise DataError(f"no sample of split '{split}' can be used in place; {first.name}: {first.reason}")
-    largest = max(int(table[:, 0].max()) for table in tables.values())
+        number = np.repeat(np.arange(len(shards), dtype=np.int32), [len(found) for found, _, _ in shards])
+        tables[split] = {name: rows[name] for name in _ROW.names or ()} | {"shard": number}
+    largest = max(int(table["label"].max()) for table in tables.values())
     if manifest is not None:
         names = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
     else:
@@ -136,30 +132,28 @@ def _add(
             f"the shards have label {largest}, but there are {len(names)} classes; index the split with all of them "
             f"first, or correct {INFO_NAME}"
         )
-    splits = dict(manifest.splits) if manifest is not None else {}
     for split, table in tables.items():
-        columns = {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(zip(_COLUMNS, _TYPES, strict=True))}
-        path = dest / f"{dest.resolve().name}-{split}.samples.npz"
-        save_table(path, columns | {"shard": table[:, -1].astype(np.int32)})
-        splits[split] = Split(
-            samples=len(table),
-            class_counts=np.bincount(columns["label"], minlength=len(names)).tolist(),
+        manifest = with_split(
+            manifest,
+            split,
+            dest / f"{dest.resolve().name}-{split}.samples.npz",
+            table,
+            classes=names,
             shards=[shard for _, _, shard in results[split]],
-            table=file_of(path),
             rejected=rejected[split],
             built={"source": "shards in place", "pillow": PIL.__version__},
         )
-    classes = {"class_ids": list(names), "class_names": list(names.values())}
-    publish(Manifest(name=dest.resolve().name, splits=splits, **classes), dest)
+    assert manifest is not None
+    publish(manifest, dest)
 
 
-def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
-    """Return a shard's rows of the table (n, 6), what was left out, and its record; write its index if it has none."""
+def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
+    """Return a shard's rows of the table, (n,) of _ROW, what was left out, and its record; write a missing index."""
     strays: list[str] = []
     samples = list(samples_of(entries(job.tar), strays))
     if not samples:
         raise DataError(f"{job.tar} holds no samples; take it out of the folder")
-    text = index_text(sample.line for sample in samples)
+    text = index_text(samples)
     if not job.idx.exists():
         write_atomically(job.idx, text.encode())
     elif job.idx.read_bytes() != text.encode():
@@ -173,12 +167,9 @@ def index_shard(job: Job) -> tuple[NDArray[np.int64], list[Reject], Shard]:
             else:
                 rows.append(row)
     rejected += [Reject(name=f"{job.tar.name}:{name}", reason=STRAY) for name in strays]
-    tar, idx = job.files()
-    return (
-        np.array(rows, np.int64).reshape(len(rows), len(_COLUMNS)),
-        rejected,
-        Shard(samples=len(rows), tar=tar, idx=idx),
-    )
+    idx = str(Path(job.name).with_suffix(".idx")) if job.beside else job.idx.name
+    record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, idx))
+    return np.array(rows, _ROW), rejected, record
 
 
 def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejected:
@@ -195,4 +186,4 @@ def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejecte
     stream.seek(image.offset)
     data = stream.read(image.size)
     size = size_as_it_is(data)
-    return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, crc32(data))
+    return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, zlib.crc32(data))

@@ -2,7 +2,6 @@
 
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -16,9 +15,8 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
-from data_pipeline.fetcher import Fetcher, require_room
 from data_pipeline.order import Int64, Order
-from data_pipeline.reader import Reader
+from data_pipeline.reader import Fetcher, Reader, require_room
 from data_pipeline.store import RemoteStore
 from data_pipeline.transforms import InputConfig
 
@@ -28,7 +26,7 @@ _REPLACEMENTS = 100
 _PLANNED = 4096
 
 
-class _Loader(ABC):
+class _Loader:
     """What training and evaluation share: reading, replacing what is bad, decoding."""
 
     def __init__(
@@ -42,14 +40,18 @@ class _Loader(ABC):
         local_ranks: int,
         on_bad_sample: OnBadSample | None,
     ) -> None:
-        self._dataset, self._config, self._device, self._on_bad = dataset, config, device, on_bad_sample
+        self._dataset, self._config, self._train, self._device = dataset, config, train, device
+        self._on_bad = on_bad_sample
         self._reader = Reader(dataset)
         self._fetcher = Fetcher(dataset) if isinstance(dataset.store, RemoteStore) else None
         self._bad: set[int] = set()
         self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
         """CPU threads that decode."""
-        self._engine = Engine(config, self, train=train, batch_size=batch_size, threads=self.threads, device=device)
+        self._engine = Engine(
+            config, prepare=self._prepare, mark_bad=self._reader.mark_bad, train=train,
+            batch_size=batch_size, threads=self.threads, device=device,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Stop prefetching and free the device's memory."""
@@ -58,19 +60,15 @@ class _Loader(ABC):
         if self._fetcher is not None:
             self._fetcher.close()
 
-    @abstractmethod
-    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        """Draw or compute what the graph needs for images of these sizes, each (m,)."""
+    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002
+        """Return what the graph needs for images of these sizes, each (m,)."""
+        return eval_params(self._config, widths, heights)
 
-    @abstractmethod
-    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
-        """Return which rows count, (m,), when they hold the samples `seen`."""
+    def _draw_rows(self, rows: Rows) -> Any:  # noqa: ARG002
+        """Return what the caller wants drawn for these rows."""
+        return None
 
-    def mark_bad(self, sample: int, reason: str) -> None:
-        """Treat a sample as bad from now on."""
-        self._reader.bad_samples[sample] = reason
-
-    def prepare(self, rows: Rows) -> Prepared:
+    def _prepare(self, rows: Rows) -> Prepared:
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
         planned = rows
         seen = rows.sample_ids.copy()
@@ -85,15 +83,13 @@ class _Loader(ABC):
             jpegs.append(data)
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
         # Drawn for the sample that was planned, so that its replacement looks different from its own row.
-        params = self._params(rows, *sizes)
-        rows = replace(rows, sample_ids=seen, valid=self._valid(rows, seen))
+        params = self._draw_params(rows, *sizes)
+        # In evaluation the replacement of a bad sample does not count.
+        valid = rows.valid if self._train else rows.valid & (seen == rows.sample_ids)
+        rows = replace(rows, sample_ids=seen, valid=valid)
         labels = self._dataset.labels[seen].astype(np.int64)
         digest = content_digest(seen, labels, self._dataset.crc32[seen])  # the reader has compared the checksums
-        return Prepared(planned, rows, labels, jpegs, params, bad, self._drawn(rows), digest)
-
-    def _drawn(self, rows: Rows) -> Any:  # noqa: ARG002
-        """Return what the caller wants drawn for these rows."""
-        return None
+        return Prepared(planned, rows, labels, jpegs, params, bad, self._draw_rows(rows), digest)
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
         """Return the next good sample of the same shard: the same one whoever asks."""
@@ -235,14 +231,11 @@ class TrainLoader(_Loader):
         columns = zip_longest(*(self._dataset.shard[samples].tolist() for samples in ahead))
         return [shard for column in columns for shard in column if shard is not None]
 
-    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
+    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
         return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
 
-    def _drawn(self, rows: Rows) -> Any:
+    def _draw_rows(self, rows: Rows) -> Any:
         return None if self._draw is None else self._draw(self._start_step + rows.step, rows.rows)
-
-    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:  # noqa: ARG002
-        return rows.valid
 
 
 class EvalLoader(_Loader):
@@ -301,9 +294,3 @@ class EvalLoader(_Loader):
             valid = ids < end
             rows = np.minimum(ids, end - 1)  # padded with neighbors, from a shard that is read anyway
             yield Rows(rows, np.zeros_like(ids), rows, valid)
-
-    def _params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002
-        return eval_params(self._config, widths, heights)
-
-    def _valid(self, rows: Rows, seen: np.ndarray) -> np.ndarray:
-        return rows.valid & (seen == rows.sample_ids)

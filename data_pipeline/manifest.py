@@ -85,7 +85,8 @@ class Manifest(_Part):
         except FileNotFoundError:
             raise DataError(_how_to_build(folder)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
-            raise DataError(f"{path} cannot be read ({_first_line(error)}); build the dataset again") from None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise DataError(f"{path} cannot be read ({reason}); build the dataset again") from None
         if digest != manifest._digest():  # noqa: SLF001  (our own class)
             raise DataError(f"{path} is not as it was written: its checksum differs; build the dataset again")
         return manifest
@@ -132,12 +133,8 @@ def _how_to_build(folder: Path) -> str:
     return f"there is no dataset in {folder} (no {FILE_NAME}); build one: python -m data_pipeline.build SOURCE {folder}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def file_of(path: Path) -> File:
-    """Describe a file that is on disk."""
+def file_of(path: Path, name: str | None = None) -> File:
+    """Describe a file that is on disk; dataset.json names it by its own name, or by another."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(name=path.name, bytes=path.stat().st_size, sha256=digest)
+    return File(name=name or path.name, bytes=path.stat().st_size, sha256=digest)

@@ -55,8 +55,27 @@ def draw_mixing(
             f"mixup and CutMix need complete pairs of rows, but a micro-batch has {len(rows)} rows from row {rows[0]}; "
             "choose an even micro-batch"
         )
-    keep, boxes = _draw(config, seed, step, rows[::2] // 2, size)
-    return MixingDraw(keep.astype(np.float32).repeat(2), boxes.repeat(2, axis=0))
+    from scipy.special import betaincinv  # type: ignore[import-untyped]  # noqa: PLC0415 - slow to import
+
+    pairs = rows[::2] // 2
+    u = uniform(philox(seed, pairs, step, step >> 32, _STREAM))
+    cut = u[:, 0] < (config.switch_probability if config.mixup and config.cutmix else float(config.cutmix > 0))
+    # Half a step of the generator from 0 and 1, where the inverse of a Beta distribution is degenerate.
+    middle = u[:, 1] + 2.0**-33
+    keep = np.empty(len(pairs))
+    for chosen, alpha in ((cut, config.cutmix), (~cut, config.mixup)):
+        if chosen.any():
+            keep[chosen] = betaincinv(alpha, alpha, middle[chosen])
+    boxes = np.zeros((len(pairs), 4), np.int64)
+    side = np.sqrt(1 - keep)
+    for axis, length in enumerate(size):
+        center, half = np.floor(u[:, 2 + axis] * length), np.floor(side * length) // 2
+        boxes[:, 2 * axis] = np.where(cut, np.clip(center - half, 0, length), 0)
+        boxes[:, 2 * axis + 1] = np.where(cut, np.clip(center + half, 0, length), 0)
+    # A box that the border has cut off is smaller than drawn: the label follows the pixels.
+    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+    share = np.where(cut, 1 - area / (size[0] * size[1]), keep).astype(np.float32)
+    return MixingDraw(share.repeat(2), boxes.repeat(2, axis=0))
 
 
 def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -110,28 +129,3 @@ def mix(
     other = images[partner]
     mixed = torch.where(inside, other, blend * images + (1 - blend) * other)
     return mixed, share[:, None] * targets + (1 - share[:, None]) * targets[partner]
-
-
-def _draw(
-    config: MixingConfig, seed: int, step: int, pairs: NDArray[np.int64], size: tuple[int, int]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return for n pairs what each row keeps, (n,), and the box it takes from its partner, (n, 4)."""
-    from scipy.special import betaincinv  # type: ignore[import-untyped]  # noqa: PLC0415 - slow to import
-
-    u = uniform(philox(seed, pairs, step, step >> 32, _STREAM))
-    cut = u[:, 0] < (config.switch_probability if config.mixup and config.cutmix else float(config.cutmix > 0))
-    # Half a step of the generator from 0 and 1, where the inverse of a Beta distribution is degenerate.
-    middle = u[:, 1] + 2.0**-33
-    keep = np.empty(len(pairs))
-    for chosen, alpha in ((cut, config.cutmix), (~cut, config.mixup)):
-        if chosen.any():
-            keep[chosen] = betaincinv(alpha, alpha, middle[chosen])
-    boxes = np.zeros((len(pairs), 4), np.int64)
-    side = np.sqrt(1 - keep)
-    for axis, length in enumerate(size):
-        center, half = np.floor(u[:, 2 + axis] * length), np.floor(side * length) // 2
-        boxes[:, 2 * axis] = np.where(cut, np.clip(center - half, 0, length), 0)
-        boxes[:, 2 * axis + 1] = np.where(cut, np.clip(center + half, 0, length), 0)
-    # A box that the border has cut off is smaller than drawn: the label follows the pixels.
-    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
-    return np.where(cut, 1 - area / (size[0] * size[1]), keep), boxes

@@ -21,7 +21,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, StorageError
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixing import mix
-from data_pipeline.transforms import InputConfig, MixingConfig, as_location
+from data_pipeline.transforms import InputConfig, MixingConfig
 
 Pixels = NDArray[np.uint8]
 """(height, width, 3)."""
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"argument --count: must be even and positive, not {args.count}")
     try:
         config, mixing, seed = _settings(args.recipe, args.dataset)
-        dataset = Dataset.open(as_location(args.dataset), config.train_split, config.cache)  # type: ignore[arg-type]
+        dataset = Dataset.open(config.path, config.train_split, config.cache)
         sheet = preview(dataset, config, mixing, seed=seed, count=args.count)
         Image.fromarray(sheet).save(args.output, format="PNG")
     except DataError as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,27 +73,11 @@ class CacheConfig(BaseModel):
     """The files that are kept take no more than this (10^9 bytes); the least recently used go first."""
 
 
-class Store(Protocol):
-    """Gives files of a dataset as local paths."""
-
-    @property
-    def remote(self) -> bool:
-        """Whether files have to be fetched."""
-
-    def manifest(self) -> Manifest:
-        """Return dataset.json."""
-
-    def file(self, file: File) -> Path:
-        """Return a local path at which the file is complete; DataError when it cannot be had."""
-
-    def where(self, name: str) -> str:
-        """Name a file for a message."""
-
-
-class LocalStore:
-    """A folder."""
+class Store:
+    """Gives the files of a dataset as local paths: here, of a local folder."""
 
     remote = False
+    """Whether files have to be fetched."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -105,7 +89,7 @@ class LocalStore:
         return Manifest.read(self.folder)
 
     def file(self, file: File) -> Path:
-        """Return where the file is."""
+        """Return a local path at which the file is complete; DataError when it cannot be had."""
         return self.folder / file.name
 
     def where(self, name: str) -> str:
@@ -113,7 +97,7 @@ class LocalStore:
         return str(self.folder / name)
 
 
-class RemoteStore:
+class RemoteStore(Store):
     """A folder at a URL that fsspec knows: s3://, gs://, http(s)://, or any other.
 
     Files are fetched in full, checked against their checksum, and named by it, so that a cached file is never stale. A
@@ -125,8 +109,8 @@ class RemoteStore:
     def __init__(self, url: str, cache: CacheConfig) -> None:
         import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415  (only for those who need it)
 
+        super().__init__(cache.folder)
         self.url, self.limit = url.rstrip("/"), int(cache.gigabytes * 1e9)
-        self.folder = cache.folder
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url))
@@ -190,7 +174,7 @@ class RemoteStore:
         """Drop files until one of `size` bytes fits, and reserve them; waits while fetches of others fill the cache."""
         if size > self.limit:
             raise DataError(f"the cache may hold {self.limit} bytes, but a shard has {size}; give it more gigabytes")
-        aside = _aside(path)
+        aside = path.with_name(path.name + _PART)
         while True:
             with _lock(self.folder / "room.lock"):
                 aside.unlink(missing_ok=True)  # of a process that was killed: we hold its lock now
@@ -217,7 +201,7 @@ class RemoteStore:
     def _fetch(self, name: str, path: Path, expected: File | None) -> None:
         """Download a file, trying again after PAUSES; FileNotFoundError when the cache's folder vanished meanwhile."""
         reason, lasting = "", True
-        aside = _aside(path)
+        aside = path.with_name(path.name + _PART)
         try:
             # Over the bytes that were reserved, so that they stay reserved.
             with aside.open("r+b" if aside.exists() else "wb") as out:
@@ -274,11 +258,6 @@ def _options(url: str) -> dict[str, Any]:
     return {}
 
 
-def _aside(path: Path) -> Path:
-    """Return where a file is while it is fetched."""
-    return path.with_name(path.name + _PART)
-
-
 def _free(lock: Path) -> bool:
     """Whether a lock is free: then its file was left by a process that was killed."""
     with lock.open("a") as stream:
@@ -300,7 +279,7 @@ def _lock(path: Path) -> Iterator[None]:
 def open_store(path: Path | str, cache: CacheConfig | None) -> Store:
     """Return the store of a local folder or a URL."""
     if not (isinstance(path, str) and "://" in path):
-        return LocalStore(Path(path))
+        return Store(Path(path))
     if cache is None:
         raise DataError(
             f"{path} is remote; say in the recipe where its files are kept: data.cache.folder and .gigabytes"

@@ -8,17 +8,19 @@ A unit is complete when its .npz exists, so an interrupted build resumes after t
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.acceptance import Accepted, Rejected, normalize
+from data_pipeline.acceptance import Rejected, normalize
+from data_pipeline.archive import Extent
 from data_pipeline.files import replacing, write_atomically
-from data_pipeline.shards import crc32
-from data_pipeline.sources import Extent, SourceImage, Unusable
+from data_pipeline.sources import SourceImage
 
+SHUFFLE_SEED = 0
 UNIT_IMAGES = 4096
 UNIT_BYTES = 256 * 2**20
 _NAME_BYTES = 48  # of the original name, kept in the shard's member names so that a user can find the image again
@@ -31,7 +33,6 @@ class Job:
     number: int
     images: tuple[SourceImage, ...]
     scratch: Path
-    seed: int
     max_side: int | None
 
     @property
@@ -55,7 +56,7 @@ def made(job: Job) -> int | None:
         return len(table["key"]) if str(table["digest"]) == job.digest() else None
 
 
-def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int | None) -> Iterator[Job]:
+def cut(images: Iterable[SourceImage], scratch: Path, max_side: int | None) -> Iterator[Job]:
     """Group a source's images into units."""
     group: list[SourceImage] = []
     size = number = 0
@@ -63,33 +64,28 @@ def cut(images: Iterable[SourceImage], scratch: Path, seed: int, max_side: int |
         group.append(image)
         size += _size(image)
         if len(group) == UNIT_IMAGES or size >= UNIT_BYTES:
-            yield Job(number, tuple(group), scratch, seed, max_side)
+            yield Job(number, tuple(group), scratch, max_side)
             group, size, number = [], 0, number + 1
     if group:
-        yield Job(number, tuple(group), scratch, seed, max_side)
+        yield Job(number, tuple(group), scratch, max_side)
 
 
 def _size(image: SourceImage) -> int:
-    if isinstance(image.data, Unusable):
+    if isinstance(image.data, Rejected):
         return 0
     return image.data.length if isinstance(image.data, Extent) else len(image.data)
-
-
-def _normalized(image: SourceImage, max_side: int | None) -> Accepted | Rejected:
-    if isinstance(image.data, Unusable):
-        return Rejected(image.data.reason)
-    return normalize(image.data.read() if isinstance(image.data, Extent) else image.data, max_side)
 
 
 def make(job: Job) -> int:
     """Make one unit and return how many images it holds."""
     kept, rejected = [], []
     for image in job.images:
-        result = _normalized(image, job.max_side)
+        data = image.data.read() if isinstance(image.data, Extent) else image.data
+        result = data if isinstance(data, Rejected) else normalize(data, job.max_side)
         if isinstance(result, Rejected):
             rejected.append({"name": image.name, "reason": result.reason})
         else:
-            kept.append((_key(job.seed, image.name), image, result))
+            kept.append((_key(image.name), image, result))
     kept.sort(key=lambda entry: entry[:1])
     job.path.unlink(missing_ok=True)  # an older one is of other images
     # On the disk before the table, also when the power fails.
@@ -110,17 +106,18 @@ def make(job: Job) -> int:
             length=np.array([len(result.jpeg) for _, _, result in kept], np.int32),
             width=np.array([result.width for _, _, result in kept], np.uint16),
             height=np.array([result.height for _, _, result in kept], np.uint16),
-            crc32=np.array([crc32(result.jpeg) for _, _, result in kept], np.uint32),
+            crc32=np.array([zlib.crc32(result.jpeg) for _, _, result in kept], np.uint32),
         )
         # Before the table, whose presence means that the unit is complete.
         write_atomically(job.path.with_suffix(".rejected.json"), json.dumps(rejected).encode())
     return len(kept)
 
 
-def _key(seed: int, name: str) -> int:
+def _key(name: str) -> int:
     """Return the position of an image in the shuffled order: a hash, so independent of how the source is cut."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little")
+    key = SHUFFLE_SEED.to_bytes(8, "little")
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _short(name: str) -> bytes:

@@ -10,8 +10,9 @@ import argparse
 import io
 import os
 import sys
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ from data_pipeline.acceptance import Rejected, size_as_it_is
 from data_pipeline.archive import entries
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.index import Sample, samples_of
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Shard, file_of, info_text
-from data_pipeline.shards import crc32, index_text
+from data_pipeline.shards import Sample, index_text, samples_of
 from data_pipeline.workers import run_all, workers_pool
 
 _AGAIN = "copy it again or build the dataset again"
@@ -39,6 +39,7 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
     """
     manifest = Manifest.read(folder)
     problems: list[str] = []
+    check = partial(check_shard, folder=folder, decode=decode)
     if not _info_fits(folder, manifest):
         problems.append(f"{folder / INFO_NAME} is not as it was written; remove it or build the dataset again")
     with workers_pool(workers) as pool, Progress(console=console, disable=not console.is_terminal) as progress:
@@ -54,7 +55,7 @@ def verify(folder: Path, console: Console, *, workers: int, decode: bool) -> lis
                     f"{folder / FILE_NAME} does not count the classes of '{split}' as the table does; {_AGAIN}"
                 )
             task = progress.add_task(split, total=len(entry.shards))
-            for _, found in run_all(pool, check_shard, _jobs(dataset, folder, decode=decode), workers):
+            for _, found in run_all(pool, check, _jobs(dataset), workers):
                 problems += found
                 progress.advance(task)
     return problems
@@ -67,42 +68,38 @@ def _info_fits(folder: Path, manifest: Manifest) -> bool:
     return in_place or not path.exists() or path.read_bytes() == info_text(manifest).encode()
 
 
-@dataclass(frozen=True)
-class Job:
-    """A shard to be checked, with its rows of the table."""
-
-    folder: Path
-    record: Shard
-    rows: dict[str, NDArray]
-    decode: bool
+Rows = dict[str, NDArray]
+"""Rows of the table, by column."""
 
 
-def _jobs(dataset: Dataset, folder: Path, *, decode: bool) -> Iterator[Job]:
+def _jobs(dataset: Dataset) -> Iterator[tuple[Shard, Rows]]:
+    """Yield each shard with its rows of the table."""
     bounds = np.searchsorted(dataset.shard, np.arange(len(dataset.shards) + 1)).tolist()
     columns = ("labels", "offset", "length", "width", "height", "crc32")
     for record, low, high in zip(dataset.shards, bounds[:-1], bounds[1:], strict=True):
-        yield Job(folder, record, {name: getattr(dataset, name)[low:high] for name in columns}, decode)
+        yield record, {name: getattr(dataset, name)[low:high] for name in columns}
 
 
-def check_shard(job: Job) -> list[str]:
+def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[str]:
     """Return what is wrong with one shard, its index and its rows of the table."""
-    tar, idx = job.folder / job.record.tar.name, job.folder / job.record.idx.name
-    problems = [line for file in (job.record.tar, job.record.idx) for line in _check_file(job.folder, file)]
+    record, rows = job
+    tar, idx = folder / record.tar.name, folder / record.idx.name
+    problems = [line for file in (record.tar, record.idx) for line in _check_file(folder, file)]
     if problems:
         return problems
     try:
         samples = list(samples_of(entries(tar), []))
     except DataError as error:
         return [str(error)]
-    if index_text(sample.line for sample in samples) != idx.read_text():
+    if index_text(samples) != idx.read_text():
         problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
     at = {member.offset: sample for sample in samples for member in sample.members}
     with tar.open("rb") as stream:
-        for number in range(len(job.rows["offset"])):
-            row = {name: int(values[number]) for name, values in job.rows.items()}
+        for number in range(len(rows["offset"])):
+            row = {name: int(values[number]) for name, values in rows.items()}
             sample = at.get(row["offset"])
             stream.seek(row["offset"])
-            wrong = _row(row, stream.read(row["length"]), decode=job.decode) or _label(row, sample, stream)
+            wrong = _row(row, stream.read(row["length"]), decode=decode) or _label(row, sample, stream)
             if wrong:
                 name = sample.key if sample is not None else f"row {number}"
                 problems.append(f"{tar}, {name}: {wrong}; {_AGAIN}")
@@ -111,14 +108,14 @@ def check_shard(job: Job) -> list[str]:
 
 def _check_file(folder: Path, file: File) -> Iterator[str]:
     try:
-        if file_of(folder / file.name).model_copy(update={"name": file.name}) != file:
+        if file_of(folder / file.name, file.name) != file:
             yield f"{folder / file.name} is not as it was written: its size or checksum differs; {_AGAIN}"
     except OSError as error:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
 
 
 def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
-    if crc32(jpeg) != row["crc32"]:
+    if zlib.crc32(jpeg) != row["crc32"]:
         return "its checksum is not the one in the table"
     if decode:
         size = size_as_it_is(jpeg)

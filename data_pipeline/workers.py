@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from data_pipeline.errors import DataError
 
@@ -19,18 +19,6 @@ R = TypeVar("R")
 _PR_SET_PDEATHSIG = 1
 
 
-class _Here(Executor):
-    """Runs calls at once in this process: one worker needs no other."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  (handed over, as an executor does)
-            future.set_exception(error)
-        return future
-
-
 def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
@@ -38,8 +26,11 @@ def _die_with_parent(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the work in order
 
 
-def run_all(pool: Executor, function: Callable[[J], R], jobs: Iterable[J], ahead: int) -> Iterator[tuple[J, R]]:
+def run_all(pool: Executor | None, function: Callable[[J], R], jobs: Iterable[J], ahead: int) -> Iterator[tuple[J, R]]:
     """Yield each job with its result, as they are done; at most `ahead` wait, so that a fast source fills no memory."""
+    if pool is None:
+        yield from ((job, function(job)) for job in jobs)
+        return
     running: dict[Future[R], J] = {}
 
     def finished() -> Iterator[tuple[J, R]]:
@@ -56,10 +47,10 @@ def run_all(pool: Executor, function: Callable[[J], R], jobs: Iterable[J], ahead
 
 
 @contextmanager
-def workers_pool(count: int) -> Iterator[Executor]:
-    """Give an executor of `count` processes; on the way out, what has not begun is dropped."""
+def workers_pool(count: int) -> Iterator[Executor | None]:
+    """Give an executor of `count` processes, None for one; on the way out, what has not begun is dropped."""
     if count == 1:
-        yield _Here()
+        yield None
         return
     # spawn: forking a process that has threads (progress bar, numpy) may hang.
     context = multiprocessing.get_context("spawn")

@@ -5,14 +5,13 @@ A source is a small class that lists images in a fixed order and where their byt
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from data_pipeline.archive import Entry
-from data_pipeline.errors import StorageError
-from data_pipeline.index import IMAGE_EXTENSIONS
+from data_pipeline.archive import Content
+from data_pipeline.shards import IMAGE_EXTENSIONS
 
 SHARD_BYTES = 256 * 2**20
 IMAGE_SUFFIXES = tuple(
@@ -26,73 +25,49 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Extent:
-    """An image's bytes inside a file, to be read by whichever worker gets it."""
-
-    path: str
-    offset: int
-    length: int
-
-    def read(self) -> bytes:
-        """Read the bytes; StorageError when the file has vanished, is unreadable or has become shorter."""
-        try:
-            with open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
-                stream.seek(self.offset)
-                data = stream.read(self.length)
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be read ({error.strerror}); make it readable and build again"
-            ) from None
-        if len(data) != self.length:
-            raise StorageError(f"{self.path} ended early: it changed while it was read; build again when it is at rest")
-        return data
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """Stands for bytes that are not an image or cannot be assigned to a class: listed with the reason."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class SourceImage:
     """One image of a source."""
 
     name: str
     """Unique in its split, and UTF-8; decides where the image lands in the shuffled order."""
     class_id: str
-    data: Extent | bytes | Unusable
-    """Where the bytes are, or the bytes themselves when the source can only be read once through."""
+    data: Content
+    """Where its bytes are, the bytes, or why it is left out."""
 
 
-class Source(Protocol):
-    """Something that images come from."""
+class Source(ABC):
+    """Something that images come from.
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that this source can give."""
+    Args:
+        splits: the splits that it can give.
+        described: what decides the images, in JSON, for dataset.json and to recognize an interrupted build.
+        classes: class id -> name in the order of the labels; None takes the ids that occur, sorted.
+        counts: the number of images of each split, where it is known before reading them.
+    """
 
-    @property
-    def shard_bytes(self) -> int:
-        """Size that shards should have."""
+    shard_bytes = SHARD_BYTES
+    """Size that shards should have."""
 
-    def describe(self) -> dict[str, Any]:
-        """Say in JSON what decides the images, for dataset.json and to recognize an interrupted build."""
+    def __init__(
+        self,
+        splits: tuple[str, ...],
+        described: dict[str, Any],
+        classes: dict[str, str] | None = None,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.splits, self.described, self.classes, self._counts = splits, described, classes, counts or {}
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:
-        """Return class id -> name in the order of the labels, for a source in which the ids `found` occur."""
+        """Return class id -> name in the order of the labels, where the ids `found` occur."""
+        return {class_id: class_id for class_id in sorted(found)} if self.classes is None else self.classes
 
     def count(self, split: str) -> int | None:
         """Return the number of images when that is known before reading them."""
+        return self._counts.get(split)
 
+    @abstractmethod
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield all images of a split in a fixed order; DataError when the source is not as it should be."""
-
-
-def extent(path: Path, entry: Entry) -> Extent | Unusable:
-    """Return where the bytes of a plain archive's member are, or why it has none."""
-    return Unusable(entry.unusable) if entry.unusable else Extent(str(path), entry.offset, entry.size)
 
 
 def split_in(name: str) -> str | None:

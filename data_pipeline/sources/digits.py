@@ -1,38 +1,28 @@
 """Handwritten digits: 1,797 scans that come with scikit-learn (UCI ML, Alpaydin & Kaynak 1998)."""
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.acceptance import encode
 from data_pipeline.philox import permutation
-from data_pipeline.sources import SourceImage
+from data_pipeline.sources import Source, SourceImage
 
 _SIDE = 64
 _INK = 16  # the scans count 0..16 dark pixels per cell
 _SPLIT_SEED = 0
 
 
-class Digits:
+class Digits(Source):
     """The scans, enlarged smoothly from 8 x 8 to 64 x 64 pixels; every fifth one of each class is held out."""
 
-    splits = ("train", "val")
     # Several shards, so that the smallest dataset has the shape of the largest.
     shard_bytes = 512 * 1024
 
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
-        return {"source": "digits", "side": _SIDE}
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (always the same)
-        """Return the ten digits."""
-        return {str(digit): str(digit) for digit in range(10)}
-
-    def count(self, split: str) -> int:
-        """Return the number of scans in a split."""
-        return {"train": 1437, "val": 360}[split]
+    def __init__(self) -> None:
+        classes, counts = {str(digit): str(digit) for digit in range(10)}, {"train": 1437, "val": 360}
+        super().__init__(("train", "val"), {"source": "digits", "side": _SIDE}, classes, counts)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the scans of a split."""

@@ -12,15 +12,13 @@ from typing import Any
 
 from data_pipeline.archive import entries
 from data_pipeline.errors import DataError
-from data_pipeline.index import IMAGE_EXTENSIONS, Labels, samples_of
 from data_pipeline.manifest import INFO_NAME
-from data_pipeline.sources import SPLIT_WORDS, Source, imagenet1k, split_in
-from data_pipeline.sources.archived import Archived
+from data_pipeline.shards import IMAGE_EXTENSIONS, Labels, is_image, samples_of
+from data_pipeline.sources import SPLIT_WORDS, Source, split_in
 from data_pipeline.sources.digits import Digits
-from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.folder import Archived, Folder
 from data_pipeline.sources.idx import Idx, image_files
-from data_pipeline.sources.imagenet1k import ImageNet1k
-from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.sources.imagenet import TRAIN, ImageNet1k, ImageNet21k
 from data_pipeline.sources.shards import LABEL_MEMBERS, Shards
 
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
@@ -60,27 +58,39 @@ def find_source(wanted: Wanted) -> Source:
         return _in_folder(path, wanted)
     if _exists(path):
         raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
-    return _with_own_splits(Digits(), wanted, "classes")
+    return _with_own_splits(Digits(), wanted, "classes", "val_fraction")
 
 
 def _in_file(path: Path, wanted: Wanted) -> Source:
-    kind = _kind_of(path)
-    if kind == "shard":
+    """Return the source of one archive, by its first members."""
+    if _NOT_READ.search(path.name):
+        raise DataError(f"{path} is not read as it is; unpack it, and name the folder")
+    first = list(islice(entries(path), _PEEKED))
+    if first and all(entry.name.endswith(".tar") for entry in first):
+        return _imagenet21k(path, wanted)
+    samples = [sample for sample in samples_of(first, []) if any(map(is_image, sample.members))]
+    folders = any("/" in entry.name.removeprefix("./") for entry in first)
+    # A text next to an image in a folder may be its caption.
+    labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
+    if any(sample.member(label) is not None for sample in samples for label in labels):
         return _shards({wanted.split or split_in(path.name) or "train": [path]}, wanted)
-    if kind == "archive of archives":
-        return _with_own_splits(ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes)), wanted)
+    if not folders:
+        raise DataError(
+            f"{path} is neither a shard (images with cls, json or txt members) nor an archive of class folders or of "
+            "class archives; check the file"
+        )
     _refuse(wanted, str(path), "classes", "label_key", "val_fraction")
     return Archived(path, wanted.split)
 
 
 def _in_folder(path: Path, wanted: Wanted) -> Source:
-    if (path / imagenet1k.TRAIN).exists():
-        return _with_own_splits(ImageNet1k(path), wanted, "classes")
+    if (path / TRAIN).exists():
+        return _with_own_splits(ImageNet1k(path), wanted, "classes", "val_fraction")
     if image_files(path, "train"):
-        return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes", may_hold_out=True)
+        return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes")
     archives = [entry.name for entry in os.scandir(path) if entry.name.endswith(".tar")]
     if archives and all(_WORDNET_TAR.fullmatch(name) for name in archives):
-        return _with_own_splits(ImageNet21k(path, None if wanted.classes is None else _lines(wanted.classes)), wanted)
+        return _imagenet21k(path, wanted)
     shards = _shards_in(path, wanted.split)
     if shards:
         return _shards(shards, wanted)
@@ -88,9 +98,14 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
     return Folder(path, wanted.split, wanted.val_fraction)
 
 
-def _with_own_splits(source: Source, wanted: Wanted, *refused: str, may_hold_out: bool = False) -> Source:
+def _imagenet21k(path: Path, wanted: Wanted) -> Source:
+    classes = None if wanted.classes is None else _lines(wanted.classes)
+    return _with_own_splits(ImageNet21k(path, classes), wanted, "val_fraction")
+
+
+def _with_own_splits(source: Source, wanted: Wanted, *refused: str) -> Source:
     """Return a source whose splits are fixed; DataError where the command line asks for others."""
-    _refuse(wanted, wanted.names[0], *refused, "label_key", *(() if may_hold_out else ("val_fraction",)))
+    _refuse(wanted, wanted.names[0], *refused, "label_key")
     if wanted.split is not None:
         raise DataError(f"{wanted.names[0]} comes with its own splits ({', '.join(source.splits)}); leave --split out")
     return source
@@ -100,27 +115,6 @@ def _refuse(wanted: Wanted, what: str, *options: str) -> None:
     for option in options:
         if getattr(wanted, option):
             raise DataError(f"--{option.replace('_', '-')} does not go with {what}; leave it out")
-
-
-def _kind_of(path: Path) -> str:
-    """Say what an archive holds, by its first members."""
-    if _NOT_READ.search(path.name):
-        raise DataError(f"{path} is not read as it is; unpack it, and name the folder")
-    first = list(islice(entries(path), _PEEKED))
-    if first and all(entry.name.endswith(".tar") for entry in first):
-        return "archive of archives"
-    samples = [sample for sample in samples_of(first, []) if any(member.is_image for member in sample.members)]
-    folders = any("/" in entry.name.removeprefix("./") for entry in first)
-    # A text next to an image in a folder may be its caption.
-    labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
-    if any(sample.member(label) is not None for sample in samples for label in labels):
-        return "shard"
-    if folders:
-        return "archive of class folders"
-    raise DataError(
-        f"{path} is neither a shard (images with cls, json or txt members) nor an archive of class folders or of class "
-        "archives; check the file"
-    )
 
 
 def _matching(wanted: Wanted) -> dict[str, list[Path]]:

@@ -1,27 +1,29 @@
-"""A folder of class folders, FOLDER/CLASS/**/IMAGE, or one of such folders for each split, FOLDER/train/CLASS/..."""
+"""Class folders, (SPLIT/)CLASS/**/IMAGE, on disk or in an archive."""
 
 import os
 import stat
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.acceptance import Rejected
+from data_pipeline.archive import Extent, contents, entries
 from data_pipeline.errors import DataError, StorageError, printable
 from data_pipeline.sources import (
-    SHARD_BYTES,
     SPLIT_WORDS,
-    Extent,
+    Source,
     SourceImage,
-    Unusable,
     held_out,
     is_hidden,
     may_be_image,
+    split_in,
     splits_among,
-)  # fmt: skip
+)
 
 
-class Folder:
-    """Every file below a class folder is an image; what is none is listed with its reason.
+class Folder(Source):
+    """A folder of class folders, or of such folders for each split; what is no image is listed with its reason.
 
     Links are followed. Hidden files and folders, and files next to the class folders, are listed.
 
@@ -35,15 +37,12 @@ class Folder:
         StorageError: the folder cannot be read.
     """
 
-    shard_bytes = SHARD_BYTES
-
     def __init__(self, root: Path, split: str | None = None, val_fraction: float = 0.0) -> None:
         self.root, self._fraction = root, val_fraction
         splits = {} if split is not None else _splits_in(root)
         self._roots = splits or {split or "train": root}
         if val_fraction and "val" in self._roots:
             raise DataError(f"{root} comes with a val split; leave --val-fraction out")
-        self.splits = (*self._roots, *(("val",) if val_fraction else ()))
         self._classes = {folder: _classes(folder) for folder in self._roots.values()}
         names = {folder: {path.name for path in classes} for folder, classes in self._classes.items()}
         for folder, found in names.items():
@@ -56,16 +55,12 @@ class Folder:
                 )
         if split is None and not splits:
             _refuse_odd(root, self._classes[root])
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
-        described = {"source": "folder", "root": printable(str(self.root))}
-        return described | ({"val_fraction": self._fraction} if self._fraction else {})
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
-        """Return the names of the class folders, sorted."""
-        names = sorted({printable(path.name) for classes in self._classes.values() for path in classes})
-        return {name: name for name in names}
+        described: dict[str, Any] = {"source": "folder", "root": printable(str(root))}
+        super().__init__(
+            (*self._roots, *(("val",) if val_fraction else ())),
+            described | ({"val_fraction": val_fraction} if val_fraction else {}),
+            {name: name for name in sorted({printable(name) for found in names.values() for name in found})},
+        )
 
     def count(self, split: str) -> int | None:
         """Count the files; None where a part of them is held out."""
@@ -82,7 +77,7 @@ class Folder:
         for folder in self._classes[root]:
             found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder)]
             if fraction:
-                usable = [i.name for i in found if not isinstance(i.data, Unusable) and may_be_image(i.name)]
+                usable = [i.name for i in found if not isinstance(i.data, Rejected) and may_be_image(i.name)]
                 chosen = held_out(usable, round(fraction * len(usable)))
                 found = [image for image in found if (image.name in chosen) == (split == "val")]
             yield from found
@@ -95,20 +90,20 @@ class Folder:
                 if Path(entry.path) not in used:
                     reason = "a folder that is no class" if _is_folder(entry) else "is in no class folder"
                     name = printable(Path(entry.path).relative_to(self.root).as_posix())
-                    yield SourceImage(name, "", Unusable("hidden" if is_hidden(entry.name) else reason))
+                    yield SourceImage(name, "", Rejected("hidden" if is_hidden(entry.name) else reason))
 
     def _image(self, root: Path, class_name: str, path: str, reason: str) -> SourceImage:
         name, class_id = printable(Path(path).relative_to(root).as_posix()), printable(class_name)
         if reason:
-            return SourceImage(name, class_id, Unusable(reason))
+            return SourceImage(name, class_id, Rejected(reason))
         try:
             info = os.stat(path)  # noqa: PTH116  (as Extent's)
         except OSError as error:
             if Path(path).is_symlink():
-                return SourceImage(name, class_id, Unusable("a link that leads nowhere"))
+                return SourceImage(name, class_id, Rejected("a link that leads nowhere"))
             raise StorageError(f"{path} cannot be read ({error.strerror}); fix it and build again") from None
         if not stat.S_ISREG(info.st_mode):
-            return SourceImage(name, class_id, Unusable("a named pipe, socket or device"))
+            return SourceImage(name, class_id, Rejected("a named pipe, socket or device"))
         return SourceImage(name, class_id, Extent(path, 0, info.st_size))
 
 
@@ -190,3 +185,75 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
             yield entry.path, ""
     for path in inside:
         yield from _files(path)
+
+
+class Archived(Source):
+    """A tar, or a compressed tar, of class folders, or of such folders for each split, also below other folders.
+
+    For example the processed ImageNet-21k-P. It is never unpacked to disk.
+
+    Below the folders that all images share, the folders are splits if they are named so (`splits_among`), else
+    classes. Files next to them, hidden ones and others that are no images are listed. The archive is read through once
+    to find this, a compressed one once more for each split.
+
+    Args:
+        path: the archive.
+        split: what all images become, each folder being a class; None finds splits.
+
+    Raises:
+        DataError: a split has no class in common with train.
+    """
+
+    def __init__(self, path: Path, split: str | None = None) -> None:
+        self.path = path
+        folders = Counter(
+            PurePosixPath(entry.name).parent
+            for entry in entries(path)
+            if may_be_image(PurePosixPath(entry.name).name) and not any(map(is_hidden, PurePosixPath(entry.name).parts))
+        )
+        shared = os.path.commonpath([str(folder) for folder in folders]) if folders else ""
+        above = PurePosixPath(shared).parts
+        below = {folder.parts[len(above)] for folder in folders if len(folder.parts) > len(above)}
+        if PurePosixPath(shared) in folders and len(below) <= 1:  # one class; else images next to the class folders
+            below, above = set(above[-1:]), above[:-1]
+        self._depth = len(above)
+        self._split_of = {} if split is not None else splits_among(below)
+        named = next((SPLIT_WORDS[part.lower()] for part in reversed(above) if part.lower() in SPLIT_WORDS), None)
+        self._split = split or named or split_in(path.name) or "train"
+        counts: Counter[str] = Counter()
+        classes: dict[str, set[str]] = {}
+        for folder, count in folders.items():
+            found, class_id = self._place(folder)
+            counts[found] += count
+            classes.setdefault(found, set()).update({class_id} - {""})
+        splits = tuple(name for name in ("train", "val", "test") if name in counts) or (self._split,)
+        for name in splits[1:]:
+            if not classes[name] & classes[splits[0]]:
+                raise DataError(
+                    f"{path} has no class of '{splits[0]}' in '{name}': its labels are elsewhere; unpack it"
+                )
+        self._names = set().union(*(found for split, found in classes.items() if split))
+        described = {"source": "archive of class folders", "bytes": path.stat().st_size}
+        described |= {"path": printable(str(path.resolve()))}
+        super().__init__(splits, described, {name: name for name in sorted(self._names)}, counts)
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images of a split in the order of the archive."""
+        beside: Counter[str] = Counter()
+        for entry, content in contents(self.path):
+            path = PurePosixPath(entry.name)
+            found, class_id = self._place(path.parent)
+            if any(map(is_hidden, path.parts)):
+                found, class_id = "", ""
+            if found == split and (class_id in self._names or may_be_image(path.name)):
+                usable = class_id or isinstance(content, Rejected)
+                yield SourceImage(entry.name, class_id, content if usable else Rejected("is in no class folder"))
+            elif not found or class_id not in self._names:
+                beside[str(path.parent)] += 1
+        for folder, count in beside.items() if split == self.splits[0] else ():
+            yield SourceImage(f"{folder}/", "", Rejected(f"hidden, or in no class folder of a split: {count} files"))
+
+    def _place(self, folder: PurePosixPath) -> tuple[str, str]:
+        """Return the split ('' when it has none) and the class ('' when it has none) of the members of a folder."""
+        parts = (*folder.parts[self._depth :], "", "")
+        return (self._split_of.get(parts[0], ""), parts[1]) if self._split_of else (self._split, parts[0])

@@ -5,21 +5,20 @@ import hashlib
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError, StorageError
-from data_pipeline.sources import SHARD_BYTES, SourceImage, held_out
+from data_pipeline.sources import Source, SourceImage, held_out
 
 _BYTES = 0x08  # the format's code for unsigned bytes, the only type these datasets use
 _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 
 
-class Idx:
+class Idx(Source):
     """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...`.
 
     The test files are the val split, unless a part of the training images is. Images of EMNIST, which are stored
@@ -31,11 +30,8 @@ class Idx:
             the test files are the test split then.
     """
 
-    shard_bytes = SHARD_BYTES
-
     def __init__(self, root: Path, val_fraction: float = 0.0) -> None:
-        self.root, self._fraction = root, val_fraction
-        self.splits = ("train", "val", "test") if val_fraction else ("train", "val")
+        self._fraction = val_fraction
         train, *more = image_files(root, "train")
         if more:
             raise DataError(f"{root} holds {train.name} and {more[0].name}; give each dataset a folder of its own")
@@ -57,25 +53,19 @@ class Idx:
             for label in set(labels.tolist()):
                 names = [_name("train", number) for number in np.flatnonzero(labels == label).tolist()]
                 self._held_out |= held_out(names, round(val_fraction * len(names)))
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
         files = [file for path in self._images.values() for file in (path, _labels_of(path))]
         digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
-        described = {"source": "idx", "files": digests}
-        return described | ({"val_fraction": self._fraction} if self._fraction else {})
-
-    def class_names(self, found: Collection[str]) -> dict[str, str]:  # noqa: ARG002  (known before)
-        """Return the labels from 0 to the largest."""
         largest = max(int(labels.max(initial=0)) for labels in self._labels.values())
-        return {str(label): str(label) for label in range(largest + 1)}
-
-    def count(self, split: str) -> int:
-        """Return the number of images."""
-        if not self._fraction:
-            return len(self._labels[split])
-        held = len(self._held_out)
-        return {"train": len(self._labels["train"]) - held, "val": held, "test": len(self._labels["val"])}[split]
+        counts = {split: len(labels) for split, labels in self._labels.items()}
+        if val_fraction:
+            held = len(self._held_out)
+            counts = {"train": counts["train"] - held, "val": held, "test": counts["val"]}
+        super().__init__(
+            tuple(counts),
+            {"source": "idx", "files": digests} | ({"val_fraction": val_fraction} if val_fraction else {}),
+            {str(label): str(label) for label in range(largest + 1)},
+            counts,
+        )
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images as PGM files, which Pillow reads."""

@@ -5,17 +5,18 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from data_pipeline.archive import Entry, contents, entries, is_compressed
+from data_pipeline.acceptance import Rejected
+from data_pipeline.archive import Content, Entry, Extent, contents
 from data_pipeline.errors import DataError, StorageError, printable
-from data_pipeline.index import STRAY, Labels, Member, Sample, samples_of
-from data_pipeline.sources import SHARD_BYTES, Extent, SourceImage, Unusable
+from data_pipeline.shards import STRAY, Labels, Sample, samples_of
+from data_pipeline.sources import Source, SourceImage
 
 LABEL_MEMBERS = ("cls", "json", "txt")
 
 
-class Shards:
+class Shards(Source):
     """Samples with one image and one label each; what has none is listed.
 
     Args:
@@ -24,28 +25,22 @@ class Shards:
         class_names: class id -> name in the order of the labels; None takes the classes that occur.
     """
 
-    shard_bytes = SHARD_BYTES
-
     def __init__(
         self, paths: Mapping[str, Sequence[Path]], labels: Labels, class_names: dict[str, str] | None = None
     ) -> None:
-        self.paths, self._labels, self.stated = paths, labels, class_names
-        self.splits = tuple(paths)
-
-    def describe(self) -> dict[str, Any]:
-        """Say what decides the images."""
+        self.paths, self._labels = paths, labels
         named = {
-            split: [(printable(str(path.absolute())), path.stat().st_size) for path in paths]
-            for split, paths in self.paths.items()
+            split: [(printable(str(path.absolute())), path.stat().st_size) for path in group]
+            for split, group in paths.items()
         }
-        decided = json.dumps([named, self._labels.key, self.stated], sort_keys=True)
-        files = sum(len(paths) for paths in self.paths.values())
-        return {"source": "shards", "files": files, "sha256": hashlib.sha256(decided.encode()).hexdigest()}
+        decided = hashlib.sha256(json.dumps([named, labels.key, class_names], sort_keys=True).encode()).hexdigest()
+        files = sum(map(len, paths.values()))
+        super().__init__(tuple(paths), {"source": "shards", "files": files, "sha256": decided}, class_names)
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:
         """Return the classes that were stated, else those that occur: numbers are labels, from 0 to the largest."""
-        if self.stated is not None:
-            return self.stated
+        if self.classes is not None:
+            return self.classes
         if len(self.splits) > 1:
             found = self._in_any_split
         numbers = sorted(int(class_id) for class_id in found if class_id.isdigit())
@@ -60,56 +55,51 @@ class Shards:
         """The class ids of all splits, for which the shards are read through once more."""
         return {image.class_id for split in self.splits for image in self.images(split) if image.class_id}
 
-    def count(self, split: str) -> None:
-        """Return None: shards do not hold it."""
-
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the samples of a split, shard by shard."""
         for path in self.paths[split]:
             strays: list[str] = []
-            for sample, found in _compressed(path, strays) if is_compressed(path) else _plain(path, strays):
-                yield self._image(path, sample, found)
+            try:
+                with path.open("rb") as stream:
+                    yield from (self._image(path, *sample, stream) for sample in _samples(path, strays))
+            except OSError as error:
+                message = f"{path} cannot be read ({error.strerror}); make it readable and build again"
+                raise StorageError(message) from None
             for name in strays:
-                yield SourceImage(f"{printable(path.name)}/{name}", "", Unusable(STRAY))
+                yield SourceImage(f"{printable(path.name)}/{name}", "", Rejected(STRAY))
 
-    def _image(self, path: Path, sample: Sample, found: dict[str, Extent | bytes]) -> SourceImage:
+    def _image(self, path: Path, sample: Sample, found: dict[str, Content], stream: BinaryIO) -> SourceImage:
         image = sample.image()
         if isinstance(image, str):
-            return SourceImage(f"{printable(path.name)}/{sample.key}", "", Unusable(image))
-        texts = {ext: member for ext in LABEL_MEMBERS if (member := sample.member(ext)) is not None}
-        data = {extension: found[member.name] for extension, member in texts.items() if not member.unusable}
-        class_id, reason = self._labels.of(
-            sample, {extension: part for extension, part in data.items() if isinstance(part, bytes)}
+            return SourceImage(f"{printable(path.name)}/{sample.key}", "", Rejected(image))
+        texts = {}
+        for extension in LABEL_MEMBERS:
+            member = sample.member(extension)
+            if member is not None and not member.unusable:
+                texts[extension] = _bytes(found[member.name], stream)
+        class_id, reason = self._labels.of(sample, texts)
+        return SourceImage(
+            f"{printable(path.name)}/{image.name}", class_id, Rejected(reason) if reason else found[image.name]
         )
-        name = f"{printable(path.name)}/{image.name}"
-        return SourceImage(name, class_id, Unusable(reason) if reason else found[image.name])
 
 
-def _plain(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Extent | bytes]]]:
-    """Yield each sample with where its members are, and the bytes of those that may hold a label."""
+def _samples(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Content]]]:
+    """Yield each sample with the contents of its members by name."""
+    held: dict[str, Content] = {}
 
-    def read(member: Member) -> Extent | bytes:
-        if member.extension.lower() not in LABEL_MEMBERS:
-            return Extent(str(path), member.offset, member.size)
-        stream.seek(member.offset)
-        return stream.read(member.size)
-
-    try:
-        with path.open("rb") as stream:
-            for sample in samples_of(entries(path), strays):
-                yield sample, {member.name: read(member) for member in sample.members}
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror}); make it readable and build again") from None
-
-
-def _compressed(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Extent | bytes]]]:
-    """Yield each sample with the bytes of its members."""
-    held: dict[str, Extent | bytes] = {}
-
-    def remembered() -> Iterator[Entry]:
-        for entry, data in contents(path):
-            held[entry.name] = data
+    def members() -> Iterator[Entry]:
+        for entry, content in contents(path):
+            held[entry.name] = content
             yield entry
 
-    for sample in samples_of(remembered(), strays):
+    for sample in samples_of(members(), strays):
         yield sample, {member.name: held.pop(member.name, b"") for member in sample.members}
+
+
+def _bytes(content: Content, stream: BinaryIO) -> bytes:
+    """Return the bytes of a label that can be used."""
+    if isinstance(content, Extent):
+        stream.seek(content.offset)
+        return stream.read(content.length)
+    assert isinstance(content, bytes)
+    return content

@@ -1,5 +1,6 @@
 """Building, reading and damaging datasets in tests."""
 
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, TrainLoader
 from data_pipeline.manifest import Manifest, file_of
 from data_pipeline.reader import Reader
-from data_pipeline.shards import crc32
 from data_pipeline.transforms import InputConfig
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def retable(folder: Path, split: str = "train", **changes) -> None:
 def replace_image(folder: Path, sample: int, data: bytes) -> None:
     """Put other bytes in the place of a training image, with their checksum in the table."""
     overwrite(folder, sample, data)
-    retable(folder, crc32=(sample, crc32(data)))
+    retable(folder, crc32=(sample, zlib.crc32(data)))
 
 
 def spoil_scan(folder: Path) -> None:

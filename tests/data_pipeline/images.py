@@ -15,14 +15,19 @@ from tests.data_pipeline.datasets import build_into, stored, training
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1), "threads": 1}
 
 
+def saved(image: Image.Image, format_: str, **save) -> bytes:
+    """Return an image file."""
+    out = io.BytesIO()
+    image.save(out, format_, **save)
+    return out.getvalue()
+
+
 def jpeg(number: int, size: tuple[int, int] | None = None, **save) -> bytes:
     """Return a smooth colorful JPEG, another for each number."""
     rng = np.random.default_rng(number)
     size = tuple(rng.integers(24, 97, 2).tolist()) if size is None else size
     image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    image.save(out, "JPEG", **({"quality": 85} | save))
-    return out.getvalue()
+    return saved(image, "JPEG", **({"quality": 85} | save))
 
 
 def class_folders(root: Path, count: int) -> Path:

@@ -12,14 +12,12 @@ import torch
 from PIL import Image, ImageOps
 
 from data_pipeline.acceptance import Rejected, decode
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
-from data_pipeline.loader import TrainLoader
 from data_pipeline.manifest import Manifest
 from data_pipeline.transforms import InputConfig
 from data_pipeline.verify import main as verify
-from tests.data_pipeline.datasets import ONE_RANK, build_into, stored
-from tests.data_pipeline.images import PLAIN, jpeg, tar
+from tests.data_pipeline.datasets import build_into, stored, training
+from tests.data_pipeline.images import PLAIN, jpeg, saved, tar
 
 WIDTH, HEIGHT = 48, 48  # square, so that turned images have this size as well
 GOOD = jpeg(1, (WIDTH, HEIGHT), quality=92)
@@ -28,13 +26,12 @@ SCAN = GOOD.index(b"\xff\xda")
 
 def encoded(format_: str, mode: str = "RGB", **save) -> bytes:
     """GOOD in another format or mode."""
-    out, image = io.BytesIO(), Image.open(io.BytesIO(GOOD))
+    image = Image.open(io.BytesIO(GOOD))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     elif mode != "RGB":
         image = image.convert(mode)
-    image.save(out, format_, **save)
-    return out.getvalue()
+    return saved(image, format_, **save)
 
 
 def segment(marker: int, payload: bytes, data: bytes = GOOD) -> bytes:
@@ -83,9 +80,8 @@ def half_of_the_rows() -> bytes:
 
 
 def animated() -> bytes:
-    out, frames = io.BytesIO(), [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
-    frames[0].save(out, "PNG", save_all=True, append_images=frames[1:], default_image=True)
-    return out.getvalue()
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
+    return saved(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -99,16 +95,7 @@ def oversized() -> bytes:
 
 
 def wide_png(width: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, 1), "red").save(out, "PNG")
-    return out.getvalue()
-
-
-def mid_gray() -> bytes:
-    """All pixels are what libjpeg puts where data are missing."""
-    out = io.BytesIO()
-    Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128)).save(out, "JPEG")
-    return out.getvalue()
+    return saved(Image.new("RGB", (width, 1), "red"), "PNG")
 
 
 def damaged_avif() -> bytes:
@@ -153,7 +140,8 @@ ODD: dict[str, tuple[bytes, str]] = {
     "without subsampling": (encoded("JPEG", subsampling=0), "KA"),
     "junk after the end": (GOOD + b"junk" * 50, "KA"),
     "fill bytes between segments": (GOOD[:2] + b"\xff\xff\xff" + GOOD[2:], "KA"),
-    "gray to the last pixel": (mid_gray(), "KA"),
+    # All pixels are what libjpeg puts where data are missing.
+    "gray to the last pixel": (saved(Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128)), "JPEG"), "KA"),
     "truncated in the scan": (GOOD[: SCAN + 200], "RR"),
     "truncated in the header": (GOOD[:30], "RR"),
     "header only": (GOOD[:SCAN], "RR"),
@@ -275,9 +263,8 @@ def test_each_kind_of_image_has_its_outcome_on_every_path(paths, name):
         kept = found(paths[way], name)
         assert len(kept) == (expected != "R"), way
         if expected == "E":
-            reference = io.BytesIO()
-            Image.fromarray(upright(data).astype(np.uint8)).save(reference, "JPEG", quality=95, subsampling=0)
-            assert np.array_equal(upright(kept[0]), upright(reference.getvalue())), way
+            reference = saved(Image.fromarray(upright(data).astype(np.uint8)), "JPEG", quality=95, subsampling=0)
+            assert np.array_equal(upright(kept[0]), upright(reference)), way
         elif expected != "R":
             assert kept == [data], way
 
@@ -289,11 +276,9 @@ def test_what_is_accepted_is_intact_for_verify_and_trains_with_the_pixels_of_pil
     config = InputConfig(path=dataset.path, image_size=(HEIGHT, WIDTH), **PLAIN)
     batch = len(dataset)
     reports: list = []
-    loader = TrainLoader(
-        dataset, config, seed=1, global_batch=batch, micro_batch=batch, on_bad_sample=reports.append, **ONE_RANK
-    )
-    images = next(iter(loader))
-    loader.close()
+    place = {"global_batch": batch, "micro_batch": batch, "on_bad_sample": reports.append}
+    with training(dataset, config, **place) as loader:
+        images = next(iter(loader))
     assert not reports
     assert set(images.sample_ids.tolist()) == set(range(batch))
     pixels = (images.images * 255).permute(0, 2, 3, 1)
@@ -323,5 +308,5 @@ def test_a_program_that_pillow_could_run_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.jpg").write_bytes(EPS)
     (tmp_path / "in" / "a" / "y.jpg").write_bytes(GOOD)
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    build_into(tmp_path / "in", tmp_path / "out")
     assert not ran.exists()

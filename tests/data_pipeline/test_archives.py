@@ -5,21 +5,21 @@ import gzip
 import io
 import lzma
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.acceptance import Rejected
 from data_pipeline.archive import contents, entries
-from data_pipeline.build import main as build
 from data_pipeline.errors import DataError
-from data_pipeline.index import Labels
 from data_pipeline.manifest import Manifest
-from data_pipeline.sources import Source, Unusable
-from data_pipeline.sources.archived import Archived
-from data_pipeline.sources.imagenet1k import ImageNet1k
-from data_pipeline.sources.imagenet21k import ImageNet21k
+from data_pipeline.shards import Labels
+from data_pipeline.sources import Source
+from data_pipeline.sources.folder import Archived
+from data_pipeline.sources.imagenet import ImageNet1k, ImageNet21k
 from data_pipeline.sources.shards import Shards
+from tests.data_pipeline.datasets import run_build
 from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
 
 BLOCK = 512
@@ -56,7 +56,7 @@ KINDS = {"imagenet-1k": write_1k, "imagenet-21k": write_21k, "class folders": wr
 def images_of(source: Source) -> tuple[dict[str, str], int]:
     """Class id of each image that can be used, by name, and how many are listed."""
     images = list(source.images("train"))
-    usable = {image.name: image.class_id for image in images if not isinstance(image.data, Unusable)}
+    usable = {image.name: image.class_id for image in images if not isinstance(image.data, Rejected)}
     return usable, len(images) - len(usable)
 
 
@@ -132,7 +132,7 @@ def test_links_devices_and_names_that_are_not_utf8_are_listed_or_escaped(pack, t
         archive.addfile(special("n2", tarfile.DIRTYPE))
     path = tmp_path / "x.tar"
     path.write_bytes(pack(out.getvalue()))
-    assert build([str(path), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run_build(path, tmp_path / "out") == 0
     split = Manifest.read(tmp_path / "out").splits["train"]
     assert split.samples == 3
     listed = {reject.name: reject.reason for reject in split.rejected}
@@ -142,30 +142,15 @@ def test_links_devices_and_names_that_are_not_utf8_are_listed_or_escaped(pack, t
     assert names[0] == "n1/caf\\udce9.jpg"
 
 
-def write_inner_cut(path: Path) -> None:
-    whole = tar({f"{i}.jpg": jpeg(i) for i in range(4)})
-    path.write_bytes(tar({"n1.tar": whole, "n2.tar": whole[:1100], "n3.tar": whole}))
-
-
-def write_inner_empty(path: Path) -> None:
-    whole = tar({f"{i}.jpg": jpeg(i) for i in range(4)})
-    path.write_bytes(tar({"n1.tar": whole, "n2.tar": b"", "n3.tar": whole}))
-
-
-def write_inner_without_images(path: Path) -> None:
-    whole = tar({f"{i}.jpg": jpeg(i) for i in range(4)})
-    path.write_bytes(tar({"n1.tar": whole, "n2.tar": tar({}), "n3.tar": whole}))
+WHOLE = tar({f"{i}.jpg": jpeg(i) for i in range(4)})
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-@pytest.mark.parametrize("write", [write_inner_cut, write_inner_empty, write_inner_without_images])
-def test_a_class_that_is_incomplete_is_named_and_nothing_is_left_behind(
-    write: Callable[[Path], None], pack, tmp_path, capsys
-):
+@pytest.mark.parametrize("inner", [WHOLE[:1100], b"", tar({})], ids=["cut", "empty", "without images"])
+def test_a_class_that_is_incomplete_is_named_and_nothing_is_left_behind(inner, pack, tmp_path, capsys):
     path = tmp_path / "winter21.tar"
-    write(path)
-    path.write_bytes(pack(path.read_bytes()))
-    assert build([str(path), str(tmp_path / "out"), "--workers", "1"]) == 2
+    path.write_bytes(pack(tar({"n1.tar": WHOLE, "n2.tar": inner, "n3.tar": WHOLE})))
+    assert run_build(path, tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert "n2.tar" in err
     assert err.count("\n") == 1

@@ -1,7 +1,6 @@
 """A full GPU is known by the words of every library that may meet it, and no picture is blamed for it."""
 
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,7 @@ import torch
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.gpu_memory import gpu_memory_is_full
-from data_pipeline.loader import TrainLoader
-from data_pipeline.transforms import InputConfig
-from tests.data_pipeline.datasets import spoil_scan
+from tests.data_pipeline.datasets import spoil_scan, training
 
 FULL = {
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
@@ -41,23 +38,17 @@ def test_a_full_gpu_is_told_from_other_errors(said: str) -> None:
     assert gpu_memory_is_full({**FULL, **NOT_FULL}[said]) is (said in FULL)
 
 
-def test_no_image_is_marked_as_bad_where_the_gpu_was_full(tmp_path: Path, digits: Path) -> None:
-    copy = Path(shutil.copytree(digits, tmp_path / "digits"))
-    spoil_scan(copy)  # would be found guilty if anybody looked
-    config = InputConfig(path=copy, image_size=32, threads=1, max_bad_fraction=0.01)
-    loader = TrainLoader(
-        Dataset.open(copy, "train"), config, seed=1, global_batch=64, micro_batch=64, rank=0, world_size=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    take = loader._engine._take
+def test_no_image_is_marked_as_bad_where_the_gpu_was_full(copy: Path) -> None:
+    spoil_scan(copy)  # would be found if the images were examined
+    with training(Dataset.open(copy, "train")) as loader:
+        take = loader._engine._take
 
-    def full() -> torch.Tensor:
-        try:
-            return take()
-        except RuntimeError:
-            raise FULL["DALI"] from None
+        def full() -> torch.Tensor:
+            try:
+                return take()
+            except RuntimeError:
+                raise FULL["DALI"] from None
 
-    loader._engine._take = full
-    with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
-        list(itertools.islice(loader, 24))
-    loader.close()
+        loader._engine._take = full
+        with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
+            list(itertools.islice(loader, 24))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import DataError
-from data_pipeline.mixing import mix, soft_targets
+from data_pipeline.mixing import draw_mixing, mix, soft_targets
 from data_pipeline.transforms import MixingConfig
 
 BOTH = MixingConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
@@ -80,11 +80,9 @@ def test_every_step_and_seed_mixes_anew():
 def test_shares_follow_the_beta_distribution():
     from scipy.stats import beta, kstest
 
-    from data_pipeline.mixing import _draw
-
-    keep, boxes = _draw(MixingConfig(mixup=0.8), 3, 9, np.arange(20_000), (8, 8))
-    assert kstest(keep, beta(0.8, 0.8).cdf).pvalue > 0.01
-    assert not boxes.any()
+    drawn = draw_mixing(MixingConfig(mixup=0.8), seed=3, step=9, rows=np.arange(40_000), size=(8, 8))
+    assert kstest(drawn.keep[::2], beta(0.8, 0.8).cdf).pvalue > 0.01
+    assert not drawn.boxes.any()
 
 
 @pytest.mark.parametrize("rows", [np.arange(1, 5), np.arange(3), np.array([0, 2])], ids=str)

@@ -12,7 +12,6 @@ from PIL import Image, ImageEnhance
 from scipy.stats import ks_2samp
 
 from data_pipeline.draws import Draws, affine, color_jitter, random_erasing, random_resized_crop
-from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import (
     AffineConfig,
     AugmentConfig,
@@ -21,7 +20,7 @@ from data_pipeline.transforms import (
     RandomErasingConfig,
     RandomResizedCropConfig,
 )
-from tests.data_pipeline.datasets import CPU
+from tests.data_pipeline.datasets import evaluation
 from tests.data_pipeline.images import PLAIN, difference, originals, trained
 
 PILLOW = {
@@ -35,9 +34,8 @@ PILLOW = {
 @pytest.mark.parametrize(("size", "ratio"), [(224, 0.875), (96, 1.0), ((128, 64), 0.9)])
 def test_evaluation_is_pillows_resize_and_centre_crop(photos, interpolation, size, ratio):
     config = InputConfig(path=photos.path, image_size=size, eval_crop_ratio=ratio, interpolation=interpolation, **PLAIN)
-    loader = EvalLoader(photos, config, batch_size=6, rank=0, world_size=1, device=CPU)
-    (batch,) = list(loader)
-    loader.close()
+    with evaluation(photos, config, batch_size=6) as loader:
+        (batch,) = list(loader)
     h, w = config.size
     for row, image in enumerate(originals(photos)):
         target = (int(h / ratio + 1e-6), int(w / ratio + 1e-6))

@@ -8,12 +8,12 @@ import pytest
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
-from data_pipeline import resize
+from data_pipeline import graph
 from tests.data_pipeline.images import originals
 from tests.data_pipeline.test_parity import PILLOW
 
 SIZES = [(96, 96), (128, 64), (40, 300), (500, 700)]
-WAYS = {"DALI": resize.by_dali, "torch": partial(resize.by_torch, threads=2)}
+WAYS = {"DALI": graph.resize_by_dali, "torch": partial(graph.resize_by_torch, threads=2)}
 
 
 def resized(way: str, images: list[np.ndarray], sizes: list[tuple[int, int]], interpolation: str) -> list[np.ndarray]:

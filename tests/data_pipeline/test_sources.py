@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Reader
-from data_pipeline.sources import imagenet21k as source_21k
+from data_pipeline.sources import imagenet
 from tests.data_pipeline.datasets import classes_by_bytes, listed, run_build
 from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
 
@@ -21,7 +20,7 @@ CLASSES = {"n01440764": 7, "n01443537": 5, "n01484850": 9}
 
 def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_development_kit(tmp_path):
     images = imagenet_1k(tmp_path / "in", CLASSES, val=10)
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run_build(tmp_path / "in", tmp_path / "out") == 0
     val = images.pop("val")
     expected = {data: wnid for wnid, members in images.items() for data in members.values()}
     assert classes_by_bytes(tmp_path / "out", "train") == expected
@@ -38,7 +37,7 @@ def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_developm
 def test_a_missing_imagenet_1k_archive_is_named(tmp_path, capsys, name):
     imagenet_1k(tmp_path / "in", CLASSES, val=3)
     (tmp_path / "in" / name).unlink()
-    assert build([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert run_build(tmp_path / "in", tmp_path / "out") == 2
     assert f"{name} does not exist; download it" in capsys.readouterr().err
 
 
@@ -47,15 +46,15 @@ def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_t
     imagenet_1k(tmp_path / "in", CLASSES, val=6)
     path = tmp_path / "in" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    assert build([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert run_build(tmp_path / "in", tmp_path / "out") == 2
     assert name in capsys.readouterr().err
     assert name.endswith("val.tar") or not (tmp_path / "out" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "folder"])
 def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(source_21k, "ENOUGH", 8)
-    monkeypatch.setattr(source_21k, "HELD_OUT", 3)
+    monkeypatch.setattr(imagenet, "ENOUGH", 8)
+    monkeypatch.setattr(imagenet, "HELD_OUT", 3)
     archive = tmp_path / "winter21.tar"
     images = imagenet_21k(archive, {**CLASSES, "n09999999": 4}, "w" if mode == "folder" else mode)
     if mode == "folder":
@@ -63,8 +62,7 @@ def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, mo
             unpacked.extractall(tmp_path / "classes")
         archive = next((tmp_path / "classes").rglob("n*.tar")).parent
     (tmp_path / "p.txt").write_text("\n".join(CLASSES))
-    command = [str(archive), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
-    assert build([*command, "--workers", "1"]) == 0
+    assert run_build(archive, tmp_path / "out", "--classes", tmp_path / "p.txt") == 0
     expected = {data: wnid for wnid in CLASSES for data in images[wnid].values()}
     train, val = classes_by_bytes(tmp_path / "out", "train"), classes_by_bytes(tmp_path / "out", "val")
     assert train | val == expected
@@ -75,14 +73,13 @@ def test_imagenet_21k_is_read_from_its_archives_with_a_class_filter(tmp_path, mo
 def test_a_class_that_the_archive_does_not_have_is_named_before_the_work_begins(tmp_path, capsys):
     imagenet_21k(tmp_path / "winter21.tar", CLASSES)
     (tmp_path / "p.txt").write_text("n01440764\nn00000001\n")
-    command = [str(tmp_path / "winter21.tar"), str(tmp_path / "out"), "--classes", str(tmp_path / "p.txt")]
-    assert build(command) == 2
+    assert run_build(tmp_path / "winter21.tar", tmp_path / "out", "--classes", tmp_path / "p.txt") == 2
     assert "no images of 1 of the chosen classes, for example n00000001" in capsys.readouterr().err
 
 
 def test_an_archive_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
-    assert build([str(tmp_path / "flat.tar"), str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert run_build(tmp_path / "flat.tar", tmp_path / "out") == 2
     assert "neither a shard" in capsys.readouterr().err
 
 
@@ -91,7 +88,7 @@ def test_written_shards_can_be_indexed_again_by_others(digits, tmp_path):
 
     for path in digits.glob("*-train-*.tar"):
         shutil.copy(path, tmp_path)
-    assert build([str(tmp_path / "*.tar"), str(tmp_path), "--workers", "1"]) == 0
+    assert run_build(tmp_path / "*.tar", tmp_path) == 0
     ours, theirs = Dataset.open(digits, "train"), Dataset.open(tmp_path, "train")
     for column in ("labels", "offset", "length", "width", "height", "crc32", "shard"):
         assert np.array_equal(getattr(ours, column), getattr(theirs, column))
@@ -124,7 +121,7 @@ def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_p
     os.mkfifo(root / "ant" / "pipe.jpg")
     (Path(os.fsdecode(os.fsencode(root / "ant") + b"/caf\xe9.jpg"))).write_bytes(jpeg(78))
     (root / "ant" / "\x1b[2J\n.jpg").write_bytes(b"a terminal would be cleared")
-    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run_build(root, tmp_path / "out") == 0
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.class_names == ["ant", "bee[2]", "cat"]
     assert manifest.splits["train"].class_counts == [4, 2, 1]
@@ -138,21 +135,6 @@ def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_p
     assert "\x1b" not in err
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation", "test"), ("train",)])
-def test_a_folder_with_folders_of_splits_becomes_these_splits(names, tmp_path):
-    root = tmp_path / "in"
-    for number, split in enumerate(names):
-        folders(root / split, "ant", "bee", *(("cat",) if number == 0 else ()))
-    if len(names) > 1:
-        (root / "annotations").mkdir()
-    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
-    manifest = Manifest.read(tmp_path / "out")
-    assert set(manifest.splits) == {{"Training": "train", "validation": "val"}.get(name, name) for name in names}
-    assert manifest.class_names == ["ant", "bee", "cat"]
-    assert [split.class_counts for split in manifest.splits.values()] == [[2, 2, 2], [2, 2, 0], [2, 2, 0]][: len(names)]
-    assert list(listed(tmp_path / "out")) == (["annotations"] if len(names) > 1 else [])
-
-
 def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
     root = tmp_path / "in"
     for name, count in (("ant", 10), ("bee", 21), ("cat", 3)):
@@ -161,7 +143,7 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
             (root / name / f"{i}.jpg").write_bytes(jpeg(100 * count + i, (16, 16)))
     vals = []
     for dest in ("a", "b"):
-        assert build([str(root), str(tmp_path / dest), "--val-fraction", "0.2", "--workers", "1"]) == 0
+        assert run_build(root, tmp_path / dest, "--val-fraction", "0.2") == 0
         manifest = Manifest.read(tmp_path / dest)
         assert [manifest.splits[split].class_counts for split in ("train", "val")] == [[8, 17, 2], [2, 4, 1]]
         train, val = classes_by_bytes(tmp_path / dest, "train"), classes_by_bytes(tmp_path / dest, "val")
@@ -193,7 +175,7 @@ def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, 
     folders(tmp_path / "in", "ant", "bee")
     before = sorted(tmp_path.rglob("*"))
     filled = [a.replace("IN", str(tmp_path / "in")).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert build([*filled, "--workers", "1"]) == 2
+    assert run_build(*filled) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -218,7 +200,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
                                                                  labels.shape, labels)):  # fmt: skip
             content = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes() + data.tobytes()
             (root / file).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert build([str(root), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run_build(root, tmp_path / "out") == 0
     for split, count in (("train", 12), ("val", 5)):
         dataset = Dataset.open(tmp_path / "out", split)
         pixels, labels = wanted[count]
@@ -230,7 +212,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
             assert np.abs(image - pixels[number]).mean() < 6  # noise, encoded at quality 95
         reader.close()
     # A part of the training images becomes the val split, the test images the test split; nothing is lost or doubled.
-    assert build([str(root), str(tmp_path / "held"), "--workers", "1", "--val-fraction", "0.25"]) == 0
+    assert run_build(root, tmp_path / "held", "--val-fraction", "0.25") == 0
     held = {split: Dataset.open(tmp_path / "held", split) for split in ("train", "val", "test")}
     assert {split: np.bincount(part.labels).tolist() for split, part in held.items()} == {
         "train": [3, 3, 3], "val": [1, 1, 1], "test": [2, 2, 1]
@@ -242,7 +224,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
     data = (root / names[0]).read_bytes()
     for damaged in (data[:-3], data[:-3] + b"xyz" + data[-3:], b"\1" + data[1:]):
         (root / names[0]).write_bytes(damaged)
-        assert build([str(root), str(tmp_path / "bad"), "--workers", "1"]) == 2
+        assert run_build(root, tmp_path / "bad") == 2
         assert names[0] in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
@@ -253,6 +235,7 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
         (("train/ant", "train/bee"), "test/1.jpg", {"train"}),
         (("val/ant", "val/bee"), None, {"val"}),
         (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
+        (("Training/ant", "Training/bee", "validation/ant", "test/bee"), None, {"train", "val", "test"}),
         (("train/ant", "Train/ant"), None, "both"),
         (("train/ant", "cow", "dog"), None, "images as in a class"),
         (("test", "train"), None, "are in no class folder"),
@@ -275,6 +258,9 @@ def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose,
     manifest = Manifest.read(tmp_path / "out")
     assert (status, set(manifest.splits)) == (0, expected)
     assert manifest.class_names == sorted({name.split("/")[-1] for name in folder_names})
+    assert sum(split.samples for split in manifest.splits.values()) == 2 * len(folder_names)
+    beside = listed(tmp_path / "out", next(iter(manifest.splits)))
+    assert list(beside) == ([] if loose is None else [loose.split("/")[0]])
     assert run_build(root, tmp_path / "forced", "--split", "train") == 0
 
 

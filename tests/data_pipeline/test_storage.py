@@ -162,7 +162,7 @@ def test_a_read_that_hangs_is_reported_by_name_while_the_batch_waits(train, monk
     assert store.hanging_read(0) == ""
 
 
-class SlowStore(store.LocalStore):
+class SlowStore(store.Store):
     """Fetches shard 1 when it is let to."""
 
     remote = True

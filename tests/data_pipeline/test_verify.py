@@ -3,11 +3,11 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.verify import main as verify
 from data_pipeline.verify import verify as problems_of
+from tests.data_pipeline.datasets import run_build
 from tests.data_pipeline.images import jpeg
 
 
@@ -16,7 +16,7 @@ def test_a_whole_dataset_passes(digits, capsys):
     assert "train: 1437 samples in 10 shards, val: 360 samples in 3 shards, all decoded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", [0.0, 0.01, 0.37, 0.73, 0.999])
+@pytest.mark.parametrize("where", [0.0, 0.37, 0.999])
 @pytest.mark.parametrize(
     "name",
     [
@@ -47,7 +47,7 @@ def test_a_flipped_byte_at_any_place_of_any_file_is_found(tmp_path):
         (tmp_path / "in" / "ab"[i]).mkdir(parents=True)
         (tmp_path / "in" / "ab"[i] / f"{i}.jpg").write_bytes(jpeg(i, (16, 16)))
     dest = tmp_path / "tiny"
-    assert build([str(tmp_path / "in"), str(dest), "--workers", "1"]) == 0
+    assert run_build(tmp_path / "in", dest) == 0
 
     def found() -> bool:
         try:

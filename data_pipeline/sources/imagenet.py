@@ -1,0 +1,167 @@
+"""ImageNet as downloaded: archives of an archive for each class, none of them unpacked to disk."""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_pipeline.acceptance import Rejected
+from data_pipeline.archive import Content, Entry, contents, is_compressed
+from data_pipeline.errors import DataError
+from data_pipeline.sources import SPLIT_WORDS, Source, SourceImage, held_out
+
+TRAIN = "ILSVRC2012_img_train.tar"
+VAL = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+HELD_OUT = 50
+ENOUGH = 500
+
+
+class ImageNet1k(Source):
+    """ImageNet-1k (ILSVRC 2012): the archives of training and validation, and the labels from the development kit.
+
+    Labels count through the WordNet ids in their alphabetical order, as everywhere.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in (TRAIN, VAL, DEVKIT):
+            if not (root / name).is_file():
+                raise DataError(f"{root / name} does not exist; download it from image-net.org into {root}")
+        self._wnid_of, self._names, self._truth = _read_devkit(root / DEVKIT)
+        described = {"source": "imagenet-1k", "bytes": {name: (root / name).stat().st_size for name in (TRAIN, VAL)}}
+        counts = {"val": len(self._truth)}
+        super().__init__(("train", "val"), described, dict(sorted(self._names.items())), counts)
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images in the order of the archives."""
+        return self._train() if split == "train" else self._val()
+
+    def _train(self) -> Iterator[SourceImage]:
+        path = self.root / TRAIN
+        outers = list(contents(path))
+        classes = {outer[0].name.rpartition("/")[2].removesuffix(".tar"): outer for outer in outers}
+        if len(classes) < len(outers):
+            raise DataError(f"{path} holds a class twice; download it again")
+        strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
+        if strange:
+            raise DataError(f"{path} holds {strange[0]}, which is not a class of {DEVKIT}; download both again")
+        for _ in self._val():  # also to be refused before hours of work, not after
+            pass
+        if missing:
+            raise DataError(f"{path} lacks {len(missing)} classes, for example {missing[0]}; download it again")
+        for wnid, outer in classes.items():
+            found = False
+            for entry, content in contents(path, outer):
+                found = True
+                yield SourceImage(f"{wnid}/{entry.name}", wnid, content)
+            if not found:
+                raise DataError(f"{outer[0].name} in {path} holds no images; download it again")
+
+    def _val(self) -> Iterator[SourceImage]:
+        path = self.root / VAL
+        found, count = set(), 0
+        for entry, content in contents(path):
+            count += 1
+            # The name ends with the image's number, from 1, which is its line in the ground truth.
+            line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
+            if not (line.isascii() and line.isdigit()) or not 1 <= int(line) <= len(self._truth):
+                raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
+            found.add(int(line))
+            yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], content)
+        if not len(found) == count == len(self._truth):
+            raise DataError(f"{path} holds {count} images, but {DEVKIT} labels {len(self._truth)}; download it again")
+
+
+def _read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str], list[int]]:
+    """Return number -> WordNet id, WordNet id -> words, and the number of each validation image."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
+
+    try:
+        with tarfile.open(path) as archive:
+            found = {name.rpartition("/")[2]: name for name in archive.getnames()}
+            meta, truth = (
+                archive.extractfile(found[name]).read()  # type: ignore[union-attr]
+                for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            )
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # Numbers above the leaves are inner nodes of the hierarchy, which label no image.
+        leaves = [row for row in synsets if int(row["num_children"]) == 0]
+        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+        names = {str(row["WNID"]): str(row["words"]) for row in leaves}
+        numbers = [int(line) for line in truth.split()]
+        if not set(numbers) <= set(wnid_of):
+            raise ValueError("the ground truth names classes that meta.mat does not have")
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not the development kit of ILSVRC 2012 ({error}); download it again") from None
+    return wnid_of, names, numbers
+
+
+class ImageNet21k(Source):
+    """ImageNet-21k (winter21 or fall11): a tar, a compressed tar, or a folder, of one tar for each WordNet id.
+
+    A plain tar is read in place, in parallel. A compressed one can only be read from its beginning: one class at a time
+    is held in memory, once for each split. From every class with at least ENOUGH images, HELD_OUT are the val split,
+    chosen by a hash of their names (ImageNet-21k itself has no validation split).
+
+    Args:
+        path: the archive, or the folder.
+        classes: the WordNet ids to take, as for ImageNet-21k-P; None takes all.
+    """
+
+    def __init__(self, path: Path, classes: list[str] | None = None) -> None:
+        self.path, self._classes = path, None if classes is None else sorted(set(classes))
+        self._compressed = not path.is_dir() and is_compressed(path)
+        self._archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        chosen = None if self._classes is None else hashlib.sha256("\n".join(self._classes).encode()).hexdigest()
+        size = sum(file.stat().st_size for file in self._archives)
+        described = {"source": "imagenet-21k", "bytes": size, "classes_sha256": chosen}
+        described |= {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
+        # The archive does not hold the words of its WordNet ids.
+        super().__init__(("train", "val"), described, {wnid: wnid for wnid in self._classes or ()} or None)
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the images of a split, class by class in the order of the archive."""
+        seen = set()
+        for wnid, images in self._by_class():
+            if not images:
+                raise DataError(f"{wnid}.tar in {self.path} holds no images; download it again, or take {wnid} out")
+            seen.add(wnid)
+            usable = [image.name for image in images if not isinstance(image.data, Rejected)]
+            chosen = held_out(usable, HELD_OUT) if len(usable) >= ENOUGH else set()
+            yield from (image for image in images if (image.name in chosen) == (split == "val"))
+        self._complete(seen)
+
+    def _complete(self, seen: set[str]) -> None:
+        missing = sorted(set(self._classes or ()) - seen)
+        if missing:
+            raise DataError(
+                f"{self.path} has no images of {len(missing)} of the chosen classes, for example {missing[0]}; "
+                "take them from the list, or use the release that the list was made for"
+            )
+
+    def _wanted(self, name: str) -> str | None:
+        if not name.endswith(".tar"):
+            raise DataError(f"{self.path} holds {name}, but ImageNet-21k is an archive of archives; check the file")
+        wnid = name.rpartition("/")[2].removesuffix(".tar")
+        if wnid in SPLIT_WORDS:
+            raise DataError(f"{self.path} holds archives of splits, such as {name}; unpack it, and build from them")
+        return wnid if self._classes is None or wnid in self._classes else None
+
+    def _by_class(self) -> Iterator[tuple[str, list[SourceImage]]]:
+        outers: Iterable[tuple[str | None, Path, tuple[Entry, Content] | None]] = self._outers()
+        if not self._compressed:
+            outers = list(outers)
+            self._complete({wnid for wnid, *_ in outers if wnid is not None})  # before hours of work, not after
+        for wnid, file, outer in outers:
+            if wnid is not None:
+                yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, data) for e, data in contents(file, outer)]
+
+    def _outers(self) -> Iterator[tuple[str | None, Path, tuple[Entry, Content] | None]]:
+        """Yield WordNet id, file and, inside an archive, member of each class's archive."""
+        if self.path.is_dir():
+            yield from ((self._wanted(file.name), file, None) for file in self._archives)
+        else:
+            for outer in contents(self.path, wanted=lambda name: self._wanted(name) is not None):
+                yield self._wanted(outer[0].name), self.path, outer
