@@ -31,8 +31,7 @@ from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import validate_recipe
-from pretrain.run_folder import RunFolder
-from pretrain.summary import record_handoff_evaluation, summary_lines
+from pretrain.run_folder import RunFolder, record_handoff_evaluation, summary_lines
 
 MEET_WITHIN_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

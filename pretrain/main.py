@@ -38,17 +38,14 @@ from pretrain.engine.distributed import (  # noqa: E402
     use_deterministic_algorithms,
 )
 from pretrain.engine.engine import compilation_error  # noqa: E402
-from pretrain.exit_record import record_exit  # noqa: E402
 from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
 from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
-from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
+from pretrain.outcome import ExitCode, UserError, exit_code, record_exit  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
-from pretrain.run_folder import RunFolder  # noqa: E402
-from pretrain.run_log import RunStatus  # noqa: E402
-from pretrain.startup import StartUp  # noqa: E402
-from pretrain.summary import summary_lines  # noqa: E402
+from pretrain.run_folder import RunFolder, summary_lines  # noqa: E402
+from pretrain.run_log import RunStatus, StartUp  # noqa: E402
 from pretrain.trainer import Trainer  # noqa: E402
 
 SECONDARY_EXIT_S = 3.0

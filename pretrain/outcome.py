@@ -1,8 +1,19 @@
-"""How a run can end: exit statuses with meanings, and the error for a user."""
+"""How a run can end: exit statuses with meanings, the error for a user, and what a rank records of its exit."""
 
+import contextlib
+import json
+import os
+import re
 from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal
 
 from data_pipeline.errors import StorageError, is_lasting, printable, without_secrets
+from data_pipeline.files import write_atomically
+
+Cause = Literal["failed", "peer lost", "peers missing", "busy", "hang"]
+"""Why a rank fails: by itself; since another rank is gone; since others did not arrive (``blamed`` has their nodes);
+since another process holds what it needs; or its watchdog ended it."""
 
 
 class ExitCode(IntEnum):
@@ -28,8 +39,8 @@ class UserError(Exception):
     """
 
     code = ExitCode.WILL_FAIL_AGAIN
-    exit_cause = "failed"
-    """As ``pretrain.exit_record`` has it."""
+    exit_cause: Cause = "failed"
+    """As ``record_exit`` records it."""
 
     def __init__(self, text: str, code: ExitCode | None = None) -> None:
         super().__init__(printable(without_secrets(text)))
@@ -41,7 +52,7 @@ class BusyError(UserError):
     """Another process has what this one needs, perhaps a previous attempt on a node that is not down yet."""
 
     code = ExitCode.RETRY
-    exit_cause = "busy"
+    exit_cause: Cause = "busy"
 
 
 def storage_code(error: OSError) -> ExitCode:
@@ -55,3 +66,41 @@ def exit_code(error: Exception) -> ExitCode:
         return ExitCode.RETRY
     code: ExitCode = getattr(error, "code", ExitCode.WILL_FAIL_AGAIN)
     return code
+
+
+_PEER_LOST = re.compile(
+    r"connection (closed|reset|refused|timed)|closed by peer|broken pipe|NCCL|gloo|ECONN|DistBackendError|"
+    r"DistNetworkError|DistStoreError",
+    re.IGNORECASE,
+)
+"""Types and words of torch's, gloo's and NCCL's errors: gloo raises RuntimeError, whatever has happened."""
+_facts: dict[str, Any] = {}
+
+
+def record_exit(phase: str, message: str, *, error: BaseException | None = None, cause: Cause = "failed") -> None:
+    """Record why this rank exits, for a launcher that names a file in EXIT_RECORD; the first reason is kept.
+
+    A launcher decides by these facts, so that a message may be reworded.
+
+    Args:
+        phase: what it did.
+        message: the reason; its first line is kept.
+        error: what ended it. Its attributes ``exit_cause`` and ``nodes``, where it has them, are the cause and the
+            nodes to blame.
+        cause: where there is no error.
+    """
+    if "cause" in _facts:
+        return
+    if error is not None:
+        lost = _PEER_LOST.search(f"{type(error).__name__}: {error}")
+        cause = getattr(error, "exit_cause", "peer lost" if lost else cause)
+    line = printable(without_secrets(message.partition("\n")[0][:500]))
+    record(cause=cause, phase=phase, message=line, blamed=getattr(error, "nodes", ()))
+
+
+def record(**facts: Any) -> None:
+    """Add facts to the record, such as ``slow``: the nodes that preflight found slow."""
+    _facts.update(facts)
+    if path := os.environ.get("EXIT_RECORD"):
+        with contextlib.suppress(OSError):
+            write_atomically(Path(path), json.dumps(_facts).encode())

@@ -1,8 +1,12 @@
 """Model, optimizer and DeepSpeed engine, from the recipe and DeepSpeed's configuration."""
 
+import io
 import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -15,7 +19,6 @@ from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
 from pretrain.engine.precision import input_dtype
 from pretrain.factory import cast_statistics, classifier_of, layers_of, notes_on, recompute_activations, spared_names
-from pretrain.noise import start_up_noise
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 
@@ -81,6 +84,31 @@ def build_engine(
         raise UserError(f"DeepSpeed refuses its configuration: {reason}") from error
     record_gradient_norm(engine)
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
+
+
+@contextmanager
+def start_up_noise(*, wanted: bool, first: bool) -> Iterator[None]:
+    """Keep out what libraries print within the block, such as DeepSpeed's reports of memory; warnings are kept.
+
+    Args:
+        wanted: let everything through, and have DeepSpeed print more.
+        first: on other ranks than the first, warnings are kept out too, since every rank has the same ones.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    if wanted:
+        logger.setLevel(logging.INFO)
+        for handler in logger.handlers:
+            handler.setLevel(logging.INFO)
+        yield
+        return
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        if not first:
+            warnings.simplefilter("ignore")
+        logger.setLevel(logging.WARNING if first else logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(logging.WARNING)
 
 
 def _compile(model: torch.nn.Module, stage: int, device: torch.device) -> str:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain.engine.distributed import Rank
-from pretrain.exit_record import record
-from pretrain.outcome import BusyError, ExitCode, UserError
+from pretrain.outcome import BusyError, ExitCode, UserError, record
 
 SLOW = 3.0
 """So many times slower than the median is worth a warning."""

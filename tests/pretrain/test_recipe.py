@@ -15,6 +15,7 @@ from pretrain.files import lock
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder, checkpoint_facts
+from pretrain.run_log import RunStatus
 from pretrain.run_state import RunState
 
 DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
@@ -214,18 +215,21 @@ def test_a_checkpoint_knows_what_its_run_may_not_change(tmp_path: Path) -> None:
 
 
 def test_why_a_start_fails_is_recorded_unless_the_run_is_anothers_or_finished(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path / "none").note_failure("a mistyped name")
+    def fail(path: Path, reason: str) -> bool:
+        return RunStatus(RunFolder(path), first=True).fail(reason)
+
+    assert fail(tmp_path / "none", "a mistyped name")
     assert not (tmp_path / "none").exists()
-    RunFolder(tmp_path).note_failure("no data")
+    fail(tmp_path, "no data")
     state = RunFolder(tmp_path).read_state()
     assert state is not None
     assert (state.state, state.reason) == ("failed", "no data")
     held = lock(tmp_path / ".lock")
     assert held is not None
-    RunFolder(tmp_path).note_failure("another process trains it")
+    fail(tmp_path, "another process trains it")
     held.close()
     RunFolder(tmp_path).write_state(RunState("finished", "all done"))
-    RunFolder(tmp_path).note_failure("it is finished")
+    fail(tmp_path, "it is finished")
     assert (state := RunFolder(tmp_path).read_state()) is not None
     assert (state.state, state.reason) == ("finished", "all done")
 
