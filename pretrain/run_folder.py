@@ -23,7 +23,7 @@ from pretrain.checkpoints.checkpoint import CheckpointDamagedError, list_checkpo
 from pretrain.engine.distributed import Rank
 from pretrain.files import aside, lock, read_sealed, write_sealed
 from pretrain.outcome import BusyError, ExitCode, UserError, storage_code
-from pretrain.recipe import Recipe, fixed_fields, known_fields, recipe_differences, validate_recipe
+from pretrain.recipe import Recipe, fixed_fields, recipe_differences, validate_recipe
 from pretrain.run_state import RunState, read_state
 from pretrain.state import TrainState
 
@@ -171,7 +171,7 @@ class RunFolder:
             UserError: names every field that differs, of those that the checkpoint knows.
         """
         old = manifest.get("recipe", {})
-        if lines := recipe_differences(old, known_fields(old, recipe.model_dump(mode="json"))):
+        if lines := recipe_differences(old, recipe.model_dump(mode="json"), known_only=True):
             raise UserError(
                 f"{path} was written with another recipe ({'; '.join(lines)}): choose another name with "
                 f"--set name=..., or put {self.path / 'recipe.yaml'} back"
