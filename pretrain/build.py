@@ -58,19 +58,8 @@ def build_trainer(
 ) -> Trainer:
     """Open the data, build network and engine, load the newest checkpoint, start the loaders. Collective.
 
-    Args:
-        recipe: of the run.
-        resolved: DeepSpeed's configuration.
-        folder: of the run.
-        rank: of this process.
-        device: of this rank.
-        flag: set when the run shall stop.
-        control: CPU group of all ranks for small objects.
-        watchdog: of this rank.
-        status: of the run; this attempt owns it as soon as the folder is claimed.
-        startup: times the phases.
-        profiler: of this rank.
-        verbose: let DeepSpeed print what it wants.
+    ``flag`` is set when the run shall stop, ``control`` a CPU group of all ranks for small objects; ``verbose`` lets
+    DeepSpeed print what it wants. This attempt owns ``status`` as soon as the folder is claimed.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.

@@ -63,13 +63,7 @@ def diagonality_weight(section: LossSection, *, epoch: float) -> float:
 class TrainingLoss:
     """Forward pass and loss of a micro-batch: classification, for a LaViT plus the weighted diagonality loss.
 
-    Args:
-        recipe: with loss, mixing and seed.
-        engine: ``deepspeed.DeepSpeedEngine``.
-        classification: of the recipe.
-        device: of this rank.
-        dtype: in which the network takes its images.
-        epoch_size: images in the training split.
+    ``dtype`` is that in which the network takes its images, ``epoch_size`` the number of images in the training split.
     """
 
     def __init__(

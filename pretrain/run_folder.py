@@ -199,7 +199,7 @@ class RunFolder:
 
         Args:
             recipe: of the run.
-            deepspeed: DeepSpeed's resolved configuration.
+            deepspeed: the resolved configuration.
             facts: further entries of ``environment.json``.
             fingerprints: of the content of the splits "train" and "val".
             rank: of this process.

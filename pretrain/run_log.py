@@ -25,12 +25,7 @@ from pretrain.state import TrainState
 
 
 class RunStatus:
-    """Writes ``run.json`` on rank 0, and the reason of a failure on the rank that fails first.
-
-    Args:
-        folder: of the run.
-        first: whether this is rank 0.
-    """
+    """Writes ``run.json`` on rank 0 (``first``), and the reason of a failure on the rank that fails first."""
 
     def __init__(self, folder: RunFolder, *, first: bool) -> None:
         self._folder, self._first, self._began = folder, first, time.time()
@@ -83,14 +78,9 @@ class RunStatus:
 
 
 class RunLog:
-    """Writes rank 0's record of a run; on other ranks it does nothing. A full disk stops no training.
+    """Writes rank 0's record of a run; on other ranks ``metrics`` is None and it does nothing.
 
-    Args:
-        folder: of the run.
-        status: of the run.
-        console: prints on rank 0.
-        metrics: on rank 0, else None.
-        epoch_size: images in the training split.
+    A full disk stops no training. ``epoch_size`` is the number of images in the training split.
     """
 
     def __init__(

@@ -45,15 +45,12 @@ class OptimizerShard:
 
 
 class OptimizerShards:
-    """All shards that this rank owns of a DeepSpeed engine, with the means to fill them."""
+    """All shards that this rank owns of a DeepSpeed engine, with the means to fill them.
+
+    With ``average`` a moving average of the weights is kept next to the moments.
+    """
 
     def __init__(self, engine: Any, *, average: bool = False) -> None:
-        """Find the shards.
-
-        Args:
-            engine: ``deepspeed.DeepSpeedEngine``.
-            average: keep a moving average of the weights next to the moments.
-        """
         self._engine = engine
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""

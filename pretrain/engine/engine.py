@@ -144,9 +144,20 @@ def compilation_error(error: Exception) -> UserError | None:
 
 
 def _require_compilers(device: torch.device) -> None:
-    """Check that inductor's compiler is there; else every rank would raise a long error in the first step."""
+    """Check that inductor's compiler is there; else every rank would raise a long error in the first step.
+
+    On a GPU Triton compiles launchers of its kernels, on each node, with the compiler that CC names, or gcc or clang.
+    """
     if device.type == "cuda":
-        _require_triton()
+        from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
+
+        compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
+        if not has_triton_package() or not compiler:
+            lacking = "C compiler" if has_triton_package() else "Triton"
+            raise UserError(
+                f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or "
+                "triton, which torch's builds for CUDA bring along), or set model.compile=false"
+            )
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
         from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
@@ -157,16 +168,3 @@ def _require_compilers(device: torch.device) -> None:
             raise UserError(
                 "model.compile needs a C++ compiler on a CPU and finds none: install g++, or set model.compile=false"
             ) from None
-
-
-def _require_triton() -> None:
-    """Triton compiles the launchers of its kernels on each node, with the compiler that CC names, or gcc or clang."""
-    from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
-
-    compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
-    if not has_triton_package() or not compiler:
-        lacking = "C compiler" if has_triton_package() else "Triton"
-        raise UserError(
-            f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
-            "which torch's builds for CUDA bring along), or set model.compile=false"
-        )

@@ -9,8 +9,6 @@ import torch
 
 from pretrain.recipe import OptimizerSection
 
-APEX_IS_SOMETHING_ELSE = "the 'apex' that is installed is not NVIDIA's but PyPI's web toolkit of that name"
-
 
 def build_optimizer(
     model: torch.nn.Module,
@@ -127,11 +125,9 @@ def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torc
 def _apex_lamb() -> tuple[Any, str]:
     try:
         importlib.import_module("apex")
-    except ImportError:
-        return None, "NVIDIA's apex is not installed"
+        return importlib.import_module("apex.optimizers").FusedLAMB, ""
+    except ModuleNotFoundError as error:
+        other = "the 'apex' that is installed is not NVIDIA's but PyPI's web toolkit of that name"
+        return None, "NVIDIA's apex is not installed" if error.name == "apex" else other
     except Exception as error:  # noqa: BLE001 - an unrelated package may raise anything
         return None, f"'apex' cannot be imported: {type(error).__name__}"
-    try:
-        return importlib.import_module("apex.optimizers").FusedLAMB, ""
-    except (ImportError, AttributeError):
-        return None, APEX_IS_SOMETHING_ELSE

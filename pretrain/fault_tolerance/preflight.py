@@ -150,11 +150,6 @@ def _read(store: TCPStore, key: str, seconds: float) -> str:
 def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> list[str]:
     """Time an all-reduce, every link of a ring over the ranks, and every rank's arithmetic. Collective.
 
-    Args:
-        rank: this rank.
-        device: where it computes.
-        control: CPU group for small objects.
-
     Returns:
         lines to print on rank 0, the first of them the all-reduce, the others warnings; else nothing. The nodes
         that are slow are in the record of rank 0's exit, whatever ends it.

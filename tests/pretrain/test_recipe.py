@@ -75,6 +75,7 @@ def test_set_changes_fields_and_reads_values_as_yaml() -> None:
         ("seed=18446744073709551616", "seed: must be a whole number"),
         ("schedule.epochs=1", "the warm-up is longer than the run: schedule.warmup_epochs is 2, schedule.epochs 1"),
         ("optimizer.momentum=0.5", "momentum is not read by adamw"),
+        *((f"loss.{one}", "go together") for one in ("classification=semantic_softmax", "class_tree=x")),
         ("deepspeed.train_batch=1", "unknown DeepSpeed key train_batch (did you mean train_batch_size?)"),
         ("deepspeed.gradient_clipping=-1", "gradient_clipping is the largest norm, at least 0.0 (off), got -1"),
         ("optimizer.lr", "write it as key=value"),
