@@ -4,12 +4,13 @@ import os
 import select
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from math import ceil
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleRenderable
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.live import Live
 from rich.text import Text
 
@@ -119,7 +120,7 @@ class LiveView(Live):
         self.share = 0.0
         self.events: list[str] = []
         self._drawn: list[int] = []
-        super().__init__(get_renderable=self._text, console=console, transient=True, refresh_per_second=1)
+        super().__init__(_Lines(self), console=console, transient=True, refresh_per_second=1)
 
     def lines(self, width: int) -> list[Text]:
         """What is shown on so many columns."""
@@ -131,10 +132,6 @@ class LiveView(Live):
             line.truncate(width, overflow="ellipsis")
         self._drawn = [cell_len(line.plain) for line in lines]
         return lines
-
-    def _text(self) -> Text:
-        """The view at whatever width the terminal has by now."""
-        return Text("\n").join(self.lines(self.console.width))
 
     def _bar(self, columns: int) -> str:
         """What numbers leave of a line; on a narrow terminal nothing rather than a stump."""
@@ -149,3 +146,14 @@ class LiveView(Live):
             rows = sum(max(1, ceil(columns / self.console.width)) for columns in self._drawn)
             self._live_render._shape = (shape[0], rows)  # noqa: SLF001
         return super().process_renderables(renderables)
+
+
+class _Lines:
+    """The view as rich draws it: at whatever width the terminal has by then."""
+
+    def __init__(self, view: LiveView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines: Iterable[Text] = self._view.lines(options.max_width)
+        yield Text("\n").join(lines)

@@ -18,13 +18,7 @@ from pretrain.state import TrainState
 
 
 class Classification:
-    """The loss of the logits against soft targets.
-
-    Args:
-        section: the recipe's.
-        mixing: how targets are made.
-        class_ids: the dataset's, in the order of its labels.
-        device: where it is computed.
+    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels.
 
     Raises:
         UserError: the class tree cannot be used.

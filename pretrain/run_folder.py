@@ -197,13 +197,8 @@ class RunFolder:
     ) -> "tuple[RunState, Beginning]":
         """Lock the folder, check that it holds this run or none, begin, and describe what runs now. For rank 0.
 
-        Args:
-            recipe: of the run.
-            deepspeed: the resolved configuration.
-            facts: further entries of ``environment.json``.
-            fingerprints: of the content of the splits "train" and "val".
-            rank: of this process.
-            begin: fills the network with its first weights, under the lock.
+        ``facts`` are further entries of ``environment.json``, ``fingerprints`` those of the content of the splits
+        "train" and "val"; ``begin`` fills the network with its first weights, under the lock.
 
         Raises:
             UserError: it holds another run, or cannot be written.

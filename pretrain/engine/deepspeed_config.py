@@ -41,11 +41,7 @@ def read_deepspeed_config(
 ) -> dict[str, Any]:
     """Read the JSON file, lay the recipe's ``deepspeed`` section over it, and check every key.
 
-    Args:
-        path: the file.
-        overrides: the recipe's ``deepspeed`` section.
-        recorded_stage: ZeRO stage of the run to resume. It stands in for ``"stage": "auto"``, which older versions
-            had.
+    ``recorded_stage``, of the run to resume, stands in for ``"stage": "auto"``, which older versions had.
 
     Raises:
         UserError: unreadable, not JSON, or keys that DeepSpeed or this project would not honor.

@@ -87,10 +87,7 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bflo
 def check_keys(config: dict[str, Any], where: str, *, complete: bool = True) -> None:
     """Check every key of a configuration, and the values of those that cannot be left to DeepSpeed.
 
-    Args:
-        config: the merged one, or the recipe's section.
-        where: names it in errors.
-        complete: False for the recipe's section, which leaves out what the file has.
+    The recipe's section, which leaves out what the file has, is not ``complete``. ``where`` names it in errors.
 
     Raises:
         UserError: a key or value that DeepSpeed or this project would not honor.

@@ -23,12 +23,8 @@ def build_optimizer(
     without NVIDIA's apex, pytorch_optimizer's, both with the choices of the authors' code: the bias of the moments is
     not corrected, since the warm-up has the same effect; the trust ratio is not limited; what is spared weight decay
     has trust ratio 1. SGD is torch's, with momentum; its decay is added to the gradient. None of them clips.
-
-    Args:
-        model: the network; parameters that need no gradient are left out.
-        section: the recipe's.
-        no_decay: names of parameters that weight decay spares.
-        layers: names of all parameters in the order of depth, for ``layer_decay``.
+    ``no_decay`` names the parameters that weight decay spares, ``layers`` all of them in the order of depth, for
+    ``layer_decay``; those that need no gradient are left out.
 
     Returns:
         the optimizer, whose groups have ``lr_scale`` and torch's own keys (the learning rate is set before every

@@ -16,13 +16,7 @@ def choose_precision(
     """Decide which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
 
     ``bf16`` and ``fp16`` store and compute the model in 16 bits with fp32 masters; ``torch_autocast`` keeps its
-    weights in fp32 and computes matrix products and convolutions in bfloat16.
-
-    Args:
-        config: its ``bf16.enabled`` may be ``"auto"``.
-        stage: the ZeRO stage.
-        has_gpu: whether the device is a GPU.
-        has_bf16_gpu: whether it computes in bfloat16.
+    weights in fp32 and computes matrix products and convolutions in bfloat16. ``bf16.enabled`` may be ``"auto"``.
 
     Returns:
         the precision, and lines about what was chosen automatically.

@@ -9,7 +9,7 @@ from data_pipeline.errors import without_secrets
 from pretrain.arguments import parse_arguments
 from pretrain.check import check_recipe_here, resolve_for
 from pretrain.console import RunConsole
-from pretrain.engine.schedule import checkpoint_interval, log_interval
+from pretrain.engine.schedule import Schedule
 from pretrain.fields import describe_fields
 from pretrain.files import lock
 from pretrain.outcome import UserError
@@ -113,10 +113,10 @@ def test_a_learning_rate_that_would_rise_to_its_end_is_refused() -> None:
 
 @pytest.mark.parametrize(("steps", "log", "checkpoint"), [(1, 1, 10), (336, 3, 33), (9000, 50, 900), (10**6, 50, 1000)])
 def test_intervals_follow_from_the_length_of_the_run_unless_given(steps: int, log: int, checkpoint: int) -> None:
-    recipe = load_recipe(DEMO, ["log_every_steps=null", "checkpoint.every_steps=null"])
-    assert (log_interval(recipe, steps), checkpoint_interval(recipe, steps)) == (log, checkpoint)
-    recipe = load_recipe(DEMO, ["log_every_steps=7", "checkpoint.every_steps=8"])
-    assert (log_interval(recipe, steps), checkpoint_interval(recipe, steps)) == (7, 8)
+    for given, expected in ((("null", "null"), (log, checkpoint)), (("7", "8"), (7, 8))):
+        intervals = [f"log_every_steps={given[0]}", f"checkpoint.every_steps={given[1]}"]
+        schedule = Schedule(load_recipe(DEMO, ["schedule={epochs: 1}", *intervals]), steps, 1)
+        assert (schedule.log_every, schedule.checkpoint_every) == expected
 
 
 def test_the_older_name_of_a_field_is_read() -> None:
