@@ -41,8 +41,7 @@ from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
 from pretrain.run_folder import RunFolder
-from pretrain.run_log import RunStatus
-from pretrain.startup import StartUp
+from pretrain.run_log import RunStatus, StartUp
 from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"

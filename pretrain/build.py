@@ -12,7 +12,6 @@ from pretrain.check import architecture
 from pretrain.checkpoints.checkpoint import load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
-from pretrain.claim import claim
 from pretrain.console import RunConsole
 from pretrain.deepspeed_compat import count_parameters
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
@@ -36,9 +35,8 @@ from pretrain.monitoring.profile import StepProfiler
 from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder, checkpoint_facts
-from pretrain.run_log import RunLog, RunStatus
+from pretrain.run_log import RunLog, RunStatus, StartUp
 from pretrain.run_state import RunState
-from pretrain.startup import StartUp
 from pretrain.state import TrainState
 from pretrain.trainer import Trainer
 
@@ -60,19 +58,8 @@ def build_trainer(
 ) -> Trainer:
     """Open the data, build network and engine, load the newest checkpoint, start the loaders. Collective.
 
-    Args:
-        recipe: of the run.
-        resolved: DeepSpeed's configuration.
-        folder: of the run.
-        rank: of this process.
-        device: of this rank.
-        flag: set when the run shall stop.
-        control: CPU group of all ranks for small objects.
-        watchdog: of this rank.
-        status: of the run; this attempt owns it as soon as the folder is claimed.
-        startup: times the phases.
-        profiler: of this rank.
-        verbose: let DeepSpeed print what it wants.
+    ``flag`` is set when the run shall stop, ``control`` a CPU group of all ranks for small objects; ``verbose`` lets
+    DeepSpeed print what it wants. This attempt owns ``status`` as soon as the folder is claimed.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
@@ -90,8 +77,7 @@ def build_trainer(
     macs = try_network(model, architecture(recipe, train_set.num_classes), device)
 
     def claim_folder() -> tuple[RunState, Beginning]:
-        return claim(
-            folder,
+        return folder.claim(
             recipe,
             resolved.config,
             {"dataset": _describe_dataset(train_set, classification)},

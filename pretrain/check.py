@@ -107,9 +107,4 @@ def architecture(recipe: Recipe, num_classes: int) -> LaViTConfig | FactoryConfi
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
     """Bytes of all ranks' files, without their index of names and shapes, which is some kilobytes."""
-    return 4 * parameters + state_bytes(recipe, parameters)
-
-
-def state_bytes(recipe: Recipe, parameters: int) -> int:
-    """Bytes of the optimizer's moments and the moving average in fp32, which ZeRO stages 1 to 3 shard."""
-    return 4 * parameters * (COPIES[recipe.optimizer.kind] - 1 + (recipe.ema is not None))
+    return 4 * parameters * (COPIES[recipe.optimizer.kind] + (recipe.ema is not None))

@@ -105,11 +105,6 @@ DEVICES = {
 """By the name that a user types."""
 
 
-def find_device(torch_name: str) -> Device | None:
-    """The GPU that ``torch.cuda.get_device_name()`` calls so; None: its peak is not known here."""
-    return next((device for device in DEVICES.values() if re.search(device.pattern, torch_name)), None)
-
-
 def peak_flops(torch_name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
     """Peak FLOP/s of dense products on a GPU; None where it is not known, and MFU with it.
 
@@ -118,5 +113,5 @@ def peak_flops(torch_name: str, dtype: torch.dtype, *, tf32: bool = False) -> fl
         dtype: what is multiplied.
         tf32: whether products of float32 are computed in TF32.
     """
-    device = find_device(torch_name)
+    device = next((device for device in DEVICES.values() if re.search(device.pattern, torch_name)), None)
     return None if device is None else device.peak(dtype, tf32=tf32)

@@ -24,15 +24,13 @@ from pretrain.engine.distributed import Rank, choose_device, fail, init_distribu
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
 from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
-from pretrain.fault_tolerance.full_memory import full_memory_message
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
-from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.outcome import ExitCode, UserError, exit_code, full_memory_message
 from pretrain.recipe import validate_recipe
-from pretrain.run_folder import RunFolder
-from pretrain.summary import record_handoff_evaluation, summary_lines
+from pretrain.run_folder import RunFolder, record_handoff_evaluation, summary_lines
 
 MEET_WITHIN_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,13 +20,9 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def explain(
     model: type[BaseModel], content: Any, error: ValidationError, hint: Callable[[str], str] | None = None
 ) -> list[tuple[str, str]]:
-    """Turn pydantic's report into lines without its jargon, one for each field.
+    """Turn pydantic's report on ``content`` into lines without its jargon, one for each field.
 
-    Args:
-        model: what was validated.
-        content: what it was validated from.
-        error: the report.
-        hint: what follows an unknown key; None names the most similar one of its section.
+    ``hint`` gives what follows an unknown key; without it, that is the most similar one of its section.
 
     Returns:
         pairs of a dotted key, "" for the model itself, and a text that names it.
@@ -132,10 +128,7 @@ class FieldHelp:
 def field_help(model: type[BaseModel], prefix: str = "", when: str = "") -> Iterator[FieldHelp]:
     """Yield every field of a model and of its sections, except the sections that are always on.
 
-    Args:
-        model: the model.
-        prefix: of the names.
-        when: the section that must be on for its fields to count.
+    ``prefix`` is of their names; ``when`` names the section that must be on for them to count.
     """
     for name, field in model.model_fields.items():
         inner, key = section_of(field.annotation), f"{prefix}{name}"

@@ -18,13 +18,7 @@ from pretrain.state import TrainState
 
 
 class Classification:
-    """The loss of the logits against soft targets.
-
-    Args:
-        section: the recipe's.
-        mixing: how targets are made.
-        class_ids: the dataset's, in the order of its labels.
-        device: where it is computed.
+    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels.
 
     Raises:
         UserError: the class tree cannot be used.
@@ -63,13 +57,7 @@ def diagonality_weight(section: LossSection, *, epoch: float) -> float:
 class TrainingLoss:
     """Forward pass and loss of a micro-batch: classification, for a LaViT plus the weighted diagonality loss.
 
-    Args:
-        recipe: with loss, mixing and seed.
-        engine: ``deepspeed.DeepSpeedEngine``.
-        classification: of the recipe.
-        device: of this rank.
-        dtype: in which the network takes its images.
-        epoch_size: images in the training split.
+    ``dtype`` is that in which the network takes its images, ``epoch_size`` the number of images in the training split.
     """
 
     def __init__(

@@ -27,7 +27,6 @@ from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import parse_arguments  # noqa: E402
 from pretrain.build import build_trainer  # noqa: E402
 from pretrain.check import resolve_for  # noqa: E402
-from pretrain.checkpoints.checkpoint import CheckpointDamagedError  # noqa: E402
 from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
 from pretrain.engine.distributed import (  # noqa: E402
     Rank,
@@ -38,17 +37,13 @@ from pretrain.engine.distributed import (  # noqa: E402
     use_deterministic_algorithms,
 )
 from pretrain.engine.engine import compilation_error  # noqa: E402
-from pretrain.exit_record import record_exit  # noqa: E402
-from pretrain.fault_tolerance.full_memory import explain_full_memory  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
 from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
-from pretrain.outcome import ExitCode, UserError, exit_code  # noqa: E402
+from pretrain.outcome import ExitCode, UserError, exit_code, explain_full_memory, record_exit  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
-from pretrain.run_folder import RunFolder  # noqa: E402
-from pretrain.run_log import RunStatus  # noqa: E402
-from pretrain.startup import StartUp  # noqa: E402
-from pretrain.summary import summary_lines  # noqa: E402
+from pretrain.run_folder import RunFolder, summary_lines  # noqa: E402
+from pretrain.run_log import RunStatus, StartUp  # noqa: E402
 from pretrain.trainer import Trainer  # noqa: E402
 
 SECONDARY_EXIT_S = 3.0
@@ -118,7 +113,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         )
         code = trainer.train()
         trainer.close()
-    except (UserError, DataError, CheckpointDamagedError) as error:
+    except (UserError, DataError) as error:
         if trainer is not None or rank is None or rank.local_rank == 0 or not first_reports(flag):
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(trainer, status, str(error), exit_code(error))

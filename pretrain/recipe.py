@@ -22,7 +22,7 @@ from pydantic import (
 
 from data_pipeline.store import CacheConfig
 from data_pipeline.transforms import InputConfig, MixingConfig, as_location
-from pretrain.engine.deepspeed_keys import ALLOWED, check_overrides
+from pretrain.engine.deepspeed_keys import ALLOWED, check_keys
 from pretrain.fields import describe, did_you_mean, dotted_names, explain, shown, similar
 from pretrain.outcome import UserError, storage_code
 
@@ -364,16 +364,18 @@ def validate_recipe(content: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines ``key: old -> new`` for what differs and may not change on a resume."""
+def recipe_differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, known_only: bool = False
+) -> list[str]:
+    """Lines ``key: old -> new`` for what differs and may not change on a resume; ``known_only``: of what old has."""
     lines = []
-    for key in sorted({*old, *new}):
+    for key in sorted(old if known_only else {*old, *new}):
         name = f"{prefix}{key}"
         if name in CHANGEABLE or old.get(key) == new.get(key):
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += recipe_differences(a, b, f"{name}.")
+            lines += recipe_differences(a, b, f"{name}.", known_only=known_only and bool(a))
         else:
             lines.append(f"{name}: {a} -> {b}")
     return lines
@@ -384,17 +386,6 @@ def fixed_fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept = {key: value for key, value in content.items() if f"{prefix}{key}" not in (*CHANGEABLE, "name")}
     return {
         key: fixed_fields(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()
-    }
-
-
-def known_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Those fields of ``new`` that ``old`` has, too."""
-    return {
-        key: known_fields(value, new[key])
-        if value and isinstance(value, dict) and isinstance(new[key], dict)
-        else new[key]
-        for key, value in old.items()
-        if key in new
     }
 
 
@@ -434,7 +425,7 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.model.factory is not None and recipe.initialize_from is not None:
         yield "initialize_from", "initialize_from is for a LaViT: let the factory load what it begins with"
     try:
-        check_overrides(recipe.deepspeed, "deepspeed")
+        check_keys(recipe.deepspeed, "deepspeed", complete=False)
     except UserError as error:
         yield "deepspeed", str(error)
 

@@ -56,8 +56,7 @@ from pretrain.ledger import SETUP, Row, read_rows
 from pretrain.outcome import ExitCode, UserError, exit_code, storage_code
 from pretrain.recipe import Recipe, WatchSection, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder
-from pretrain.run_log import RunStatus
-from pretrain.startup import StartUp
+from pretrain.run_log import RunStatus, StartUp
 from pretrain.trainer import Trainer
 
 DIFFERS = 3

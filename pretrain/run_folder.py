@@ -1,4 +1,4 @@
-"""A run folder: recipe, environment, status, measurements."""
+"""A run folder: recipe, environment, status, summary; and how an attempt claims it."""
 
 import json
 import os
@@ -8,19 +8,30 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from data_pipeline.batch import BadSample
 from data_pipeline.errors import printable, without_secrets
+from pretrain.checkpoints.checkpoint import CheckpointDamagedError, list_checkpoints, read_manifest
+from pretrain.engine.distributed import Rank
 from pretrain.files import aside, lock, read_sealed, write_sealed
-from pretrain.outcome import UserError
-from pretrain.recipe import Recipe, fixed_fields, known_fields, recipe_differences, validate_recipe
+from pretrain.outcome import BusyError, ExitCode, UserError, storage_code
+from pretrain.recipe import Recipe, fixed_fields, recipe_differences, validate_recipe
 from pretrain.run_state import RunState, read_state
+from pretrain.state import TrainState
+
+if TYPE_CHECKING:
+    from pretrain.handoff.initialize import Beginning
+
+LOCK_WAIT_S = 90.0
+"""How long a start waits for a previous attempt that is still saving."""
 
 
 class RunFolder:
@@ -34,7 +45,8 @@ class RunFolder:
         self.path = path
         self.locked = False
         """Whether rank 0 of this start holds the folder's lock."""
-        self._opened = time.time()
+        self.lock: IO[str] | None = None
+        """Held in this process, until it ends."""
         self.checkpoints = path / "checkpoints"
         self.handoff = path / "handoff"
         self.metrics = path / "metrics.jsonl"
@@ -75,7 +87,7 @@ class RunFolder:
         Raises:
             UserError: it is not there or damaged.
         """
-        content: dict[str, Any] = self._read_fact("dataset")
+        content = self._environment().get("dataset")
         if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
             raise UserError(f"{self.path / 'environment.json'} has no fingerprint of the dataset: put it back")
         return content
@@ -86,17 +98,16 @@ class RunFolder:
         Raises:
             UserError: ``environment.json`` is not there or damaged.
         """
-        origin: dict[str, Any] | None = self._read_fact("initialized_from", None)
+        origin = self._environment().get("initialized_from")
         if origin is not None and not (isinstance(origin, dict) and {"handoff", "weights_blake2"} <= origin.keys()):
             raise UserError(f"{self.path / 'environment.json'} has no valid initialized_from: put it back")
         return origin
 
-    def _read_fact(self, name: str, *default: Any) -> Any:
+    def _environment(self) -> dict[str, Any]:
         path = self.path / "environment.json"
         try:
-            content = read_sealed(path)
-            return content.get(name, *default) if default else content[name]
-        except (FileNotFoundError, KeyError) as error:
+            return read_sealed(path)
+        except FileNotFoundError as error:
             raise UserError(f"{path} cannot be read ({error}): it belongs to every run, put it back") from None
 
     def read_state(self) -> RunState | None:
@@ -160,7 +171,7 @@ class RunFolder:
             UserError: names every field that differs, of those that the checkpoint knows.
         """
         old = manifest.get("recipe", {})
-        if lines := recipe_differences(old, known_fields(old, recipe.model_dump(mode="json"))):
+        if lines := recipe_differences(old, recipe.model_dump(mode="json"), known_only=True):
             raise UserError(
                 f"{path} was written with another recipe ({'; '.join(lines)}): choose another name with "
                 f"--set name=..., or put {self.path / 'recipe.yaml'} back"
@@ -173,6 +184,80 @@ class RunFolder:
         write_sealed(self.path / "environment.json", describe_environment() | facts)
         # Last: with it the folder is a run, whose other files must be there.
         write_sealed(self.path / "recipe.yaml", recipe.model_dump(mode="json"))
+
+    def claim(
+        self,
+        recipe: Recipe,
+        deepspeed: dict[str, Any],
+        facts: dict[str, Any],
+        fingerprints: dict[str, str],
+        *,
+        rank: Rank,
+        begin: "Callable[[], Beginning]",
+    ) -> "tuple[RunState, Beginning]":
+        """Lock the folder, check that it holds this run or none, begin, and describe what runs now. For rank 0.
+
+        ``facts`` are further entries of ``environment.json``, ``fingerprints`` those of the content of the splits
+        "train" and "val"; ``begin`` fills the network with its first weights, under the lock.
+
+        Raises:
+            UserError: it holds another run, or cannot be written.
+            BusyError: another process is training it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._wait_for_lock()
+            self.start_attempt()
+            self.check_recipe(recipe, deepspeed)
+            previous = self.read_state()
+            self._check_content(recipe, fingerprints, previous)
+            if previous is not None and previous.state == "finished":
+                raise UserError(
+                    f"{self.path} was finished by another process; nothing is left to do",
+                    ExitCode.FINISHED,
+                )
+            beginning = begin()
+            self.write_description(recipe, deepspeed, facts | {"initialized_from": beginning.origin})
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error}", storage_code(error)) from None
+        state = RunState(
+            state="running",
+            restarts=previous.restarts + 1 if previous else 0,
+            world_size=rank.world_size,
+            job_id=rank.job_id,
+            host=rank.host,
+            fingerprints=fingerprints,
+        )
+        return state, beginning
+
+    def _wait_for_lock(self) -> None:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while (handle := lock(self.path / ".lock")) is None:
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"another process is training {self.path}: stop it first, or choose another name with "
+                    "--set name=..."
+                )
+            time.sleep(0.2)
+        self.lock = handle
+
+    def _check_content(self, recipe: Recipe, here: dict[str, str], previous: RunState | None) -> None:
+        """Refuse splits whose content is not that of ``environment.json``, ``run.json`` and the newest checkpoint."""
+        recorded = [] if previous is None else [previous.fingerprints]
+        if all((self.path / name).exists() for name in ("recipe.yaml", "environment.json")):
+            recorded.append({"train": self.read_dataset()["fingerprint"]})
+        for path in list_checkpoints(self.checkpoints):
+            with suppress(CheckpointDamagedError):  # it is passed over later
+                manifest = read_manifest(path)
+                self.check_checkpoint(path, manifest, recipe)
+                recorded.append(manifest.get("fingerprints", {}))
+                break
+        for split, fingerprint in here.items():
+            if any(old.get(split, fingerprint) != fingerprint for old in recorded):
+                raise UserError(
+                    f"{recipe.data.path} holds other images or labels for '{split}' than when {self.path} was "
+                    "started: give the run another name with --set name=..., or put the old dataset back"
+                )
 
     def start_attempt(self) -> None:
         """Prepare the folder for an attempt, which has its lock: no obstacles, no failure of the previous attempt."""
@@ -205,38 +290,6 @@ class RunFolder:
                 handle.write(f"{line}\n")
         except OSError as error:
             print(f"WARNING bad sample {printable(bad.name)} could not be listed: {error}", file=sys.stderr)  # noqa: T201
-
-    def note_failure(self, reason: str, position: tuple[int, int] | None = None) -> bool:
-        """Write into ``run.json`` why an attempt fails; any rank may, and the first one does.
-
-        When one rank fails the others soon do too, with reasons that follow from its own. ``failure.txt`` is of this
-        attempt only: the next one removes it. Nothing is written where there is no folder, where the run is finished or
-        another process trains it.
-
-        Args:
-            reason: one line.
-            position: step and samples seen, once they are known.
-
-        Returns:
-            False where another rank of this attempt was first; True otherwise, also where nothing was written.
-        """
-        reason = without_secrets(reason)
-        if self.locked:  # by rank 0 of this attempt
-            try:
-                with self.failure.open("x") as handle:
-                    handle.write(reason)
-            except FileExistsError:
-                return False
-        elif not self.path.is_dir() or (held := lock(self.path / ".lock")) is None:
-            return True
-        else:
-            self._held = held  # until this process ends
-        state = self.read_state() or RunState("running")
-        if state.state != "finished" and not (state.state == "failed" and state.updated > self._opened):
-            state.state, state.reason = "failed", reason
-            state.step, state.samples_seen = position or (state.step, state.samples_seen)
-            self.write_state(state)
-        return True
 
 
 def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[str, Any] | None) -> dict[str, Any]:
@@ -283,3 +336,51 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
     except (subprocess.CalledProcessError, OSError):
         return None
+
+
+def write_summary(folder: RunFolder, state: TrainState) -> None:
+    """Write the summary of a finished run."""
+    write_sealed(
+        folder.summary,
+        {
+            "top1": state.evaluation["top1"],
+            "train_images": state.samples_seen,
+            "seconds": round(state.train_seconds, 2),
+            "images_per_second": round(state.samples_seen / state.train_seconds, 2),
+            "handoff_top1": None,
+        },
+    )
+
+
+def record_handoff_evaluation(folder: RunFolder, top1: float) -> None:
+    """Add the top-1 (percent) that ``pretrain.evaluate`` measured on the hand-off itself.
+
+    Raises:
+        UserError: ``summary.json`` is damaged.
+    """
+    write_sealed(folder.summary, read_sealed(folder.summary) | {"handoff_top1": top1})
+
+
+def summary_lines(folder: RunFolder) -> list[str]:
+    """The summary as lines for the terminal; a missing or damaged one is named in them."""
+    try:
+        summary = read_sealed(folder.summary)
+        handoff = summary["handoff_top1"]
+        results = [
+            f"top-1         {summary['top1']:.2f} %" + (f" (hand-off: {handoff:.2f} %)" if handoff is not None else ""),
+            (
+                f"trained on    {summary['train_images']:,} images in {summary['seconds']:.0f} s "
+                f"({summary['images_per_second']:.0f} images/s, evaluations included)"
+            ),
+        ]
+    except (OSError, UserError, KeyError, ValueError, TypeError, OverflowError) as error:
+        why = error if isinstance(error, UserError) else f"{folder.summary} is missing or damaged"
+        results = [f"WARNING       {why}; metrics.jsonl has the results"]
+    lines = [
+        f"run           {folder.path}",
+        *results,
+        f"hand-off      {folder.handoff}",
+        f"curves        tensorboard --logdir {folder.path.parent}",
+    ]
+    width = max(len(line) for line in lines)
+    return ["-" * width, *lines, "-" * width]

@@ -1,36 +1,34 @@
-"""What a run reports: lines on the console, measurements, events and ``run.json``."""
+"""What a run reports: lines on the console, measurements, events, ``run.json`` and the time of a start."""
 
+import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import without_secrets
 from pretrain.console import RunConsole
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
-from pretrain.events import EventName, write_event, write_start
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
-from pretrain.files import fsync
+from pretrain.files import fsync, lock
 from pretrain.ledger import Row, cut_rows, write_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
-from pretrain.run_state import RunState, State
+from pretrain.run_state import EventName, RunState, State, write_event, write_start
 from pretrain.state import TrainState
 
 
 class RunStatus:
-    """Writes ``run.json`` on rank 0, and the reason of a failure on the rank that fails first.
-
-    Args:
-        folder: of the run.
-        first: whether this is rank 0.
-    """
+    """Writes ``run.json`` on rank 0 (``first``), and the reason of a failure on the rank that fails first."""
 
     def __init__(self, folder: RunFolder, *, first: bool) -> None:
-        self._folder, self._first = folder, first
+        self._folder, self._first, self._began = folder, first, time.time()
         self.run_state: RunState | None = None
         """Of this attempt, from when it has claimed the folder."""
         self.train_state: TrainState | None = None
@@ -50,24 +48,39 @@ class RunStatus:
             self._folder.write_state(self.run_state)
 
     def fail(self, reason: str) -> bool:
-        """Record in ``run.json`` why the run fails: the reason of the rank that fails first.
+        """Record in ``run.json``, in one line, why this attempt fails; any rank may, and the first one does.
+
+        When one rank fails the others soon do too, with reasons that follow from its own. ``failure.txt`` is of this
+        attempt only: the next one removes it. Nothing is written where there is no folder, where the run is finished or
+        another process trains it.
 
         Returns:
-            whether this is the first.
+            False where another rank of this attempt was first; True otherwise, also where nothing was written.
         """
-        at = self.train_state
-        return self._folder.note_failure(reason, None if at is None else (at.step, at.samples_seen))
+        reason, folder = without_secrets(reason), self._folder
+        if folder.locked:  # by rank 0 of this attempt
+            try:
+                with folder.failure.open("x") as handle:
+                    handle.write(reason)
+            except FileExistsError:
+                return False
+        elif not folder.path.is_dir() or (held := lock(folder.path / ".lock")) is None:
+            return True
+        else:
+            folder.lock = held
+        state = folder.read_state() or RunState("running")
+        if state.state != "finished" and not (state.state == "failed" and state.updated > self._began):
+            state.state, state.reason = "failed", reason
+            if self.train_state is not None:
+                state.step, state.samples_seen = self.train_state.step, self.train_state.samples_seen
+            folder.write_state(state)
+        return True
 
 
 class RunLog:
-    """Writes rank 0's record of a run; on other ranks it does nothing. A full disk stops no training.
+    """Writes rank 0's record of a run; on other ranks ``metrics`` is None and it does nothing.
 
-    Args:
-        folder: of the run.
-        status: of the run.
-        console: prints on rank 0.
-        metrics: on rank 0, else None.
-        epoch_size: images in the training split.
+    A full disk stops no training. ``epoch_size`` is the number of images in the training split.
     """
 
     def __init__(
@@ -179,3 +192,29 @@ class RunLog:
                 write(self._metrics)
             except OSError as error:
                 self.say(f"WARNING metrics or state could not be written: {error}")
+
+
+class StartUp:
+    """Seconds of each phase of a start, from the start of the process to the end of its first step.
+
+    Args:
+        phase: name of the phase that began with this process and ends now.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self.seconds: dict[str, float] = {}
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        self._ended = time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+        self.end(phase)
+
+    def end(self, phase: str) -> None:
+        """End a phase, which began when the one before ended. The seconds of phases of the same name are added up."""
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._ended
+        self._ended = now
+
+    def table(self) -> str:
+        """The names of the phases in one line, and their seconds below."""
+        columns = {**self.seconds, "total": sum(self.seconds.values())}
+        values = "  ".join(f"{seconds:{len(name)}.2f}" for name, seconds in columns.items())
+        return f"start-up (s)  {'  '.join(columns)}\n              {values}"

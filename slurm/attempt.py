@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pretrain import ports
-from pretrain.events import write_event
 from pretrain.files import digest, digest_of_file
 from pretrain.outcome import ExitCode, UserError
+from pretrain.run_state import write_event
 from slurm import scheduler
 from slurm.folder import Launch, SlurmFolder, say
 from slurm.history import History

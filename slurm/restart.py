@@ -55,7 +55,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class RankExit:
-    """``exit.json``: how one rank ended. ``slurm.job`` adds what it knows to what ``pretrain.exit_record`` wrote."""
+    """``exit.json``: how one rank ended. ``slurm.job`` adds what it knows to what ``pretrain.outcome`` wrote."""
 
     rank: int
     node: str
@@ -63,7 +63,7 @@ class RankExit:
     """``main.py``'s exit status, or minus the signal that killed it."""
     time: float
     cause: str = "failed"
-    """Of ``pretrain.exit_record``; or finished, stopped, not saved (in time when asked to stop), killed."""
+    """Of ``pretrain.outcome``; or finished, stopped, not saved (in time when asked to stop), killed."""
     phase: str = ""
     """What it did then."""
     blamed: tuple[str, ...] = ()

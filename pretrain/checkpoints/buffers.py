@@ -68,18 +68,18 @@ class Buffers:
         yield
         self._write(own)
 
-    def _flat(self) -> dict[torch.dtype, Tensor]:
-        """Copies, one after the other in one tensor for each type."""
+    def _by_type(self) -> dict[torch.dtype, list[Tensor]]:
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.tensors().values():
-            by_type.setdefault(buffer.dtype, []).append(buffer.detach().flatten())
-        return {dtype: torch.cat(flat) for dtype, flat in by_type.items()}
+            by_type.setdefault(buffer.dtype, []).append(buffer.detach())
+        return by_type
+
+    def _flat(self) -> dict[torch.dtype, Tensor]:
+        """Copies, one after the other in one tensor for each type."""
+        return {dtype: torch.cat([one.flatten() for one in some]) for dtype, some in self._by_type().items()}
 
     @torch.no_grad()
     def _write(self, flat: Mapping[torch.dtype, Tensor]) -> None:
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self.tensors().values():
-            by_type.setdefault(buffer.dtype, []).append(buffer)
-        for dtype, buffers in by_type.items():
+        for dtype, buffers in self._by_type().items():
             parts = flat[dtype].split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

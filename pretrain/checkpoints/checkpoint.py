@@ -13,9 +13,11 @@ verified when read; one that fails is passed over, with a warning, for the one b
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,15 +36,11 @@ BUFFER = "buffer/"
 MANIFEST = "manifest.json"
 
 
-class CheckpointDamagedError(Exception):
+class CheckpointDamagedError(UserError):
     """A checkpoint that cannot be trusted; the text names the file and what is wrong with it.
 
     ``code`` is the exit status where there is no other checkpoint.
     """
-
-    def __init__(self, text: str, code: ExitCode = ExitCode.WILL_FAIL_AGAIN) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -189,28 +187,20 @@ def pairs(path: Path, shards: OptimizerShards) -> Iterator[tuple[str, str, torch
             yield shard.name, kind, shard.view(kind, shards.optimizer).cpu(), there
 
 
-class Stretch(NamedTuple):
-    """Elements ``[offset, offset + length)`` of a flattened parameter."""
-
-    name: str
-    offset: int
-    length: int
-
-
-def check_tiling(shapes: Mapping[str, Sequence[int]], stretches: Iterable[Stretch], where: Path) -> None:
-    """Check that stretches cover every parameter exactly once; ``where`` names the checkpoint.
+def check_pieces(pieces: Sequence[Sequence[Any]], where: Path) -> None:
+    """Check that pieces, (name, shape, offset, length, step) each, cover every parameter exactly once.
 
     Raises:
-        CheckpointDamagedError: elements are missing or there twice.
+        CheckpointDamagedError: elements are missing or there twice; ``where`` names the checkpoint.
     """
-    ends = dict.fromkeys(shapes, 0)
-    for name, offset, length in sorted(stretches):
-        if offset != ends[name]:
+    ends: dict[str, int] = {}
+    for name, _, offset, length, _ in sorted(pieces, key=itemgetter(0, 2, 3)):
+        if offset != ends.setdefault(name, 0):
             raise CheckpointDamagedError(f"{where}: {name} has a gap or an overlap at element {ends[name]}")
         ends[name] += length
-    for name, end in ends.items():
-        if end != math.prod(shapes[name]):
-            raise CheckpointDamagedError(f"{where}: {name} ends at element {end} of {math.prod(shapes[name])}")
+    for name, shape, *_ in pieces:
+        if ends[name] != math.prod(shape):
+            raise CheckpointDamagedError(f"{where}: {name} ends at element {ends[name]} of {math.prod(shape)}")
 
 
 class _ShardIndex:
@@ -221,16 +211,15 @@ class _ShardIndex:
         self.steps: dict[str, float] = {}
         self._stretches: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)  # offset, length, file, at
         self._files = [safe_open(path / name, framework="pt") for name in sorted(read_manifest(path)["files"])]
-        for number, file in enumerate(self._files):
+        pieces = [json.loads(file.metadata()["pieces"]) for file in self._files]
+        for number, of_a_file in enumerate(pieces):
             at = 0
-            for name, shape, offset, length, step in json.loads(file.metadata()["pieces"]):
+            for name, shape, offset, length, step in of_a_file:
                 self.shapes[name] = tuple(shape)
                 self.steps[name] = step
                 self._stretches[name].append((offset, length, number, at))
                 at += length
-        check_tiling(
-            self.shapes, [Stretch(n, s[0], s[1]) for n, stretches in self._stretches.items() for s in stretches], path
-        )
+        check_pieces([*chain(*pieces)], path)
 
     def numel(self, name: str) -> int:
         """Elements of a parameter."""

@@ -45,15 +45,12 @@ class OptimizerShard:
 
 
 class OptimizerShards:
-    """All shards that this rank owns of a DeepSpeed engine, with the means to fill them."""
+    """All shards that this rank owns of a DeepSpeed engine, with the means to fill them.
+
+    With ``average`` a moving average of the weights is kept next to the moments.
+    """
 
     def __init__(self, engine: Any, *, average: bool = False) -> None:
-        """Find the shards.
-
-        Args:
-            engine: ``deepspeed.DeepSpeedEngine``.
-            average: keep a moving average of the weights next to the moments.
-        """
         self._engine = engine
         self.stage: int = engine.zero_optimization_stage()
         """ZeRO stage of the engine."""
@@ -107,13 +104,13 @@ class OptimizerShards:
         if self.stage:
             update_weights(self._engine)
         else:  # at stage 0 each rank has filled only what it owns
-            for parameter in self._all_parameters():
+            for parameter in self._stage0_rank:
                 dist.broadcast(parameter.data, src=self._stage0_rank[parameter])
 
     def share_stage0_state(self) -> None:
         """At stage 0 every rank holds all state but has filled only its own shards: send them round. Collective."""
         if self.stage == 0:
-            for parameter in self._all_parameters():
+            for parameter in self._stage0_rank:
                 for kind in (*self.kinds[1:], "step"):
                     value = self.optimizer.state[parameter][kind].to(parameter.device)
                     dist.broadcast(value, src=self._stage0_rank[parameter])
@@ -150,17 +147,8 @@ class OptimizerShards:
             self.refresh_model()
 
     def _partitions(self) -> list[torch.Tensor]:
-        if self.stage == 0:
-            return list(self._all_parameters())
-        return list({id(shard.partition): shard.partition for shard in self.shards}.values()) + self._empty_partitions()
-
-    def _empty_partitions(self) -> list[torch.Tensor]:
-        """Flat partitions of this rank that hold padding only; the optimizer steps them all the same."""
-        owned = {id(shard.partition) for shard in self.shards}
-        return [flat for flat in flat_partitions(self._engine) if id(flat) not in owned]
-
-    def _all_parameters(self) -> list[torch.nn.Parameter]:
-        return list(self._stage0_rank)
+        """All that the optimizer steps on this rank, flat partitions of padding only among them."""
+        return flat_partitions(self._engine) if self.stage else list(self._stage0_rank)
 
     def _assign_parameters(self, names: dict[torch.nn.Parameter, str]) -> Iterator[tuple[Any, ...]]:
         """At stage 0 every rank has all parameters; spread the writing, largest first onto the least loaded rank."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.engine.deepspeed_keys import check_keys
-from pretrain.engine.precision import Precision, check_precision, choose_precision
+from pretrain.engine.precision import Precision, choose_precision
 from pretrain.outcome import UserError, storage_code
 
 
@@ -41,11 +41,7 @@ def read_deepspeed_config(
 ) -> dict[str, Any]:
     """Read the JSON file, lay the recipe's ``deepspeed`` section over it, and check every key.
 
-    Args:
-        path: the file.
-        overrides: the recipe's ``deepspeed`` section.
-        recorded_stage: ZeRO stage of the run to resume. It stands in for ``"stage": "auto"``, which older versions
-            had.
+    ``recorded_stage``, of the run to resume, stands in for ``"stage": "auto"``, which older versions had.
 
     Raises:
         UserError: unreadable, not JSON, or keys that DeepSpeed or this project would not honor.
@@ -99,10 +95,9 @@ def resolve_deepspeed_config(
     }
     resolved.setdefault("steps_per_print", 2**31)  # the metrics are ours
     resolved["timers"] = {"throughput": {"enabled": False}}  # it waits for the GPU twice in every micro-batch
-    device = {"has_gpu": has_bf16_gpu if has_gpu is None else has_gpu, "has_bf16_gpu": has_bf16_gpu}
     stage: int = resolved.get("zero_optimization", {}).get("stage", 0)
-    precision, why = choose_precision(resolved, stage=stage, **device)
-    check_precision(resolved, precision, stage=stage, **device)
+    has_gpu = has_bf16_gpu if has_gpu is None else has_gpu
+    precision, why = choose_precision(resolved, stage=stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
     _check_optimizer(resolved, stage, optimizer)
     notes += [*why, *_check_offload(resolved, stage)]
     return ResolvedDeepSpeed(resolved, batch, stage, precision, tuple(notes))

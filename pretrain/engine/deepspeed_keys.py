@@ -84,19 +84,19 @@ FLOATS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bflo
 """DeepSpeed's other names of the types."""
 
 
-def check_keys(config: dict[str, Any], where: str) -> None:
-    """Check every key of a merged configuration, and the values of those that cannot be left to DeepSpeed.
+def check_keys(config: dict[str, Any], where: str, *, complete: bool = True) -> None:
+    """Check every key of a configuration, and the values of those that cannot be left to DeepSpeed.
+
+    The recipe's section, which leaves out what the file has, is not ``complete``. ``where`` names it in errors.
 
     Raises:
-        UserError: a key or value that DeepSpeed or this project would not honor; ``where`` names the file.
+        UserError: a key or value that DeepSpeed or this project would not honor.
     """
-    if config.get("gradient_clipping") is None:
+    if complete and config.get("gradient_clipping") is None:
         raise UserError(f"{where}: write gradient_clipping (0.0 is off): DeepSpeed would silently clip at 1.0")
-    check_sections(config, where)
-
-
-def check_sections(config: dict[str, Any], where: str) -> None:
-    """Check the keys and values that a configuration has, as ``check_keys``."""
+    zero = config.get("zero_optimization")
+    if not complete and isinstance(zero, dict):
+        config = config | {"zero_optimization": {"stage": 3} | zero}  # at which DeepSpeed lets every other key pass
     for key in config:
         if key in REFUSED:
             raise UserError(f"{where}: {key}: {REFUSED[key]}")
@@ -117,14 +117,6 @@ def check_sections(config: dict[str, Any], where: str) -> None:
                     f"{where}: zero_optimization.{name}.device: only cpu and none, got {section['device']!r}: "
                     "checkpoints cannot see what is on NVMe; use more ranks or a higher stage instead"
                 )
-
-
-def check_overrides(config: dict[str, Any], where: str) -> None:
-    """Check the recipe's section, which leaves out what the file has, as ``check_keys``."""
-    zero = config.get("zero_optimization")
-    if isinstance(zero, dict):
-        config = config | {"zero_optimization": {"stage": 3} | zero}  # at which DeepSpeed lets every other key pass
-    check_sections(config, where)
 
 
 def _check_section(name: str, section: Any, where: str) -> None:

@@ -205,10 +205,7 @@ def fail(reason: str, rank: Rank | None, *, started: bool, code: ExitCode) -> in
 def first_of_node_checks(rank: Rank, group: dist.ProcessGroup, open_sets: Callable[[bool], T]) -> T:
     """Open datasets, with a check of their files by the first rank of each node only. Collective.
 
-    Args:
-        rank: this rank.
-        group: CPU group of all ranks.
-        open_sets: opens them; its argument is ``check_files`` of ``Dataset.open``.
+    ``open_sets`` opens them; its argument is ``check_files`` of ``Dataset.open``.
 
     Raises:
         DataError: on all ranks alike where a node's first rank refuses them.

@@ -1,8 +1,12 @@
 """Model, optimizer and DeepSpeed engine, from the recipe and DeepSpeed's configuration."""
 
+import io
 import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -15,7 +19,6 @@ from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
 from pretrain.engine.precision import input_dtype
 from pretrain.factory import cast_statistics, classifier_of, layers_of, notes_on, recompute_activations, spared_names
-from pretrain.noise import start_up_noise
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 
@@ -83,6 +86,31 @@ def build_engine(
     return engine, [peak_learning_rate(section, resolved.batch.global_batch)[1], *notes]
 
 
+@contextmanager
+def start_up_noise(*, wanted: bool, first: bool) -> Iterator[None]:
+    """Keep out what libraries print within the block, such as DeepSpeed's reports of memory; warnings are kept.
+
+    Args:
+        wanted: let everything through, and have DeepSpeed print more.
+        first: on other ranks than the first, warnings are kept out too, since every rank has the same ones.
+    """
+    logger = logging.getLogger("DeepSpeed")
+    if wanted:
+        logger.setLevel(logging.INFO)
+        for handler in logger.handlers:
+            handler.setLevel(logging.INFO)
+        yield
+        return
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        if not first:
+            warnings.simplefilter("ignore")
+        logger.setLevel(logging.WARNING if first else logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(logging.WARNING)
+
+
 def _compile(model: torch.nn.Module, stage: int, device: torch.device) -> str:
     """Compile the network in place: its parameters keep their names, and checkpoints fit either way."""
     if stage == 3:
@@ -116,9 +144,20 @@ def compilation_error(error: Exception) -> UserError | None:
 
 
 def _require_compilers(device: torch.device) -> None:
-    """Check that inductor's compiler is there; else every rank would raise a long error in the first step."""
+    """Check that inductor's compiler is there; else every rank would raise a long error in the first step.
+
+    On a GPU Triton compiles launchers of its kernels, on each node, with the compiler that CC names, or gcc or clang.
+    """
     if device.type == "cuda":
-        _require_triton()
+        from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
+
+        compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
+        if not has_triton_package() or not compiler:
+            lacking = "C compiler" if has_triton_package() else "Triton"
+            raise UserError(
+                f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or "
+                "triton, which torch's builds for CUDA bring along), or set model.compile=false"
+            )
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
         from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
@@ -129,16 +168,3 @@ def _require_compilers(device: torch.device) -> None:
             raise UserError(
                 "model.compile needs a C++ compiler on a CPU and finds none: install g++, or set model.compile=false"
             ) from None
-
-
-def _require_triton() -> None:
-    """Triton compiles the launchers of its kernels on each node, with the compiler that CC names, or gcc or clang."""
-    from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
-
-    compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
-    if not has_triton_package() or not compiler:
-        lacking = "C compiler" if has_triton_package() else "Triton"
-        raise UserError(
-            f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or triton, "
-            "which torch's builds for CUDA bring along), or set model.compile=false"
-        )

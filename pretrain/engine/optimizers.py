@@ -9,8 +9,6 @@ import torch
 
 from pretrain.recipe import OptimizerSection
 
-APEX_IS_SOMETHING_ELSE = "the 'apex' that is installed is not NVIDIA's but PyPI's web toolkit of that name"
-
 
 def build_optimizer(
     model: torch.nn.Module,
@@ -25,12 +23,8 @@ def build_optimizer(
     without NVIDIA's apex, pytorch_optimizer's, both with the choices of the authors' code: the bias of the moments is
     not corrected, since the warm-up has the same effect; the trust ratio is not limited; what is spared weight decay
     has trust ratio 1. SGD is torch's, with momentum; its decay is added to the gradient. None of them clips.
-
-    Args:
-        model: the network; parameters that need no gradient are left out.
-        section: the recipe's.
-        no_decay: names of parameters that weight decay spares.
-        layers: names of all parameters in the order of depth, for ``layer_decay``.
+    ``no_decay`` names the parameters that weight decay spares, ``layers`` all of them in the order of depth, for
+    ``layer_decay``; those that need no gradient are left out.
 
     Returns:
         the optimizer, whose groups have ``lr_scale`` and torch's own keys (the learning rate is set before every
@@ -127,11 +121,9 @@ def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torc
 def _apex_lamb() -> tuple[Any, str]:
     try:
         importlib.import_module("apex")
-    except ImportError:
-        return None, "NVIDIA's apex is not installed"
+        return importlib.import_module("apex.optimizers").FusedLAMB, ""
+    except ModuleNotFoundError as error:
+        other = "the 'apex' that is installed is not NVIDIA's but PyPI's web toolkit of that name"
+        return None, "NVIDIA's apex is not installed" if error.name == "apex" else other
     except Exception as error:  # noqa: BLE001 - an unrelated package may raise anything
         return None, f"'apex' cannot be imported: {type(error).__name__}"
-    try:
-        return importlib.import_module("apex.optimizers").FusedLAMB, ""
-    except (ImportError, AttributeError):
-        return None, APEX_IS_SOMETHING_ELSE

@@ -16,19 +16,14 @@ def choose_precision(
     """Decide which of ``bf16``, ``fp16`` and ``torch_autocast`` a checked configuration has, in place.
 
     ``bf16`` and ``fp16`` store and compute the model in 16 bits with fp32 masters; ``torch_autocast`` keeps its
-    weights in fp32 and computes matrix products and convolutions in bfloat16.
-
-    Args:
-        config: its ``bf16.enabled`` may be ``"auto"``.
-        stage: the ZeRO stage.
-        has_gpu: whether the device is a GPU.
-        has_bf16_gpu: whether it computes in bfloat16.
+    weights in fp32 and computes matrix products and convolutions in bfloat16. ``bf16.enabled`` may be ``"auto"``.
 
     Returns:
         the precision, and lines about what was chosen automatically.
 
     Raises:
-        UserError: two of them are enabled.
+        UserError: two of them are enabled, or a combination that DeepSpeed gets wrong or the device cannot do; with the
+            way out.
     """
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
     on = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") is True]
@@ -41,27 +36,27 @@ def choose_precision(
             notes.append("precision: bf16 (the GPU has it)")
         elif not on:
             notes.append("precision: fp32 (" + _why_not_bf16(has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu) + ")")
-    chosen: dict[str, Precision] = {"torch_autocast": "bf16 autocast", "fp16": "fp16", "bf16": "bf16"}
-    if on:
-        return chosen[on[0]], notes
-    return ("bf16" if bf16.get("enabled") else "fp32"), notes
-
-
-def check_precision(
-    config: dict[str, Any], precision: Precision, *, stage: int, has_gpu: bool, has_bf16_gpu: bool
-) -> None:
-    """Check that a precision goes with the ZeRO stage, the device and its own section, of which it fills in the rest.
-
-    Raises:
-        UserError: a combination that DeepSpeed gets wrong or the device cannot do; with the way out.
-    """
-    if precision == "bf16 autocast":
-        _check_autocast(config["torch_autocast"], stage=stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
-    elif precision == "fp16":
-        _check_fp16(stage=stage, has_gpu=has_gpu)
-    elif precision == "bf16":
-        _check_bf16(stage=stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
-    _check_accumulation(config, precision)
+    precision: Precision = "bf16" if bf16.get("enabled") else "fp32"
+    if on == ["torch_autocast"]:
+        precision = "bf16 autocast"
+        _check_autocast(config["torch_autocast"], stage)
+    elif on == ["fp16"]:
+        precision = "fp16"
+        _check_fp16(stage, has_gpu=has_gpu)
+    elif precision == "bf16" and stage == 0:
+        raise UserError(
+            "bf16 at ZeRO stage 0 starts with a spurious optimizer step in DeepSpeed: enable torch_autocast with dtype "
+            "bfloat16 instead, or use zero_optimization.stage 1 or more"
+        )
+    if precision in ("bf16", "bf16 autocast") and has_gpu and not has_bf16_gpu:
+        raise UserError(f"{on[0]}: this GPU does not compute in bfloat16: enable fp16 instead, or train in fp32")
+    given = config.get("data_types", {}).get("grad_accum_dtype")
+    own = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    if given is not None and FLOATS.get(given, given) not in ("float32", own):
+        raise UserError(
+            f"data_types.grad_accum_dtype {given!r} does not go with {precision}: use fp32, or leave it out for {own}"
+        )
+    return precision, notes
 
 
 def _why_not_bf16(*, has_gpu: bool, has_bf16_gpu: bool) -> str:
@@ -70,17 +65,7 @@ def _why_not_bf16(*, has_gpu: bool, has_bf16_gpu: bool) -> str:
     return "the GPU does not compute in bfloat16; the fp16 section would be faster" if has_gpu else "there is no GPU"
 
 
-def _check_bf16(*, stage: int, has_gpu: bool, has_bf16_gpu: bool) -> None:
-    if stage == 0:
-        raise UserError(
-            "bf16 at ZeRO stage 0 starts with a spurious optimizer step in DeepSpeed: enable torch_autocast with dtype "
-            "bfloat16 instead, or use zero_optimization.stage 1 or more"
-        )
-    if has_gpu and not has_bf16_gpu:
-        raise UserError("bf16: this GPU does not compute in bfloat16: enable fp16 instead, or train in fp32")
-
-
-def _check_fp16(*, stage: int, has_gpu: bool) -> None:
+def _check_fp16(stage: int, *, has_gpu: bool) -> None:
     if not has_gpu:
         raise UserError("fp16 needs a GPU, DeepSpeed refuses it on a CPU: use bf16, torch_autocast or fp32 here")
     if stage == 0:
@@ -90,7 +75,7 @@ def _check_fp16(*, stage: int, has_gpu: bool) -> None:
         )
 
 
-def _check_autocast(section: dict[str, Any], *, stage: int, has_gpu: bool, has_bf16_gpu: bool) -> None:
+def _check_autocast(section: dict[str, Any], stage: int) -> None:
     given = str(section.get("dtype", "bfloat16")).removeprefix("torch.")
     dtype = FLOATS.get(given, given)
     if dtype == "float16":
@@ -105,18 +90,7 @@ def _check_autocast(section: dict[str, Any], *, stage: int, has_gpu: bool, has_b
         )
     if dtype != "bfloat16":
         raise UserError(f"torch_autocast.dtype: bfloat16 is what there is, got {given!r}")
-    if has_gpu and not has_bf16_gpu:
-        raise UserError("torch_autocast: this GPU does not compute in bfloat16: enable fp16 instead, or train in fp32")
     section["dtype"] = "bfloat16"
-
-
-def _check_accumulation(config: dict[str, Any], precision: Precision) -> None:
-    given = config.get("data_types", {}).get("grad_accum_dtype")
-    own = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
-    if given is not None and FLOATS.get(given, given) not in ("float32", own):
-        raise UserError(
-            f"data_types.grad_accum_dtype {given!r} does not go with {precision}: use fp32, or leave it out for {own}"
-        )
 
 
 def input_dtype(precision: Precision) -> torch.dtype:

@@ -18,11 +18,6 @@ def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int
     return max(1, int(schedule.epochs * epoch_size) // global_batch)
 
 
-def log_interval(recipe: Recipe, total_steps: int) -> int:
-    """Optimizer steps between lines of metrics: ``log_every_steps``, or what follows from the length of the run."""
-    return recipe.log_every_steps or min(max(total_steps // 100, 1), 50)
-
-
 def checkpoint_interval(recipe: Recipe, total_steps: int) -> int:
     """Optimizer steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
     return recipe.checkpoint.every_steps or min(max(total_steps // 10, 10), 1000)
@@ -74,13 +69,9 @@ class StepDraw:
 
 
 def draw_step(recipe: Recipe, model: Any, step: int, rows: np.ndarray) -> StepDraw:
-    """Draw mixing and drop path; a function of recipe, network, step and rows of the global batch only.
+    """Draw mixing and drop path; a function of recipe, network, step (from 0) and rows (m,) of the global batch only.
 
-    Args:
-        recipe: with seed, mixing and image size.
-        model: the LaViT whose residual branches may be skipped; another network draws its random numbers itself.
-        step: optimizer step, from 0.
-        rows: (m,) rows of the global batch.
+    Only a LaViT's residual branches are drawn here; another network draws its random numbers itself.
     """
     uniforms = None
     if recipe.model.factory is None and model.config.drop_path > 0:
@@ -105,8 +96,8 @@ class Schedule:
 
     @property
     def log_every(self) -> int:
-        """Steps between lines of metrics."""
-        return log_interval(self.recipe, self.total_steps)
+        """Steps between lines of metrics: ``log_every_steps``, or what follows from the length of the run."""
+        return self.recipe.log_every_steps or min(max(self.total_steps // 100, 1), 50)
 
     @property
     def checkpoint_every(self) -> int:

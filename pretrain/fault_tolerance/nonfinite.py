@@ -24,9 +24,6 @@ class NonFiniteSteps:
         DeepSpeed waits for the device for other reasons);
       - fp16 (whose loss scale the host adapts) and CPU offloading (whose optimizer is the host): DeepSpeed decides;
       - LAMB, at stage 0: the host reads the gradient's norm and drops the gradients.
-
-    Args:
-        engine: ``deepspeed.DeepSpeedEngine``.
     """
 
     def __init__(self, engine: Any) -> None:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain.engine.distributed import Rank
-from pretrain.exit_record import record
-from pretrain.outcome import BusyError, ExitCode, UserError
+from pretrain.outcome import BusyError, ExitCode, UserError, record
 
 SLOW = 3.0
 """So many times slower than the median is worth a warning."""
@@ -150,11 +149,6 @@ def _read(store: TCPStore, key: str, seconds: float) -> str:
 
 def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> list[str]:
     """Time an all-reduce, every link of a ring over the ranks, and every rank's arithmetic. Collective.
-
-    Args:
-        rank: this rank.
-        device: where it computes.
-        control: CPU group for small objects.
 
     Returns:
         lines to print on rank 0, the first of them the all-reduce, the others warnings; else nothing. The nodes

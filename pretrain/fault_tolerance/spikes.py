@@ -82,11 +82,7 @@ def write_spikes(
 ) -> None:
     """Add a line to ``loss_spikes.jsonl`` for each, with the images of its batch, and print a line.
 
-    Args:
-        file: where to.
-        spikes: what was found.
-        samples: gives (epochs, sample ids) of the positions from its first argument up to its second, as `Order` does.
-        say: prints a line.
+    ``samples`` gives (epochs, sample ids) of the positions from its first argument up to its second, as `Order` does.
     """
     for spike in spikes:
         epochs, ids = samples(spike.first_position, spike.last_position + 1)

@@ -13,8 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_pipeline.store import hanging_read
-from pretrain.exit_record import record_exit
-from pretrain.outcome import ExitCode
+from pretrain.outcome import ExitCode, record_exit
 
 WRITE_LIMIT_S = 20.0
 """Longest time for writing the stacks."""

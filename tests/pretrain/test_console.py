@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.console import WIDEST, LiveView, RunConsole
-from pretrain.noise import start_up_noise
+from pretrain.engine.engine import start_up_noise
 
 VALUES = {"loss": 1.25, "lr": 0.001}
 

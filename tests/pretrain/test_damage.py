@@ -30,10 +30,9 @@ from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
 from pretrain.replay import make_plan
 from pretrain.report import read_run, render
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, record_handoff_evaluation, summary_lines
 from pretrain.run_log import RunLog, RunStatus
 from pretrain.run_state import RunState
-from pretrain.summary import record_handoff_evaluation, summary_lines
 from slurm.folder import SlurmFolder
 from slurm.status import _last_training_row
 from tests.pretrain.damage import KINDS, STRUCTURE, change_without_digest, delete, unreadable

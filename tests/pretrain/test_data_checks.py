@@ -16,7 +16,6 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from data_pipeline import store
 from data_pipeline.errors import DataError, StorageError
-from pretrain import claim
 from pretrain.check import check_recipe_here
 from pretrain.checkpoints.checkpoint import FORMAT, MANIFEST, seal
 from pretrain.engine.distributed import Rank, first_of_node_checks
@@ -74,13 +73,12 @@ def test_the_first_rank_of_each_node_checks_files_and_its_refusal_is_that_of_all
 @pytest.fixture
 def start(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens a run's folder for splits of given content; returns its state."""
-    monkeypatch.setattr(claim, "_lock", lambda _: None)
+    monkeypatch.setattr(RunFolder, "_wait_for_lock", lambda _: None)
     folder = RunFolder(tmp_path / "demo")
     recipe = load_recipe(RECIPE, [f"data.path={digits}"])
 
     def start(train: str, val: str) -> RunState:
-        state, _ = claim.claim(
-            folder,
+        state, _ = folder.claim(
             recipe,
             {"train_batch_size": 64},
             {"dataset": {"fingerprint": train}},

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from pretrain.fault_tolerance.full_memory import explain_full_memory
-from pretrain.outcome import ExitCode, UserError
+from pretrain.outcome import ExitCode, UserError, explain_full_memory
 from pretrain.state import TrainState
 from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, ROOT, changes

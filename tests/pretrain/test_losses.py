@@ -1,7 +1,6 @@
 """The recipe's losses: class tree from a file, ramp of the diagonality loss."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,12 +51,6 @@ def test_semantic_softmax_smooths_by_itself(tree: Path) -> None:
     assert loss.levels.tolist() == [0, 1, 2, 0]
     certain = torch.eye(4)
     assert loss(100 * certain, certain) > 1, "nothing was smoothed"
-
-
-@pytest.mark.parametrize("fields", [{"classification": "semantic_softmax"}, {"class_tree": "x"}])
-def test_tree_and_semantic_softmax_go_together(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="go together"):
-        LossSection.model_validate(fields)
 
 
 def test_the_diagonality_weight_grows_within_its_ramp() -> None:

@@ -9,12 +9,13 @@ from data_pipeline.errors import without_secrets
 from pretrain.arguments import parse_arguments
 from pretrain.check import check_recipe_here, resolve_for
 from pretrain.console import RunConsole
-from pretrain.engine.schedule import checkpoint_interval, log_interval
+from pretrain.engine.schedule import Schedule
 from pretrain.fields import describe_fields
 from pretrain.files import lock
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder, checkpoint_facts
+from pretrain.run_log import RunStatus
 from pretrain.run_state import RunState
 
 DEMO = Path(__file__).parents[2] / "recipes/demo.yaml"
@@ -74,6 +75,7 @@ def test_set_changes_fields_and_reads_values_as_yaml() -> None:
         ("seed=18446744073709551616", "seed: must be a whole number"),
         ("schedule.epochs=1", "the warm-up is longer than the run: schedule.warmup_epochs is 2, schedule.epochs 1"),
         ("optimizer.momentum=0.5", "momentum is not read by adamw"),
+        *((f"loss.{one}", "go together") for one in ("classification=semantic_softmax", "class_tree=x")),
         ("deepspeed.train_batch=1", "unknown DeepSpeed key train_batch (did you mean train_batch_size?)"),
         ("deepspeed.gradient_clipping=-1", "gradient_clipping is the largest norm, at least 0.0 (off), got -1"),
         ("optimizer.lr", "write it as key=value"),
@@ -111,10 +113,10 @@ def test_a_learning_rate_that_would_rise_to_its_end_is_refused() -> None:
 
 @pytest.mark.parametrize(("steps", "log", "checkpoint"), [(1, 1, 10), (336, 3, 33), (9000, 50, 900), (10**6, 50, 1000)])
 def test_intervals_follow_from_the_length_of_the_run_unless_given(steps: int, log: int, checkpoint: int) -> None:
-    recipe = load_recipe(DEMO, ["log_every_steps=null", "checkpoint.every_steps=null"])
-    assert (log_interval(recipe, steps), checkpoint_interval(recipe, steps)) == (log, checkpoint)
-    recipe = load_recipe(DEMO, ["log_every_steps=7", "checkpoint.every_steps=8"])
-    assert (log_interval(recipe, steps), checkpoint_interval(recipe, steps)) == (7, 8)
+    for given, expected in ((("null", "null"), (log, checkpoint)), (("7", "8"), (7, 8))):
+        intervals = [f"log_every_steps={given[0]}", f"checkpoint.every_steps={given[1]}"]
+        schedule = Schedule(load_recipe(DEMO, ["schedule={epochs: 1}", *intervals]), steps, 1)
+        assert (schedule.log_every, schedule.checkpoint_every) == expected
 
 
 def test_the_older_name_of_a_field_is_read() -> None:
@@ -214,18 +216,21 @@ def test_a_checkpoint_knows_what_its_run_may_not_change(tmp_path: Path) -> None:
 
 
 def test_why_a_start_fails_is_recorded_unless_the_run_is_anothers_or_finished(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path / "none").note_failure("a mistyped name")
+    def fail(path: Path, reason: str) -> bool:
+        return RunStatus(RunFolder(path), first=True).fail(reason)
+
+    assert fail(tmp_path / "none", "a mistyped name")
     assert not (tmp_path / "none").exists()
-    RunFolder(tmp_path).note_failure("no data")
+    fail(tmp_path, "no data")
     state = RunFolder(tmp_path).read_state()
     assert state is not None
     assert (state.state, state.reason) == ("failed", "no data")
     held = lock(tmp_path / ".lock")
     assert held is not None
-    RunFolder(tmp_path).note_failure("another process trains it")
+    fail(tmp_path, "another process trains it")
     held.close()
     RunFolder(tmp_path).write_state(RunState("finished", "all done"))
-    RunFolder(tmp_path).note_failure("it is finished")
+    fail(tmp_path, "it is finished")
     assert (state := RunFolder(tmp_path).read_state()) is not None
     assert (state.state, state.reason) == ("finished", "all done")
 

@@ -24,22 +24,23 @@ def test_all_ranks_stop_at_the_same_boundary_though_one_is_told() -> None:
     run_ranks(2, only_rank_1_is_told)
 
 
-@pytest.mark.parametrize(("before", "reason"), [("", "SIGHUP"), ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", "")])
-def test_a_closed_terminal_asks_for_a_stop_unless_that_is_ignored(before: str, reason: str) -> None:
+IGNORED = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize(
+    ("before", "signals", "code", "told"),
+    [
+        ("", ["SIGHUP"], ExitCode.FINISHED, "SIGHUP\n"),
+        (IGNORED, ["SIGHUP"], ExitCode.FINISHED, "\n"),
+        ("", ["SIGINT", "SIGINT"], ExitCode.STOPPED, "stopped immediately, not saved\n"),
+    ],
+    ids=["a closed terminal", "a closed terminal that is ignored", "a second interrupt"],
+)
+def test_what_a_signal_does(before: str, signals: list[str], code: ExitCode, told: str) -> None:
+    kills = "".join(f"os.kill(os.getpid(), signal.{name})\n" for name in signals)
     program = (
         f"import os, signal\nfrom pretrain.fault_tolerance.signals import StopFlag\n{before}\nflag = StopFlag()\n"
-        "flag.install_signal_handlers()\nos.kill(os.getpid(), signal.SIGHUP)\nprint(flag.reason)"
+        f"flag.install_signal_handlers()\n{kills}print(flag.reason)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{reason}\n")
-
-
-def test_a_second_interrupt_ends_at_once() -> None:
-    program = (
-        "import os, signal, time\nfrom pretrain.fault_tolerance.signals import StopFlag\nflag = StopFlag()\n"
-        "flag.install_signal_handlers()\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGINT)\n"
-        "time.sleep(60)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == ExitCode.STOPPED
-    assert "not saved" in done.stderr
+    assert (done.returncode, done.stdout + done.stderr) == (code, told)

@@ -77,9 +77,9 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
     folder = SlurmFolder(tmp_path / "demo")
     program = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import claim, main\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import main, run_folder\n"
         "from pretrain.fault_tolerance.signals import StopFlag\n"
-        "claim.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
+        "run_folder.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     recipe = load_recipe(RECIPE, settings(digits)[1::2])
     freeze(Plan(recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed), folder, (1,), 24, ()))

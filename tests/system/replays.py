@@ -195,8 +195,7 @@ def resumed(control: dist.ProcessGroup, folder: Path, data: Path, stage: int, pr
     from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.fault_tolerance.watchdog import Watchdog
     from pretrain.recipe import load_recipe
-    from pretrain.run_log import RunStatus
-    from pretrain.startup import StartUp
+    from pretrain.run_log import RunStatus, StartUp
 
     words = [word for word in (*fields(data, 2 * HALF), *at_stage(stage)) if word != "--set"]
     recipe, run, flag = load_recipe(RECIPE, words), RunFolder(folder), StopFlag()
