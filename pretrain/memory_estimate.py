@@ -38,7 +38,13 @@ NetworkConfig = LaViTConfig | FactoryConfig
 Ints = NDArray[np.int64]
 Policy = Literal["none", "all"] | Sequence[bool]
 """Stages whose activations are recomputed, as ``LaViT.set_activation_checkpointing`` takes it."""
-PREFIXES = ("none", "stage 1", "stages 1-2", "stages 1-3", "all")
+PREFIXES: dict[str, Policy] = {
+    "none": "none",
+    "stage 1": (True, False, False, False),
+    "stages 1-2": (True, True, False, False),
+    "stages 1-3": (True, True, True, False),
+    "all": "all",
+}
 """First stages whose activations are recomputed: these keep most of them."""
 TRACED = (2, 4)
 """Micro-batches that are traced."""
@@ -62,9 +68,8 @@ class Activations(NamedTuple):
 class NetworkTrace:
     """Activations of a network for any micro-batch and any choice of recomputed stages.
 
-    Traced with no and with all stages recomputed. While a stage runs, only what earlier stages keep depends on whether
-    these are recomputed, so every choice follows from the two traces. ``mixed``: whether mixup or CutMix allocate a
-    second batch. ``gpu``: count what autocast keeps on a GPU, otherwise on a CPU. A network of a factory has no stages.
+    ``mixed``: whether mixup or CutMix allocate a second batch. ``gpu``: count what autocast keeps on a GPU, otherwise
+    on a CPU.
 
     Raises:
         UserError: a network of a factory cannot be traced.
@@ -72,41 +77,23 @@ class NetworkTrace:
 
     def __init__(self, config: NetworkConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
         self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu and precision == "bf16 autocast")
-        self.names, sizes, _ = self._trace("none", TRACED[0])
-        """Parameters in the order in which their gradients arrive."""
-        self.elements = np.array(sizes)
-        """(parameters,) in this order."""
-        self.policies: tuple[str, ...] = PREFIXES
-        """Of PREFIXES, what can be recomputed."""
-        self._stages, own = STAGES, "stages."
+        self.elements = np.array(self._trace("none", TRACED[0]).elements)
+        """(parameters,) in the order in which their gradients arrive."""
+        self.policies = PREFIXES
+        """What can be recomputed, by name."""
         if isinstance(config, FactoryConfig):
-            self._stages, own = 0, "a LaViT's"
-            self.policies = ("none", "all")[: 1 + hasattr(config.on_meta, "set_grad_checkpointing")]
-        self._part = np.array([int(n.split(".")[1]) if n.startswith(own) else self._stages for n in self.names])
+            names = ("none", "all") if hasattr(config.on_meta, "set_grad_checkpointing") else ("none",)
+            self.policies = {name: PREFIXES[name] for name in names}
 
     def activations(self, policy: Policy, micro_batch: int) -> Activations:
         """Of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first."""
-        chosen = as_booleans(policy)
-        parts = [*chosen[: self._stages], chosen[-1]]  # the last part is the batch, the head and the loss
-        forward, held, kept, live = {}, {}, {}, {}
-        for which in set(parts):
-            forward[which], held[which], live[which] = self._at(which, micro_batch)
-            kept[which] = held[which].copy()
-            if which:  # what does not grow with the micro-batch is autocast's cache of weights: freed with its context
-                cached = self._at(which, 0)[1][: self._stages]
-                kept[which] -= [*cached, -cached.sum()]
-        held_by, kept_by = (np.array([of[which][part] for part, which in enumerate(parts)]) for of in (held, kept))
-        peak, backward = 0.0, np.zeros(len(self.names))
-        for part, which in enumerate(parts):
-            peak = max(peak, forward[which][part] + (held_by - held[which])[:part].sum())
-            mine = self._part == part
-            backward[mine] = live[which][mine] + (kept_by - kept[which])[:part].sum()
-        return Activations(round(kept_by.sum()), round(peak), backward.round().astype(np.int64))
-
-    def _at(self, recomputed: bool, micro_batch: int) -> list[NDArray[np.float64]]:
-        small, large = (self._trace("all" if recomputed else "none", size)[2] for size in TRACED)
-        bytes_ = small + (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0]) * (large - small)
-        return np.split(bytes_, [self._stages + 1, 2 * (self._stages + 1)])
+        small, large = (self._trace(policy if isinstance(policy, str) else tuple(policy), size) for size in TRACED)
+        more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
+        kept, forward, live = (
+            np.round(one + more * (other - one)).astype(np.int64)
+            for one, other in zip(small.bytes, large.bytes, strict=True)
+        )
+        return Activations(int(kept), int(forward.max()), live)
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -134,26 +121,22 @@ class _Tracker(MemTracker):
         self.peak = max(self.peak, self.live)
 
 
-@functools.cache
-def trace(
-    config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
-) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
-    """Trace one micro-batch as ``Trainer.train_step`` runs it.
+class Trace(NamedTuple):
+    """What one micro-batch takes."""
 
-    Returns:
-        names and elements of the parameters in the order in which their gradients arrive; and bytes in one vector: the
-        peak of each part of the forward pass (four stages; batch, head and loss), what each part adds to the live
-        tensors until it has ended, and the peak before each gradient arrives.
-    """
+    elements: tuple[int, ...]
+    """Of each parameter, in the order in which their gradients arrive."""
+    bytes: tuple[Ints, Ints, Ints]
+    """Kept at the end of the forward pass; (parts,) peaks of its four stages and of batch, head and loss; (parameters,)
+    peaks in the backward pass until each gradient arrives."""
+
+
+@functools.cache
+def trace(config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool) -> Trace:
+    """Trace one micro-batch as ``Trainer.train_step`` runs it."""
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
     forward: list[int] = []
-    held: list[int] = []
-    arrived: list[tuple[str, int, int]] = []
-
-    def stage_ended(*_: object) -> None:
-        forward.append(tracker.read_peak())
-        held[-1] = tracker.live - held[-1]
-
+    arrived: list[tuple[int, int]] = []
     own = isinstance(config, LaViTConfig)
     with torch.device("meta"):
         model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
@@ -163,13 +146,10 @@ def trace(
     recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda one, name=name: arrived.append((name, one.numel(), tracker.read_peak()))
-            )
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda one: arrived.append((one.numel(), tracker.read_peak())))
         for stage in stages:
-            stage.register_forward_pre_hook(lambda *_: held.append(tracker.live))
-            stage.register_forward_hook(stage_ended)
+            stage.register_forward_hook(lambda *_: forward.append(tracker.read_peak()))
         if gpu:
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
@@ -187,10 +167,10 @@ def trace(
             loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
             del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
             forward.append(tracker.read_peak())
-            held.append(tracker.live - sum(held))
+            kept = tracker.live
             loss.backward()
-    names, elements, live = zip(*arrived, strict=True)
-    return names, elements, np.array([*forward, *held, *live], float)
+    elements, live = zip(*arrived, strict=True)
+    return Trace(elements, (np.array(kept), np.array(forward), np.array(live)))
 
 
 class GpuAutocast(TorchFunctionMode):

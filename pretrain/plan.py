@@ -26,7 +26,7 @@ from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.factory import FactoryConfig, try_network
-from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, as_booleans
+from pretrain.memory_estimate import Engine, MemoryEstimate, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
@@ -152,11 +152,7 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         except DataError as error:
             without = "or plan without it: --images N --classes N [--bytes-per-image N]"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
-        images, classes, source = (
-            images or len(split),
-            classes or split.num_classes,
-            str(recipe.data.path),
-        )
+        images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
         size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
     return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
 
@@ -164,19 +160,16 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 def _rows(estimate: MemoryEstimate, recipe: Recipe, capacity: float, *, chosen: bool) -> Iterator[dict[str, Any]]:
     """Memory at every recomputation policy, at the ZeRO stage of the estimate, which is ``chosen`` or not."""
     own = as_booleans(recipe.model.activation_checkpointing)
-    policies = {
-        tuple(stage < count for stage in range(4)): name
-        for count, name in enumerate(PREFIXES)
-        if name in estimate.network.policies
-    }
-    policies.setdefault(own, "the recipe's")
-    for policy, name in policies.items():
+    policies = {**estimate.network.policies}
+    if own not in map(as_booleans, policies.values()):
+        policies["the recipe's"] = own
+    for name, policy in policies.items():
         memory = estimate.memory(policy)
         yield {
             "zero_stage": estimate.engine.stage, "recomputed": name, "precision": estimate.precision,
             **dataclasses.asdict(memory), "total": memory.total, "fits": memory.total <= capacity,
             "largest_micro_batch": estimate.largest_micro_batch(policy, capacity),
-            "chosen": chosen and policy == own,
+            "chosen": chosen and as_booleans(policy) == own,
         }  # fmt: skip
 
 
