@@ -57,6 +57,8 @@ BUCKET, PERSISTENT, PREFETCH = 500_000_000, 100_000, 50_000_000
 class Activations(NamedTuple):
     """Bytes of one micro-batch, without weights and gradients that have arrived."""
 
+    elements: Ints
+    """(parameters,) elements of each parameter, in the order in which their gradients arrive."""
     kept: int
     """At the end of the forward pass: what the backward pass needs, the batch, the loss."""
     forward: int
@@ -65,8 +67,10 @@ class Activations(NamedTuple):
     """(parameters,) peak in the backward pass until each gradient arrives, since the one before."""
 
 
-class NetworkTrace:
-    """Activations of a network for any micro-batch and any choice of recomputed stages.
+def activations(
+    config: NetworkConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
+) -> Activations:
+    """Activations of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first.
 
     ``mixed``: whether mixup or CutMix allocate a second batch. ``gpu``: count what autocast keeps on a GPU, otherwise
     on a CPU.
@@ -74,26 +78,14 @@ class NetworkTrace:
     Raises:
         UserError: a network of a factory cannot be traced.
     """
-
-    def __init__(self, config: NetworkConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
-        self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu and precision == "bf16 autocast")
-        self.elements = np.array(self._trace("none", TRACED[0]).elements)
-        """(parameters,) in the order in which their gradients arrive."""
-        self.policies = PREFIXES
-        """What can be recomputed, by name."""
-        if isinstance(config, FactoryConfig):
-            names = ("none", "all") if hasattr(config.on_meta, "set_grad_checkpointing") else ("none",)
-            self.policies = {name: PREFIXES[name] for name in names}
-
-    def activations(self, policy: Policy, micro_batch: int) -> Activations:
-        """Of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first."""
-        small, large = (self._trace(policy if isinstance(policy, str) else tuple(policy), size) for size in TRACED)
-        more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
-        kept, forward, live = (
-            np.round(one + more * (other - one)).astype(np.int64)
-            for one, other in zip(small.bytes, large.bytes, strict=True)
-        )
-        return Activations(int(kept), int(forward.max()), live)
+    policy, gpu = policy if isinstance(policy, str) else tuple(policy), gpu and precision == "bf16 autocast"
+    traces = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
+    (elements, *small), (_, *large) = traces
+    more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
+    kept, forward, live = (
+        np.round(one + more * (other - one)).astype(np.int64) for one, other in zip(small, large, strict=True)
+    )
+    return Activations(elements, int(kept), int(forward.max()), live)
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -121,19 +113,16 @@ class _Tracker(MemTracker):
         self.peak = max(self.peak, self.live)
 
 
-class Trace(NamedTuple):
-    """What one micro-batch takes."""
-
-    elements: tuple[int, ...]
-    """Of each parameter, in the order in which their gradients arrive."""
-    bytes: tuple[Ints, Ints, Ints]
-    """Kept at the end of the forward pass; (parts,) peaks of its four stages and of batch, head and loss; (parameters,)
-    peaks in the backward pass until each gradient arrives."""
-
-
 @functools.cache
-def trace(config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool) -> Trace:
-    """Trace one micro-batch as ``Trainer.train_step`` runs it."""
+def trace(
+    config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Trace one micro-batch as ``Trainer.train_step`` runs it.
+
+    Returns:
+        as in ``Activations``, but the peak of the forward pass for each part of it: (parts,) four stages; batch, head
+        and loss.
+    """
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
     forward: list[int] = []
     arrived: list[tuple[int, int]] = []
@@ -170,7 +159,7 @@ def trace(config: Any, precision: Precision, policy: Policy, micro_batch: int, *
             kept = tracker.live
             loss.backward()
     elements, live = zip(*arrived, strict=True)
-    return Trace(elements, (np.array(kept), np.array(forward), np.array(live)))
+    return np.array(elements), np.array(kept), np.array(forward), np.array(live)
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -254,15 +243,15 @@ class MemoryEstimate:
         self, recipe: Recipe, resolved: ResolvedDeepSpeed, config: NetworkConfig, *, gpu: bool, loader_batches: int = 0
     ) -> None:
         self.engine, self.precision, mixed = Engine(recipe, resolved), resolved.precision, recipe.mixing.in_pairs
-        self.network = NetworkTrace(config, resolved.precision, mixed=mixed, gpu=gpu)
+        self._activations = functools.partial(activations, config, resolved.precision, mixed=mixed, gpu=gpu)
         self._policy, self._batch, self._multiple = recipe.model.activation_checkpointing, resolved.batch, 1 + mixed
         self._loader = 4 * loader_batches * 3 * math.prod(config.image_size)
 
     def memory(self, policy: Policy | None = None, micro_batch: int | None = None) -> Memory:
         """At the recipe's or another recomputation policy, at the configured or another micro-batch."""
         policy, micro_batch = policy or self._policy, micro_batch or self._batch.micro_batch
-        engine, elements = self.engine, self.network.elements
-        parameters = int(elements.sum())
+        engine, network = self.engine, self._activations(policy, micro_batch)
+        elements, parameters = network.elements, int(network.elements.sum())
         share = math.ceil(parameters / engine.ranks) if engine.stage else parameters
         # At stage 0 the weights are their own masters.
         optimizer, ema = 4 * share * (engine.copies - (engine.stage == 0)), 4 * share * engine.ema
@@ -275,10 +264,9 @@ class MemoryEstimate:
         host = engine.element * share * engine.weights_on_host
         if engine.optimizer_on_host:
             host, optimizer, ema = host + optimizer + ema + 4 * share, 0, 0
-        peaks = _peaks(engine, elements, self.network.activations(policy, micro_batch))
-        phase, activations, arrived, buffers = max(peaks, key=lambda peak: sum(peak[1:]))
-        activations += self._loader * micro_batch
-        return Memory(weights, gradients + arrived, optimizer, ema, activations, buffers, host, phase)
+        phase, live, arrived, buffers = max(_peaks(engine, network), key=lambda peak: sum(peak[1:]))
+        live += self._loader * micro_batch
+        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, host, phase)
 
     def largest_micro_batch(self, policy: Policy, capacity: float) -> int:
         """The largest micro-batch up to a rank's share of the global batch that fits in ``capacity`` bytes; or 0."""
@@ -286,12 +274,10 @@ class MemoryEstimate:
         return self._multiple * bisect.bisect_right(sizes, capacity, key=lambda size: self.memory(policy, size).total)
 
 
-def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator[tuple[str, int, int, int]]:
-    """Phases of a step, each with bytes of activations, gradients and buffers where these are largest together.
-
-    ``elements``: (parameters,) of each gradient, in the order in which they arrive.
-    """
-    stage, element, total, live = engine.stage, engine.element, int(elements.sum()), activations.live
+def _peaks(engine: Engine, network: Activations) -> Iterator[tuple[str, int, int, int]]:
+    """Phases of a step, each with bytes of activations, gradients and buffers where these are largest together."""
+    stage, element, elements, live = engine.stage, engine.element, network.elements, network.live
+    total = int(elements.sum())
     share = math.ceil(total / engine.ranks) if stage else total
     width = 4 if engine.wide_gradients else element
     several, none = engine.accumulation > 1, np.zeros_like(live)
@@ -303,7 +289,7 @@ def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator
     copies = copy * np.where(pending + elements > engine.bucket, pending, 0)
     gathered = element * int(elements[elements > engine.persistent].sum()) * (stage == 3)
     # What is gathered stays until the backward pass; a prefetched piece, until its weights have been copied out of it.
-    yield "forward", activations.forward, 0, gathered + min(gathered, element * engine.prefetch)
+    yield "forward", network.forward, 0, gathered + min(gathered, element * engine.prefetch)
     if stage == 3:
         held, buffers = element * pending, copies + gathered + flat
         reduce = (element * last, gathered + flat + element * last)
