@@ -134,18 +134,15 @@ class Wandb(Sink):
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """One row."""
-        self._log(samples_seen, {f"{kind}/{name}": value for name, value in values.items()})
+        self._library.log({AXIS: samples_seen} | {f"{kind}/{name}": value for name, value in values.items()})
 
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """An image."""
-        self._log(samples_seen, {name: self._library.Image(pixels)})
+        self._library.log({AXIS: samples_seen, name: self._library.Image(pixels)})
 
     def close(self) -> None:
         """Send the rest."""
         self._library.finish()
-
-    def _log(self, samples_seen: int, row: dict[str, Any]) -> None:
-        self._library.log({AXIS: samples_seen, **row})
 
 
 def _token(file: Path) -> str:
