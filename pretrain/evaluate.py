@@ -197,9 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rank = read_rank()
         device = choose_device(rank, options.device)
-        target, folder = Path(options.target), None
-        if (target / "recipe.yaml").exists() and not is_handoff(target):
-            folder = RunFolder(target)
+        target = Path(options.target)
+        is_run = (target / "recipe.yaml").exists() and not is_handoff(target)
+        folder = RunFolder(target) if is_run else None
         subject = open_subject(options, folder.handoff if folder else options.target, rank, device)
         control = None
         if rank.world_size > 1:
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         result, content = examine(subject, options, rank, device, control)
         if rank.is_first:
             output = options.output or (folder.path / "evaluation" if folder else None)
-            _print_report(subject, result, content)
+            _print_report(subject, result, content)  # first, since writing may fail
             if output is not None:
                 _write_report(subject, content, output)
             if folder is not None and folder.summary.exists():
