@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def convert(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return (
         f"{out}: {what}, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
         f"differ from torch's by at most {difference:.1e}"
