@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,12 +109,8 @@ class MetricsWriter:
             "environment": json.dumps(facts, indent=2),
             "git": json.dumps(environment.get("git"), indent=2),
         }
-
-        def describe(sink: Sink) -> None:
-            for name, text in texts.items():
-                sink.text(f"run/{name}", samples_seen, textwrap.indent(text, "    "))
-
-        self._send(describe)
+        for name, text in texts.items():
+            self._send(methodcaller("text", f"run/{name}", samples_seen, textwrap.indent(text, "    ")))
 
     def flush(self) -> None:
         """Bring all to disk."""
