@@ -5,15 +5,14 @@ contain what is needed to use them: class names, mean and standard deviation, an
 """
 
 import argparse
-import importlib.metadata
 import io
 import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,17 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from data_pipeline.files import replacing
 from models import LaViT, load_weights
 from pretrain.arguments import add_trust_argument
 from pretrain.factory import users_code
+from pretrain.files import fsync
 from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import ExitCode, UserError
 
 TOLERANCE = 1e-4
 """Largest difference of a logit from torch's with which a file is published."""
 OPSETS = range(18, 24)
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 ONNX_LIMIT = 2**31 - 2**24
 """Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, with a graph."""
 METADATA = "lavit.json"
@@ -40,29 +40,6 @@ _KEPT = {"class_names", "class_ids", "class_levels", "weights", "weights_blake2"
 Forward = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Converted:
-    """A file that was written."""
-
-    path: Path
-    what: str
-    """Format and version."""
-    size: tuple[int, int]
-    """Height and width of an image, in pixels."""
-    classes: int
-    difference: float
-    """Largest difference of a logit from torch's."""
-    images: int
-    """Number of images that were compared."""
-
-    def __str__(self) -> str:
-        height, width = self.size
-        return (
-            f"{self.path}: {self.what}, (batch, 3, {height}, {width}) to (batch, {self.classes}); logits of "
-            f"{self.images} images differ from torch's by at most {self.difference:.1e}"
-        )
-
-
 def convert(
     handoff: Path | str,
     out: Path,
@@ -70,7 +47,7 @@ def convert(
     image_size: tuple[int, int] | None = None,
     opset: int | None = None,
     trust_factory: bool = False,
-) -> Converted:
+) -> str:
     """Write a hand-off as one file, run the file on random and extreme images, and publish it if it is correct.
 
     Args:
@@ -79,6 +56,9 @@ def convert(
         image_size: height and width in pixels; None takes the hand-off's. Parameters are resampled.
         opset: ONNX's version of operators; None takes the exporter's own.
         trust_factory: as for ``load_handoff``.
+
+    Returns:
+        a line: what was written, and by how much its logits differ from torch's.
 
     Raises:
         UserError: no hand-off, an impossible size, format or opset, missing packages, a file that cannot be written, or
@@ -90,8 +70,8 @@ def convert(
         raise UserError(f"{out}: {'it is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}")
     if opset is not None and (out.suffix != ".onnx" or opset not in OPSETS):
         raise UserError(f"opset: for .onnx files, from {OPSETS.start} to {OPSETS.stop - 1}, got {opset} for {out.name}")
-    if out.suffix == ".onnx":
-        _require_onnx()
+    if out.suffix == ".onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -c constraints.txt -e '.[onnx]'")
     reference, config = load_handoff(handoff, trust_factory=trust_factory)
     size, name = image_size or config.input.size, config.architecture["name"]
     model = _at_size(reference, size)
@@ -105,8 +85,10 @@ def convert(
         "image_size": size,
         **config.input.model_dump(mode="json", include={"mean", "std", "interpolation", "eval_crop_ratio"}),
     }
+    part = out.with_name(out.name + ".part")
     try:
-        with _or_nothing(out), replacing(out) as stream, _quiet():
+        part.touch()  # a folder that cannot be written to is noticed before the export
+        with _quiet():
             with users_code(f"{name} cannot be exported for images of {size}"):
                 program = _program(model, size)
             if out.suffix == ".onnx":
@@ -115,17 +97,24 @@ def convert(
             else:
                 content, what = _pt2(program, metadata)
                 load = _load_program
-            stream.write(content)
-            stream.flush()
-            difference, images = _compare(reference, load(Path(stream.name)), config, size)
-            if not difference <= TOLERANCE:  # NaN must not pass
-                raise UserError(
-                    f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
-                    f"more than {TOLERANCE:g}"
-                )
+            part.write_bytes(content)
+            difference, images = _compare(reference, load(part), config, size)
+        if not difference <= TOLERANCE:  # NaN must not pass
+            raise UserError(
+                f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
+                f"more than {TOLERANCE:g}"
+            )
+        fsync(part)
+        part.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
-    return Converted(out, what, size, config.num_classes, difference, images)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return (
+        f"{out}: {what}, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
+        f"differ from torch's by at most {difference:.1e}"
+    )
 
 
 def _at_size(reference: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Module:
@@ -205,27 +194,6 @@ def _compare(reference: Forward, forward: Forward, config: HandoffConfig, size: 
     """The largest difference of a logit over all trial images, and their number."""
     differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_images(config, size)]
     return torch.cat(differences).max().item(), sum(map(len, differences))
-
-
-def _require_onnx() -> None:
-    missing = []
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
-        raise UserError(f"ONNX files need {', '.join(missing)}: pip install -c constraints.txt -e '.[onnx]'")
-
-
-@contextmanager
-def _or_nothing(out: Path) -> Iterator[None]:
-    """Remove an unfinished file."""
-    try:
-        yield
-    except BaseException:
-        out.with_name(out.name + ".part").unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -103,15 +103,3 @@ DEVICES = {
     "a100-40": Device("A100 40 GB SXM", r"\bA100\b(?!.*80GB)", 312e12, 156e12, 19.5e12, 40e9, 1.555e12, 300e9),
 }
 """By the name that a user types."""
-
-
-def peak_flops(torch_name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
-    """Peak FLOP/s of dense products on a GPU; None where it is not known, and MFU with it.
-
-    Args:
-        torch_name: as ``torch.cuda.get_device_name()`` gives it.
-        dtype: what is multiplied.
-        tf32: whether products of float32 are computed in TF32.
-    """
-    device = next((device for device in DEVICES.values() if re.search(device.pattern, torch_name)), None)
-    return None if device is None else device.peak(dtype, tf32=tf32)

@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,13 +18,13 @@ from pydantic import ValidationError
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, printable, without_secrets
 from data_pipeline.gpu_memory import gpu_memory_is_full
-from data_pipeline.loader import BadSample, EvalLoader
+from data_pipeline.loader import EvalLoader
 from data_pipeline.transforms import InputConfig
 from pretrain.arguments import add_device_argument, add_trust_argument
 from pretrain.engine.distributed import Rank, choose_device, fail, init_distributed, read_rank
 from pretrain.evaluation.accuracy import Evaluation, evaluate
 from pretrain.evaluation.labels import ClassMatch, RealLabels, match_classes
-from pretrain.evaluation.report import MISSING, Recorder, can_draw, draw_confusion, report, report_lines
+from pretrain.evaluation.report import Recorder, draw_confusion, report, report_lines
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fields import explain
 from pretrain.files import write_atomically, write_json
@@ -49,57 +50,22 @@ class Subject:
     dataset: Dataset
     classes: ClassMatch
     real: RealLabels | None
-    batch_size: int
-    precision: str
 
 
-def open_subject(
-    source: Path | str,
-    data: Path | str,
-    *,
-    split: str,
-    device: torch.device,
-    precision: str = "fp32",
-    batch_size: int | None = None,
-    real: Path | None = None,
-    by_position: bool = False,
-    check_files: bool = True,
-    trust_factory: bool = False,
-) -> Subject:
-    """Load the hand-off, open the data, and match their classes.
-
-    Args:
-        source: as for ``load_handoff``.
-        data: the dataset's folder or URL.
-        split: of the dataset.
-        device: of the model.
-        precision: a key of DTYPES.
-        batch_size: per rank; None: the recipe's ``evaluation.batch_size``.
-        real: file for ``RealLabels``.
-        by_position: as for ``match_classes``.
-        check_files: as for ``Dataset.open``.
-        trust_factory: as for ``load_handoff``.
+def open_subject(options: argparse.Namespace, source: Path | str, rank: Rank, device: torch.device) -> Subject:
+    """Load the hand-off at ``source``, open the data, and match their classes.
 
     Raises:
-        UserError: the hand-off is damaged, its classes are not the data's, or ``real`` belongs to other images.
+        UserError: the hand-off is damaged, its classes are not the data's, or ``--real`` belongs to other images.
         DataError: the dataset or the split does not exist or is damaged.
     """
-    model, config = load_handoff(source, trust_factory=trust_factory)
+    model, config = load_handoff(source, trust_factory=options.trust_factory)
+    data = options.data if "://" in options.data else Path(options.data)
     settings = _settings(config, data, source)
-    dataset = Dataset.open(data, split, settings.cache, check_files=check_files)
-    classes = match_classes(config, dataset, by_position=by_position)
-    size = batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
-    return Subject(
-        source=source,
-        model=model.to(device, DTYPES[precision]),
-        config=config,
-        input=settings,
-        dataset=dataset,
-        classes=classes,
-        real=None if real is None else RealLabels(real, dataset),
-        batch_size=size,
-        precision=precision,
-    )
+    dataset = Dataset.open(data, options.split, settings.cache, check_files=rank.local_rank == 0)
+    classes = match_classes(config, dataset, by_position=options.classes_by_position)
+    real = None if options.real is None else RealLabels(options.real, dataset)
+    return Subject(source, model.to(device, DTYPES[options.precision]), config, settings, dataset, classes, real)
 
 
 def _settings(config: HandoffConfig, data: Path | str, source: Path | str) -> InputConfig:
@@ -115,39 +81,36 @@ def _settings(config: HandoffConfig, data: Path | str, source: Path | str) -> In
 
 
 def examine(
-    subject: Subject, rank: Rank, device: torch.device, control: dist.ProcessGroup | None = None
+    subject: Subject, options: argparse.Namespace, rank: Rank, device: torch.device, control: dist.ProcessGroup | None
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluate, and report as JSON; all but "speed" is equal for any number of ranks. Collective.
+    """Evaluate, and report as JSON; all but "speed" is equal for any number of ranks.
 
-    Args:
-        subject: hand-off and split.
-        rank: of this process.
-        device: of the model.
-        control: CPU group of all ranks; None for a single process.
+    Collective over ``control``, a CPU group of all ranks; None for a single process.
 
     Raises:
         UserError: a score is not a finite number, or the split is empty.
         DataError: too many samples are damaged.
     """
-    config, dataset, columns = subject.config, subject.dataset, subject.classes.columns
+    config, dataset, columns, precision = subject.config, subject.dataset, subject.classes.columns, options.precision
     chosen = None if columns is None else torch.tensor(columns, device=device)
     levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
     if levels is not None and chosen is not None:
         levels = levels[chosen]
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = subject.model(images.to(DTYPES[subject.precision]))
+        logits: torch.Tensor = subject.model(images.to(DTYPES[precision]))
         return logits if chosen is None else logits[:, chosen]
 
+    batch_size = options.batch_size or config.recipe.get("evaluation", {}).get("batch_size") or 64
     loader = EvalLoader(
         dataset,
         subject.input,
-        batch_size=subject.batch_size,
+        batch_size=batch_size,
         rank=rank.rank,
         world_size=rank.world_size,
         local_ranks=rank.local_world_size,
         device=device,
-        on_bad_sample=_print_bad_sample,
+        on_bad_sample=lambda bad: _print(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", sys.stderr),
     )
     began, recorder = time.monotonic(), Recorder(subject.real)
     try:
@@ -159,7 +122,7 @@ def examine(
     if result.not_finite:
         raise UserError(
             f"{subject.source}: the scores of {result.not_finite} of {result.samples} images are not finite: "
-            f"the weights are broken, or {subject.precision} overflows"
+            f"the weights are broken, or {precision} overflows"
         )
     return result, {
         "handoff": {"source": str(subject.source), "weights": config.weights, "weights_blake2": config.weights_blake2},
@@ -171,8 +134,8 @@ def examine(
             "classes": subject.classes.how,
             "within_level": levels is not None,
         },
-        "precision": subject.precision,
-        "batch_size": subject.batch_size,
+        "precision": precision,
+        "batch_size": batch_size,
         **report(result, recorder.gathered(control), dataset, subject.real),
         "speed": {
             "images_per_second": round(result.samples / seconds, 2),
@@ -183,11 +146,7 @@ def examine(
     }
 
 
-def _print_bad_sample(bad: BadSample) -> None:
-    _say(f"bad sample {bad.name} in {bad.shard}: {bad.reason}", sys.stderr)
-
-
-def _say(text: str, stream: TextIO | None = None) -> None:
+def _print(text: str, stream: TextIO | None = None) -> None:
     """Print a line, whose names come from data."""
     print(printable(without_secrets(text)), file=stream)
 
@@ -236,32 +195,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rank = read_rank()
         device = choose_device(rank, options.device)
-        folder = None
-        if (Path(options.target) / "recipe.yaml").exists() and not is_handoff(Path(options.target)):
-            folder = RunFolder(Path(options.target))
-        subject = open_subject(
-            folder.handoff if folder else options.target,
-            options.data if "://" in options.data else Path(options.data),
-            split=options.split,
-            device=device,
-            precision=options.precision,
-            batch_size=options.batch_size,
-            real=options.real,
-            by_position=options.classes_by_position,
-            check_files=rank.local_rank == 0,
-            trust_factory=options.trust_factory,
-        )
+        target = Path(options.target)
+        is_run = (target / "recipe.yaml").exists() and not is_handoff(target)
+        folder = RunFolder(target) if is_run else None
+        subject = open_subject(options, folder.handoff if folder else options.target, rank, device)
         control = None
         if rank.world_size > 1:
             meet(rank, MEET_WITHIN_S)
             control = init_distributed(device)
         if rank.is_first:
             for warning in subject.classes.warnings:
-                _say(f"WARNING {warning}", sys.stderr)
-        result, content = examine(subject, rank, device, control)
+                _print(f"WARNING {warning}", sys.stderr)
+        result, content = examine(subject, options, rank, device, control)
         if rank.is_first:
             output = options.output or (folder.path / "evaluation" if folder else None)
-            _print(subject, result, content, output)
+            _print_report(subject, result, content)  # first, since writing may fail
+            if output is not None:
+                _write_report(subject, content, output)
             if folder is not None and folder.summary.exists():
                 try:
                     _print_summary(folder, subject, content)
@@ -284,39 +234,40 @@ def main(arguments: list[str] | None = None) -> int:
     return ExitCode.FINISHED
 
 
-def _print(subject: Subject, result: Evaluation, content: dict[str, Any], output: Path | None) -> None:
+def _print_report(subject: Subject, result: Evaluation, content: dict[str, Any]) -> None:
     dataset, speed = subject.dataset, content["speed"]
-    lines = [f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}"]
+    _print(f"hand-off {subject.source} on {dataset.path} {dataset.split}: {result}")
     if content["data"]["within_level"]:
-        lines.append("a label competes with the classes of its own level only, as in semantic softmax training")
-    lines += report_lines(content)
-    lines.append(
+        _print("a label competes with the classes of its own level only, as in semantic softmax training")
+    for line in report_lines(content):
+        _print(line)
+    _print(
         f"{content['samples']} images in {speed['seconds']:.1f} s, {speed['images_per_second']:.0f} images/s with "
-        f"decoding: {speed['ranks']} x {speed['device']}, {subject.precision}"
+        f"decoding: {speed['ranks']} x {speed['device']}, {content['precision']}"
     )
-    for line in lines:  # printed first, since writing may fail
-        _say(line)
-    for line in _write(subject, content, output) if output is not None else ():
-        _say(line)
 
 
-def _write(subject: Subject, content: dict[str, Any], output: Path) -> list[str]:
-    """Write the report and the plot; returns the lines to print."""
+def _write_report(subject: Subject, content: dict[str, Any], output: Path) -> None:
     name = f"{subject.dataset.name}-{subject.dataset.split}"
     path, plot = output / f"{name}.json", output / f"{name}-confusion.png"
+    can_draw = find_spec("matplotlib") is not None
     try:
         output.mkdir(parents=True, exist_ok=True)
         plot.unlink(missing_ok=True)  # that of an older report
         write_json(path, content)
-        if not can_draw():
-            return [f"report in {path}", f"WARNING {MISSING}"]
-        title = f"{subject.config.recipe['name']} on {name}: worst classes, top-1 {content['top1']:.2f} %"
-        write_atomically(plot, draw_confusion(content["per_class"], title))
+        if can_draw:
+            title = f"{subject.config.recipe['name']} on {name}: worst classes, top-1 {content['top1']:.2f} %"
+            write_atomically(plot, draw_confusion(content["per_class"], title))
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {output}: {error}: free some space, or give another --output"
         ) from None
-    return [f"report in {path}", f"confusion matrix of the worst classes in {plot}"]
+    _print(f"report in {path}")
+    if can_draw:
+        _print(f"confusion matrix of the worst classes in {plot}")
+    else:
+        install = "pip install --constraint constraints.txt matplotlib"
+        _print(f"WARNING the confusion matrix plot is left out: matplotlib is not installed ({install})")
 
 
 def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any]) -> None:
@@ -324,7 +275,7 @@ def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any])
     recipe = validate_recipe(folder.read_recipe() or {}, where=str(folder.path / "recipe.yaml"))
     dataset, train_split = subject.dataset, recipe.data.train_split
     if (
-        subject.precision == "fp32"
+        content["precision"] == "fp32"
         and dataset.split == recipe.data.val_split
         and train_split in dataset.store.manifest().splits
         and Dataset.open(dataset.path, train_split, subject.input.cache, check_files=False).fingerprint
@@ -332,7 +283,7 @@ def _print_summary(folder: RunFolder, subject: Subject, content: dict[str, Any])
     ):
         record_handoff_evaluation(folder, content["top1"])
     for line in summary_lines(folder):
-        _say(line)
+        _print(line)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ NetworkConfig = LaViTConfig | FactoryConfig
 Ints = NDArray[np.int64]
 Policy = Literal["none", "all"] | Sequence[bool]
 """Stages whose activations are recomputed, as ``LaViT.set_activation_checkpointing`` takes it."""
-PREFIXES = ("none", "stage 1", "stages 1-2", "stages 1-3", "all")
+PREFIXES: dict[str, Policy] = {
+    "none": "none",
+    "stage 1": (True, False, False, False),
+    "stages 1-2": (True, True, False, False),
+    "stages 1-3": (True, True, True, False),
+    "all": "all",
+}
 """First stages whose activations are recomputed: these keep most of them."""
 TRACED = (2, 4)
 """Micro-batches that are traced."""
@@ -51,6 +57,8 @@ BUCKET, PERSISTENT, PREFETCH = 500_000_000, 100_000, 50_000_000
 class Activations(NamedTuple):
     """Bytes of one micro-batch, without weights and gradients that have arrived."""
 
+    elements: Ints
+    """(parameters,) elements of each parameter, in the order in which their gradients arrive."""
     kept: int
     """At the end of the forward pass: what the backward pass needs, the batch, the loss."""
     forward: int
@@ -59,54 +67,25 @@ class Activations(NamedTuple):
     """(parameters,) peak in the backward pass until each gradient arrives, since the one before."""
 
 
-class NetworkTrace:
-    """Activations of a network for any micro-batch and any choice of recomputed stages.
+def activations(
+    config: NetworkConfig, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
+) -> Activations:
+    """Activations of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first.
 
-    Traced with no and with all stages recomputed. While a stage runs, only what earlier stages keep depends on whether
-    these are recomputed, so every choice follows from the two traces. ``mixed``: whether mixup or CutMix allocate a
-    second batch. ``gpu``: count what autocast keeps on a GPU, otherwise on a CPU. A network of a factory has no stages.
+    ``mixed``: whether mixup or CutMix allocate a second batch. ``gpu``: count what autocast keeps on a GPU, otherwise
+    on a CPU.
 
     Raises:
         UserError: a network of a factory cannot be traced.
     """
-
-    def __init__(self, config: NetworkConfig, precision: Precision, *, mixed: bool, gpu: bool) -> None:
-        self._trace = functools.partial(trace, config, precision, mixed=mixed, gpu=gpu and precision == "bf16 autocast")
-        self.names, sizes, _ = self._trace("none", TRACED[0])
-        """Parameters in the order in which their gradients arrive."""
-        self.elements = np.array(sizes)
-        """(parameters,) in this order."""
-        self.policies: tuple[str, ...] = PREFIXES
-        """Of PREFIXES, what can be recomputed."""
-        self._stages, own = STAGES, "stages."
-        if isinstance(config, FactoryConfig):
-            self._stages, own = 0, "a LaViT's"
-            self.policies = ("none", "all")[: 1 + hasattr(config.on_meta, "set_grad_checkpointing")]
-        self._part = np.array([int(n.split(".")[1]) if n.startswith(own) else self._stages for n in self.names])
-
-    def activations(self, policy: Policy, micro_batch: int) -> Activations:
-        """Of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first."""
-        chosen = as_booleans(policy)
-        parts = [*chosen[: self._stages], chosen[-1]]  # the last part is the batch, the head and the loss
-        forward, held, kept, live = {}, {}, {}, {}
-        for which in set(parts):
-            forward[which], held[which], live[which] = self._at(which, micro_batch)
-            kept[which] = held[which].copy()
-            if which:  # what does not grow with the micro-batch is autocast's cache of weights: freed with its context
-                cached = self._at(which, 0)[1][: self._stages]
-                kept[which] -= [*cached, -cached.sum()]
-        held_by, kept_by = (np.array([of[which][part] for part, which in enumerate(parts)]) for of in (held, kept))
-        peak, backward = 0.0, np.zeros(len(self.names))
-        for part, which in enumerate(parts):
-            peak = max(peak, forward[which][part] + (held_by - held[which])[:part].sum())
-            mine = self._part == part
-            backward[mine] = live[which][mine] + (kept_by - kept[which])[:part].sum()
-        return Activations(round(kept_by.sum()), round(peak), backward.round().astype(np.int64))
-
-    def _at(self, recomputed: bool, micro_batch: int) -> list[NDArray[np.float64]]:
-        small, large = (self._trace("all" if recomputed else "none", size)[2] for size in TRACED)
-        bytes_ = small + (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0]) * (large - small)
-        return np.split(bytes_, [self._stages + 1, 2 * (self._stages + 1)])
+    policy, gpu = policy if isinstance(policy, str) else tuple(policy), gpu and precision == "bf16 autocast"
+    traces = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
+    (elements, *small), (_, *large) = traces
+    more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
+    kept, forward, live = (
+        np.round(one + more * (other - one)).astype(np.int64) for one, other in zip(small, large, strict=True)
+    )
+    return Activations(elements, int(kept), int(forward.max()), live)
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -137,23 +116,16 @@ class _Tracker(MemTracker):
 @functools.cache
 def trace(
     config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
-) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.float64]]:
+) -> tuple[Ints, Ints, Ints, Ints]:
     """Trace one micro-batch as ``Trainer.train_step`` runs it.
 
     Returns:
-        names and elements of the parameters in the order in which their gradients arrive; and bytes in one vector: the
-        peak of each part of the forward pass (four stages; batch, head and loss), what each part adds to the live
-        tensors until it has ended, and the peak before each gradient arrives.
+        as in ``Activations``, but the peak of the forward pass for each part of it: (parts,) four stages; batch, head
+        and loss.
     """
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
     forward: list[int] = []
-    held: list[int] = []
-    arrived: list[tuple[str, int, int]] = []
-
-    def stage_ended(*_: object) -> None:
-        forward.append(tracker.read_peak())
-        held[-1] = tracker.live - held[-1]
-
+    arrived: list[tuple[int, int]] = []
     own = isinstance(config, LaViTConfig)
     with torch.device("meta"):
         model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
@@ -163,13 +135,10 @@ def trace(
     recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda one, name=name: arrived.append((name, one.numel(), tracker.read_peak()))
-            )
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda one: arrived.append((one.numel(), tracker.read_peak())))
         for stage in stages:
-            stage.register_forward_pre_hook(lambda *_: held.append(tracker.live))
-            stage.register_forward_hook(stage_ended)
+            stage.register_forward_hook(lambda *_: forward.append(tracker.read_peak()))
         if gpu:
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
@@ -187,10 +156,10 @@ def trace(
             loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
             del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
             forward.append(tracker.read_peak())
-            held.append(tracker.live - sum(held))
+            kept = tracker.live
             loss.backward()
-    names, elements, live = zip(*arrived, strict=True)
-    return names, elements, np.array([*forward, *held, *live], float)
+    elements, live = zip(*arrived, strict=True)
+    return np.array(elements), np.array(kept), np.array(forward), np.array(live)
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -274,15 +243,15 @@ class MemoryEstimate:
         self, recipe: Recipe, resolved: ResolvedDeepSpeed, config: NetworkConfig, *, gpu: bool, loader_batches: int = 0
     ) -> None:
         self.engine, self.precision, mixed = Engine(recipe, resolved), resolved.precision, recipe.mixing.in_pairs
-        self.network = NetworkTrace(config, resolved.precision, mixed=mixed, gpu=gpu)
+        self._activations = functools.partial(activations, config, resolved.precision, mixed=mixed, gpu=gpu)
         self._policy, self._batch, self._multiple = recipe.model.activation_checkpointing, resolved.batch, 1 + mixed
         self._loader = 4 * loader_batches * 3 * math.prod(config.image_size)
 
     def memory(self, policy: Policy | None = None, micro_batch: int | None = None) -> Memory:
         """At the recipe's or another recomputation policy, at the configured or another micro-batch."""
         policy, micro_batch = policy or self._policy, micro_batch or self._batch.micro_batch
-        engine, elements = self.engine, self.network.elements
-        parameters = int(elements.sum())
+        engine, network = self.engine, self._activations(policy, micro_batch)
+        elements, parameters = network.elements, int(network.elements.sum())
         share = math.ceil(parameters / engine.ranks) if engine.stage else parameters
         # At stage 0 the weights are their own masters.
         optimizer, ema = 4 * share * (engine.copies - (engine.stage == 0)), 4 * share * engine.ema
@@ -295,10 +264,9 @@ class MemoryEstimate:
         host = engine.element * share * engine.weights_on_host
         if engine.optimizer_on_host:
             host, optimizer, ema = host + optimizer + ema + 4 * share, 0, 0
-        peaks = _peaks(engine, elements, self.network.activations(policy, micro_batch))
-        phase, activations, arrived, buffers = max(peaks, key=lambda peak: sum(peak[1:]))
-        activations += self._loader * micro_batch
-        return Memory(weights, gradients + arrived, optimizer, ema, activations, buffers, host, phase)
+        phase, live, arrived, buffers = max(_peaks(engine, network), key=lambda peak: sum(peak[1:]))
+        live += self._loader * micro_batch
+        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, host, phase)
 
     def largest_micro_batch(self, policy: Policy, capacity: float) -> int:
         """The largest micro-batch up to a rank's share of the global batch that fits in ``capacity`` bytes; or 0."""
@@ -306,12 +274,10 @@ class MemoryEstimate:
         return self._multiple * bisect.bisect_right(sizes, capacity, key=lambda size: self.memory(policy, size).total)
 
 
-def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator[tuple[str, int, int, int]]:
-    """Phases of a step, each with bytes of activations, gradients and buffers where these are largest together.
-
-    ``elements``: (parameters,) of each gradient, in the order in which they arrive.
-    """
-    stage, element, total, live = engine.stage, engine.element, int(elements.sum()), activations.live
+def _peaks(engine: Engine, network: Activations) -> Iterator[tuple[str, int, int, int]]:
+    """Phases of a step, each with bytes of activations, gradients and buffers where these are largest together."""
+    stage, element, elements, live = engine.stage, engine.element, network.elements, network.live
+    total = int(elements.sum())
     share = math.ceil(total / engine.ranks) if stage else total
     width = 4 if engine.wide_gradients else element
     several, none = engine.accumulation > 1, np.zeros_like(live)
@@ -323,7 +289,7 @@ def _peaks(engine: Engine, elements: Ints, activations: Activations) -> Iterator
     copies = copy * np.where(pending + elements > engine.bucket, pending, 0)
     gathered = element * int(elements[elements > engine.persistent].sum()) * (stage == 3)
     # What is gathered stays until the backward pass; a prefetched piece, until its weights have been copied out of it.
-    yield "forward", activations.forward, 0, gathered + min(gathered, element * engine.prefetch)
+    yield "forward", network.forward, 0, gathered + min(gathered, element * engine.prefetch)
     if stage == 3:
         held, buffers = element * pending, copies + gathered + flat
         reduce = (element * last, gathered + flat + element * last)

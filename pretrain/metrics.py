@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import aside, is_measurement, json_lines, json_object, read_sealed, replacing
-from pretrain.monitoring.sinks import ForwardOnly, Guarded, Sink, TensorBoard
+from pretrain.files import aside, is_measurement, json_lines, json_object, read_sealed, replacing, write_sealed
+from pretrain.monitoring.sinks import Sink, TensorBoard
 from pretrain.outcome import UserError, storage_code
 
 
@@ -57,7 +57,7 @@ class MetricsWriter:
             self._lines = jsonl.open("a")
         except OSError as error:
             raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
-        sinks: dict[str, Sink] = {}
+        self._say, self._sinks, self._sent = say, dict[str, Sink](), dict[str, int]()
         try:
             board = TensorBoard(tensorboard, purge_from=purge_from)
             # TensorBoard purges all kinds alike: the kinds that are not measured again there are sent again.
@@ -66,13 +66,12 @@ class MetricsWriter:
                     places = ("kind", "samples_seen", "time")
                     values = {name: value for name, value in row.items() if name not in places}
                     board.scalars(row["kind"], row["samples_seen"], values)
-            marks = jsonl.parent / "trackers.json"
-            forward = {name: ForwardOnly(sink, marks, newest) for name, sink in (trackers or {}).items()}
-            sinks = {"TensorBoard": board, **forward}
+            if trackers:
+                self._sent = _sent_to_trackers(jsonl.parent / "trackers.json", newest)
+            self._sinks = {"TensorBoard": board, **(trackers or {})}
         except (OSError, OverflowError) as error:
             names = ", ".join(["TensorBoard", *(trackers or {})])
             say(f"WARNING no measurements until the next start, but in metrics.jsonl: {names} ({error})")
-        self._sinks = Guarded(sinks, say)
 
     def write(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """Write one line, with the time (Unix), and send it to the sinks.
@@ -88,11 +87,13 @@ class MetricsWriter:
         line = {"kind": kind, "samples_seen": samples_seen, "time": round(time.time(), 3)}
         self._lines.write(json.dumps(line | dict(values)) + "\n")
         self._lines.flush()
-        self._sinks.each(lambda sink: sink.scalars(kind, samples_seen, values))
+        again = samples_seen <= self._sent.get(kind, -1)
+        self._send(lambda sink: sink.scalars(kind, samples_seen, values), again=again)
 
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Send an image, (height, width, 3), to the sinks."""
-        self._sinks.each(lambda sink: sink.image(name, samples_seen, pixels))
+        again = samples_seen <= max(self._sent.values(), default=-1)
+        self._send(lambda sink: sink.image(name, samples_seen, pixels), again=again)
 
     def describe_run(self, samples_seen: int) -> None:
         """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
@@ -108,18 +109,46 @@ class MetricsWriter:
             "git": json.dumps(environment.get("git"), indent=2),
         }
         for name, text in texts.items():
-            self._sinks.each(methodcaller("text", f"run/{name}", samples_seen, textwrap.indent(text, "    ")))
+            self._send(methodcaller("text", f"run/{name}", samples_seen, textwrap.indent(text, "    ")))
 
     def flush(self) -> None:
         """Bring all to disk."""
         os.fsync(self._lines.fileno())
-        self._sinks.each(lambda sink: sink.flush())
+        self._send(lambda sink: sink.flush())
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._sinks.each(lambda sink: sink.close())
+        self._send(lambda sink: sink.close())
         os.fsync(self._lines.fileno())
         self._lines.close()
+
+    def _send(self, call: Callable[[Sink], None], *, again: bool = False) -> None:
+        """Let each sink take something; trackers nothing ``again``. One that fails is abandoned, with a warning."""
+        for name, sink in [*self._sinks.items()]:
+            if again and name != "TensorBoard":
+                continue
+            try:
+                call(sink)
+            except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+                del self._sinks[name]
+                self._say(
+                    f"WARNING {name} takes no more measurements until the next start, metrics.jsonl does "
+                    f"({type(error).__name__}: {error})"
+                )
+
+
+def _sent_to_trackers(marks: Path, newest: Mapping[str, int]) -> dict[str, int]:
+    """Up to how many samples seen each kind was sent to trackers, which cannot delete; kept in a file over attempts.
+
+    ``newest``: the same as far as ``metrics.jsonl`` has it.
+    """
+    try:
+        known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
+    except (OSError, UserError, ValueError, TypeError, OverflowError):
+        known = {}  # then what metrics.jsonl holds is all that is known to have been sent
+    sent = {kind: max(known.get(kind, -1), newest.get(kind, -1)) for kind in {*known, *newest}}
+    write_sealed(marks, sent)
+    return sent
 
 
 def _cut(

@@ -26,7 +26,7 @@ from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.factory import FactoryConfig, try_network
-from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, as_booleans
+from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, NetworkConfig, Policy, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
@@ -109,7 +109,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     resolved = resolve_for(recipe, deepspeed, **of_gpus)
     batch, capacity = resolved.batch, device.memory * (1 - options.headroom)
     measured = options.benchmark and read_benchmark(options.benchmark, device, config, recipe, resolved)
-    rows, refused = list[dict[str, Any]](), list[str]()
+    rows, refused, policies = list[dict[str, Any]](), list[str](), _policies(recipe, config)
     for stage in range(4):
         changed = copy.deepcopy(deepspeed)
         changed.setdefault("zero_optimization", {})["stage"] = stage
@@ -119,7 +119,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
             refused.append(f"ZeRO {stage}: {error}")
             continue
         estimate = MemoryEstimate(recipe, at_stage, config, gpu=True, loader_batches=recipe.data.prefetch)
-        rows += _rows(estimate, recipe, capacity, chosen=stage == resolved.stage)
+        rows += _rows(estimate, recipe, policies, capacity, chosen=stage == resolved.stage)
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
     peak = device.peak(dtype) / model_flops_per_image(macs)
     rate = measured["images_per_s"] if measured else options.mfu and options.mfu * peak
@@ -152,31 +152,34 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         except DataError as error:
             without = "or plan without it: --images N --classes N [--bytes-per-image N]"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
-        images, classes, source = (
-            images or len(split),
-            classes or split.num_classes,
-            str(recipe.data.path),
-        )
+        images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
         size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
     return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
 
 
-def _rows(estimate: MemoryEstimate, recipe: Recipe, capacity: float, *, chosen: bool) -> Iterator[dict[str, Any]]:
+def _policies(recipe: Recipe, config: NetworkConfig) -> dict[str, Policy]:
+    """What can be recomputed, by name, and what the recipe says."""
+    policies, own = dict(PREFIXES), recipe.model.activation_checkpointing
+    if isinstance(config, FactoryConfig):
+        names = ("none", "all") if hasattr(config.on_meta, "set_grad_checkpointing") else ("none",)
+        policies = {name: PREFIXES[name] for name in names}
+    if as_booleans(own) not in map(as_booleans, policies.values()):
+        policies["the recipe's"] = own
+    return policies
+
+
+def _rows(
+    estimate: MemoryEstimate, recipe: Recipe, policies: dict[str, Policy], capacity: float, *, chosen: bool
+) -> Iterator[dict[str, Any]]:
     """Memory at every recomputation policy, at the ZeRO stage of the estimate, which is ``chosen`` or not."""
     own = as_booleans(recipe.model.activation_checkpointing)
-    policies = {
-        tuple(stage < count for stage in range(4)): name
-        for count, name in enumerate(PREFIXES)
-        if name in estimate.network.policies
-    }
-    policies.setdefault(own, "the recipe's")
-    for policy, name in policies.items():
+    for name, policy in policies.items():
         memory = estimate.memory(policy)
         yield {
             "zero_stage": estimate.engine.stage, "recomputed": name, "precision": estimate.precision,
             **dataclasses.asdict(memory), "total": memory.total, "fits": memory.total <= capacity,
             "largest_micro_batch": estimate.largest_micro_batch(policy, capacity),
-            "chosen": chosen and policy == own,
+            "chosen": chosen and as_booleans(policy) == own,
         }  # fmt: skip
 
 

@@ -4,10 +4,10 @@ import argparse
 import base64
 import html
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,16 @@ class Curve:
     """One measurement against images seen, in bounded memory: of every four points the lowest and the highest stay."""
 
     def __init__(self) -> None:
-        self._x, self._y = array("d"), array("d")
+        self.points: list[tuple[float, float]] = []
+        """Images seen and value, in the order of the file."""
 
     def add(self, x: float, y: float) -> None:
         """Add a point."""
-        self._x.append(x)
-        self._y.append(y)
-        if len(self._x) == POINTS:
-            fours = np.array(self._y).reshape(-1, 4)
-            first = 4 * np.arange(len(fours))
-            keep = np.unique(np.concatenate([first + fours.argmin(1), first + fours.argmax(1)]))
-            self._x, self._y = (array("d", np.array(values)[keep]) for values in (self._x, self._y))
-
-    def points(self) -> tuple[list[float], list[float]]:
-        """Images seen and values, in the order of the file."""
-        return self._x.tolist(), self._y.tolist()
+        self.points.append((x, y))
+        if len(self.points) == POINTS:
+            fours = [self.points[at : at + 4] for at in range(0, POINTS, 4)]
+            value = itemgetter(1)
+            self.points = [one for four in fours for one in sorted({min(four, key=value), max(four, key=value)})]
 
 
 @dataclass
@@ -133,13 +128,14 @@ def plots(path: Path) -> dict[str, bytes]:
 
 def read_events(run: Run) -> None:
     """Collect restarts, rollbacks, loss spikes, bad samples and what else happened."""
-    clock = run.curves[("train", "time")].points() if ("train", "time") in run.curves else ([0.0], [0.0])
+    clock = run.curves[("train", "time")].points if ("train", "time") in run.curves else [(0.0, 0.0)]
+    seen_then, times = zip(*clock, strict=True)
     counts: Counter[str] = Counter()
 
     def add(kind: str, row: dict[str, Any], text: str) -> None:
         seen, time = row.get("samples_seen"), row.get("time")
         if not isinstance(seen, int):  # known by its time only
-            seen = np.interp(time, clock[1], clock[0]) if isinstance(time, int | float) else 0
+            seen = np.interp(time, times, seen_then) if isinstance(time, int | float) else 0
         counts[kind] += 1
         if counts[kind] <= MARKS:
             run.events.append((kind, float(seen), text[:300]))
@@ -205,7 +201,7 @@ def render(runs: list[Run]) -> str:
         raise UserError(f"{error}: pip install --constraint constraints.txt plotly") from None
     palette = colors.qualitative.D3
     restarts = [place for run in runs for kind, place, _ in run.events if kind in ("restart", "rollback")][:MARKS]
-    last = max((curve.points()[0][-1] for run in runs for curve in run.curves.values()), default=1.0)
+    last = max((curve.points[-1][0] for run in runs for curve in run.curves.values()), default=1.0)
 
     def plain(content: Any) -> str:  # plotly takes some HTML in texts
         return html.escape(show(content))
@@ -225,7 +221,7 @@ def render(runs: list[Run]) -> str:
     for title, lines in panels(runs).items():
         traces = []
         for place, (number, label, curve) in enumerate(lines):
-            x, y = curve.points()
+            x, y = zip(*curve.points, strict=True)
             color = palette[(number if len(runs) > 1 else place) % len(palette)]
             dash = "dash" if len(runs) > 1 and place and lines[place - 1][0] == number else "solid"
             traces.append(graph_objects.Scatter(x=x, y=y, name=plain(label), line={"color": color, "dash": dash}))

@@ -1,6 +1,5 @@
 """Time of a step: the measured speed of one GPU, and communication."""
 
-import dataclasses
 import json
 import re
 import statistics
@@ -56,10 +55,8 @@ def read_benchmark(
     if precision != resolved.precision:
         why = f"was measured in {precision}, and the plan trains in {resolved.precision}: assume a speed with --mfu"
         raise UserError(f"--benchmark {path}: {why}")
-    as_measured = model_config(config.name, image_size=config.image_size)
-    names = (field.name for field in dataclasses.fields(LaViTConfig))
-    pairs = {name: (getattr(config, name), getattr(as_measured, name)) for name in names}
-    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    here, there = config.to_dict(), model_config(config.name, image_size=config.image_size).to_dict()
+    changed = {name: (here[name], there[name]) for name in here if here[name] != there[name]}
     if foreign := changed.keys() - {*SAME_NETWORK}:
         why = f"was measured of {config.name} with another {', '.join(sorted(foreign))}: assume a speed with --mfu"
         raise UserError(f"--benchmark {path}: {why}")

@@ -39,9 +39,11 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
         UserError: a class of the data is none of the hand-off's, or a hand-off without ids has other names.
     """
     where, count = dataset.path, dataset.num_classes
+    if (by_position or config.class_ids is None) and count != config.num_classes:
+        old = "the hand-off is too old to have their ids: evaluate on data with its classes"
+        why = "they must be equal" if by_position else old
+        raise UserError(f"the hand-off has {config.num_classes} classes, {where} has {count}: {why}")
     if by_position:
-        if count != config.num_classes:
-            raise UserError(f"the hand-off has {config.num_classes} classes, {where} has {count}: they must be equal")
         same = tuple(config.class_ids or config.class_names) == (
             dataset.class_ids if config.class_ids else dataset.class_names
         )
@@ -80,11 +82,6 @@ def match_classes(config: HandoffConfig, dataset: Dataset, *, by_position: bool 
 
 def _match_names(config: HandoffConfig, dataset: Dataset) -> ClassMatch:
     """For an old hand-off without class ids. Names may occur twice, so only equal lists are accepted."""
-    if dataset.num_classes != config.num_classes:
-        raise UserError(
-            f"the hand-off has {config.num_classes} classes and {dataset.path} has {dataset.num_classes}, and it is "
-            "too old to have their ids: evaluate on data with its classes"
-        )
     pairs = enumerate(zip(config.class_names, dataset.class_names, strict=True))
     different = [(number, ours, theirs) for number, (ours, theirs) in pairs if ours != theirs]
     if different:

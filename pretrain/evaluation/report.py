@@ -7,7 +7,6 @@ import io
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,6 @@ PLOTTED = 20
 OTHERS = 10
 """Further classes in the plot, those most often predicted for them, that have a column of their own."""
 _NAME = 24
-MISSING = (
-    "the confusion matrix plot is left out: matplotlib is not installed "
-    "(pip install --constraint constraints.txt matplotlib)"
-)
 
 
 @dataclass(frozen=True)
@@ -179,11 +174,6 @@ def report_lines(content: dict[str, Any]) -> list[str]:
     if content["unreadable"]:
         lines.append(f"WARNING {content['unreadable']} images cannot be read and are left out")
     return lines
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw_confusion(per_class: list[dict[str, Any]], title: str) -> bytes:

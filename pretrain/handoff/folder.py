@@ -23,7 +23,7 @@ from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff import transformers_files
-from pretrain.handoff.hub import fetch, is_hub_name
+from pretrain.handoff.hub import fetch
 from pretrain.outcome import ExitCode, UserError, storage_code
 
 WEIGHTS = "model.safetensors"
@@ -201,8 +201,8 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
         UserError: as ``load_handoff``.
     """
     folder = Path(source)
-    if isinstance(source, str) and not folder.exists() and is_hub_name(source):
-        folder = fetch(source, [CONFIG, WEIGHTS, transformers_files.PREPROCESSOR, "*.py"])
+    if isinstance(source, str) and not folder.exists():
+        folder = fetch(source, [CONFIG, WEIGHTS, transformers_files.PREPROCESSOR, "*.py"]) or folder
     try:
         config = _config((folder / CONFIG).read_bytes(), folder / CONFIG)
         changed = [name for name, stated in config.files_blake2.items() if digest_of_file(folder / name) != stated]

@@ -12,30 +12,24 @@ _REFUSALS = ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def is_hub_name(source: str) -> bool:
-    """Whether a text can name a repository: ``ORGANIZATION/NAME``, or with a branch, tag or commit ``...@REVISION``."""
-    return _NAME.fullmatch(source) is not None
-
-
-def fetch(source: str, files: Sequence[str]) -> Path:
+def fetch(source: str, files: Sequence[str]) -> Path | None:
     """Download files of a repository into the Hub's cache on this machine, unless they are there.
 
     The commit that was taken is printed on stderr, since a branch moves, and since without a network the newest in the
     cache is taken. The library reads HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and tokens.
 
     Args:
-        source: a name for which ``is_hub_name`` is true. Without a revision it is the main branch.
+        source: ``ORGANIZATION/NAME``, or with a branch, tag or commit ``...@REVISION``; otherwise the main branch.
         files: their names in the repository.
 
     Returns:
-        the folder in the cache that holds them, as far as the repository has them.
+        the folder in the cache that holds them, as far as the repository has them; None: no name of a repository.
 
     Raises:
         UserError: huggingface_hub is not installed, there is no such repository or revision, or it cannot be reached.
     """
-    parts = _NAME.fullmatch(source)
-    assert parts is not None
-    repository, revision = parts["repository"], parts["revision"]
+    if (parts := _NAME.fullmatch(source)) is None:
+        return None
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -44,7 +38,7 @@ def fetch(source: str, files: Sequence[str]) -> Path:
             f"({error}): pip install --constraint constraints.txt huggingface_hub, or give the path of a folder"
         ) from None
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        folder = Path(snapshot_download(parts["repository"], revision=parts["revision"], allow_patterns=list(files)))
     except Exception as error:  # noqa: BLE001  (its own, the HTTP library's and the system's, a dozen kinds)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise UserError(

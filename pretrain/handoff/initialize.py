@@ -1,6 +1,6 @@
 """Initial weights of a run from another run's hand-off, fitted to other classes and another image size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,44 +39,45 @@ def begin(folder: RunFolder, model: LaViT, recipe: Recipe, train_set: Dataset) -
     Raises:
         UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
     """
-    if recipe.initialize_from is None:
+    section = recipe.initialize_from
+    if section is None:
         return Beginning(None, initialized=False)
     has_checkpoint = bool(list_checkpoints(folder.checkpoints))
     started = has_checkpoint or (folder.path / "environment.json").exists()
     recorded = folder.read_origin() if started else None
     if has_checkpoint:
-        check_moved(recipe.initialize_from, recorded, folder.path)
+        if recorded is None:
+            raise UserError(
+                f"{folder.path} was not started from a hand-off: leave initialize_from out, or choose another name"
+            )
+        if Path(section.handoff).absolute() != Path(recorded["handoff"]).absolute():
+            _check_same(section, read_handoff(section.handoff)[0], recorded)
         return Beginning(recorded, initialized=False)
-    origin, notes = initialize(model, recipe, train_set.class_ids, train_set.fingerprint, recorded=recorded)
+    config, state = read_handoff(section.handoff)
+    if recorded is not None:
+        _check_same(section, config, recorded)
+    check_architecture(section, config, model.config)
+    notes = _fill(model, section, config, state, train_set)
+    for name in ("mean", "std"):
+        if (there := getattr(config.input, name)) != (here := getattr(recipe.data, name)):
+            notes.append(f"WARNING initialized: the hand-off was trained with {name} {there}, this recipe has {here}")
+    origin = {
+        "handoff": section.handoff,
+        "weights_blake2": config.weights_blake2,
+        "weights": config.weights,
+        "run": config.recipe["name"],
+        "dataset": config.dataset,
+        "samples_seen": config.samples_seen,
+        "initialized_from": config.initialized_from,
+    }
     return Beginning(origin, initialized=True, notes=tuple(notes))
 
 
-def initialize(
-    model: LaViT, recipe: Recipe, class_ids: Sequence[str], fingerprint: str, *, recorded: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Fill a fresh model from the recipe's hand-off; ``share_weights`` takes the weights to the other ranks.
-
-    Args:
-        model: on the CPU, as ``build_model`` gives it.
-        recipe: has ``initialize_from``.
-        class_ids: the training split's, in the order of its labels.
-        fingerprint: the training split's.
-        recorded: the origin that a previous attempt of this run recorded, if there was one.
-
-    Returns:
-        the run's origin, for its folder and its own hand-off; and lines that report what was done.
-
-    Raises:
-        UserError: no hand-off, a damaged one, one of another network, or not the one that the run was started from.
-    """
-    section = recipe.initialize_from
-    assert section is not None
-    config, state = read_handoff(section.handoff)
-    origin = _origin(section, config)
-    if recorded is not None:
-        _check_same(section, origin, recorded)
-    check_architecture(section, config, model.config)
-    rows, head = head_rows(config, class_ids, fingerprint)
+def _fill(
+    model: LaViT, section: InitializeSection, config: HandoffConfig, state: Mapping[str, torch.Tensor], data: Dataset
+) -> list[str]:
+    """Take over all weights but the head's rows of other classes; lines that report what was done."""
+    rows, head = _head_rows(config, data)
     try:
         resampled = load_weights(model, state, fresh=["head."])
         for name in ("head.weight", "head.bias"):
@@ -86,15 +87,15 @@ def initialize(
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"initialize_from: {section.handoff} lacks weights that its config names: {reason}") from None
-    new = model.config.num_classes - len(rows)
-    if new and section.head_init_scale != 1:
+    if len(rows) < model.config.num_classes and section.head_init_scale != 1:
         head += f", their fresh weights times {section.head_init_scale:g}"
-    what = f"{config.weights} weights of {origin['run']}, {config.samples_seen:,} images of {config.dataset['name']}"
+    run, dataset = config.recipe["name"], config.dataset["name"]
+    what = f"{config.weights} weights of {run}, {config.samples_seen:,} images of {dataset}"
     lines = [f"initialized from {section.handoff}: {what}; digest {config.weights_blake2}", f"initialized: {head}"]
     if resampled:
         sizes = [" x ".join(map(str, size)) for size in (config.architecture["image_size"], model.config.image_size)]
         lines.append(f"initialized: {len(resampled)} tensors of the token grids resampled, {sizes[0]} -> {sizes[1]}")
-    return origin, [*lines, *_input_warnings(recipe, config)]
+    return lines
 
 
 def share_weights(model: torch.nn.Module, device: torch.device) -> None:
@@ -130,19 +131,7 @@ def check_architecture(section: InitializeSection, config: HandoffConfig, wanted
         )
 
 
-def check_moved(section: InitializeSection, recorded: Mapping[str, Any] | None, run: Path) -> None:
-    """Compare the hand-off that a resumed run names with its own, if it is at another place; else read nothing.
-
-    Raises:
-        UserError: it is another hand-off, or cannot be read.
-    """
-    if recorded is None:
-        raise UserError(f"{run} was not started from a hand-off: leave initialize_from out, or choose another name")
-    if Path(section.handoff).absolute() != Path(recorded["handoff"]).absolute():
-        _check_same(section, _origin(section, read_handoff(section.handoff)[0]), recorded)
-
-
-def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str) -> tuple[dict[int, int], str]:
+def _head_rows(config: HandoffConfig, data: Dataset) -> tuple[dict[int, int], str]:
     """Find the rows of a hand-off's head that belong to the classes here, by their ids.
 
     Ids that are only the labels (as of shards indexed in place) do not identify a class; they are compared only where
@@ -151,12 +140,12 @@ def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str)
     Returns:
         row here -> row there, and a line that reports it.
     """
-    wanted, known = list(class_ids), config.class_ids
+    wanted, known = list(data.class_ids), config.class_ids
     counts = f"{len(wanted)} classes here, {config.num_classes} there"
     if known is None:
         return {}, f"a new head ({counts}; the hand-off has no class ids)"
     numbers = all(ids == [str(label) for label in range(len(ids))] for ids in (wanted, list(known)))
-    if numbers and config.dataset["fingerprint"] != fingerprint:
+    if numbers and config.dataset["fingerprint"] != data.fingerprint:
         return {}, f"a new head ({counts}, whose ids are only numbers, which may mean other things elsewhere)"
     row_of = {class_id: row for row, class_id in enumerate(known)}
     rows = {row: row_of[class_id] for row, class_id in enumerate(wanted) if class_id in row_of}
@@ -170,32 +159,10 @@ def head_rows(config: HandoffConfig, class_ids: Sequence[str], fingerprint: str)
     )
 
 
-def _origin(section: InitializeSection, config: HandoffConfig) -> dict[str, Any]:
-    """Record of a hand-off, and of what it was initialized from itself."""
-    return {
-        "handoff": section.handoff,
-        "weights_blake2": config.weights_blake2,
-        "weights": config.weights,
-        "run": config.recipe["name"],
-        "dataset": config.dataset,
-        "samples_seen": config.samples_seen,
-        "initialized_from": config.initialized_from,
-    }
-
-
-def _check_same(section: InitializeSection, found: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    if found["weights_blake2"] != recorded["weights_blake2"]:
+def _check_same(section: InitializeSection, config: HandoffConfig, recorded: Mapping[str, Any]) -> None:
+    if config.weights_blake2 != recorded["weights_blake2"]:
         raise UserError(
-            f"initialize_from: {section.handoff} holds other weights ({found['weights_blake2']}) than this run was "
+            f"initialize_from: {section.handoff} holds other weights ({config.weights_blake2}) than this run was "
             f"started from ({recorded['weights_blake2']} of {recorded['handoff']}): restore those, or choose another "
             "name with --set name=..."
         )
-
-
-def _input_warnings(recipe: Recipe, config: HandoffConfig) -> list[str]:
-    """Warnings about another normalization than the weights were trained with."""
-    return [
-        f"WARNING initialized: the hand-off was trained with {name} {there}, this recipe has {here}"
-        for name in ("mean", "std")
-        if (there := getattr(config.input, name)) != (here := getattr(recipe.data, name))
-    ]

@@ -30,6 +30,10 @@ _RECTANGLE = """
 transformers has no image processor that cuts a rectangle out of the center, so there is none here: below, `processor`
 and `pipeline` do not work. `input` in `config.json` states how to make `pixels`.
 """
+_LEVELS = """\
+- The classes form a hierarchy: scores compare within a level (`class_levels` in `config.json`). A softmax over all, \
+as `pipeline` computes it, gives no probabilities.
+"""
 
 
 def model_card(
@@ -49,6 +53,7 @@ def model_card(
         _escaped, (content["architecture"]["name"], dataset["name"], recipe["data"]["val_split"])
     )
     size, own = data["image_size"], "factory" not in content["architecture"]
+    about = ", not stated; `python -m pretrain.export RUN --license ID` states it" if license_id == "unknown" else ""
     rectangle = "" if isinstance(size, int) or size[0] == size[1] else _RECTANGLE
     return f"""---
 {yaml.safe_dump(_front_matter(content, license_id), sort_keys=False, allow_unicode=True).strip()}
@@ -87,7 +92,7 @@ Measured during training after {evaluated_at:,} images, in the precision of trai
 
 - Every image gets one of these classes, whatever it shows.
 - Nothing else was measured for this card: no other data, no robustness, no differences between groups of people.
-{_levels(content.get("class_levels"))}- License: {_escaped(license_id)}{_about(license_id)}.
+{_LEVELS if content.get("class_levels") is not None else ""}- License: {_escaped(license_id)}{about}.
 
 ## Use
 
@@ -125,19 +130,6 @@ def _settings(recipe: dict[str, Any]) -> str:
         return {name: each for name, each in kept.items() if each}
 
     return yaml.safe_dump(on(chosen), sort_keys=False, width=2**20, default_flow_style=None).strip()
-
-
-def _levels(levels: list[int] | None) -> str:
-    if levels is None:
-        return ""
-    return (
-        "- The classes form a hierarchy: scores compare within a level (`class_levels` in `config.json`). A softmax "
-        "over all, as `pipeline` computes it, gives no probabilities.\n"
-    )
-
-
-def _about(license_id: str) -> str:
-    return "" if license_id != "unknown" else ", not stated; `python -m pretrain.export RUN --license ID` states it"
 
 
 def _escaped(text: str) -> str:

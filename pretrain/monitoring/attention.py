@@ -1,59 +1,61 @@
-"""The attention of a few fixed images as the network learns."""
+"""The attention of a few fixed images as the network learns, in numbers and laid over the images."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
+from data_pipeline.preview import CELL, LINE, Pixels, thumbnail, write_line
 from models.config import Grid, LaViTConfig
 from models.diagnostics import BlockDiagnostics, attention_diagnostics
-from pretrain.monitoring.images import BlockMap
+
+SHADES = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float32)
+"""From little to much attention: five colors of matplotlib's "plasma", whose brightness rises evenly."""
 
 
-class AttentionWatch:
-    """Keeps the first images that this rank evaluates, and measures and maps their attention.
+@dataclass(frozen=True)
+class BlockMap:
+    """Where one block of the network looks, averaged over heads, for each of m images."""
+
+    title: str
+    everywhere: NDArray[np.float32]
+    """(m, h, w) over the key grid: attention that a place is paid by all queries together."""
+    middle: NDArray[np.float32]
+    """(m, h, w): attention that it is paid by the query in the image's middle."""
+
+
+def measure_attention(model: Any, images: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, float], list[BlockMap]]:
+    """Make one forward pass without gradients; the weights and torch's random numbers stay as they are.
+
+    Collective at ZeRO stage 3, where parameters are gathered for it.
 
     Args:
-        count: how many; 0 for none.
+        model: the LaViT.
+        images: (m, 3, H, W) normalized.
+        dtype: what it computes in.
+
+    Returns:
+        The numbers of every block, and maps of the blocks that ``drawn_blocks`` names.
     """
+    drawn = drawn_blocks(model.config)
+    seen: dict[tuple[int, int], tuple[torch.Tensor, Grid]] = {}
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self.images: torch.Tensor | None = None
-        """(m, 3, H, W) normalized; None before the first evaluation."""
+    def look(stage: int, block: int, attention: torch.Tensor, grid: Grid, key_grid: Grid) -> None:
+        if (stage, block) in drawn:
+            by_key = attention.float().mean(1)  # (m, M, N) over heads
+            middle = by_key[..., grid[0] // 2 * grid[1] + grid[1] // 2]
+            seen[stage, block] = torch.stack([by_key.mean(-1), middle], 1), key_grid
 
-    def keep(self, images: torch.Tensor) -> None:
-        """Take the images from the first batch that this is called with."""
-        if self.images is None and self._count:
-            self.images = images[: self._count].clone()
-
-    def look(self, model: Any, dtype: torch.dtype) -> tuple[dict[str, float], list[BlockMap]]:
-        """Make one forward pass without gradients; the weights and torch's random numbers stay as they are.
-
-        Collective at ZeRO stage 3, where parameters are gathered for it.
-
-        Args:
-            model: the LaViT.
-            dtype: what it computes in.
-
-        Returns:
-            The numbers of every block, and maps of the blocks that ``drawn_blocks`` names.
-        """
-        assert self.images is not None, "there was no evaluation yet"
-        drawn = drawn_blocks(model.config)
-        seen: dict[tuple[int, int], tuple[torch.Tensor, Grid]] = {}
-
-        def look(stage: int, block: int, attention: torch.Tensor, grid: Grid, key_grid: Grid) -> None:
-            if (stage, block) in drawn:
-                by_key = attention.float().mean(1)  # (m, M, N) over heads
-                middle = by_key[..., grid[0] // 2 * grid[1] + grid[1] // 2]
-                seen[stage, block] = torch.stack([by_key.mean(-1), middle], 1), key_grid
-
-        numbers = attention_diagnostics(model, self.images.to(dtype), look)
-        maps = []
-        for place, (both, key_grid) in seen.items():
-            everywhere, middle = both.view(len(both), 2, *key_grid).cpu().numpy().swapaxes(0, 1)
-            maps.append(BlockMap(f"stage {place[0] + 1}, {drawn[place]} {place[1] + 1}", everywhere, middle))
-        return _by_name(numbers), maps
+    numbers = attention_diagnostics(model, images.to(dtype), look)
+    maps = []
+    for place, (both, key_grid) in seen.items():
+        everywhere, middle = both.view(len(both), 2, *key_grid).cpu().numpy().swapaxes(0, 1)
+        maps.append(BlockMap(f"stage {place[0] + 1}, {drawn[place]} {place[1] + 1}", everywhere, middle))
+    return _by_name(numbers), maps
 
 
 def drawn_blocks(config: LaViTConfig) -> dict[tuple[int, int], str]:
@@ -75,3 +77,31 @@ def _by_name(rows: list[BlockDiagnostics]) -> dict[str, float]:
         if row.saturation is not None:
             values[f"saturation/{where}"] = row.saturation
     return values
+
+
+def draw_attention(images: Sequence[Pixels], maps: Sequence[BlockMap]) -> Pixels:
+    """A row for each image and kind of map, a column for each block; each map is scaled to its highest value.
+
+    The first column has the images, the middle query's place marked where its attention is what the row shows.
+    """
+    sheet = Image.new("RGB", ((len(maps) + 1) * CELL, LINE + 2 * len(images) * CELL), "white")
+    for column, block in enumerate(maps):
+        write_line(sheet, ((column + 1) * CELL, 0), block.title)
+    for number, pixels in enumerate(images):
+        for kind in range(2):
+            y = LINE + (2 * number + kind) * CELL
+            plain = thumbnail(pixels)
+            if kind:
+                ImageDraw.Draw(plain).circle((CELL // 2, CELL // 2), 4, outline="red")
+            sheet.paste(plain, (0, y))
+            for column, block in enumerate(maps):
+                heat = (block.middle if kind else block.everywhere)[number]
+                sheet.paste(Image.blend(thumbnail(pixels), _heat(heat), 0.65), ((column + 1) * CELL, y))
+    return np.asarray(sheet)
+
+
+def _heat(values: NDArray[np.float32]) -> Image.Image:
+    share = np.nan_to_num(values / max(float(values.max()), 1e-30)).clip(0, 1)
+    steps = np.arange(len(SHADES)) / (len(SHADES) - 1)
+    colors = np.stack([np.interp(share, steps, SHADES[:, channel]) for channel in range(3)], -1)
+    return Image.fromarray(colors.round().astype(np.uint8)).resize((CELL, CELL), Image.Resampling.NEAREST)

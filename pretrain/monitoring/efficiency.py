@@ -6,9 +6,11 @@ A MAC is two FLOP, and a backward pass computes twice the products of a forward 
 checkpointing recomputes is not counted (PaLM, arXiv 2204.02311, appendix B).
 """
 
+import re
+
 import torch
 
-from pretrain.devices import peak_flops
+from pretrain.devices import DEVICES
 
 FLOPS_PER_MAC = 6
 
@@ -24,7 +26,8 @@ def peak_of(device: torch.device, precision: str) -> float | None:
         return None
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # of float16 it is the same
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # `allow_tf32` cannot be read once this one was set
-    return peak_flops(torch.cuda.get_device_name(device), dtype, tf32=tf32)
+    name = torch.cuda.get_device_name(device)
+    return next((known.peak(dtype, tf32=tf32) for known in DEVICES.values() if re.search(known.pattern, name)), None)
 
 
 def model_flops_per_image(macs: int) -> int:

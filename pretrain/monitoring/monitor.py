@@ -17,16 +17,14 @@ from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.engine.precision import Precision, input_dtype
 from pretrain.ledger import StepRecorder
-from pretrain.monitoring.attention import AttentionWatch
+from pretrain.monitoring.attention import draw_attention, measure_attention
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
-from pretrain.monitoring.images import draw_attention
 from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.step_timer import PHASES, StepTimer
 
 GRID = 32
 """Training images that are drawn at a time."""
 GIB = 2**30
-"""An image, (height, width, 3)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ class Monitor:
         self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
         self._flops = model_flops_per_image(count_macs(engine.module.config) if macs is None else macs)
         self._peak = peak_of(device, precision)
-        self._attention, self._names = AttentionWatch(attention_images), class_names
+        self._attention_images, self._names = attention_images, class_names
+        self._evaluated: torch.Tensor | None = None
+        """(m, 3, H, W) normalized images whose attention is shown; None before the first evaluation."""
         self.norms = PartNorms(shards)
         self.timer = StepTimer(device)
         self.steps = StepRecorder(engine, device)
@@ -126,7 +126,8 @@ class Monitor:
 
     def see_evaluation(self, batch: Batch, _: torch.Tensor) -> None:
         """Keep the first images of the first evaluation batch, for ``attention``."""
-        self._attention.keep(batch.images)
+        if self._evaluated is None and self._attention_images:
+            self._evaluated = batch.images[: self._attention_images].clone()
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """Add the losses of a micro-batch, scalars on the device; left out of the means where one is not finite.
@@ -213,14 +214,12 @@ class Monitor:
             Collective at ZeRO stage 3.
         """
         first = dist.get_rank() == 0
-        if self._attention.images is None or not (first or self._engine.zero_optimization_stage() == 3):
+        if self._evaluated is None or not (first or self._engine.zero_optimization_stage() == 3):
             return None
-        numbers, maps = self._attention.look(self._engine.module, self._dtype)
+        numbers, maps = measure_attention(self._engine.module, self._evaluated, self._dtype)
         if not first:
             return None
-        return _rounded(numbers), draw_attention(
-            to_pixels(self._attention.images, self._data.mean, self._data.std), maps
-        )
+        return _rounded(numbers), draw_attention(to_pixels(self._evaluated, self._data.mean, self._data.std), maps)
 
     def _memory(self) -> int:
         if self._device.type == "cuda":

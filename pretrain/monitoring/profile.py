@@ -63,23 +63,8 @@ class StepProfiler:
 
     def before_step(self, step: int, timer: StepTimer) -> None:
         """Begin where the first step to profile follows step ``step``."""
-        if step == self.first - 1:
-            self._begin(timer)
-
-    def after_step(self, step: int, timer: StepTimer) -> str:
-        """End after the last step to profile; a line to print, or ""."""
-        return self._end(timer) if step == self.last and self._profile is not None else ""
-
-    def abandon(self) -> str:
-        """End without a result if a stop came first; a line for the log, or ""."""
-        if self._profile is None:
-            return ""
-        self._span.close()
-        self._profile.stop()
-        self._profile = None
-        return f"WARNING the profile of steps {self.first} to {self.last} was not written: the run ended before"
-
-    def _begin(self, timer: StepTimer) -> None:
+        if step != self.first - 1:
+            return
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -90,14 +75,10 @@ class StepProfiler:
         timer.listeners.append(self._entered)
         self._entered("other")
 
-    def _entered(self, phase: Phase | None) -> None:
-        self._timer.enter(phase)
-        self._span.close()
-        if phase is not None:
-            self._span.enter_context(record_function(f"phase: {phase}"))
-
-    def _end(self, timer: StepTimer) -> str:
-        assert self._profile is not None
+    def after_step(self, step: int, timer: StepTimer) -> str:
+        """End after the last step to profile; a line to print, or ""."""
+        if step != self.last or self._profile is None:
+            return ""
         found, self._profile = self._profile, None
         timer.listeners.remove(self._entered)
         seconds = self._timer.split()
@@ -115,6 +96,21 @@ class StepProfiler:
             if self._device.type == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
         return f"profile of steps {self.first} to {self.last}: {self._base}.txt, .trace.json.gz"
+
+    def abandon(self) -> str:
+        """End without a result if a stop came first; a line for the log, or ""."""
+        if self._profile is None:
+            return ""
+        self._span.close()
+        self._profile.stop()
+        self._profile = None
+        return f"WARNING the profile of steps {self.first} to {self.last} was not written: the run ended before"
+
+    def _entered(self, phase: Phase | None) -> None:
+        self._timer.enter(phase)
+        self._span.close()
+        if phase is not None:
+            self._span.enter_context(record_function(f"phase: {phase}"))
 
     def _summary(self, found: profile, seconds: dict[Phase, float]) -> str:
         steps, total = self.last - self.first + 1, max(sum(seconds.values()), 1e-9)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import without_secrets
-from pretrain.files import read_sealed, write_atomically, write_sealed
+from pretrain.files import write_atomically
 from pretrain.outcome import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ AXIS = "samples_seen"
 TOKEN = "tracker_id.txt"  # noqa: S105 - no secret
 
 
-class Sink(Protocol):
+class Sink:
     """A place for measurements; the x axis of all is samples seen. Whatever one raises ends it, and not the run."""
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
@@ -47,7 +47,7 @@ class Sink(Protocol):
         """Flush, and take nothing any more."""
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Event files for ``tensorboard --logdir``, opened by the first measurement.
 
     Args:
@@ -106,7 +106,7 @@ def _date_back(folder: Path, now: int) -> None:
             file.rename(folder / f"{prefix}{now - len(files) + index:010d}{rest}")
 
 
-class Wandb:
+class Wandb(Sink):
     """Weights & Biases. Texts are left out: the recipe is the configuration.
 
     wandb holds a row back until one with a higher step comes, and refuses a lower step after a restart. So it is given
@@ -134,24 +134,15 @@ class Wandb:
 
     def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
         """One row."""
-        self._log(samples_seen, {f"{kind}/{name}": value for name, value in values.items()})
+        self._library.log({AXIS: samples_seen} | {f"{kind}/{name}": value for name, value in values.items()})
 
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """An image."""
-        self._log(samples_seen, {name: self._library.Image(pixels)})
-
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing: they send by themselves."""
+        self._library.log({AXIS: samples_seen, name: self._library.Image(pixels)})
 
     def close(self) -> None:
         """Send the rest."""
         self._library.finish()
-
-    def _log(self, samples_seen: int, row: dict[str, Any]) -> None:
-        self._library.log({AXIS: samples_seen, **row})
 
 
 def _token(file: Path) -> str:
@@ -171,71 +162,6 @@ def _no_terminal() -> Iterator[None]:
             yield
         finally:
             sys.stdin = stdin
-
-
-class ForwardOnly:
-    """Keeps measurements that a run repeats after a crash from a sink that cannot delete.
-
-    Args:
-        sink: the sink.
-        marks: file that remembers, over all attempts, up to how many samples seen each kind was sent.
-        sent: the same as far as it is known otherwise.
-    """
-
-    def __init__(self, sink: Sink, marks: Path, sent: Mapping[str, int]) -> None:
-        self._sink = sink
-        try:
-            known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
-        except (OSError, UserError, ValueError, TypeError, OverflowError):
-            known = {}  # then what metrics.jsonl holds is all that is known to have been sent
-        self._sent = {kind: max(known.get(kind, -1), sent.get(kind, -1)) for kind in {*known, *sent}}
-        write_sealed(marks, self._sent)
-
-    def scalars(self, kind: str, samples_seen: int, values: Mapping[str, float]) -> None:
-        """Pass on what is new."""
-        if samples_seen > self._sent.get(kind, -1):
-            self._sink.scalars(kind, samples_seen, values)
-
-    def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
-        """Pass on what is newer than all measurements that were sent."""
-        if samples_seen > max(self._sent.values(), default=-1):
-            self._sink.image(name, samples_seen, pixels)
-
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Pass on."""
-        self._sink.text(name, samples_seen, markdown)
-
-    def flush(self) -> None:
-        """Pass on."""
-        self._sink.flush()
-
-    def close(self) -> None:
-        """Pass on."""
-        self._sink.close()
-
-
-class Guarded:
-    """Several sinks as one that never raises: one that fails is abandoned, with a warning.
-
-    Args:
-        sinks: by the name that users know.
-        say: prints a line.
-    """
-
-    def __init__(self, sinks: dict[str, Sink], say: Callable[[str], None]) -> None:
-        self._sinks, self._say = sinks, say
-
-    def each(self, call: Callable[[Sink], None]) -> None:
-        """Let every sink do something."""
-        for name, sink in [*self._sinks.items()]:
-            try:
-                call(sink)
-            except Exception as error:  # noqa: BLE001 - a service's library may raise anything
-                del self._sinks[name]
-                self._say(
-                    f"WARNING {name} takes no more measurements until the next start, metrics.jsonl does "
-                    f"({type(error).__name__}: {error})"
-                )
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:

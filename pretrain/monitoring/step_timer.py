@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -26,21 +26,20 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._free: list[torch.cuda.Event] = []
-        self._marks: deque[tuple[Phase | None, torch.cuda.Event | float]] = deque()
+        self._marks: deque[tuple[Phase | None, Any]] = deque()
+        """Phases with their beginning: an event of the device's stream, or seconds of the host's clock."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self.listeners: list[Callable[[Phase | None], None]] = []
         """Called at every change of phase."""
 
     def enter(self, phase: Phase | None) -> None:
         """From here on time is of this phase; None: of none, as during an evaluation."""
-        mark: torch.cuda.Event | float
+        mark: Any = time.monotonic()
         if self._cuda:
             mark = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
             mark.record()
-        else:
-            mark = time.monotonic()
         self._marks.append((phase, mark))
-        while len(self._marks) > MARKS and self._over(1):
+        while len(self._marks) > MARKS and (not self._cuda or self._marks[1][1].query()):
             self._sum_oldest()
         for listener in self.listeners:
             listener(phase)
@@ -48,26 +47,19 @@ class StepTimer:
     def split(self) -> dict[Phase, float]:
         """Seconds of each phase since the last call. The host waits for the device, up to here."""
         self.enter("other")
-        last = self._marks[-1][1]
-        if isinstance(last, torch.cuda.Event):
-            last.synchronize()
+        if self._cuda:
+            self._marks[-1][1].synchronize()
         while len(self._marks) > 1:
             self._sum_oldest()
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
         return seconds
 
-    def _over(self, index: int) -> bool:
-        mark = self._marks[index][1]
-        return not isinstance(mark, torch.cuda.Event) or mark.query()
-
     def _sum_oldest(self) -> None:
         (phase, began), (_, ended) = self._marks.popleft(), self._marks[0]
-        if isinstance(began, torch.cuda.Event):
-            assert isinstance(ended, torch.cuda.Event)
+        if self._cuda:
             took = began.elapsed_time(ended) / 1e3
             self._free.append(began)
         else:
-            assert isinstance(ended, float)
             took = ended - began
         if phase is not None:
             self._seconds[phase] += took

@@ -4,10 +4,8 @@ import json
 import re
 import resource
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import pytest
@@ -82,7 +80,7 @@ def test_an_onnx_file_of_another_size_and_opset_gives_torchs_logits_and_holds_wh
 def test_a_program_of_torch_export_gives_the_same_bits_and_holds_what_is_needed_around_them(tmp_path: Path) -> None:
     folder, written = hand_off(tmp_path / "h", "lavit_micro", pool="mean", **FEW_BLOCKS), tmp_path / "model.pt2"
     done = convert(folder, written)
-    assert (done.size, done.images, done.difference) == ((32, 32), 10, 0)
+    assert "(batch, 3, 32, 32) to (batch, 3); logits of 10 images differ from torch's by at most 0.0e+00" in done
     model, config = load_handoff(folder)
     extra = {METADATA: ""}
     program = torch.export.load(written, extra_files=extra)
@@ -147,7 +145,7 @@ def test_what_cannot_work_is_one_line(
 def test_without_the_packages_the_error_says_how_to_get_them(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.metadata.version", mock.Mock(side_effect=PackageNotFoundError))
+    monkeypatch.setattr(command, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"onnx, onnxruntime, onnxscript: pip install -c constraints.txt .*\[onnx\]"):
         convert(micro, tmp_path / "model.onnx")
 

@@ -78,15 +78,13 @@ def scores(handoff: Path, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, labels
 
 
-def test_names_are_printed_as_they_are_but_for_control_characters(
+def test_the_report_equals_plain_torch_and_names_are_printed_without_control_characters(
     handoff: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, tmp_path / "out")
+    output = tmp_path / "out"
+    found = report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, output)
     assert r"/[red]:smile:\x1b[2J on " in capsys.readouterr().out
-
-
-def test_the_report_equals_plain_torch(handoff: Path, digits: Path, tmp_path: Path) -> None:
-    found = report_of(handoff, digits, tmp_path)
+    assert [path.name for path in sorted(output.iterdir())] == ["digits-val-confusion.png", "digits-val.json"]
     logits, labels = scores(handoff, digits)
     right = logits.argmax(1) == labels
     five = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1)
@@ -217,11 +215,10 @@ def test_the_confusion_matrix_shows_the_worst_classes_and_all_of_their_images() 
         assert np.asarray(image.convert("L")).std() > 10
 
 
-def test_without_matplotlib_the_plot_is_left_out_with_a_warning(
+def test_without_matplotlib_the_plot_is_left_out_with_a_warning_and_an_older_one_removed(
     handoff: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    report_of(handoff, digits, tmp_path)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["digits-val-confusion.png", "digits-val.json"]
+    (tmp_path / "digits-val-confusion.png").touch()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report_of(handoff, digits, tmp_path)
     assert "matplotlib is not installed" in capfd.readouterr().out
@@ -295,7 +292,7 @@ def test_classes_are_matched_by_id_with_a_warning_where_anything_differs() -> No
         ((["a", "b"], "AB"), (["a", "b", "c"], "ABC"), False, "are not among the hand-off's 2"),
         ((None, "AB"), (["a", "b"], "BA"), False, r"another order \(class 0: 'A' in the hand-off, 'B' here\)"),
         ((None, "AB"), (["a", "b"], "AX"), False, "1 classes of data/x have other names"),
-        ((None, "ABC"), (["a", "b"], "AB"), False, "3 classes and data/x has 2"),
+        ((None, "ABC"), (["a", "b"], "AB"), False, "3 classes, data/x has 2: the hand-off is too old"),
         ((["a", "b"], "AB"), (["a"], "A"), True, "2 classes, data/x has 1"),
     ],
 )

@@ -24,7 +24,7 @@ from pretrain.check import architecture, check_recipe_here, checkpoint_bytes, re
 from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.engine.deepspeed_config import resolve_deepspeed_config
-from pretrain.memory_estimate import Engine, GpuAutocast, MemoryEstimate, NetworkTrace
+from pretrain.memory_estimate import Engine, GpuAutocast, MemoryEstimate, activations
 from pretrain.outcome import UserError
 from pretrain.plan import main, make_plan, parse_arguments, show
 from pretrain.recipe import load_recipe
@@ -217,7 +217,7 @@ def test_on_a_gpu_a_forward_pass_keeps_what_the_plan_says(precision: str, policy
         kept = torch.cuda.memory_allocated() - before + images.nbytes
         loss.backward()
         del logits, diagonality, loss
-    planned = NetworkTrace(config, precision, mixed=False, gpu=True).activations(policy, 16)
+    planned = activations(config, precision, policy, 16, mixed=False, gpu=True)
     assert planned.kept == pytest.approx(kept, rel=0.1)
 
 

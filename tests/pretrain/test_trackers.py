@@ -27,7 +27,6 @@ for samples in range(start + 1, end + 1):
     writer.write("train", samples, {"loss": 1 / samples, "grad_norm": float("nan")})
     writer.write("norms", samples, {"gradient/stage1": 2.0})
 writer.image("images/training", end, np.full((20, 30, 3), 100, np.uint8))
-writer.text("run/recipe", end, "name: demo")
 writer.flush()
 if dies:
     time.sleep(4)  # to send what is told takes a second or two

@@ -24,9 +24,7 @@ def test_an_onnx_file_of_each_published_size_gives_torchs_logits(
     folder, out = hand_off(tmp_path / "h", name, **options), tmp_path / "model.onnx"
     done = convert(folder, out)
     model, _ = load_handoff(folder)
-    assert done.size == (224, 224)
-    assert done.images == 10
-    assert done.difference <= TOLERANCE
+    assert "(batch, 3, 224, 224) to (batch, 3); logits of 10 images" in done
     assert largest_difference(model, run_onnx(out), (224, 224)) <= TOLERANCE
     onnx.checker.check_model(out, full_check=True)
 
