@@ -24,6 +24,7 @@ from typing import Any
 from pretrain.files import json_object, write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
+from slurm.history import History
 from slurm.restart import Attempt, Policy, RankExit
 
 
@@ -53,7 +54,7 @@ class SlurmFolder:
         self.deepspeed_config = self.own / "ds_config.json"
         self.submitit = self.own / "submitit"
         self.release_lock = self.own / "release.lock"
-        self.history = self.own / "history.jsonl"
+        self.history = History(self.own / "history.jsonl")
         self._launch = self.own / "launch.json"
         self._stop = self.own / "stop"
 
@@ -97,10 +98,6 @@ class SlurmFolder:
             return self._stop.read_text().strip() or "asked to stop"
         except FileNotFoundError:
             return ""
-
-    def is_script(self, command: str) -> bool:
-        """Whether a job's command is one of the batch scripts of this run."""
-        return command.startswith(f"{self.own}/")
 
     def script(self, job: str) -> Path:
         """Batch script of a job."""
@@ -171,7 +168,6 @@ class SlurmFolder:
         found, known = [], {one.name for one in fields(RankExit)}
         for path in self.logs(attempt).glob("rank-*.exit.json"):
             facts = read_json_object(path)
-            facts["message"] = facts.get("message") or facts.get("error", "")  # as older versions call it
             facts["blamed"] = tuple(facts.get("blamed", ()))
             try:
                 found.append(RankExit(**{key: value for key, value in facts.items() if key in known}))

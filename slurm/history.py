@@ -23,7 +23,7 @@ class History:
         """All attempts, the earliest first; lines that a crash cut are passed over."""
         records: list[AttemptRecord] = []
         found: dict[Attempt, AttemptRecord] = {}  # the newest of each name: see SlurmFolder.forget_exits
-        for line in self._lines():
+        for line in filter(None, json_lines(self.path) if self.path.exists() else ()):
             attempt = Attempt(line["job"], line["restart"])
             if line["event"] == "begin":
                 facts = {key: line[key] for key in ("step", "job", "restart", "nodes", "ranks")}
@@ -66,8 +66,3 @@ class History:
             handle.write(json.dumps(line) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        return [line for line in json_lines(self.path) if line is not None]

@@ -65,26 +65,15 @@ def current_job(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[s
     The process that submitted it may have died before it recorded that, so jobs are known by their script, too.
     """
     mine = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
-    begun = records[-1].job if records else ""
-    active = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
+    begun, scripts = records[-1].job if records else "", f"{folder.own}/"
+    active = [job for job in queue.values() if not job.over and (job.id in mine or job.command.startswith(scripts))]
     return max(active, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
-
-
-def running_attempt(records: list[AttemptRecord], queue: dict[str, Job], *, but: str) -> AttemptRecord | None:
-    """The attempt that runs now, if it is of another job than ``but``."""
-    last = records[-1] if records else None
-    job = queue.get(last.job) if last and not last.ended and last.job != but else None
-    return last if job is not None and job.state == "RUNNING" else None
 
 
 def _ended_job(folder: SlurmFolder, last: AttemptRecord | None, queue: dict[str, Job]) -> Job | None:
     """The newest job of a run that has ended and that Slurm has not forgotten yet."""
     ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
-    return next((queue[job] for job in sorted(ids, key=_number, reverse=True) if job in queue), None)
-
-
-def _number(job: str) -> int:
-    return int(job) if job.isdigit() else 0
+    return max((queue[job] for job in ids if job in queue), key=lambda job: int(job.id), default=None)
 
 
 @dataclass
