@@ -143,28 +143,39 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trus
 
 
 def open_trainer(
-    plan: Plan, scratch: RunFolder, *, rank: Rank, device: torch.device, control: dist.ProcessGroup
+    recipe: Recipe,
+    deepspeed: dict[str, Any],
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    flag: StopFlag | None = None,
 ) -> Trainer:
+    """Build a trainer as ``pretrain.main`` does, from DeepSpeed's configuration as it was merged. Collective."""
+    rank, gpu, limits = read_rank(), device.type == "cuda", recipe.watchdog
+    return build_trainer(
+        recipe,
+        resolve_for(recipe, deepspeed, world_size=rank.world_size, has_gpu=gpu, has_bf16_gpu=has_bf16(device)),
+        folder,
+        rank=rank,
+        device=device,
+        flag=flag or StopFlag(),
+        control=control,
+        watchdog=Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
+        status=RunStatus(folder, first=rank.is_first),
+        startup=StartUp("imports"),
+    )
+
+
+def start(plan: Plan, scratch: RunFolder, device: torch.device, control: dist.ProcessGroup) -> Trainer:
     """Build a trainer in a folder of its own, at the newest of the checkpoints to start from that is intact."""
-    deepspeed, limits, gpu = dict(plan.deepspeed), plan.recipe.watchdog, device.type == "cuda"
-    if not gpu and "fp16" in deepspeed:
+    deepspeed = dict(plan.deepspeed)
+    if device.type != "cuda" and "fp16" in deepspeed:
         deepspeed["fp16"] = deepspeed["fp16"] | {"enabled": False}  # there is none; the report names the precision
-    ranks: dict[str, Any] = {"world_size": rank.world_size, "has_gpu": gpu, "has_bf16_gpu": has_bf16(device)}
     scratch.checkpoints.mkdir(parents=True, exist_ok=True)
     for path in plan.starts:
         link(path, scratch)
-    return build_trainer(
-        plan.recipe,
-        resolve_for(plan.recipe, deepspeed, **ranks),
-        scratch,
-        rank=rank,
-        device=device,
-        flag=StopFlag(),
-        control=control,
-        watchdog=Watchdog(scratch.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
-        status=RunStatus(scratch, first=rank.is_first),
-        startup=StartUp("imports"),
-    )
+    return open_trainer(plan.recipe, deepspeed, scratch, device=device, control=control)
 
 
 def link(checkpoint: Path, scratch: RunFolder) -> None:
@@ -401,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
         control = init_distributed(device)
         plan = first_rank_decides(control, lambda: make_plan(run, steps, options.assignments, trust_factory=trust))
         scratch = first_rank_decides(control, lambda: copy_description(run))
-        trainer = open_trainer(plan, RunFolder(scratch), rank=rank, device=device, control=control)
+        trainer = start(plan, RunFolder(scratch), device, control)
         if rank.is_first:
             there, here = (read_sealed(folder / "environment.json").get("git") for folder in (run, scratch))
             if there != here:
