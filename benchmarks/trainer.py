@@ -32,7 +32,7 @@ from data_pipeline.batch import Batch
 from models import LaViT
 from pretrain.check import resolve_for
 from pretrain.devices import use_gpu
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
 from pretrain.ports import free_port
@@ -153,13 +153,6 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Re
     return validate_recipe(content, "benchmark")
 
 
-def resolve(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> ResolvedDeepSpeed:
-    """ds_config.json with changes, as ``pretrain.main`` resolves it."""
-    on_gpu, world_size = device.type == "cuda", dist.get_world_size()
-    config = read_deepspeed_config(CONFIG, changes)
-    return resolve_for(recipe, config, world_size=world_size, has_gpu=on_gpu, has_bf16_gpu=has_bf16(device))
-
-
 def build(
     recipe: Recipe, changes: dict[str, Any], path: Path, device: torch.device, control: dist.ProcessGroup
 ) -> Trainer:
@@ -229,8 +222,9 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
         }  # fmt: skip
         if kind == "DeepSpeed":
             model = build_model(recipe, CLASSES).to(device)
-            config = resolve(recipe, changes, device).config
-            stepper.start(partial(deepspeed_loop, model, stepper, config, compiled=compiled))
+            ranks = {"world_size": options.ranks, "has_gpu": device.type == "cuda", "has_bf16_gpu": has_bf16(device)}
+            resolved = resolve_for(recipe, read_deepspeed_config(CONFIG, changes), **ranks)
+            stepper.start(partial(deepspeed_loop, model, stepper, resolved.config, compiled=compiled))
             continue
         trainer = build(recipe, changes, folder / str(number), device, control)
         trainer.train_loader = stepper

@@ -195,9 +195,8 @@ class Replay:
 
     def __init__(self, trainer: Trainer, plan: Plan, sheets: "Sheets | None" = None) -> None:
         self._trainer, self._plan, self._sheets = trainer, plan, sheets
-        self._start = self._equal_at = trainer.state.step
-        self._loose = 0.0
-        """The bound when the state was last equal to the run's; 0 where all bits must agree."""
+        self._start, self._bound = trainer.state.step, 0.0
+        """Step, and largest relative difference; 0 where all bits must agree."""
         self._distances: list[float] = []
         self._unknown = self._far = 0
         self._why: set[str] = set()
@@ -239,31 +238,31 @@ class Replay:
         if self.difference:
             yield f"DIFFERENT: {self.difference}"
 
-    def _bound(self) -> float:
-        return self._loose * 2 ** min((self._trainer.state.step - self._equal_at) / DOUBLING, 99)
+    def _widen(self, least: float) -> None:
+        self._bound = max(self._bound, least) * 2 ** (1 / DOUBLING)
 
     def _compare(self, here: Row, there: Row | None) -> None:
         """Compare a step with its row of the ledger."""
         if there is None:
             self._unknown += 1
-            self._loose = max(self._loose, BOUND)
+            self._widen(BOUND)
             return
         why = {f"{name} was {there[name]}, is {here[name]}" for name in SETUP if there[name] != here[name]}
         if self._trainer.engine.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             why.add("a GPU is bitwise reproducible only with deterministic: true")
-        if why:
-            kinds = {(one["precision"], "cpu" if one["on"].startswith("cpu") else one["on"]) for one in (here, there)}
-            narrow = len(kinds) == 1 and here["precision"] == "fp32"
-            self._loose, self._why = max(self._loose, BOUND if narrow else WIDE_BOUND), self._why | why
+        kinds = {(one["precision"], "cpu" if one["on"].startswith("cpu") else one["on"]) for one in (here, there)}
+        narrow = len(kinds) == 1 and here["precision"] == "fp32"
+        self._widen((BOUND if narrow else WIDE_BOUND) if why else 0.0)
+        self._why |= why
         wrong = [name for name in ("samples_seen", "batch") if there[name] != here[name]]
         cause = "data: other images, labels or bytes" if wrong else "numerics, on the same batch"
         distances = {name: relative(there[name], here[name]) for name in ("skipped", "loss", "grad_norm")}
-        if (bound := self._bound()) < 1:
-            wrong += [name for name, distance in distances.items() if not distance <= bound]
+        if self._bound < 1:
+            wrong += [name for name, distance in distances.items() if not distance <= self._bound]
         if wrong:
             values = ", ".join(f"{name} {there[name]} recorded, {here[name]} now" for name in wrong)
             self.difference = f"step {here['step']} ({cause}): {values}"
-        elif bound < 1:
+        elif self._bound < 1:
             self._distances.append(max(distances.values()))
         else:
             self._far += 1
@@ -286,7 +285,7 @@ class Replay:
         dist.all_reduce(squares, group=group)
         changed, distance = [one for part in parts for one in part], math.sqrt(squares[0] / squares[1])
         text = ", ".join(f"{name} by {largest:.2e}" for largest, name in sorted(changed, reverse=True)[:3])
-        bound, how = self._bound(), "agrees bit for bit"
+        bound, how = self._bound, "agrees bit for bit"
         if changed and (not bound or (bound < 1 and not distance <= 10 * bound)):
             self.difference = f"{path.name} (state): {len(changed)} tensors differ, most {text}"
             return
@@ -296,7 +295,7 @@ class Replay:
             dist.barrier(group)
             load_newest(trainer.log.folder.checkpoints, trainer.optimizer_shards, group=group)
         self._states.append(f"{path.name} {how}")
-        self._equal_at, self._loose = trainer.state.step, 0.0
+        self._bound = 0.0
 
 
 class Sheets:
