@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,12 +24,33 @@ from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from slurm import scheduler
+from slurm.attempt import ROOT
 from slurm.folder import Launch, SlurmFolder
 from slurm.job import Job
 from slurm.job_state import current_job
 from slurm.restart import Policy
 from slurm.scheduler import SlurmError, UnreachedError
-from slurm.script import executor_for, ignored_variables, submit, submitit_script
+
+if TYPE_CHECKING:
+    import submitit
+
+SITE = ("account", "partition", "qos", "constraint", "reservation", "wckey")
+"""Options that sbatch also takes from the environment, as SBATCH_ACCOUNT, and that a site or a user may set there."""
+OWN = (
+    "array",
+    "error",
+    "no_requeue",
+    "nodes",
+    "ntasks",
+    "ntasks_per_node",
+    "open_mode",
+    "output",
+    "requeue",
+    "signal",
+    "wrap",
+)
+"""Options without which a run does not recover."""
+
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. After preemption, time limits, lost nodes, crashes and hangs it is
@@ -176,6 +199,98 @@ def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]
     return needed, free
 
 
+def sbatch_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What sbatch is asked for, by the names of its options with underscores; True for one without a value.
+
+    The environment's SBATCH_ACCOUNT and the like apply where the options do not set it.
+
+    Raises:
+        UserError: an option cannot be given, or has a line break.
+    """
+    asked = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in SITE} | {
+        # Tasks are counted when it starts: if sbatch knew them, Slurm would give the fewest nodes of a range.
+        "nodes": options.nodes if options.min_nodes == options.nodes else f"{options.min_nodes}-{options.nodes}",
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_gpu": options.cpus_per_gpu,
+        "time": options.time,
+        "requeue": True,
+    }
+    given = {name: getattr(options, name, None) for name in (*SITE, "mem", "exclude")}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    for assignment in options.sbatch:
+        key, equals, value = assignment.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if key in OWN:
+            raise UserError(f"--sbatch {key}: slurm.launch sets it itself")
+        asked[key] = value if equals else True
+    for key, value in asked.items():
+        if "\n" in f"{key}{value}":
+            raise UserError(f"{key.replace('_', '-')} has a line break, which no option of sbatch may have: {value!r}")
+    return {key: value for key, value in asked.items() if value not in (None, "")}
+
+
+def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) -> "submitit.SlurmExecutor":
+    """Make submitit's executor for a run, whose job is called ``name``.
+
+    Raises:
+        UserError: Slurm is not installed here, or an option cannot be given.
+    """
+    import submitit  # noqa: PLC0415 - slow
+
+    run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
+    in_task = f"{options.container} {options.container_python}" if options.container else python
+
+    try:
+        executor = submitit.SlurmExecutor(folder.submitit, python=in_task)
+    except RuntimeError:
+        raise UserError(
+            "srun: no such command: this is not a machine of a Slurm cluster; `deepspeed pretrain/main.py` trains here"
+        ) from None
+    executor.update_parameters(
+        job_name=name,
+        wckey=None,
+        signal_delay_s=options.save_within,
+        setup=[
+            *options.setup,
+            f"cd {shlex.quote(str(ROOT))} || exit 1",
+            "trap '' TERM  # what follows srun must still be done when the job is taken away",
+            f"prepared=$({python} -m slurm.attempt begin {run}) || exit $?",
+            'eval "$prepared"',
+        ],
+        teardown=[f"{python} -m slurm.attempt end {run} --status $? 2>&3", "exit $?"],
+        stderr_to_stdout=True,
+        additional_parameters=sbatch_options(options),
+    )
+    return executor
+
+
+def ignored_variables() -> list[str]:
+    """Variables of the environment for sbatch and srun that would contradict what is asked for."""
+    site = {f"SBATCH_{name.upper()}" for name in SITE} | set(scheduler.KEPT)
+    return sorted(name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name not in site)
+
+
+def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
+    """Submit a run's first job, without the environment's variables for sbatch and srun.
+
+    Raises:
+        SlurmError: Slurm refused it, or did not answer.
+    """
+    from submitit.core.utils import FailedJobError  # noqa: PLC0415
+    from submitit.helpers import clean_env  # noqa: PLC0415
+
+    kept = {name: os.environ[name] for name in scheduler.KEPT if name in os.environ}
+    try:
+        with clean_env(), contextlib.redirect_stderr(io.StringIO()):  # where submitit prints what it raises
+            os.environ.update(kept)
+            return executor.submit(job)
+    except FailedJobError as error:
+        failed = scheduler.failure("sbatch", str(error))
+        if isinstance(failed, UnreachedError):
+            failed.args = (f"{failed}; the job may exist: check `squeue --me`, cancel it, then launch again",)
+        raise failed from None
+
+
 def launch(options: argparse.Namespace) -> int:
     """Check, print the plan, and submit.
 
@@ -185,10 +300,11 @@ def launch(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     _say("\n".join(plan.lines))
     executor = executor_for(options, plan.folder, plan.recipe.name)
-    if ignored := ignored_variables(os.environ):
+    if ignored := ignored_variables():
         _say(f"ignored       of the environment: {', '.join(ignored)}")
     if options.dry_run:
-        _say(submitit_script(executor))
+        command = executor._submitit_command_str  # noqa: SLF001 - submitit has no public way to see its script
+        _say(executor._make_submission_file_text(command, "dry-run"))  # noqa: SLF001
         return ExitCode.FINISHED
     new, asked = not plan.folder.own.exists(), plan.folder.stop_request()
     freeze(plan.folder, plan.recipe, plan.deepspeed)

@@ -18,8 +18,7 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
 from slurm import job_state, release, scheduler, status
 from slurm.attempt import rendezvous_port
-from slurm.folder import Launch, SlurmFolder
-from slurm.history import History
+from slurm.folder import History, Launch, SlurmFolder
 from slurm.job import Output
 from slurm.job_state import current_job
 from slurm.launch import freeze
