@@ -30,18 +30,15 @@ from benchmarks import timing
 from benchmarks.data import build_shards
 from data_pipeline.batch import Batch
 from models import LaViT
-from pretrain.build import build_trainer
 from pretrain.check import resolve_for
 from pretrain.devices import use_gpu
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
-from pretrain.fault_tolerance.signals import StopFlag
-from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
+from pretrain.replay import open_trainer
 from pretrain.run_folder import RunFolder
-from pretrain.run_log import RunStatus, StartUp
 from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
@@ -151,29 +148,18 @@ def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Re
         "mixing": {"label_smoothing": 0.1}, "loss": {"diagonality_weight": 0.01}, "optimizer": {"lr": 1e-3},
         "model": {"name": options.model, "overrides": {"drop_path": 0.1}, "compile": compiled},
         "schedule": {"epochs": 1e6, "warmup_epochs": 1}, "evaluation": {"every_epochs": 1e6},
-        "checkpoint": {"every_steps": 10**9},
+        "checkpoint": {"every_steps": 10**9}, "watchdog": {"start_minutes": 16_000, "step_minutes": 16_000},
     }  # fmt: skip
     return validate_recipe(content, "benchmark")
-
-
-def resolve(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> ResolvedDeepSpeed:
-    """ds_config.json with changes, as ``pretrain.main`` resolves it."""
-    on_gpu, world_size = device.type == "cuda", dist.get_world_size()
-    config = read_deepspeed_config(CONFIG, changes)
-    return resolve_for(recipe, config, world_size=world_size, has_gpu=on_gpu, has_bf16_gpu=has_bf16(device))
 
 
 def build(
     recipe: Recipe, changes: dict[str, Any], path: Path, device: torch.device, control: dist.ProcessGroup
 ) -> Trainer:
     """A trainer as ``pretrain.main`` builds it, with changes to ds_config.json."""
-    rank, resolved = read_rank(), resolve(recipe, changes, device)
-    watchdog = Watchdog(path / "hangs", rank.rank, start_s=1e6, step_s=1e6)
     with contextlib.redirect_stdout(io.StringIO()):
-        return build_trainer(
-            recipe, resolved, RunFolder(path), rank=rank, device=device, flag=StopFlag(), control=control,
-            watchdog=watchdog, status=RunStatus(RunFolder(path), first=rank.is_first), startup=StartUp("imports"),
-        )  # fmt: skip
+        config = read_deepspeed_config(CONFIG, changes)
+        return open_trainer(recipe, config, RunFolder(path), device=device, control=control)
 
 
 def join(rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:
@@ -236,8 +222,9 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
         }  # fmt: skip
         if kind == "DeepSpeed":
             model = build_model(recipe, CLASSES).to(device)
-            config = resolve(recipe, changes, device).config
-            stepper.start(partial(deepspeed_loop, model, stepper, config, compiled=compiled))
+            ranks = {"world_size": options.ranks, "has_gpu": device.type == "cuda", "has_bf16_gpu": has_bf16(device)}
+            resolved = resolve_for(recipe, read_deepspeed_config(CONFIG, changes), **ranks)
+            stepper.start(partial(deepspeed_loop, model, stepper, resolved.config, compiled=compiled))
             continue
         trainer = build(recipe, changes, folder / str(number), device, control)
         trainer.train_loader = stepper

@@ -146,7 +146,3 @@ class CNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) to logits (batch, num_classes)."""
         return self.head(self.dropout(self.blocks(self.stem(images)).mean((2, 3))))
-
-    def get_classifier(self) -> nn.Module:
-        """The layer that makes logits of features."""
-        return self.head

@@ -119,12 +119,6 @@ class SemanticFPN(nn.Module):
         return F.interpolate(self.classify(total), images.shape[-2:], mode="bilinear")
 
 
-def batch_of(first: int, end: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images (batch, 3, height, width) and masks (batch, height, width) of these seeds."""
-    scenes = draw_many(range(first, end), size)
-    return torch.stack([scene.image for scene in scenes]), torch.stack([scene.mask for scene in scenes])
-
-
 def train(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
     """Train on images that are never seen twice: AdamW, warm-up for a tenth of the steps, cosine to zero.
 
@@ -133,14 +127,9 @@ def train(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
     """
     began, groups, rates = time.monotonic(), [], []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for is_backbone in (True, False):
-        for is_matrix in (True, False):
-            members = [
-                p for n, p in trained.items() if n.startswith("backbone.") == is_backbone and (p.ndim > 1) == is_matrix
-            ]
-            if members:
-                groups.append({"params": members, "weight_decay": 0.05 if is_matrix else 0.0})
-                rates.append(options.lr * (BACKBONE_RATE if is_backbone else 1))
+    for name, parameter in trained.items():
+        groups.append({"params": [parameter], "weight_decay": 0.05 if parameter.ndim > 1 else 0.0})
+        rates.append(options.lr * (BACKBONE_RATE if name.startswith("backbone.") else 1))
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=options.steps, pct_start=0.1, cycle_momentum=False, div_factor=100,
@@ -149,7 +138,7 @@ def train(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
     loss = torch.zeros(())
     model.train()
     for step in range(options.steps):
-        images, masks = batch_of(step * options.batch, (step + 1) * options.batch, options.image_size)
+        images, masks = draw_many(range(step * options.batch, (step + 1) * options.batch), options.image_size)
         loss = F.cross_entropy(model(images), masks)
         optimizer.zero_grad()
         loss.backward()
@@ -167,7 +156,7 @@ def evaluate(model: SemanticFPN, size: tuple[int, int], images: int) -> float:
 
     metric = MulticlassJaccardIndex(len(CLASSES) + 1)
     for start in range(0, images, 25):
-        batch, masks = batch_of(EVALUATED + start, EVALUATED + min(start + 25, images), size)
+        batch, masks = draw_many(range(EVALUATED + start, EVALUATED + min(start + 25, images)), size)
         metric.update(model(batch).argmax(1), masks)
     return 100 * metric.compute().item()
 
@@ -176,11 +165,11 @@ def evaluate(model: SemanticFPN, size: tuple[int, int], images: int) -> float:
 def paint(model: SemanticFPN, size: tuple[int, int], path: Path, images: int = 6, zoom: int = 3) -> None:
     """Write images one below the other: the image, with the truth over it, with the prediction over it."""
     rows = []
-    for scene in draw_many(range(EVALUATED, EVALUATED + images), size):
-        plain = (scene.image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-        predicted = model(scene.image[None]).argmax(1)[0]
+    for image, mask in zip(*draw_many(range(EVALUATED, EVALUATED + images), size), strict=True):
+        plain = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        predicted = model(image[None]).argmax(1)[0]
         painted = [np.where((m > 0)[..., None], plain // 3 + COLORS[m] // 3 * 2, plain)
-                   for m in (scene.mask.numpy(), predicted.numpy())]  # fmt: skip
+                   for m in (mask.numpy(), predicted.numpy())]  # fmt: skip
         rows.append(np.concatenate([plain, *painted], 1))
     Image.fromarray(np.concatenate(rows).repeat(zoom, 0).repeat(zoom, 1)).save(path)
 

@@ -5,7 +5,6 @@ of (seed, size); shapes do not overlap.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,23 +21,15 @@ EVALUATED = 10**9
 _TRIES = 20
 
 
-@dataclass(frozen=True)
-class Scene:
-    """An image and what is on it."""
-
-    image: Tensor
-    """(3, height, width) in 0..1."""
-    mask: Tensor
-    """(height, width), int64: 0 is the background, k + 1 is class k."""
-
-
-def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
-    """The scene of a seed.
+def draw(seed: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Draw the image of a seed, with 1 to MOST_SHAPES shapes, fewer where there is no room.
 
     Args:
-        seed: each number is another scene.
+        seed: each number is another image.
         size: height and width in pixels, at least 20.
-        most: the scene has 1 to `most` shapes, fewer where there is no room.
+
+    Returns:
+        the image, (3, height, width) in 0..1; and its mask, (height, width) int64.
     """
     source = np.random.default_rng(seed)
     height, width = size
@@ -47,7 +38,7 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
     image = color + _patches(source, size)
     drawn, taken = 0, np.zeros(size, bool)
     rows, columns = np.mgrid[:height, :width] + 0.5
-    wanted = source.integers(1, most + 1)
+    wanted = source.integers(1, MOST_SHAPES + 1)
     for _ in range(_TRIES):
         if drawn == wanted:
             break
@@ -65,12 +56,13 @@ def draw(seed: int, size: tuple[int, int], most: int = MOST_SHAPES) -> Scene:
         mask[inside] = label + 1
         drawn += 1
     noisy = image + source.normal(0, 0.04, image.shape)
-    return Scene(torch.from_numpy(noisy.clip(0, 1).astype(np.float32)), torch.from_numpy(mask))
+    return torch.from_numpy(noisy.clip(0, 1).astype(np.float32)), torch.from_numpy(mask)
 
 
-def draw_many(seeds: Iterable[int], size: tuple[int, int], most: int = MOST_SHAPES) -> list[Scene]:
-    """One scene per seed."""
-    return [draw(seed, size, most) for seed in seeds]
+def draw_many(seeds: Iterable[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images (seeds, 3, height, width) and masks (seeds, height, width)."""
+    images, masks = zip(*(draw(seed, size) for seed in seeds), strict=True)
+    return torch.stack(images), torch.stack(masks)
 
 
 def _patches(source: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:

@@ -142,28 +142,39 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trus
 
 
 def open_trainer(
-    plan: Plan, scratch: RunFolder, *, rank: Rank, device: torch.device, control: dist.ProcessGroup
+    recipe: Recipe,
+    deepspeed: dict[str, Any],
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    flag: StopFlag | None = None,
 ) -> Trainer:
+    """Build a trainer as ``pretrain.main`` does, from DeepSpeed's configuration as it was merged. Collective."""
+    rank, gpu, limits = read_rank(), device.type == "cuda", recipe.watchdog
+    return build_trainer(
+        recipe,
+        resolve_for(recipe, deepspeed, world_size=rank.world_size, has_gpu=gpu, has_bf16_gpu=has_bf16(device)),
+        folder,
+        rank=rank,
+        device=device,
+        flag=flag or StopFlag(),
+        control=control,
+        watchdog=Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
+        status=RunStatus(folder, first=rank.is_first),
+        startup=StartUp("imports"),
+    )
+
+
+def start(plan: Plan, scratch: RunFolder, device: torch.device, control: dist.ProcessGroup) -> Trainer:
     """Build a trainer in a folder of its own, at the newest of the checkpoints to start from that is intact."""
-    deepspeed, limits, gpu = dict(plan.deepspeed), plan.recipe.watchdog, device.type == "cuda"
-    if not gpu and "fp16" in deepspeed:
+    deepspeed = dict(plan.deepspeed)
+    if device.type != "cuda" and "fp16" in deepspeed:
         deepspeed["fp16"] = deepspeed["fp16"] | {"enabled": False}  # there is none; the report names the precision
-    ranks: dict[str, Any] = {"world_size": rank.world_size, "has_gpu": gpu, "has_bf16_gpu": has_bf16(device)}
     scratch.checkpoints.mkdir(parents=True, exist_ok=True)
     for path in plan.starts:
         link(path, scratch)
-    return build_trainer(
-        plan.recipe,
-        resolve_for(plan.recipe, deepspeed, **ranks),
-        scratch,
-        rank=rank,
-        device=device,
-        flag=StopFlag(),
-        control=control,
-        watchdog=Watchdog(scratch.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
-        status=RunStatus(scratch, first=rank.is_first),
-        startup=StartUp("imports"),
-    )
+    return open_trainer(plan.recipe, deepspeed, scratch, device=device, control=control)
 
 
 def link(checkpoint: Path, scratch: RunFolder) -> None:
@@ -183,9 +194,8 @@ class Replay:
 
     def __init__(self, trainer: Trainer, plan: Plan, sheets: "Sheets | None" = None) -> None:
         self._trainer, self._plan, self._sheets = trainer, plan, sheets
-        self._start = self._equal_at = trainer.state.step
-        self._loose = 0.0
-        """The bound when the state was last equal to the run's; 0 where all bits must agree."""
+        self._start, self._bound = trainer.state.step, 0.0
+        """Step, and largest relative difference; 0 where all bits must agree."""
         self._distances: list[float] = []
         self._unknown = self._far = 0
         self._why: set[str] = set()
@@ -227,31 +237,31 @@ class Replay:
         if self.difference:
             yield f"DIFFERENT: {self.difference}"
 
-    def _bound(self) -> float:
-        return self._loose * 2 ** min((self._trainer.state.step - self._equal_at) / DOUBLING, 99)
+    def _widen(self, least: float) -> None:
+        self._bound = max(self._bound, least) * 2 ** (1 / DOUBLING)
 
     def _compare(self, here: Row, there: Row | None) -> None:
         """Compare a step with its row of the ledger."""
         if there is None:
             self._unknown += 1
-            self._loose = max(self._loose, BOUND)
+            self._widen(BOUND)
             return
         why = {f"{name} was {there[name]}, is {here[name]}" for name in SETUP if there[name] != here[name]}
         if self._trainer.engine.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             why.add("a GPU is bitwise reproducible only with deterministic: true")
-        if why:
-            kinds = {(one["precision"], "cpu" if one["on"].startswith("cpu") else one["on"]) for one in (here, there)}
-            narrow = len(kinds) == 1 and here["precision"] == "fp32"
-            self._loose, self._why = max(self._loose, BOUND if narrow else WIDE_BOUND), self._why | why
+        kinds = {(one["precision"], "cpu" if one["on"].startswith("cpu") else one["on"]) for one in (here, there)}
+        narrow = len(kinds) == 1 and here["precision"] == "fp32"
+        self._widen((BOUND if narrow else WIDE_BOUND) if why else 0.0)
+        self._why |= why
         wrong = [name for name in ("samples_seen", "batch") if there[name] != here[name]]
         cause = "data: other images, labels or bytes" if wrong else "numerics, on the same batch"
         distances = {name: relative(there[name], here[name]) for name in ("skipped", "loss", "grad_norm")}
-        if (bound := self._bound()) < 1:
-            wrong += [name for name, distance in distances.items() if not distance <= bound]
+        if self._bound < 1:
+            wrong += [name for name, distance in distances.items() if not distance <= self._bound]
         if wrong:
             values = ", ".join(f"{name} {there[name]} recorded, {here[name]} now" for name in wrong)
             self.difference = f"step {here['step']} ({cause}): {values}"
-        elif bound < 1:
+        elif self._bound < 1:
             self._distances.append(max(distances.values()))
         else:
             self._far += 1
@@ -274,7 +284,7 @@ class Replay:
         dist.all_reduce(squares, group=group)
         changed, distance = [one for part in parts for one in part], math.sqrt(squares[0] / squares[1])
         text = ", ".join(f"{name} by {largest:.2e}" for largest, name in sorted(changed, reverse=True)[:3])
-        bound, how = self._bound(), "agrees bit for bit"
+        bound, how = self._bound, "agrees bit for bit"
         if changed and (not bound or (bound < 1 and not distance <= 10 * bound)):
             self.difference = f"{path.name} (state): {len(changed)} tensors differ, most {text}"
             return
@@ -284,7 +294,7 @@ class Replay:
             dist.barrier(group)
             load_newest(trainer.log.folder.checkpoints, trainer.optimizer_shards, group=group)
         self._states.append(f"{path.name} {how}")
-        self._equal_at, self._loose = trainer.state.step, 0.0
+        self._bound = 0.0
 
 
 class Sheets:
@@ -400,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         control = init_distributed(device)
         plan = first_rank_decides(control, lambda: make_plan(run, steps, options.assignments, trust_factory=trust))
         scratch = first_rank_decides(control, lambda: copy_description(run))
-        trainer = open_trainer(plan, RunFolder(scratch), rank=rank, device=device, control=control)
+        trainer = start(plan, RunFolder(scratch), device, control)
         if rank.is_first:
             there, here = (read_sealed(folder / "environment.json").get("git") for folder in (run, scratch))
             if there != here:

@@ -18,9 +18,8 @@ from pretrain.outcome import ExitCode, UserError
 from pretrain.run_state import write_event
 from slurm import scheduler
 from slurm.folder import Launch, SlurmFolder, say
-from slurm.history import History
-from slurm.job_state import current_job, job_state, running_attempt
-from slurm.restart import Attempt, AttemptRecord, Decision, Outcome, decide
+from slurm.job_state import current_job, job_state
+from slurm.restart import Action, Attempt, AttemptRecord, Decision, Outcome, decide
 from slurm.scheduler import SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,15 +39,14 @@ def begin(folder: SlurmFolder) -> str:
     Raises:
         UserError: the nodes that Slurm gave are of no use to this run.
     """
-    attempt, history, launch = this_attempt(), History(folder.history), folder.read_launch()
-    records, state = history.records(), folder.state()
+    attempt, launch, records, state = this_attempt(), folder.read_launch(), folder.history.records(), folder.state()
     if state is not None and state.state == "finished":
         return _leave("the run is finished", ExitCode.FINISHED)
     if folder.stop_request():
         return _leave(f"the run must not continue: {folder.stop_request()}", ExitCode.FINISHED)
     if other := _other_that_runs(records, attempt.job):
         return _leave(f"job {other.job} already trains this run", ExitCode.FINISHED)
-    if _gave_up_on_the_lost(folder, history, attempt, launch):
+    if _gave_up_on_the_lost(folder, records, attempt, launch):
         return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
     folder.adopt(attempt.job)
     given = scheduler.expand(os.environ["SLURM_JOB_NODELIST"])
@@ -69,7 +67,7 @@ def begin(folder: SlurmFolder) -> str:
         seen = state.samples_seen if state else 0
         write_event(folder.run / "events.jsonl", "other code", step=step, samples_seen=seen, text=text)
         say(text)
-    history.begin(attempt, nodes=nodes, ranks=ranks, step=step, code=code)
+    folder.history.begin(attempt, nodes=nodes, ranks=ranks, step=step, code=code)
     say(f"attempt {attempt}: {ranks} ranks on {', '.join(nodes)}, from step {step}")
     log = folder.srun_log(attempt)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +96,15 @@ def code_digest() -> str:
 
 def _other_that_runs(records: list[AttemptRecord], job: str) -> AttemptRecord | None:
     """The attempt that another job makes of this run at this time."""
+    last = records[-1] if records else None
+    if last is None or last.ended or last.job == job:
+        return None
     try:
-        return running_attempt(records, scheduler.queue(), but=job)
+        other = scheduler.queue().get(last.job)
     except SlurmError as error:
         say(f"WARNING {error}")
         return None
+    return last if other is not None and other.state == "RUNNING" else None
 
 
 def rendezvous_port(attempt: Attempt) -> int:
@@ -117,7 +119,7 @@ def end(folder: SlurmFolder, status: int) -> int:
         folder: the run.
         status: of srun.
     """
-    attempt, history, launch = this_attempt(), History(folder.history), folder.read_launch()
+    attempt, launch, history = this_attempt(), folder.read_launch(), folder.history
     record = next((r for r in reversed(history.records()) if r.attempt == attempt), None)
     errors = folder.srun_errors(attempt, since=record.begun if record else 0.0)
     for line in errors:
@@ -142,7 +144,7 @@ def end(folder: SlurmFolder, status: int) -> int:
     history.end(attempt, decision, step=step)
     say(f"attempt {attempt} ended: {decision.cause}: {decision.reason}")
     try:
-        _act(decision, folder, history, attempt)
+        _act(decision, folder, attempt)
     except SlurmError as error:
         reason = f"{decision.reason}; {decision.action} failed: {error}"
         action = "release" if decision.action == "requeue" else decision.action
@@ -152,8 +154,8 @@ def end(folder: SlurmFolder, status: int) -> int:
     return int(STATUS.get(decision.cause, ExitCode.RETRY))
 
 
-def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Attempt) -> None:
-    job = attempt.job
+def _act(decision: Decision, folder: SlurmFolder, attempt: Attempt) -> None:
+    job, history = attempt.job, folder.history
     if decision.action == "cancel":
         scheduler.cancel(job)
     if decision.action in ("none", "cancel"):
@@ -187,11 +189,11 @@ def _act(decision: Decision, folder: SlurmFolder, history: History, attempt: Att
     try:  # what follows improves a restart but is not worth losing it
         imposed_s = scheduler.imposed_wait_s()
         if decision.wait_s > imposed_s:
-            scheduler.start_after(job, decision.wait_s)
+            scheduler.update(job, f"StartTime=now+{decision.wait_s:.0f}")
         asked = "as --retry-wait asks" if decision.wait_s > imposed_s else "which Slurm imposes"
         history.note(attempt, f"starts again after {max(decision.wait_s, imposed_s):.0f} s, {asked}")
         if exclude:
-            scheduler.exclude_nodes(job, exclude)
+            scheduler.update(job, f"ExcNodeList={','.join(exclude)}")
     except SlurmError as error:
         say(f"WARNING {error}")
 
@@ -212,21 +214,19 @@ def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
     return decision.exclude
 
 
-def _gave_up_on_the_lost(folder: SlurmFolder, history: History, now: Attempt, launch: Launch) -> bool:
+def _gave_up_on_the_lost(folder: SlurmFolder, records: list[AttemptRecord], now: Attempt, launch: Launch) -> bool:
     """Write down the end of an attempt that could not do it itself; whether that was one too many."""
-    previous = next(iter(reversed(history.records())), None)
-    if previous is None or previous.ended or previous.attempt == now:
+    if not records or (previous := records[-1]).ended or previous.attempt == now:
         return False
     lost, step = previous.attempt, folder.saved_step()
     outcome = Outcome("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=previous.step,
                       saved_at=step, slow=folder.slow_nodes(lost))  # fmt: skip
-    decision = decide(outcome, history.before(lost), launch.policy)
+    decision = decide(outcome, folder.history.before(lost), launch.policy)
     saved = f"saved at step {step}" if step else "nothing was saved"
     reason = f"killed with its node, or before it could write its exit record; {saved}"
-    gave_up = decision.action == "none"
-    ended = Decision("none" if gave_up else "leave", "lost", reason, slow=outcome.slow)
-    history.end(lost, ended, step=step)
-    return gave_up
+    action: Action = "none" if decision.action == "none" else "leave"
+    folder.history.end(lost, Decision(action, "lost", reason, slow=outcome.slow), step=step)
+    return action == "none"
 
 
 def _leave(why: str, status: ExitCode) -> str:
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("event", choices=["begin", "end"])
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
     parser.add_argument("--status", type=int, default=0, help="exit status of srun")
-    options, _ = parser.parse_known_args(arguments)  # batch scripts of older versions give more
+    options = parser.parse_args(arguments)
     folder = SlurmFolder(options.run.resolve())
     try:
         if options.event == "begin":

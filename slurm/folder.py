@@ -13,6 +13,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,10 +22,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import json_object, write_atomically, write_json
+from pretrain.files import json_lines, json_object, write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
-from slurm.restart import Attempt, Policy, RankExit
+from slurm.restart import Attempt, AttemptRecord, Decision, Policy, RankExit
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,64 @@ class Launch:
     """Of the launch, without secrets and what is Slurm's; empty for runs of older versions."""
 
 
+class History:
+    """``history.jsonl``. The running batch script extends it; while none runs, ``slurm.release``.
+
+    ``pretrain.report`` reads the ``time``, ``cause`` and ``reason`` of its ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def records(self) -> list[AttemptRecord]:
+        """All attempts, the earliest first; lines that a crash cut are passed over."""
+        records: list[AttemptRecord] = []
+        found: dict[Attempt, AttemptRecord] = {}  # the newest of each name: see SlurmFolder.forget_exits
+        for line in filter(None, json_lines(self.path) if self.path.exists() else ()):
+            attempt = Attempt(line["job"], line["restart"])
+            if line["event"] == "begin":
+                facts = {key: line[key] for key in ("step", "job", "restart", "nodes", "ranks")}
+                found[attempt] = AttemptRecord(**facts, begun=line["time"], code=line.get("code", ""))
+                records.append(found[attempt])
+            elif attempt in found and line["event"] == "end":
+                record = found[attempt]
+                record.ended, record.end_step = line["time"], line["step"]
+                record.cause, record.reason = line["cause"], line["reason"]
+                record.action, record.node = line["action"], line["node"]
+                record.slow = line.get("slow", [])  # older runs lack it
+            elif attempt in found:
+                record = found[attempt]
+                record.notes.append(line["text"])
+                record.next_job = line["next_job"] or record.next_job
+                record.submitted_again += line.get("again", False)
+        return records
+
+    def before(self, attempt: Attempt) -> list[AttemptRecord]:
+        """All attempts but this one."""
+        return [record for record in self.records() if record.attempt != attempt]
+
+    def begin(self, attempt: Attempt, *, nodes: list[str], ranks: int, step: int, code: str = "") -> None:
+        """An attempt begins; ``step`` is that of the newest checkpoint."""
+        self._write("begin", attempt, {"nodes": nodes, "ranks": ranks, "step": step, "code": code})
+
+    def end(self, attempt: Attempt, decision: Decision, *, step: int) -> None:
+        """An attempt has ended."""
+        facts = {"cause": decision.cause, "reason": decision.reason, "action": decision.action}
+        self._write("end", attempt, facts | {"node": decision.node, "slow": decision.slow, "step": step})
+
+    def note(self, attempt: Attempt, text: str, *, next_job: str = "", again: bool = False) -> None:
+        """Something else was done about it; ``again``: ``slurm.release`` submitted ``next_job``."""
+        self._write("note", attempt, {"text": text, "next_job": next_job, "again": again})
+
+    def _write(self, event: str, attempt: Attempt, facts: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"event": event, "job": attempt.job, "restart": attempt.restart, "time": time.time(), **facts}
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
 class SlurmFolder:
     """``runs/NAME`` as ``slurm`` sees it."""
 
@@ -53,7 +112,7 @@ class SlurmFolder:
         self.deepspeed_config = self.own / "ds_config.json"
         self.submitit = self.own / "submitit"
         self.release_lock = self.own / "release.lock"
-        self.history = self.own / "history.jsonl"
+        self.history = History(self.own / "history.jsonl")
         self._launch = self.own / "launch.json"
         self._stop = self.own / "stop"
 
@@ -97,10 +156,6 @@ class SlurmFolder:
             return self._stop.read_text().strip() or "asked to stop"
         except FileNotFoundError:
             return ""
-
-    def is_script(self, command: str) -> bool:
-        """Whether a job's command is one of the batch scripts of this run."""
-        return command.startswith(f"{self.own}/")
 
     def script(self, job: str) -> Path:
         """Batch script of a job."""
@@ -171,7 +226,6 @@ class SlurmFolder:
         found, known = [], {one.name for one in fields(RankExit)}
         for path in self.logs(attempt).glob("rank-*.exit.json"):
             facts = read_json_object(path)
-            facts["message"] = facts.get("message") or facts.get("error", "")  # as older versions call it
             facts["blamed"] = tuple(facts.get("blamed", ()))
             try:
                 found.append(RankExit(**{key: value for key, value in facts.items() if key in known}))

@@ -65,26 +65,15 @@ def current_job(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[s
     The process that submitted it may have died before it recorded that, so jobs are known by their script, too.
     """
     mine = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
-    begun = records[-1].job if records else ""
-    active = [job for job in queue.values() if not job.over and (job.id in mine or folder.is_script(job.command))]
+    begun, scripts = records[-1].job if records else "", f"{folder.own}/"
+    active = [job for job in queue.values() if not job.over and (job.id in mine or job.command.startswith(scripts))]
     return max(active, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
-
-
-def running_attempt(records: list[AttemptRecord], queue: dict[str, Job], *, but: str) -> AttemptRecord | None:
-    """The attempt that runs now, if it is of another job than ``but``."""
-    last = records[-1] if records else None
-    job = queue.get(last.job) if last and not last.ended and last.job != but else None
-    return last if job is not None and job.state == "RUNNING" else None
 
 
 def _ended_job(folder: SlurmFolder, last: AttemptRecord | None, queue: dict[str, Job]) -> Job | None:
     """The newest job of a run that has ended and that Slurm has not forgotten yet."""
     ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
-    return next((queue[job] for job in sorted(ids, key=_number, reverse=True) if job in queue), None)
-
-
-def _number(job: str) -> int:
-    return int(job) if job.isdigit() else 0
+    return max((queue[job] for job in ids if job in queue), key=lambda job: int(job.id), default=None)
 
 
 @dataclass
@@ -134,10 +123,7 @@ def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[st
         state, why = _started_by_hand(folder, run)
     else:
         job = _ended_job(folder, last, queue or {})
-        put_off = last is not None and last.action == "release" and not last.next_job
-        possible: Remedy = "submit" if put_off or (job and job.failed) else ""
-        state, why = _without_job(folder, run, last, gone=job, remedy=possible, asked=queue is not None)
-        remedy = possible if state == "lost" else ""
+        state, why, remedy = _without_job(folder, run, last, job, asked=queue is not None)
     gone = last.next_job or last.job if last else ""
     return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy)
 
@@ -173,31 +159,27 @@ def _who_releases(folder: SlurmFolder, job: Job) -> str:
 
 
 def _without_job(
-    folder: SlurmFolder,
-    run: RunState | None,
-    last: AttemptRecord | None,
-    *,
-    gone: Job | None,
-    remedy: Remedy,
-    asked: bool,
-) -> tuple[str, str]:
+    folder: SlurmFolder, run: RunState | None, last: AttemptRecord | None, gone: Job | None, *, asked: bool
+) -> tuple[str, str, Remedy]:
     final = last if last is not None and last.ended and last.action in ("none", "cancel") else None
     if final is not None and final.cause not in ("stopped", "cancelled"):
-        return "failed", final.reason
+        return "failed", final.reason, ""
     if folder.stop_request():  # a launch withdraws it, so it is newer than what the last one came to
-        return "stopped", folder.stop_request()
+        return "stopped", folder.stop_request(), ""
     if final is not None:
-        return final.cause, final.reason
+        return final.cause, final.reason, ""
     if not asked and last is not None and last.ended:
-        return "restarting", f"{last.reason}; Slurm did not answer"
+        return "restarting", f"{last.reason}; Slurm did not answer", ""
     if not asked:
-        return (run.state if run else "unknown"), "from its folder; Slurm did not answer"
+        return (run.state if run else "unknown"), "from its folder; Slurm did not answer", ""
     if gone is not None and gone.state == "CANCELLED":
-        return "cancelled", f"job {gone.id} was cancelled"
+        return "cancelled", f"job {gone.id} was cancelled", ""
+    put_off = last is not None and last.action == "release" and not last.next_job
+    remedy: Remedy = "submit" if put_off or (gone and gone.failed) else ""
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
     again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
     before = f"; before: {last.reason}" if last and last.reason else ""
-    return "lost", f"{what}, and no job continues it: {again}{before}"
+    return "lost", f"{what}, and no job continues it: {again}{before}", remedy
 
 
 def _started_by_hand(folder: SlurmFolder, run: RunState | None) -> tuple[str, str]:

@@ -2,20 +2,55 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
+import shlex
 import shutil
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from data_pipeline.errors import without_secrets
 from pretrain.arguments import add_device_argument, add_run_arguments
+from pretrain.check import check_recipe_here, resolve_for
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
+from pretrain.engine.schedule import checkpoint_interval, count_steps
+from pretrain.files import write_json
 from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.run_folder import RunFolder
 from slurm import scheduler
+from slurm.attempt import ROOT
 from slurm.folder import Launch, SlurmFolder
 from slurm.job import Job
-from slurm.plan import Plan, freeze, make_plan
+from slurm.job_state import current_job
 from slurm.restart import Policy
 from slurm.scheduler import SlurmError, UnreachedError
-from slurm.script import executor_for, ignored_variables, submit, submitit_script
+
+if TYPE_CHECKING:
+    import submitit
+
+SITE = ("account", "partition", "qos", "constraint", "reservation", "wckey")
+"""Options that sbatch also takes from the environment, as SBATCH_ACCOUNT, and that a site or a user may set there."""
+OWN = (
+    "array",
+    "error",
+    "no_requeue",
+    "nodes",
+    "ntasks",
+    "ntasks_per_node",
+    "open_mode",
+    "output",
+    "requeue",
+    "signal",
+    "wrap",
+)
+"""Options without which a run does not recover."""
+
 
 DESCRIPTION = """\
 Start a run on a Slurm cluster, one task per GPU. After preemption, time limits, lost nodes, crashes and hangs it is
@@ -74,6 +109,188 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run that may be submitted."""
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]
+    """Merged but not yet resolved: that is done on the nodes."""
+    folder: SlurmFolder
+    launch: Launch
+    lines: tuple[str, ...]
+    """The plan as text."""
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Check everything that can be checked here; ``--device auto`` is GPUs.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    recipe = _with_absolute_paths(load_recipe(options.recipe, options.assignments))
+    run = RunFolder(options.runs.resolve() / recipe.name)
+    config = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed, recorded_stage=run.recorded_stage())
+    run.check_recipe(recipe, config)
+    run_size = check_recipe_here(recipe, run)
+    nodes, per_node, on_gpus = options.nodes, options.tasks_per_node, options.device != "cpu"
+
+    def resolve(ranks: int) -> ResolvedDeepSpeed:
+        return resolve_for(recipe, config, world_size=ranks, has_gpu=on_gpus, has_bf16_gpu=on_gpus)
+
+    batch = resolve(nodes * per_node).batch
+    usable = []
+    for fewer in range(options.min_nodes, nodes + 1):
+        with contextlib.suppress(UserError):
+            resolve(fewer * per_node)
+            usable.append(fewer)
+    state = run.read_state()
+    if state is not None and state.state == "finished":
+        raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
+    folder = SlurmFolder(run.path)
+    if (job := current_job(folder, folder.history.records(), scheduler.queue())) is not None:
+        raise UserError(
+            f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
+            "it; or choose another name with --set name=..."
+        )
+    needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
+    steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
+    interval = checkpoint_interval(recipe, steps)
+    lines = [
+        f"run           {run.path}" + (f", resumes from step {folder.saved_step()}" if folder.saved_step() else ""),
+        f"model         {recipe.model.title}, {run_size.parameters:,} parameters, {run_size.classes} classes",
+        f"data          {recipe.data.path}: {run_size.train_samples:,} train, {run_size.val_samples:,} val",
+        f"ranks         {nodes} nodes x {per_node} = {nodes * per_node}"
+        + (f"; a restart also takes {' or '.join(map(str, usable[:-1]))} nodes" if usable[:-1] else ""),
+        f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
+        f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, a checkpoint every {interval:,}",
+        f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
+    ]
+    policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
+    kept = scheduler.without_secrets(scheduler.cleaned(os.environ))
+    environment = {name: value for name, value in kept.items() if name not in scheduler.KEPT}
+    launch = Launch(per_node, options.min_nodes, batch.global_batch, tuple(usable), policy, options.device, environment)
+    return Plan(recipe, config, folder, launch, tuple(without_secrets(lines)))
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Tasks may start elsewhere than the launch does."""
+    content = recipe.model_dump()
+    for section, key in (("data", "path"), ("loss", "class_tree"), ("probes", "path")):
+        path = (content[section] or {}).get(key)
+        if path is not None and "://" not in str(path):
+            content[section][key] = str(Path(path).absolute())
+    if recipe.initialize_from is not None and Path(recipe.initialize_from.handoff).exists():  # else the Hub's id of one
+        content["initialize_from"]["handoff"] = str(Path(recipe.initialize_from.handoff).absolute())
+    return Recipe.model_validate(content)
+
+
+def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]:
+    """Bytes that the checkpoints need and that there are; the one being written in addition to those that are kept."""
+    there = next(path for path in (run, *run.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{there} cannot be written: choose another folder with --runs")
+    needed, free = checkpoint_bytes * checkpoints, shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"the checkpoints need {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free: make space, lower "
+            "checkpoint.keep, or choose another folder with --runs"
+        )
+    return needed, free
+
+
+def sbatch_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What sbatch is asked for, by the names of its options with underscores; True for one without a value.
+
+    The environment's SBATCH_ACCOUNT and the like apply where the options do not set it.
+
+    Raises:
+        UserError: an option cannot be given, or has a line break.
+    """
+    asked = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in SITE} | {
+        # Tasks are counted when it starts: if sbatch knew them, Slurm would give the fewest nodes of a range.
+        "nodes": options.nodes if options.min_nodes == options.nodes else f"{options.min_nodes}-{options.nodes}",
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_gpu": options.cpus_per_gpu,
+        "time": options.time,
+        "requeue": True,
+    }
+    given = {name: getattr(options, name, None) for name in (*SITE, "mem", "exclude")}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    for assignment in options.sbatch:
+        key, equals, value = assignment.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if key in OWN:
+            raise UserError(f"--sbatch {key}: slurm.launch sets it itself")
+        asked[key] = value if equals else True
+    for key, value in asked.items():
+        if "\n" in f"{key}{value}":
+            raise UserError(f"{key.replace('_', '-')} has a line break, which no option of sbatch may have: {value!r}")
+    return {key: value for key, value in asked.items() if value not in (None, "")}
+
+
+def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) -> "submitit.SlurmExecutor":
+    """Make submitit's executor for a run, whose job is called ``name``.
+
+    Raises:
+        UserError: Slurm is not installed here, or an option cannot be given.
+    """
+    import submitit  # noqa: PLC0415 - slow
+
+    run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
+    in_task = f"{options.container} {options.container_python}" if options.container else python
+
+    try:
+        executor = submitit.SlurmExecutor(folder.submitit, python=in_task)
+    except RuntimeError:
+        raise UserError(
+            "srun: no such command: this is not a machine of a Slurm cluster; `deepspeed pretrain/main.py` trains here"
+        ) from None
+    executor.update_parameters(
+        job_name=name,
+        wckey=None,
+        signal_delay_s=options.save_within,
+        setup=[
+            *options.setup,
+            f"cd {shlex.quote(str(ROOT))} || exit 1",
+            "trap '' TERM  # what follows srun must still be done when the job is taken away",
+            f"prepared=$({python} -m slurm.attempt begin {run}) || exit $?",
+            'eval "$prepared"',
+        ],
+        teardown=[f"{python} -m slurm.attempt end {run} --status $? 2>&3", "exit $?"],
+        stderr_to_stdout=True,
+        additional_parameters=sbatch_options(options),
+    )
+    return executor
+
+
+def ignored_variables() -> list[str]:
+    """Variables of the environment for sbatch and srun that would contradict what is asked for."""
+    site = {f"SBATCH_{name.upper()}" for name in SITE} | set(scheduler.KEPT)
+    return sorted(name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name not in site)
+
+
+def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
+    """Submit a run's first job, without the environment's variables for sbatch and srun.
+
+    Raises:
+        SlurmError: Slurm refused it, or did not answer.
+    """
+    from submitit.core.utils import FailedJobError  # noqa: PLC0415
+    from submitit.helpers import clean_env  # noqa: PLC0415
+
+    kept = {name: os.environ[name] for name in scheduler.KEPT if name in os.environ}
+    try:
+        with clean_env(), contextlib.redirect_stderr(io.StringIO()):  # where submitit prints what it raises
+            os.environ.update(kept)
+            return executor.submit(job)
+    except FailedJobError as error:
+        failed = scheduler.failure("sbatch", str(error))
+        if isinstance(failed, UnreachedError):
+            failed.args = (f"{failed}; the job may exist: check `squeue --me`, cancel it, then launch again",)
+        raise failed from None
+
+
 def launch(options: argparse.Namespace) -> int:
     """Check, print the plan, and submit.
 
@@ -83,13 +300,16 @@ def launch(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     _say("\n".join(plan.lines))
     executor = executor_for(options, plan.folder, plan.recipe.name)
-    if ignored := ignored_variables(os.environ):
+    if ignored := ignored_variables():
         _say(f"ignored       of the environment: {', '.join(ignored)}")
     if options.dry_run:
-        _say(submitit_script(executor))
+        command = executor._submitit_command_str  # noqa: SLF001 - submitit has no public way to see its script
+        _say(executor._make_submission_file_text(command, "dry-run"))  # noqa: SLF001
         return ExitCode.FINISHED
     new, asked = not plan.folder.own.exists(), plan.folder.stop_request()
-    _prepare(plan, options)
+    freeze(plan.folder, plan.recipe, plan.deepspeed)
+    plan.folder.write_launch(plan.launch)
+    plan.folder.withdraw_stop()
     try:
         job = submit(executor, Job(plan.folder.run))
     except UnreachedError:
@@ -104,15 +324,11 @@ def launch(options: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _prepare(plan: Plan, options: argparse.Namespace) -> None:
-    freeze(plan)
-    policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
-    environment = scheduler.without_secrets(scheduler.cleaned(os.environ))
-    plan.folder.write_launch(
-        Launch(options.tasks_per_node, options.min_nodes, plan.global_batch, plan.usable_nodes, policy, options.device,
-               {name: value for name, value in environment.items() if name not in scheduler.KEPT})
-    )  # fmt: skip
-    plan.folder.withdraw_stop()
+def freeze(folder: SlurmFolder, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+    """Write what was launched into the run's folder: a recipe that is edited tomorrow does not reach this run."""
+    folder.own.mkdir(parents=True, exist_ok=True)
+    folder.recipe.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_json(folder.deepspeed_config, deepspeed)
 
 
 def _undo(folder: SlurmFolder, *, new: bool, asked: str) -> None:

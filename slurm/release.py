@@ -12,7 +12,6 @@ from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import History
 from slurm.job_state import find_state
 from slurm.restart import AttemptRecord, nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
@@ -37,36 +36,37 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     Raises:
         SlurmError: Slurm did not take the order.
     """
-    history = History(folder.history)
-    records = history.records()
+    records = folder.history.records()
     found, last = find_state(folder, records, queue), records[-1] if records else None
     if found.remedy == "submit":
-        return _submit_again(folder, history, last)
-    return _release_held(folder, history, last, found.job) if found.remedy == "release" else ""
+        return _submit_again(folder, last)
+    return _release_held(folder, last, found.job) if found.remedy == "release" else ""
 
 
-def _release_held(folder: SlurmFolder, history: History, last: AttemptRecord | None, job: str) -> str:
+def _release_held(folder: SlurmFolder, last: AttemptRecord | None, job: str) -> str:
     """Release a job that Slurm could not launch, unless that was so too often; a line."""
-    failed, limit = failed_launches(job, last), folder.read_launch().policy.max_restarts
-    if failed > limit:
+    # Slurm counts every launch as a restart; these came after the job ran last.
+    restarts = int(scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
+    failed = restarts - (last.restart + 1 if last is not None and last.job == job else 0)
+    if failed > folder.read_launch().policy.max_restarts:
         return (
             f"{folder.run}: job {job} stays held: {failed} launches in a row failed; `sinfo -R` shows what is wrong "
             f"with the nodes, then: scontrol release {job}"
         )
     scheduler.release(job)
     if last is not None:
-        history.note(last.attempt, f"held since a launch failed; released {stamp()}")
+        folder.history.note(last.attempt, f"held since a launch failed; released {stamp()}")
     return f"{folder.run}: job {job} was held since a launch failed, and is released"
 
 
-def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | None) -> str:
+def _submit_again(folder: SlurmFolder, last: AttemptRecord | None) -> str:
     """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
     held = lock(folder.release_lock)
     if held is None:
         return f"{folder.run}: another slurm.release is resubmitting it"
     with held:
         queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
-        found, launch = find_state(folder, history.records(), queue), folder.read_launch()
+        found, launch = find_state(folder, folder.history.records(), queue), folder.read_launch()
         if found.remedy != "submit":  # it was launched again by hand
             return ""
         gone = queue.get(found.job)
@@ -78,20 +78,13 @@ def _submit_again(folder: SlurmFolder, history: History, last: AttemptRecord | N
                 f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
                 "launch it again"
             )
-        exclude = nodes_to_exclude(history.records())
+        exclude = nodes_to_exclude(folder.history.records())
         follower = scheduler.submit(folder.script(found.job), launch.environment, exclude=exclude)
         folder.adopt(follower)
         if last is not None:
             text = f"{ended}; submitted again as job {follower} {stamp()}"
-            history.note(last.attempt, text, next_job=follower, again=True)
+            folder.history.note(last.attempt, text, next_job=follower, again=True)
         return f"{folder.run}: {ended} and is submitted again as job {follower}"
-
-
-def failed_launches(job: str, last: AttemptRecord | None) -> int:
-    """How many launches of a job have failed since it ran last; Slurm counts every one as a restart."""
-    restarts = int(scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
-    ran = last.restart + 1 if last is not None and last.job == job else 0
-    return restarts - ran
 
 
 def main(arguments: list[str] | None = None) -> int:

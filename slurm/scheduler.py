@@ -178,14 +178,9 @@ def imposed_wait_s() -> float:
     return 1.0 + (seconds if seconds >= MIN_EXPIRY_S else EXPIRY_S)
 
 
-def start_after(job: str, seconds: float) -> None:
-    """Let a requeued job start after so many seconds, even where Slurm would let more pass."""
-    run("scontrol", "update", f"JobId={job}", f"StartTime=now+{seconds:.0f}", retry_s=PATIENCE_S)
-
-
-def exclude_nodes(job: str, nodes: Sequence[str]) -> None:
-    """Let a pending job avoid nodes."""
-    run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}", retry_s=PATIENCE_S)
+def update(job: str, field: str) -> None:
+    """Change a field of a pending job, such as ``StartTime=now+60``."""
+    run("scontrol", "update", f"JobId={job}", field, retry_s=PATIENCE_S)
 
 
 def submit(

@@ -15,7 +15,6 @@ from pretrain.files import is_measurement, json_object
 from pretrain.outcome import ExitCode
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import History
 from slurm.job_state import RunStatus, find_state
 from slurm.scheduler import Job, SlurmError
 
@@ -52,7 +51,7 @@ def status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
 
 def _status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
     folder = SlurmFolder(run)
-    records, state = History(folder.history).records(), folder.state()
+    records, state = folder.history.records(), folder.state()
     status, last = find_state(folder, records, queue), records[-1] if records else None
     status.saved_step = folder.saved_step()
     if state is not None:

@@ -8,13 +8,8 @@ from pathlib import Path
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.history import History
 from slurm.job_state import current_job
 from slurm.scheduler import SlurmError
-
-DESCRIPTION = """\
-Stop a run: its ranks save and exit, and nothing restarts it. `slurm.launch` with the same recipe resumes it.
-"""
 
 
 def stop(folder: SlurmFolder) -> str:
@@ -32,7 +27,7 @@ def stop(folder: SlurmFolder) -> str:
     if state is not None and state.state == "finished":
         return "the run is already finished"
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
-    job = current_job(folder, History(folder.history).records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
+    job = current_job(folder, folder.history.records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
     if job is None:
         return "the run has no job, and nothing restarts it until it is launched again"
     if job.state == "RUNNING":
@@ -43,10 +38,8 @@ def stop(folder: SlurmFolder) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Stop a run and keep what it has."""
-    parser = argparse.ArgumentParser(
-        prog="python -m slurm.stop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Stop a run: its ranks save and exit, and nothing restarts it. `slurm.launch` with the same recipe resumes it."""
+    parser = argparse.ArgumentParser(prog="python -m slurm.stop", description=main.__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
     folder = SlurmFolder(parser.parse_args(arguments).run.resolve())
     try:

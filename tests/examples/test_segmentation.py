@@ -71,7 +71,7 @@ def test_frozen_features_stay_as_they_are_and_fine_tuned_ones_move(handoff: Path
 
 def test_mean_iou_is_100_for_the_truth_and_that_of_sets_of_pixels_otherwise() -> None:
     size, classes = (32, 32), len(CLASSES) + 1
-    masks = torch.stack([scene.mask for scene in draw_many(range(EVALUATED, EVALUATED + 30), size)])
+    _, masks = draw_many(range(EVALUATED, EVALUATED + 30), size)
     wrong = masks.clone()
     wrong[:, :10] = 0
     for predicted in (masks, wrong):
@@ -86,12 +86,12 @@ def test_mean_iou_is_100_for_the_truth_and_that_of_sets_of_pixels_otherwise() ->
 
 
 def test_an_image_is_a_function_of_its_seed() -> None:
-    scenes, again = (draw_many(range(20), (64, 96)) for _ in range(2))
-    for scene, same in zip(scenes, again, strict=True):
-        assert torch.equal(scene.image, same.image)
-        assert 0 <= scene.image.min() < scene.image.max() <= 1
-        assert len(scene.mask.unique()) > 1
-    assert not torch.equal(draw(EVALUATED, (64, 96)).image, draw(0, (64, 96)).image)
+    (images, masks), (again, _) = (draw_many(range(20), (64, 96)) for _ in range(2))
+    assert torch.equal(images, again)
+    for image, mask in zip(images, masks, strict=True):
+        assert 0 <= image.min() < image.max() <= 1
+        assert len(mask.unique()) > 1
+    assert not torch.equal(draw(EVALUATED, (64, 96))[0], images[0])
 
 
 def test_what_is_no_hand_off_or_no_possible_size_is_one_line(

@@ -17,7 +17,6 @@ from pretrain import convert, evaluate
 from pretrain.checkpoints.buffers import Buffers
 from pretrain.checkpoints.checkpoint import load_newest, read_weights
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
-from pretrain.engine.distributed import new_cpu_group
 from pretrain.engine.engine import build_model
 from pretrain.factory import FactoryConfig, layers_of, load_state, spared_names, try_network
 from pretrain.handoff.folder import CONFIG, load_handoff
@@ -26,17 +25,16 @@ from pretrain.outcome import UserError
 from pretrain.plan import make_plan, parse_arguments
 from pretrain.recipe import Recipe, load_recipe, validate_recipe
 from pretrain.state import TrainState
-from tests.pretrain import handoffs, test_equality
+from tests.pretrain import handoffs, test_equality, test_resume
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.stand_in import DEVICE, HostWaits, on_stand_in
-from tests.pretrain.test_equality import CLASSES, CPU, go_on, micro_batches, whole_weights, zero
+from tests.pretrain.test_equality import CLASSES, CPU, go_on, micro_batches
 from tests.pretrain.test_on_stand_in import batches_on_device
 from tests.pretrain.test_resume import state
 from tests.system.launching import RECIPE, changes
 
 VIT = {"width": 32, "depth": 2, "heads": 2, "dropout": 0.2, "drop_path": 0.2}
 SMALL_CNN = {"widths": [8, 16], "depths": [1, 1], "dropout": 0.2}
-HALF = 20
 
 
 def recipe(network: str, checkpointing: str = "none", **arguments: Any) -> Recipe:
@@ -215,29 +213,16 @@ def test_frozen_parameters_are_buffers_and_tied_ones_need_one_name() -> None:
 
 
 def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
-    group = new_cpu_group(60)
-    for stage in range(4):
-        for network in ("ViT", "CNN"):
-            options: dict[str, Any] = {"accumulation": 2, "zero_optimization": zero(stage)}
-            straight, stopped = training(recipe(network), **options), training(recipe(network), **options)
-            losses = go_on(straight, 2 * HALF)
-            torch.rand(7)  # another state of the generator that is not asked
-            assert go_on(stopped, HALF) == losses[:HALF]
-            case = folder / f"{network}-{stage}"
-            writer = CheckpointWriter(case, stopped.optimizer_shards, retention=Retention(), facts={}, group=group)
-            writer.start(TrainState(stopped.state.samples_seen, stopped.state.step))
-            assert writer.finish() == ""
-            resumed = training(recipe(network), **options)
-            loaded = load_newest(case, resumed.optimizer_shards, group=control)
-            assert loaded is not None
-            resumed.state = loaded[0]
-            assert go_on(resumed, HALF) == losses[HALF:], f"{network}, stage {stage}: losses are not bit-identical"
-            assert all(torch.equal(a, b) for a, b in zip(state(resumed), state(straight), strict=True)), stage
-            weights, expected = whole_weights(resumed.engine), whole_weights(straight.engine)
-            assert all(torch.equal(weights[name], expected[name]) for name in expected), stage
-            mine, theirs = (run.optimizer_shards.buffers.tensors() for run in (resumed, straight))
-            assert all(torch.equal(mine[name], theirs[name]) for name in theirs), stage
-            assert len(mine) == {"ViT": 0, "CNN": 15}[network]
+    for network, count in (("ViT", 0), ("CNN", 15)):
+
+        def with_buffers(run: Any, count: int = count) -> list[torch.Tensor]:
+            buffers = run.optimizer_shards.buffers.tensors()
+            assert len(buffers) == count
+            return [*state(run), *buffers.values()]
+
+        chosen = mock.Mock(return_value=recipe(network))
+        with mock.patch.multiple(test_resume, recipe=chosen, training=training, state=with_buffers):
+            test_resume.stopped_equals_straight(control, folder / network)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import pytest
 from pretrain.metrics import read_metrics
 from slurm import launch, release, status, stop
 from slurm.folder import SlurmFolder
-from slurm.history import History
 from slurm.restart import AttemptRecord
 from tests.slurm.cluster import Cluster
 from tests.system.launching import RECIPE, ROOT, changes, reached
@@ -130,7 +129,7 @@ class ClusterRun:
         return self.wait_for(lambda: now if (now := self.status())["state"] in states else None, f"{states}")
 
     def attempts(self) -> list[AttemptRecord]:
-        return History(self.folder / "slurm" / "history.jsonl").records()
+        return SlurmFolder(self.folder).history.records()
 
     def wait_for_attempts(self, number: int) -> list[AttemptRecord]:
         """Wait until so many attempts have begun."""

@@ -18,11 +18,10 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
 from slurm import job_state, release, scheduler, status
 from slurm.attempt import rendezvous_port
-from slurm.folder import Launch, SlurmFolder
-from slurm.history import History
+from slurm.folder import History, Launch, SlurmFolder
 from slurm.job import Output
 from slurm.job_state import current_job
-from slurm.plan import Plan, freeze
+from slurm.launch import freeze
 from slurm.restart import Attempt, AttemptRecord, Decision, Policy, RankExit
 from slurm.scheduler import Job
 from slurm.status import find_runs, status_of
@@ -82,7 +81,7 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
         "run_folder.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     recipe = load_recipe(RECIPE, settings(digits)[1::2])
-    freeze(Plan(recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed), folder, (1,), 24, ()))
+    freeze(folder, recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed))
     with (folder.run / ".lock").open("a") as former:
         fcntl.flock(former, fcntl.LOCK_EX)
         rank = start_rank(folder, program, rank=0, ranks=1)
@@ -136,7 +135,7 @@ def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(nu
 def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, before = SlurmFolder(tmp_path / "demo"), {"7": Job("7", "FAILED", "NonZeroExitCode", "a")}
     folder.write_launch(LAUNCH)
-    History(folder.history).begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
+    folder.history.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
     queue, submitted, told = dict(before), [], []
 
     def submit(script: Path, environment: dict[str, str], *, exclude: tuple[str, ...]) -> str:
@@ -224,8 +223,8 @@ def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(t
     folder, attempt = SlurmFolder(tmp_path), Attempt("7", 0)
     folder.logs(attempt).mkdir(parents=True)
     folder.write_exit(attempt, RankExit(0, "a", 1, 20.0, message="later"))
-    of_an_older_version = {"rank": 1, "node": "b", "code": -9, "time": 10.0, "error": "earlier"}
-    folder.exit_record(attempt, 1).write_text(json.dumps(of_an_older_version))
+    of_another_version = {"rank": 1, "node": "b", "code": -9, "time": 10.0, "message": "earlier", "other": 1}
+    folder.exit_record(attempt, 1).write_text(json.dumps(of_another_version))
     folder.exit_record(attempt, 2).write_text("{")
     assert [ended.message for ended in folder.read_exits(attempt)] == ["earlier", "later"]
 
@@ -252,7 +251,7 @@ def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(tmp_p
 
 def test_where_slurm_gives_a_number_again_both_attempts_are_told(tmp_path: Path) -> None:
     folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
-    history = History(folder.history)
+    history = folder.history
     for step, cause in ((0, "crashed"), (5, "finished")):
         folder.forget_exits(attempt)
         assert folder.read_exits(attempt) == []
@@ -266,10 +265,10 @@ def test_where_slurm_gives_a_number_again_both_attempts_are_told(tmp_path: Path)
 
 def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_restarting(tmp_path: Path) -> None:
     folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
-    History(folder.history).begin(attempt, nodes=["a"], ranks=1, step=0)
+    folder.history.begin(attempt, nodes=["a"], ranks=1, step=0)
     (folder.run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "a"}))
     assert status_of(folder.run, None).state == "running"
-    History(folder.history).end(attempt, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
+    folder.history.end(attempt, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
     status = status_of(folder.run, None)
     assert (status.state, status.why) == ("restarting", "rank 0 on a: broken; Slurm did not answer")
 

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -188,24 +187,16 @@ class Fault:
 
 def resumed(control: dist.ProcessGroup, folder: Path, data: Path, stage: int, prepare: Callable[[Any], Any]) -> Any:
     """Take a run from where it is to its end, in this process. ``prepare`` is called with the trainer."""
-    from pretrain.build import build_trainer
-    from pretrain.check import resolve_for
     from pretrain.engine.deepspeed_config import read_deepspeed_config
-    from pretrain.engine.distributed import read_rank
     from pretrain.fault_tolerance.signals import StopFlag
-    from pretrain.fault_tolerance.watchdog import Watchdog
     from pretrain.recipe import load_recipe
-    from pretrain.run_log import RunStatus, StartUp
+    from pretrain.replay import open_trainer
 
     words = [word for word in (*fields(data, 2 * HALF), *at_stage(stage)) if word != "--set"]
-    recipe, run, flag = load_recipe(RECIPE, words), RunFolder(folder), StopFlag()
+    recipe, flag = load_recipe(RECIPE, words), StopFlag()
     config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
-    trainer = build_trainer(
-        recipe, resolve_for(recipe, config, world_size=1, has_gpu=False, has_bf16_gpu=False), run, rank=read_rank(),
-        device=CPU, flag=flag, control=control, status=RunStatus(run, first=True), startup=StartUp("imports"),
-        watchdog=Watchdog(run.hangs, 0, start_s=600, step_s=600),
-    )  # fmt: skip
-    prepared = prepare(SimpleNamespace(trainer=trainer, flag=flag).trainer)
+    trainer = open_trainer(recipe, config, RunFolder(folder), device=CPU, control=control, flag=flag)
+    prepared = prepare(trainer)
     original = trainer.log.console.step_done
 
     def stop_at_half(step: int, **waited: float) -> None:
@@ -221,11 +212,10 @@ def resumed(control: dist.ProcessGroup, folder: Path, data: Path, stage: int, pr
 
 def replay_here(control: dist.ProcessGroup, run: Path) -> str:
     """The first difference that a replay of the second half finds, in this process."""
-    from pretrain.engine.distributed import read_rank
-    from pretrain.replay import Replay, copy_description, make_plan, open_trainer
+    from pretrain.replay import Replay, copy_description, make_plan, start
 
     plan, scratch = make_plan(run, (HALF, 2 * HALF), []), copy_description(run)
-    trainer = open_trainer(plan, RunFolder(scratch), rank=read_rank(), device=CPU, control=control)
+    trainer = start(plan, RunFolder(scratch), CPU, control)
     replay = Replay(trainer, plan)
     replay.run(2 * HALF)
     trainer.close()
@@ -285,9 +275,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/digits"))
     options = parser.parse_args()
     data = options.data.resolve()
-    for stage in range(
-        4 * bool(options.faults)
-    ):  # each in its process: at stage 3 DeepSpeed replaces F.linear for good
+    for stage in range(4 if options.faults else 0):  # a process each: at stage 3 DeepSpeed replaces F.linear for good
         run_ranks(1, inject, options.folder / f"faults-{stage}", data, stage, options.faults // 4)
     if options.runs:
         print(dict(clean(options.folder / "clean", data, runs=options.runs, seed=options.seed)))

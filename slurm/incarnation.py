@@ -1,8 +1,0 @@
-"""The name of ``slurm.attempt`` in batch scripts of older versions."""
-
-import sys
-
-from slurm.attempt import main
-
-if __name__ == "__main__":
-    sys.exit(main())
