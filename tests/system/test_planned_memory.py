@@ -82,7 +82,6 @@ CONFIGURATIONS = (
     Configuration("lavit_tiny", 96, 16, 0, "bf16 autocast"),
     Configuration("lavit_small", 128, 2, 1, ema=True),
     Configuration("lavit_small", 128, 4, 1, "bf16 autocast", FIRST, accumulation=2),
-    Configuration("lavit_small", 128, 4, 2, "bf16", "all"),
     # All run in the same processes, in which the first engine at stage 3 replaces torch.nn.functional.linear for good.
     Configuration("lavit_tiny", 96, 16, 3),
     Configuration("lavit_tiny", 96, 2, 3, "bf16"),

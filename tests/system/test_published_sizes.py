@@ -1,7 +1,6 @@
-"""Networks of the published sizes, and compiled kernels: too slow for the quick suite."""
+"""A network of a published size, and compiled kernels: too slow for the quick suite."""
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -15,13 +14,9 @@ from tests.pretrain.test_engine import compiled_equals_eager
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("lavit_tiny", {"pool": "mean"}), ("lavit_small", {}), ("lavit_base", {})]
-)
-def test_an_onnx_file_of_each_published_size_gives_torchs_logits(
-    name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    folder, out = hand_off(tmp_path / "h", name, **options), tmp_path / "model.onnx"
+def test_an_onnx_file_of_a_published_size_gives_torchs_logits(tmp_path: Path) -> None:
+    """The smallest: the others differ in depths and widths only, and `convert` itself compares before it publishes."""
+    folder, out = hand_off(tmp_path / "h", "lavit_tiny", pool="mean"), tmp_path / "model.onnx"
     done = convert(folder, out)
     model, _ = load_handoff(folder)
     assert done.size == (224, 224)
