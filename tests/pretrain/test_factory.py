@@ -36,7 +36,7 @@ from tests.system.launching import RECIPE, changes
 
 VIT = {"width": 32, "depth": 2, "heads": 2, "dropout": 0.2, "drop_path": 0.2}
 SMALL_CNN = {"widths": [8, 16], "depths": [1, 1], "dropout": 0.2}
-HALF = 20
+HALF = 5
 
 
 def recipe(network: str, checkpointing: str = "none", **arguments: Any) -> Recipe:
@@ -241,7 +241,7 @@ def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_20_and_20_steps_are_40_bit_for_bit_with_dropout_and_batch_norm_at_every_stage(tmp_path: Path) -> None:
+def test_stopped_and_resumed_equals_uninterrupted_with_dropout_and_batch_norm_at_every_stage(tmp_path: Path) -> None:
     run_ranks(2, stopped_equals_straight, tmp_path)
 
 
@@ -296,14 +296,13 @@ def test_what_is_recomputed_draws_the_same_and_buffers_are_averaged_saved_and_ke
 
 
 def no_step_waits() -> None:
-    for stage in (0, 1, 2):
-        run = training(recipe("CNN"), accumulation=2, device=DEVICE, zero_optimization={"stage": stage})
-        steps = iter(batches_on_device(steps=4))
-        for _ in range(3):
-            run.train_step(steps)
-        with HostWaits() as waits:
-            run.train_step(steps)
-        assert not waits.found, (stage, waits.found)
+    run = training(recipe("CNN"), accumulation=2, device=DEVICE, zero_optimization=zero(1))
+    steps = iter(batches_on_device(steps=4))
+    for _ in range(3):
+        run.train_step(steps)
+    with HostWaits() as waits:
+        run.train_step(steps)
+    assert not waits.found, waits.found
 
 
 @pytest.mark.slow
