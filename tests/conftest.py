@@ -97,21 +97,21 @@ def no_rank_variables() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shared(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+def shared(request: pytest.FixtureRequest, name: str) -> Iterator[Path]:
     """A folder of this session, which all workers share: the first one fills it while the others wait."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist
         base = base.parent
     with FileLock(base / f"{name}.lock"):
         yield base / name
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(request: pytest.FixtureRequest) -> Path:
     """The handwritten digits as shards, built by the command that users run; treat as read-only."""
     from data_pipeline.build import main
 
-    with shared(tmp_path_factory, "digits") as folder:
+    with shared(request, "digits") as folder:
         if not (folder / "dataset.json").exists():
             assert main(["digits", str(folder)]) in (None, 0)
     return folder

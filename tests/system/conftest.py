@@ -23,9 +23,9 @@ def short(digits: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def straight(tmp_path_factory: pytest.TempPathFactory, short: list[str]) -> Path:
+def straight(request: pytest.FixtureRequest, short: list[str]) -> Path:
     """The run without any trouble, on two ranks; treat as read-only. ``digests`` next to it has what it trained on."""
-    with shared(tmp_path_factory, "straight") as folder:
+    with shared(request, "straight") as folder:
         if not (folder / "demo/summary.json").exists():
             (folder / "digests").mkdir(parents=True)
             with launched(folder, *short, program=(INJECT, f"digests={folder / 'digests'}")) as run:
