@@ -62,7 +62,6 @@ class Launched:
         """Poll until ``condition`` holds; fails with the log when the run ends or time is up before."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
-            self.ranks()
             assert self.process.poll() is None, f"ended before {what}:\n{self.output()}"
             assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}:\n{self.output()}"
             time.sleep(0.05)
