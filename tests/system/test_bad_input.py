@@ -42,19 +42,6 @@ def test_the_help_lists_arguments_exit_statuses_and_fields() -> None:
         assert word in text
 
 
-def test_a_missing_data_folder_names_it_and_the_command_that_builds_it(tmp_path: Path) -> None:
-    line = error_of(tmp_path, *changes(data__path=tmp_path / "nowhere"))
-    assert str(tmp_path / "nowhere") in line
-    assert "python -m data_pipeline.build" in line
-
-
-def test_a_label_outside_the_classes_names_the_sample(tmp_path: Path, digits: Path) -> None:
-    broken = shutil.copytree(digits, tmp_path / "digits")
-    retable(broken, label=(7, 10))
-    line = error_of(tmp_path, *changes(data__path=broken))
-    assert "has label 10, but the classes are 0..9" in line
-
-
 def test_a_changed_label_table_is_refused_by_the_first_rank_of_the_node_for_all(tmp_path: Path, digits: Path) -> None:
     broken = shutil.copytree(digits, tmp_path / "digits")
     change_table(broken, label=(7, 3))
