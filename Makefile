@@ -41,7 +41,7 @@ test: setup
 
 # Complete runs that are stopped, killed and resumed, and whatever takes more than ten seconds.
 test-system: setup
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "slow and not slurm"
+	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow and not slurm"
 
 # Slurm clusters on this machine. The tests mostly wait for Slurm, so two run at a time; their clusters share nothing.
 test-cluster: setup

@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests import RANK_VARIABLES
 
@@ -27,6 +29,13 @@ NEEDS = {
     "timm": (("timm",), "timm and a torchvision that fits torch"),  # it imports torchvision
     "trackers": (("wandb",), "wandb"),
 }
+
+
+LONGEST = {
+    "test_equality", "test_short_run", "test_readme", "test_published_sizes", "test_soak", "test_replay",
+    "test_trouble", "test_factory", "test_on_stand_in", "test_resume",
+}  # fmt: skip
+"""Files whose slow tests take longest, which begin first."""
 
 
 @functools.cache
@@ -49,8 +58,8 @@ def _missing(marker: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest files first, so that no worker is left alone with one of them at the end.
-    items.sort(key=lambda item: item.path.stem not in {"test_soak", "test_planned_memory", "test_short_run"})
+    # So that no worker is left alone with one of them at the end.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         for marker in ("gpu", "slurm", *NEEDS):
             if item.get_closest_marker(marker) and (reason := _missing(marker)):
@@ -87,11 +96,22 @@ def no_rank_variables() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def shared(request: pytest.FixtureRequest, name: str) -> Iterator[Path]:
+    """A folder of this session, which all workers share: the first one fills it while the others wait."""
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist
+        base = base.parent
+    with FileLock(base / f"{name}.lock"):
+        yield base / name
+
+
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(request: pytest.FixtureRequest) -> Path:
     """The handwritten digits as shards, built by the command that users run; treat as read-only."""
     from data_pipeline.build import main
 
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    assert main(["digits", str(folder)]) in (None, 0)
+    with shared(request, "digits") as folder:
+        if not (folder / "dataset.json").exists():
+            assert main(["digits", str(folder)]) in (None, 0)
     return folder

@@ -2,8 +2,6 @@
 
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,7 @@ import pytest
 
 from benchmarks import ablation
 from data_pipeline.build import main as build
-
-ROOT = Path(__file__).parents[2]
+from tests.pages import ROOT
 
 
 def row(variant: str, seed: int, top1: float) -> dict[str, object]:
@@ -40,7 +37,9 @@ def test_differences_are_paired_by_seed_and_one_whose_interval_includes_zero_is_
 
 
 @pytest.mark.slow
-def test_variants_are_trained_evaluated_and_compared_and_finished_runs_are_kept(tmp_path: Path) -> None:
+def test_variants_are_trained_evaluated_and_compared_and_finished_runs_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng, raw = np.random.default_rng(0), tmp_path / "raw"
     raw.mkdir()
     for name, count in (("train", 80), ("t10k", 20)):
@@ -51,15 +50,12 @@ def test_variants_are_trained_evaluated_and_compared_and_finished_runs_are_kept(
             (raw / f"{name}-{kind}-ubyte").write_bytes(head + array.tobytes())
     assert build([str(raw), str(tmp_path / "data"), "--workers", "1", "--val-fraction", "0.2"]) == 0
 
-    def run() -> str:
-        folders = {"data": "data", "runs": "runs", "results": "", "figure": "figure.png"}
-        places = [word for name, path in folders.items() for word in (f"--{name}", str(tmp_path / path))]
-        command = [sys.executable, "-m", "benchmarks.ablation", "--quick", *places]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
-
-    printed = run()
+    folders = {"data": "data", "runs": "runs", "results": "", "figure": "figure.png"}
+    words = ["--quick", "--recipe", str(ROOT / "recipes/fashion_mnist_lavit.yaml")]
+    words += [word for name, path in folders.items() for word in (f"--{name}", str(tmp_path / path))]
+    capsys.readouterr()
+    assert ablation.main(words) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
     (file,) = tmp_path.glob("ablation-*-quick.json")
     content = json.loads(file.read_text())
     whole, vanilla = "la+residual+loss", "vanilla"
@@ -80,6 +76,6 @@ def test_variants_are_trained_evaluated_and_compared_and_finished_runs_are_kept(
     assert f"| {whole} |" in printed
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
-    run()
+    assert ablation.main(words) == 0
     assert json.loads(file.read_text())["rows"] == content["rows"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == times

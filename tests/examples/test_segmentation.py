@@ -14,11 +14,10 @@ from examples.shapes import CLASSES, EVALUATED, draw, draw_many
 from models import create_model
 from tests.pretrain.handoffs import hand_off
 
-SIDE, BATCH, STEPS = 32, 32, 150
+SIDE, BATCH = 32, 32
 
 
-@pytest.fixture(scope="module")
-def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_handoff(folder: Path, *, steps: int) -> Path:
     """Like the demo's, trained for less time: a small LaViT on scans of digits, 32 pixels a side."""
     from sklearn.datasets import load_digits
 
@@ -28,20 +27,27 @@ def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = create_model("lavit_micro", num_classes=10, image_size=SIDE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    for _ in range(STEPS):
+    for _ in range(steps):
         drawn = torch.randint(len(images), (BATCH,))
         batch = F.interpolate(images[drawn], (SIDE, SIDE), mode="bilinear")
         optimizer.zero_grad()
         F.cross_entropy(model((batch - 0.5) / 0.5), labels[drawn]).backward()
         optimizer.step()
-    return hand_off(tmp_path_factory.mktemp("h") / "handoff", model, input={"mean": [0.5] * 3, "std": [0.5] * 3})
+    return hand_off(folder, model, input={"mean": [0.5] * 3, "std": [0.5] * 3})
+
+
+@pytest.fixture(scope="module")
+def handoff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of fresh weights."""
+    return write_handoff(tmp_path_factory.mktemp("h") / "handoff", steps=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fine_tuned_features_segment_clearly_better_than_frozen_ones(
-    handoff: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    handoff = write_handoff(tmp_path / "handoff", steps=150)
     arguments = ["--handoff", str(handoff), "--steps", "200", "--evaluated", "60", "--out", str(tmp_path)]
     assert segmentation.main(arguments) == 0
     result = json.loads((tmp_path / "segmentation-0.json").read_text())

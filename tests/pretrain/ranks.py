@@ -22,8 +22,8 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(*arguments)`` on every rank as a launcher would: the ranks are named, but have not met yet."""
     port = free_port()
-    # Ranks are forked from a server that has imported DeepSpeed once, which takes seconds.
-    multiprocessing.set_forkserver_preload(["deepspeed", "safetensors.torch", "torch.distributed"])
+    # Ranks are forked from a server that has imported DeepSpeed and all of training once, which takes seconds.
+    multiprocessing.set_forkserver_preload(["deepspeed", "pretrain.main"])
     mp.start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
 
 

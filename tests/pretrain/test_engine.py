@@ -19,23 +19,12 @@ from pretrain.engine.engine import _require_compilers, compilation_error
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks, start_ranks
-from tests.pretrain.test_equality import assert_equal, recipe, trained, training, zero
+from tests.pretrain.test_equality import recipe, trained, training, zero
 
 
 def compiling(checkpointing: str = "none", **model: Any) -> Recipe:
     eager = recipe(checkpointing)
     return eager.model_copy(update={"model": eager.model.model_copy(update={"compile": True, **model})})
-
-
-def compiled_equals_eager(control: dist.ProcessGroup, backend: str) -> None:
-    """Run by ``tests/system/test_published_sizes.py``, which compiles kernels."""
-    torch.compile = functools.partial(torch.compile, backend=backend)
-    eager, compiled = recipe("all"), compiling("all")
-    for stage in (0, 1):
-        options = {"accumulation": 2, "zero_optimization": zero(stage)}
-        mine, plain = trained(compiled, **options), trained(eager, **options)
-        assert mine[1].keys() == plain[1].keys(), "compiling renamed parameters"
-        assert_equal(f"compiled at stage {stage}", mine, plain, loss=5e-6, weights=1e-4)
 
 
 def no_graph_has_open_shapes(control: dist.ProcessGroup) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pytorch_optimizer import Lamb
 
 from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
@@ -200,6 +199,8 @@ def test_every_stage_accumulation_and_checkpointing_equals_plain_torch(autocast:
 
 
 def lamb(groups: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Lamb  # in the one test that needs it: it imports a hundred optimizers
+
     for group in groups:
         group["adam"] = group["weight_decay"] == 0
     optimizer = Lamb(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decouple=False, adam_debias=True)

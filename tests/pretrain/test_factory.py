@@ -281,14 +281,13 @@ def test_what_is_recomputed_draws_the_same_and_buffers_are_averaged_saved_and_ke
 
 
 def no_step_waits() -> None:
-    for stage in (0, 1, 2):
-        run = training(recipe("CNN"), accumulation=2, device=DEVICE, zero_optimization={"stage": stage})
-        steps = iter(batches_on_device(steps=4))
-        for _ in range(3):
-            run.train_step(steps)
-        with HostWaits() as waits:
-            run.train_step(steps)
-        assert not waits.found, (stage, waits.found)
+    run = training(recipe("CNN"), accumulation=2, device=DEVICE, zero_optimization={"stage": 1})
+    steps = iter(batches_on_device(steps=4))
+    for _ in range(3):
+        run.train_step(steps)
+    with HostWaits() as waits:
+        run.train_step(steps)
+    assert not waits.found, waits.found
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """run -> hand-off -> evaluate: the numbers of the training, whatever the number of ranks and the ZeRO stage."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,9 @@ from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import validate_recipe
 from pretrain.run_folder import RunFolder
-from tests.pretrain.ranks import start_ranks
-from tests.system.launching import RECIPE, ROOT, changes
+from tests.system.launching import changes, trained
 
 TOTALS = ("top1", "top5", "loss", "samples")
-
-
-def through_the_door(log: Path, arguments: list[str]) -> None:
-    from pretrain.fault_tolerance.signals import StopFlag
-    from pretrain.main import main
-
-    sys.stdout = log.open("w")
-    assert main(StopFlag(), arguments) == ExitCode.FINISHED, log.read_text()
 
 
 def train(folder: Path, digits: Path, ranks: int, *, stage: int, **fields: object) -> Path:
@@ -37,9 +27,8 @@ def train(folder: Path, digits: Path, ranks: int, *, stage: int, **fields: objec
         optimizer__kind="sgd", optimizer__lr=0.3, model__overrides=small,
         deepspeed__zero_optimization__stage=stage, **fields,
     )  # fmt: skip
-    arguments = ["--recipe", str(RECIPE), "--runs", str(folder), *assignments]
-    arguments += ["--deepspeed_config", str(ROOT / "ds_config.json")]
-    start_ranks(ranks, through_the_door, folder / "log", arguments)
+    code, output = trained(folder, *assignments, ranks=ranks)
+    assert code == ExitCode.FINISHED, output
     return folder / "demo"
 
 

@@ -121,7 +121,8 @@ def elsewhere() -> Path:
     made_for = f"{sys.version}\n{PACKAGES}\n{pins.read_text()}"
     if not (folder / "made-for").exists() or (folder / "made-for").read_text() != made_for:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin/pip", "install", "--quiet", "--constraint", pins, *PACKAGES], check=True)
+        options = ["--quiet", "--no-compile", "--constraint", pins]  # only the modules that are imported are compiled
+        subprocess.run([folder / "bin/pip", "install", *options, *PACKAGES], check=True)
         (folder / "made-for").write_text(made_for)
     return folder / "bin/python"
 

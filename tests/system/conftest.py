@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.outcome import ExitCode
-from tests.system.launching import changes, launched
+from tests.conftest import shared
+from tests.system.launching import INJECT, changes, launched
 
 STEPS = 20
 
@@ -22,10 +23,12 @@ def short(digits: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def straight(tmp_path_factory: pytest.TempPathFactory, short: list[str]) -> Path:
-    """The run without any trouble, on two ranks; treat as read-only."""
-    folder = tmp_path_factory.mktemp("straight")
-    with launched(folder, *short) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
-        run.assert_no_rank_stays()
+def straight(request: pytest.FixtureRequest, short: list[str]) -> Path:
+    """The run without any trouble, on two ranks; treat as read-only. ``digests`` next to it has what it trained on."""
+    with shared(request, "straight") as folder:
+        if not (folder / "demo/summary.json").exists():
+            (folder / "digests").mkdir(parents=True)
+            with launched(folder, *short, program=(INJECT, f"digests={folder / 'digests'}")) as run:
+                assert run.end() == ExitCode.FINISHED, run.output()
+                run.assert_no_rank_stays()
     return folder / "demo"

@@ -3,6 +3,7 @@
 - ``nan=9-11,15``: the loss of these steps is NaN on the last rank
 - ``raise=7``: the last rank fails in this step
 - ``stop=7``: the last rank hangs in this step
+- ``kill=7``, ``terminate=7``: the last rank gets SIGKILL, or SIGTERM, in this step
 - ``hold=7``: from this step on every rank waits until it is asked to stop, so that the run is not over before
 - ``digests=FOLDER``: every rank writes a line for each row of the global batches that it trains on
 """
@@ -26,6 +27,7 @@ local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]
 words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
 told = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: not word.startswith("--"), words))
 arguments = words[len(told) :]
+SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 original = losses.TrainingLoss.__call__
 flag = StopFlag()
 
@@ -46,8 +48,9 @@ def instructed(compute, batch, state):
                 lines.write(f"{step} {row} {label} {digest}\n")
     while "hold" in told and step >= int(told["hold"]) and not flag:
         time.sleep(0.01)
-    if hits("stop", step):
-        os.kill(os.getpid(), signal.SIGSTOP)
+    for kind, signum in SIGNALS.items():
+        if hits(kind, step):
+            os.kill(os.getpid(), signum)
     if hits("raise", step):
         raise RuntimeError("an injected fault")
     loss, parts = original(compute, batch, state)

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,13 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from pretrain.metrics import read_metrics
 from pretrain.ports import free_port
 from tests import RANK_VARIABLES
+from tests.pretrain.ranks import start_ranks
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo.yaml"
+PROGRAM = ("pretrain/main.py",)
+INJECT = "tests/system/inject.py"
 PATIENCE_S = 180.0
 """A start takes ten seconds on a quiet machine; the bound only keeps a hang from lasting for ever."""
 
@@ -24,16 +30,15 @@ PATIENCE_S = 180.0
 class Launched:
     """A started launcher (or bare ``python``) with the log that it writes."""
 
-    def __init__(self, command: list[str], log: Path, file_size_limit: int | None, gpu: bool) -> None:
+    def __init__(self, command: list[str], log: Path, gpu: bool) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         if not gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         self.log = log
-        limited = ["prlimit", f"--fsize={file_size_limit}", *command] if file_size_limit else command
         with log.open("w") as handle:
             self.process = subprocess.Popen(
-                limited, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._seen: dict[int, psutil.Process] = {}
 
@@ -57,7 +62,6 @@ class Launched:
         """Poll until ``condition`` holds; fails with the log when the run ends or time is up before."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
-            self.ranks()
             assert self.process.poll() is None, f"ended before {what}:\n{self.output()}"
             assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}:\n{self.output()}"
             time.sleep(0.05)
@@ -97,19 +101,13 @@ def launched(
     *arguments: str,
     ranks: int = 2,
     launcher: str = "deepspeed",
-    program: tuple[str, ...] = ("pretrain/main.py",),
-    file_size_limit: int | None = None,
+    program: tuple[str, ...] = PROGRAM,
     gpu: bool = False,
 ) -> Iterator[Launched]:
     """Start training with ``deepspeed`` or ``torchrun`` on so many ranks; with 0, start ``program`` bare.
 
-    Runs lie in ``folder``.
-
-    Without ``gpu`` it runs on the CPU, whatever there is. No file can grow beyond ``file_size_limit`` bytes where it is
-    given: the write fails, as on a full disk.
+    Runs lie in ``folder``. Without ``gpu`` it runs on the CPU, whatever there is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.glob("launch-*.log")))
     starter = [sys.executable]
     if ranks:
         options = {
@@ -117,12 +115,61 @@ def launched(
             "torchrun": ["--standalone", "--nproc_per_node", str(ranks)],
         }
         starter = [str(Path(sys.executable).parent / launcher), *options[launcher]]
-    command = [*starter, *program, "--recipe", str(RECIPE), "--runs", str(folder), *arguments]
-    started = Launched(command, folder / f"launch-{number}.log", file_size_limit, gpu)
+    started = Launched([*starter, *command_line(folder, program, arguments)], new_log(folder), gpu)
     try:
         yield started
     finally:
         started.kill_all()
+
+
+def trained(
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    program: tuple[str, ...] = PROGRAM,
+    file_size_limit: int | None = None,
+) -> tuple[int, str]:
+    """Run ``program`` to its end on ranks without a launcher: forked from a process that has imported everything.
+
+    Args:
+        folder: that of the runs.
+        arguments: of the program.
+        ranks: on the CPU.
+        program: a script, with its first arguments.
+        file_size_limit: bytes beyond which no file can grow: the write fails, as on a full disk.
+
+    Returns:
+        the exit status of the first rank that fails, negative for a signal, or 0; and the output.
+    """
+    log = new_log(folder)
+    try:
+        start_ranks(ranks, _run_script, command_line(folder, program, arguments), log, file_size_limit)
+    except ProcessExitedException as ended:
+        return ended.exit_code, log.read_text()
+    return 0, log.read_text()
+
+
+def _run_script(words: list[str], log: Path, file_size_limit: int | None) -> None:
+    if file_size_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    with log.open("a") as handle:
+        os.dup2(handle.fileno(), 1)
+        os.dup2(handle.fileno(), 2)
+    os.chdir(ROOT)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def new_log(folder: Path) -> Path:
+    """The file for the output of the next start in a folder of runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"launch-{len(list(folder.glob('launch-*.log')))}.log"
+    log.touch()
+    return log
+
+
+def command_line(folder: Path, program: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
+    return [*program, "--recipe", str(RECIPE), "--runs", str(folder), *arguments]
 
 
 def reached(run: Path) -> int:

@@ -1,7 +1,6 @@
-"""From half of the classes to all of them: handed-off weights are ahead of fresh ones, also at a larger image size."""
+"""From half of the classes to all of them, at a larger image size: handed-off weights are ahead of fresh ones."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
 from pretrain.run_folder import RunFolder
-from tests.system.launching import RECIPE, changes, launched
+from tests.system.launching import INJECT, RECIPE, changes, trained
 
 NETWORK = (
     "{depths: [1, 1, 2, 1], vanilla_blocks: [1, 1, 1, 1], widths: [32, 48, 64, 80], heads: [1, 2, 2, 2], "
@@ -41,10 +40,10 @@ def write_digits(folder: Path, classes: range, most: int = 1000) -> Path:
     return folder / "shards"
 
 
-def tuning(course: Path, name: str, size: int, **fields: Any) -> list[str]:
+def tuning(course: Path, name: str, **fields: Any) -> list[str]:
     """Arguments of a run on a few of all ten; ``fields`` are its changes to the budget that all of them have."""
     return changes(
-        name=name, data__path=course / "few/shards", data__image_size=size, schedule__epochs=20 if size > 32 else 15,
+        name=name, data__path=course / "few/shards", data__image_size=48, schedule__epochs=20,
         schedule__warmup_epochs=1.5, deepspeed__train_batch_size=25, log_every_steps=1, **COMMON, **fields,
     )  # fmt: skip
 
@@ -58,23 +57,9 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     augment = "{affine: {degrees: 15, translate: 0.2, scale: [0.8, 1.8]}}"
     fields = changes(name="half", data__path=half, data__augment=augment, schedule__epochs=14,
                      schedule__warmup_epochs=1, deepspeed__train_batch_size=32, **COMMON)  # fmt: skip
-    with launched(folder, *fields, ranks=0) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
+    code, output = trained(folder, *fields)
+    assert code == ExitCode.FINISHED, output
     return folder
-
-
-def tuned_and_from_scratch(course: Path, size: int, **fields: Any) -> tuple[float, float, str]:
-    """Top-1 of both, and what the tuned one printed. They run side by side, each on one core."""
-    arguments = {
-        "tuned": tuning(course, "tuned", size, initialize_from__handoff=course / "half/handoff", **fields),
-        "scratch": tuning(course, "scratch", size),
-    }
-    folder = course / str(size)
-    with ExitStack() as stack:
-        runs = [stack.enter_context(launched(folder, *words, ranks=0)) for words in arguments.values()]
-        assert [run.end() for run in runs] == [ExitCode.FINISHED] * 2, [run.output() for run in runs]
-        tuned, scratch = (read_json(folder / name / "summary.json")["top1"] for name in arguments)
-        return tuned, scratch, runs[0].output()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -87,54 +72,52 @@ def probing(course: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def at_32(course: Path) -> tuple[float, float, str]:
-    return tuned_and_from_scratch(course, 32, **probing(course))
+def tuned(course: Path) -> tuple[Path, str]:
+    """The run that begins with the handed-off weights, and its output; treat as read-only."""
+    words = tuning(course, "tuned", initialize_from__handoff=course / "half/handoff", **probing(course))
+    code, output = trained(course, *words)
+    assert code == ExitCode.FINISHED, output
+    return course / "tuned", output
 
 
-def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(at_32: tuple[float, float, str]) -> None:
-    tuned, scratch, said = at_32
-    assert tuned > scratch + 5
-    assert "the head's rows of 5 classes are reused, of 5 there; 5 are new" in said
+def test_with_the_same_budget_handed_off_weights_are_ahead_of_fresh_ones(course: Path, tuned: tuple[Path, str]) -> None:
+    code, output = trained(course, *tuning(course, "scratch"))
+    assert code == ExitCode.FINISHED, output
+    top1, scratch = (read_json(run / "summary.json")["top1"] for run in (tuned[0], course / "scratch"))
+    assert top1 > scratch + 5
+    assert "the head's rows of 5 classes are reused, of 5 there; 5 are new" in tuned[1]
+    assert "tensors of the token grids resampled, 32 x 32 -> 48 x 48" in tuned[1]
 
 
-def test_they_are_ahead_at_a_larger_image_size_too(course: Path) -> None:
-    tuned, scratch, said = tuned_and_from_scratch(course, 48)
-    assert tuned > scratch + 5
-    assert "tensors of the token grids resampled, 32 x 32 -> 48 x 48" in said
-
-
-def test_the_handoff_tells_what_training_began_with(course: Path, at_32: tuple[float, float, str]) -> None:
-    begun = read_json(course / "half/handoff/config.json")["weights_blake2"]
-    tuned = course / "32/tuned/handoff"
-    assert read_json(tuned / "config.json")["initialized_from"]["weights_blake2"] == begun
+def test_the_handoff_tells_what_training_began_with(course: Path, tuned: tuple[Path, str]) -> None:
+    begun, run = read_json(course / "half/handoff/config.json")["weights_blake2"], tuned[0]
+    assert read_json(run / "handoff/config.json")["initialized_from"]["weights_blake2"] == begun
     row = f"| initialized from | raw weights of half, 10,080 images of shards, digest {begun} |"
-    assert row in (tuned / "README.md").read_text()
+    assert row in (run / "handoff/README.md").read_text()
 
 
 def test_a_crashed_run_goes_on_without_the_handoff_and_probes_where_the_untouched_one_did(
-    course: Path, at_32: tuple[float, float, str]
+    course: Path, tuned: tuple[Path, str]
 ) -> None:
     handoff, gone = course / "half/handoff", course / "gone"
-    arguments = tuning(
-        course, "tuned", 32, initialize_from__handoff=handoff, checkpoint__every_steps=10, **probing(course)
-    )
+    arguments = tuning(course, "tuned", initialize_from__handoff=handoff, checkpoint__every_steps=10, **probing(course))
     folder = course / "crashed"
-    with launched(folder, *arguments, ranks=0, program=("tests/system/inject.py", "raise=25")) as run:
-        assert run.end() == ExitCode.RETRY, run.output()
+    code, output = trained(folder, *arguments, program=(INJECT, "raise=25"))
+    assert code == ExitCode.RETRY, output
     handoff.rename(gone)
     try:
-        with launched(folder, *arguments, ranks=0) as run:
-            assert run.end() == ExitCode.FINISHED, run.output()
-            assert "resuming" in run.output()
-            assert "initialized" not in run.output()
+        code, output = trained(folder, *arguments)
     finally:
         gone.rename(handoff)
-    crashed, untouched = folder / "tuned", course / "32/tuned"
+    assert code == ExitCode.FINISHED, output
+    assert "resuming" in output
+    assert "initialized" not in output
+    crashed, untouched = folder / "tuned", tuned[0]
     losses, expected = ([row["loss"] for row in rows(run, "train")] for run in (crashed, untouched))
     assert losses == expected
     probes, expected = (rows(run, "probe") for run in (crashed, untouched))
     assert probes == expected
-    assert [row["samples_seen"] for row in probes] == [250, 500, 750]
+    assert [row["samples_seen"] for row in probes] == [250, 500, 750, 1000]
     origins = [read_json(run / "environment.json")["initialized_from"] for run in (crashed, untouched)]
     assert origins[0] == origins[1] is not None
 
@@ -145,10 +128,10 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_missing_handoff_is_told_before_anything_is_started_but_not_missed_by_a_run_under_way(
-    course: Path, at_32: tuple[float, float, str]
+    course: Path, tuned: tuple[Path, str]
 ) -> None:
-    fields = tuning(course, "new", 32, initialize_from__handoff=course / "none")[1::2]
+    fields = tuning(course, "new", initialize_from__handoff=course / "none")[1::2]
     recipe = load_recipe(RECIPE, fields)
     with pytest.raises(UserError, match="is not a finished hand-off"):
         check_recipe_here(recipe, RunFolder(course / "new"))
-    check_recipe_here(recipe, RunFolder(course / "32/tuned"))
+    check_recipe_here(recipe, RunFolder(tuned[0]))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "docs/quickstart.md"
 EXAMPLES = {
     "R": "recipes/demo.yaml", "RUN": "runs/demo", "RUN_OR_HANDOFF": "runs/demo", "HANDOFF": "runs/demo/handoff",
-    "STEP": "20", "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "out.onnx", "FILE.html": "report.html",
+    "STEP": "20", "SOURCE": "digits", "DEST": "data/digits", "OUT.onnx": "model.onnx", "FILE.html": "report.html",
     "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0", "A:B": "0:2",
 }  # fmt: skip
 """What stands in for the words in capitals."""
@@ -31,20 +31,28 @@ ELSEWHERE = ("slurm.", "examples.", "demo-cnn", "downloads/imagenet", "my_images
 
 
 def commands() -> list[str]:
-    """``python``, ``deepspeed`` and ``torchrun`` commands of the README and the first ones of each page, each once."""
+    """``python``, ``deepspeed`` and ``torchrun`` commands of the README and the first ones of each page, each once.
+
+    A command that another one only adds options to is left out.
+    """
     readme = ROOT / "README.md"
     found = re.findall(r"`((?:python|deepspeed) [^`]+)`", readme.read_text())
     shown = [block for block in blocks(readme, "bash") if "my_images" not in block]
     shown += [blocks(page, "bash")[0] for page in SITE] + blocks(QUICKSTART, "bash")
     lines = re.sub(r" *\\\n *", " ", "".join(shown))
     found += re.findall(r"^((?:python|deepspeed|torchrun) .*?)(?: {2,}#.*)?$", lines, re.MULTILINE)
-    complete = [one for one in dict.fromkeys(found) if len(one.split()) > 3 and not one.endswith("...")]
-    return [one for one in complete if not any(name in one for name in ELSEWHERE)]
+    complete = [one for one in found if len(one.split()) > 3 and not one.endswith("...")]
+    words = dict.fromkeys(words_of(one) for one in complete if not any(name in one for name in ELSEWHERE))
+    longer = {one[:length] for one in words for length in range(len(one))}
+    return [shlex.join(one) for one in words if one not in longer]
 
 
-def words_of(command: str) -> list[str]:
+def words_of(command: str) -> tuple[str, ...]:
     text = re.sub(r"\[[^]]*\.\.\.\]", "", command)
-    return [EXAMPLES.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", " ", text))]
+    words = [EXAMPLES.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", " ", text))]
+    if words[0] == "deepspeed" and "--num_accelerators" not in words:
+        words[1:1] = ["--num_accelerators", "2"]
+    return tuple(words)
 
 
 def runnable(language: str) -> list[tuple[str, str]]:
@@ -76,10 +84,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, straight: Path, digits: P
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command: str, checkout: Path) -> None:
-    words = words_of(command)
+    words = shlex.split(command)
     if words[0] == "deepspeed":
-        accelerators = [] if "--num_accelerators" in words else ["--num_accelerators", "2"]
-        words[1:1] = [*accelerators, "--master_port", str(free_port())]
+        words[1:1] = ["--master_port", str(free_port())]
     if "pretrain/main.py" in words:
         words += changes(schedule__epochs=0.1, schedule__warmup_epochs=0, name=f"readme-{commands().index(command)}")
     ended = subprocess.run(words, cwd=checkout, env=environment(), capture_output=True, text=True, check=False)

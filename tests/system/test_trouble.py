@@ -11,7 +11,7 @@ from pretrain.checkpoints.checkpoint import list_checkpoints
 from pretrain.files import json_lines
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
-from tests.system.launching import changes, launched
+from tests.system.launching import INJECT, changes, launched, trained
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def run_with_faults(folder: Path, digits: Path, fault: str, **fields: object) -> tuple[int, str]:
     """Exit status and output of a run of two ranks with a fault of ``inject.py``."""
-    words = changes(data__path=digits, log_every_steps=1, **fields)
-    with launched(folder, *words, program=("tests/system/inject.py", fault)) as run:
-        code = run.end()
-        run.assert_no_rank_stays()
-        return code, run.output()
+    return trained(folder, *changes(data__path=digits, log_every_steps=1, **fields), ranks=2, program=(INJECT, fault))
 
 
 BAD_NUMBERS = {
@@ -70,8 +66,11 @@ def test_when_going_back_does_not_help_it_stops_and_says_why(tmp_path: Path, dig
 
 
 def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(tmp_path: Path, digits: Path) -> None:
-    code, output = run_with_faults(tmp_path, digits, "stop=4", watchdog__step_minutes=0.1)
-    assert code == ExitCode.RETRY, output
+    words = changes(data__path=digits, log_every_steps=1, watchdog__step_minutes=0.1)
+    with launched(tmp_path, *words, program=(INJECT, "stop=4")) as run:
+        assert run.end() == ExitCode.RETRY, run.output()
+        run.assert_no_rank_stays()
+        output = run.output()
     assert len(read_metrics(tmp_path / "demo/metrics.jsonl", "train")) == 3
     assert "rank 0 hangs" in output
     (stacks,) = (tmp_path / "demo/hangs").glob("*-rank-00000.txt")
@@ -81,19 +80,19 @@ def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(tmp
 
 
 def test_when_torchrun_dies_its_ranks_save_and_a_single_process_resumes(tmp_path: Path, digits: Path) -> None:
-    words = changes(data__path=digits, log_every_steps=1, schedule__epochs=4, evaluation__every_epochs=4)
-    with launched(tmp_path, *words, launcher="torchrun") as run:
+    words = changes(data__path=digits, log_every_steps=1, schedule__epochs=0.9, schedule__warmup_epochs=0.3)
+    with launched(tmp_path, *words, launcher="torchrun", program=(INJECT, "hold=5")) as run:
         run.wait_for_steps(tmp_path / "demo", 3)
         run.process.kill()
         run.assert_no_rank_stays()
     told = state(tmp_path)
     assert (told["state"], told["world_size"]) == ("preempted", 2)
     assert told["reason"] in ("the launcher died", "SIGTERM")  # the latter is the kernel's word for it
-    with launched(tmp_path, *words, ranks=0) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
-        assert f"at step {told['step']} of 89" in run.output()
+    code, output = trained(tmp_path, *words)
+    assert code == ExitCode.FINISHED, output
+    assert f"at step {told['step']} of 20" in output
     rows = read_metrics(tmp_path / "demo/metrics.jsonl", "train")
-    assert [row["step"] for row in rows] == list(range(1, 90))
+    assert [row["step"] for row in rows] == list(range(1, 21))
 
 
 def test_the_reason_of_the_rank_that_failed_first_is_the_runs(tmp_path: Path, digits: Path) -> None:
@@ -107,16 +106,16 @@ def test_two_checkpoints_that_cannot_be_written_end_the_run_and_it_starts_again_
     tmp_path: Path, digits: Path
 ) -> None:
     fields = changes(data__path=digits, schedule__epochs=0.9, schedule__warmup_epochs=0.9, checkpoint__every_steps=6)
-    with launched(tmp_path, *fields, file_size_limit=500_000) as run:  # a rank's file has several megabytes
-        assert run.end() == ExitCode.WILL_FAIL_AGAIN, run.output()
-        run.assert_no_rank_stays()
-        assert "WARNING checkpoint at step 6 could not be written" in run.output()
-        assert "two checkpoints in a row could not be written" in run.output()
+    # A rank's file has several megabytes.
+    code, output = trained(tmp_path, *fields, ranks=2, file_size_limit=500_000)
+    assert code == ExitCode.WILL_FAIL_AGAIN, output
+    assert "WARNING checkpoint at step 6 could not be written" in output
+    assert "two checkpoints in a row could not be written" in output
     told = state(tmp_path)
     assert (told["state"], told["step"]) == ("failed", 12)
     assert "make space" in told["reason"]
     assert [row["event"] for row in events(tmp_path)] == ["start", "checkpoint failed", "checkpoint failed"]
     assert not list((tmp_path / "demo/checkpoints").iterdir()), "something half-written was left"
-    with launched(tmp_path, *fields) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
+    code, output = trained(tmp_path, *fields, ranks=2)
+    assert code == ExitCode.FINISHED, output
     assert list_checkpoints(tmp_path / "demo/checkpoints")[0].name == "step-00000020"

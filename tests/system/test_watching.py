@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from pretrain.metrics import read_metrics
 from pretrain.monitoring.profile import StepProfiler, parse_steps
 from pretrain.outcome import ExitCode, UserError
-from tests.system.launching import changes, launched
+from tests.system.launching import INJECT, changes, launched, trained
 
 
 @pytest.mark.slow
@@ -20,13 +21,11 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
     folder = tmp_path / "runs/demo"
     fields = changes(data__path=digits, schedule__epochs=0.6, schedule__warmup_epochs=0.1, log_every_steps=1,
                      checkpoint__every_steps=3, evaluation__every_epochs=0.2, ema__decay=0.9)  # fmt: skip
-    with launched(tmp_path / "runs", *fields, ranks=0) as run:
-        run.wait_for_steps(folder, 8)
-        run.process.kill()
-        run.end()
+    code, output = trained(tmp_path / "runs", *fields, program=(INJECT, "kill=9"))
+    assert code == -signal.SIGKILL, output
     (folder / "show").touch()
-    with launched(tmp_path / "runs", *fields, ranks=0) as run:
-        assert run.end() == ExitCode.FINISHED, run.output()
+    code, output = trained(tmp_path / "runs", *fields)
+    assert code == ExitCode.FINISHED, output
     assert not (folder / "show").exists(), "the requested images were not drawn"
 
     board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
