@@ -151,7 +151,7 @@ class Dataset:
         def sizes() -> list[int | None]:
             with path.open("rb") as stream:
                 headers = [header_at(stream, int(self.offset[sample])) for sample in samples]
-            return [header and header.size for header in headers]
+            return [None if header is None else header.size for header in headers]
 
         try:
             found = patiently(sizes, str(path))
