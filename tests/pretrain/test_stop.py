@@ -24,13 +24,14 @@ def test_all_ranks_stop_at_the_same_boundary_though_one_is_told() -> None:
     run_ranks(2, only_rank_1_is_told)
 
 
+DEFAULT = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
 IGNORED = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
 
 
 @pytest.mark.parametrize(
     ("before", "signals", "code", "told"),
     [
-        ("", ["SIGHUP"], ExitCode.FINISHED, "SIGHUP\n"),
+        (DEFAULT, ["SIGHUP"], ExitCode.FINISHED, "SIGHUP\n"),
         (IGNORED, ["SIGHUP"], ExitCode.FINISHED, "\n"),
         ("", ["SIGINT", "SIGINT"], ExitCode.STOPPED, "stopped immediately, not saved\n"),
     ],
