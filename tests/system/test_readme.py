@@ -26,7 +26,7 @@ EXAMPLES = {
     "FILE.png": "sheet.png", "N": "8", "ID": "apache-2.0", "A:B": "0:2",
 }  # fmt: skip
 """What stands in for the words in capitals."""
-ELSEWHERE = ("slurm.", "examples.", "demo-cnn", "downloads/imagenet", "my_images", "--steps 300:")
+ELSEWHERE = ("slurm.", "examples.", "demo-cnn", "downloads/imagenet", "my_images", "--steps 300:", "fashion")
 """Run by tests of their own, or below; step 300 is beyond the run that stands in for the demo."""
 
 
