@@ -158,7 +158,7 @@ def open_trainer(
         folder,
         rank=rank,
         device=device,
-        flag=flag or StopFlag(),
+        flag=StopFlag() if flag is None else flag,  # one that is not set is false
         control=control,
         watchdog=Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
         status=RunStatus(folder, first=rank.is_first),
