@@ -90,9 +90,10 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Read a file of JSON objects line by line: ``json_object`` of each line."""
+def json_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any] | None]:
+    """Read a file of JSON objects line by line, from a byte offset: ``json_object`` of each line."""
     with path.open("rb") as handle:
+        handle.seek(offset)
         yield from map(json_object, handle)
 
 

@@ -9,9 +9,10 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ class MetricsWriter:
     ) -> None:
         self._folder = jsonl.parent
         try:
-            newest, purge_from = _cut(jsonl, samples_seen, done or {}, say)
+            newest, purge_from, offset = _cut(jsonl, samples_seen, done or {}, say)
             self._lines = jsonl.open("a")
         except OSError as error:
             raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
@@ -61,7 +62,7 @@ class MetricsWriter:
         try:
             board = TensorBoard(tensorboard, purge_from=purge_from)
             # TensorBoard purges all kinds alike: the kinds that are not measured again there are sent again.
-            for row in json_lines(jsonl) if purge_from <= samples_seen else ():
+            for row in json_lines(jsonl, offset) if purge_from <= samples_seen else ():
                 if row is not None and row["samples_seen"] >= purge_from:
                     places = ("kind", "samples_seen", "time")
                     values = {name: value for name, value in row.items() if name not in places}
@@ -153,40 +154,49 @@ def _sent_to_trackers(marks: Path, newest: Mapping[str, int]) -> dict[str, int]:
 
 def _cut(
     jsonl: Path, samples_seen: int, done: Mapping[str, int], say: Callable[[str], None]
-) -> tuple[dict[str, int], int]:
-    """Remove the damaged lines and those that are measured again, a line at a time.
+) -> tuple[dict[str, int], int, int]:
+    """Remove the damaged lines and those that are measured again, in one pass and a line at a time.
 
     The file is replaced atomically, and only where a line has to go. A last line cut by a crash is not damage.
 
     Returns:
         the highest samples seen of each kind, removed lines included; the lowest samples seen of a removed line, at
-        most ``samples_seen + 1``.
+        most ``samples_seen + 1``; a byte offset before which no line of the new file is at that place or beyond.
     """
     newest: dict[str, int] = {}
-    purge_from, damaged, intact = samples_seen + 1, 0, True
-
-    def stays(row: dict[str, Any] | None) -> bool:
-        return is_measurement(row) and row["samples_seen"] <= done.get(row["kind"], samples_seen)
-
+    purge_from, earliest = samples_seen + 1, min([samples_seen, *done.values()]) + 1
+    size, offset, damaged = 0, None, 0
     if not jsonl.exists():
-        return newest, purge_from
-    with jsonl.open("rb") as lines:
-        for line in lines:
-            row, complete = json_object(line), line.endswith(b"\n")
-            intact = intact and complete and stays(row)
-            if is_measurement(row):
+        return newest, purge_from, 0
+    with jsonl.open("rb") as old, ExitStack() as stack:
+        new: BinaryIO | None = None
+        for line in old:
+            kept = False
+            if is_measurement(row := json_object(line)):
                 kind, seen = row["kind"], row["samples_seen"]
                 newest[kind] = max(seen, newest.get(kind, -1))
-                purge_from = purge_from if stays(row) else min(purge_from, seen)
+                kept = seen <= done.get(kind, samples_seen)
+                if not kept:
+                    purge_from = min(purge_from, seen)
+                elif seen >= earliest and offset is None:
+                    offset = size
             else:
-                damaged += complete
-    if damaged:
-        shutil.copy2(jsonl, kept_as := aside(jsonl))
-        say(f"WARNING {jsonl}: {damaged:,} damaged lines are dropped; the file that had them is {kept_as}")
-    if not intact:
-        with jsonl.open("rb") as lines, replacing(jsonl) as new:
-            new.writelines(line.removesuffix(b"\n") + b"\n" for line in lines if stays(json_object(line)))
-    return newest, purge_from
+                damaged += line.endswith(b"\n")
+            if new is None and not (kept and line.endswith(b"\n")):
+                new = stack.enter_context(replacing(jsonl))
+                with jsonl.open("rb") as prefix:
+                    shutil.copyfileobj(prefix, new)
+                new.truncate(size)
+                new.seek(size)
+            if kept:
+                complete = line.removesuffix(b"\n") + b"\n"
+                size += len(complete)
+                if new is not None:
+                    new.write(complete)
+        if damaged:
+            shutil.copy2(jsonl, kept_as := aside(jsonl))
+            say(f"WARNING {jsonl}: {damaged:,} damaged lines are dropped; the file that had them is {kept_as}")
+    return newest, purge_from, size if offset is None else offset
 
 
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Any network through the same pipeline: what is asked of it, its random numbers, its buffers, its hand-off."""
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -213,6 +214,13 @@ def test_frozen_parameters_are_buffers_and_tied_ones_need_one_name() -> None:
 
 
 def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
+    runs = itertools.count(1)
+
+    def unlike_the_others(*arguments: Any, **options: Any) -> Any:
+        run = training(*arguments, **options)
+        torch.rand(next(runs))  # another state of the generator that is not asked
+        return run
+
     for network, count in (("ViT", 0), ("CNN", 15)):
 
         def with_buffers(run: Any, count: int = count) -> list[torch.Tensor]:
@@ -221,7 +229,7 @@ def stopped_equals_straight(control: dist.ProcessGroup, folder: Path) -> None:
             return [*state(run), *buffers.values()]
 
         chosen = mock.Mock(return_value=recipe(network))
-        with mock.patch.multiple(test_resume, recipe=chosen, training=training, state=with_buffers):
+        with mock.patch.multiple(test_resume, recipe=chosen, training=unlike_the_others, state=with_buffers):
             test_resume.stopped_equals_straight(control, folder / network)
 
 
