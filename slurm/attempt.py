@@ -166,7 +166,7 @@ def _act(decision: Decision, folder: SlurmFolder, attempt: Attempt) -> None:
         history.note(attempt, f"job {other.id} continues it", next_job=other.id)
         say(f"job {other.id} already continues the run")
         return
-    exclude = _can_do_without(decision, folder.read_launch().min_nodes)
+    exclude = scheduler.avoidable(folder.script(job), decision.exclude)
     if newly := {decision.node, *decision.slow} & {*exclude}:
         history.note(attempt, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
     if decision.action == "requeue":
@@ -192,26 +192,10 @@ def _act(decision: Decision, folder: SlurmFolder, attempt: Attempt) -> None:
             scheduler.update(job, f"StartTime=now+{decision.wait_s:.0f}")
         asked = "as --retry-wait asks" if decision.wait_s > imposed_s else "which Slurm imposes"
         history.note(attempt, f"starts again after {max(decision.wait_s, imposed_s):.0f} s, {asked}")
-        if exclude:
-            scheduler.update(job, f"ExcNodeList={','.join(exclude)}")
+        if decision.exclude:
+            scheduler.update(job, f"ExcNodeList={scheduler.excluded(folder.script(job), exclude)}")
     except SlurmError as error:
         say(f"WARNING {error}")
-
-
-def _can_do_without(decision: Decision, min_nodes: int) -> tuple[str, ...]:
-    """The nodes to avoid, if enough stay when all are left out; with too few the job would wait forever."""
-    if not decision.exclude:
-        return ()
-    failed = f"{', '.join(decision.exclude)} failed more than once, but"
-    try:
-        left = scheduler.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) - {*decision.exclude}
-    except SlurmError as error:
-        say(f"WARNING {failed} the partition cannot be queried: {error}")
-        return ()
-    if len(left) < min_nodes:
-        say(f"{failed} the partition has too few other nodes to exclude any")
-        return ()
-    return decision.exclude
 
 
 def _gave_up_on_the_lost(folder: SlurmFolder, records: list[AttemptRecord], now: Attempt, launch: Launch) -> bool:

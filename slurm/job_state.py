@@ -12,11 +12,12 @@ from typing import Any, Literal
 from pretrain.run_state import RunState
 from slurm import scheduler
 from slurm.folder import SlurmFolder
-from slurm.restart import AttemptRecord, JobState
+from slurm.restart import AttemptRecord, JobState, nodes_to_exclude
 from slurm.scheduler import Job
 
-Remedy = Literal["", "release", "submit"]
-"""What ``slurm.release`` can do: release a job that Slurm holds, or submit one in place of a dead one."""
+Remedy = Literal["", "release", "include", "submit"]
+"""What ``slurm.release`` can do: release a job that Slurm holds, include nodes that the run avoids in one that lacks
+nodes, or submit one in place of a dead one."""
 
 
 def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) -> JobState:
@@ -118,7 +119,10 @@ def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[st
         state, why = "finished", ""
     elif job is not None:
         state, why = _with_job(folder, run, records, job)
-        remedy = "release" if state == "held" and job.launch_failed else ""
+        if state == "held" and job.launch_failed:
+            remedy = "release"
+        elif state == "waiting" and job.lacks_nodes and nodes_to_exclude(records):
+            remedy = "include"
     elif last is None and not folder.launched():
         state, why = _started_by_hand(folder, run)
     else:

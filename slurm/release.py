@@ -1,4 +1,4 @@
-"""Requeue runs that Slurm holds or has ended by itself: ``python -m slurm.release [RUN]``; for cron.
+"""Requeue runs that Slurm holds, has ended, or has too few nodes for: ``python -m slurm.release [RUN]``; for cron.
 
 When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
 its host dies where jobs may not be requeued, the job ends, and none of its processes is left to react.
@@ -19,7 +19,8 @@ from slurm.status import find_runs
 
 DESCRIPTION = """\
 Release the jobs of runs that Slurm holds because it could not launch them, and resubmit those whose batch script was
-killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). Jobs that a user or an administrator
+killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). A job that waits for nodes may use
+those again that failed twice in its run. Jobs that a user or an administrator
 holds stay held, cancelled ones stay cancelled, and a run that failed more often in a row than --max-restarts of
 slurm.launch allows is left alone. Every user may do this for their own jobs; let cron or scrontab call it.
 
@@ -40,7 +41,22 @@ def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
     found, last = find_state(folder, records, queue), records[-1] if records else None
     if found.remedy == "submit":
         return _submit_again(folder, last)
+    if found.remedy == "include":
+        return _include_again(folder, records, found.job)
     return _release_held(folder, last, found.job) if found.remedy == "release" else ""
+
+
+def _include_again(folder: SlurmFolder, records: list[AttemptRecord], job: str) -> str:
+    """Let a job that lacks nodes have those that the run avoids: rather them than none; a line."""
+    kept = scheduler.excluded(folder.script(job))
+    now = scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("ExcNodeList", "")
+    avoided = {*nodes_to_exclude(records)} - {*scheduler.expand(kept)}
+    if not avoided & {*scheduler.expand(now)}:
+        return ""
+    scheduler.update(job, f"ExcNodeList={kept}")
+    text = f"{', '.join(sorted(avoided))} may be used again: the other nodes are too few"
+    folder.history.note(records[-1].attempt, f"{text} {stamp()}")
+    return f"{folder.run}: job {job} waits for nodes; {text}"
 
 
 def _release_held(folder: SlurmFolder, last: AttemptRecord | None, job: str) -> str:
@@ -78,8 +94,9 @@ def _submit_again(folder: SlurmFolder, last: AttemptRecord | None) -> str:
                 f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
                 "launch it again"
             )
-        exclude = nodes_to_exclude(folder.history.records())
-        follower = scheduler.submit(folder.script(found.job), launch.environment, exclude=exclude)
+        script = folder.script(found.job)
+        exclude = scheduler.avoidable(script, nodes_to_exclude(folder.history.records()))
+        follower = scheduler.submit(script, launch.environment, exclude=exclude)
         folder.adopt(follower)
         if last is not None:
             text = f"{ended}; submitted again as job {follower} {stamp()}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,11 @@ class Job:
     def held(self) -> bool:
         """Whether it waits for someone to release it, and for nothing else."""
         return self.state == "PENDING" and _HELD.search(self.reason) is not None
+
+    @property
+    def lacks_nodes(self) -> bool:
+        """Whether it waits for nodes that are down, drained or excluded."""
+        return self.state == "PENDING" and self.reason.startswith(("ReqNodeNotAvail", "BadConstraints"))
 
     @property
     def launch_failed(self) -> bool:
@@ -201,7 +207,7 @@ def submit(
     if wait_s:
         words.append(f"--begin=now+{wait_s:.0f}")
     if exclude:
-        words.append(f"--exclude={','.join(exclude)}")
+        words.append(f"--exclude={excluded(script, exclude)}")
     here = cleaned(os.environ)
     kept = without_secrets(here).keys() - KEPT
     environment = {**environment, **{n: v for n, v in here.items() if n not in kept}} if environment else here
@@ -247,10 +253,24 @@ def queue(retry_s: float = 0.0) -> dict[str, Job]:
 
 def expand(nodes: str) -> list[str]:
     """Names of a list of nodes as Slurm writes it."""
-    return run("scontrol", "show", "hostnames", nodes).split()
+    return run("scontrol", "show", "hostnames", nodes).split() if nodes not in ("", "(null)") else []
 
 
-def nodes_of(partition: str) -> set[str]:
-    """Names of the nodes of a partition, the default one for ""."""
-    words = ["-p", partition] if partition else ["-a"]  # sinfo does not take both
-    return set(run("sinfo", "-h", "-N", *words, "-o", "%N", retry_s=PATIENCE_S).split())
+def excluded(script: Path, more: Sequence[str] = ()) -> str:
+    """Value of ``--exclude``: the nodes that a batch script leaves out by itself, and more."""
+    asked = re.search(r"^#SBATCH --exclude=(.+)$", script.read_text() if script.exists() else "", re.MULTILINE)
+    return ",".join([*(shlex.split(asked[1]) if asked else []), *more])
+
+
+def avoidable(script: Path, nodes: Sequence[str]) -> tuple[str, ...]:
+    """The nodes, if Slurm could start a batch script without them now; with too few others it would wait for ever."""
+    if not nodes:
+        return ()
+    failed = f"{', '.join(nodes)} failed more than once, but"
+    try:
+        run("sbatch", "--test-only", f"--exclude={excluded(script, nodes)}", str(script), retry_s=PATIENCE_S)
+    except SlurmError as error:
+        if "policy" not in str(error):  # the user's limit of jobs is reached; slurm.release undoes it where it must
+            say(f"{failed} none is avoided, as the job could not start without them: {error}")
+            return ()
+    return tuple(nodes)
