@@ -129,7 +129,7 @@ class ClusterRun:
         return self.wait_for(lambda: now if (now := self.status())["state"] in states else None, f"{states}")
 
     def attempts(self) -> list[AttemptRecord]:
-        return SlurmFolder(self.folder).history.records()
+        return SlurmFolder(self.folder).attempts()
 
     def wait_for_attempts(self, number: int) -> list[AttemptRecord]:
         """Wait until so many attempts have begun."""
