@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         return end(folder, options.status)
     except UserError as error:
         say(f"error: {error}")
-        return error.code
+        return ExitCode.RETRY if isinstance(error, SlurmError) else error.code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import psutil
 from pretrain.ports import COUNT, FIRST
 from slurm.attempt import ROOT, rendezvous_port
 from slurm.restart import Attempt
+from tests.slurm.keeper import kill_at_once
 
 T = TypeVar("T")
 PATIENCE_S = 200.0
@@ -126,24 +126,20 @@ class Cluster:
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
         ports, host = free_ports(nodes + 3), socket.gethostname()
         self._ports = {"dbd": ports[-2], "database": ports[-3]}
-        gres = f"Gres=gpu:h100:{len(GPUS)}" if site else f"Gres=gpu:{len(GPUS)}"
-        self._launches_fail = folder / "launches-fail"
-        lines = [
-            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 RealMemory=9000 {gres}"
+        gres, typed = (f"gpu:h100:{len(GPUS)}", "Type=h100 ") if site else (f"gpu:{len(GPUS)}", "")
+        nodes_text = "\n".join(
+            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 RealMemory=9000 Gres={gres}"
             for name, port in zip(self.names, ports, strict=False)
-        ]
+        )
         (folder / "state").mkdir(parents=True)
         auth = SITE.format(folder=folder, **self._ports) if site else QUICK
-        self._config = CONFIG.format(
-            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=first_job(), auth=auth
-        )
+        self._config = CONFIG.format(port=ports[-1], folder=folder, nodes=nodes_text, first_job=first_job(), auth=auth)
         (folder / "slurm.conf").write_text(self._config)
         prolog = folder / "prolog"
         prolog.write_text(
-            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {self._launches_fail} ]\n"
+            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {folder}/launches-fail ]\n"
         )
         prolog.chmod(0o755)
-        typed = "Type=h100 " if site else ""
         (folder / "gres.conf").write_text("".join(f"Name=gpu {typed}File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self.home = folder / "home"
@@ -179,22 +175,23 @@ class Cluster:
         def start(program: str, *words: str) -> None:
             self._order("start", program, str(self.folder / f"{program}-output.log"), program, *words)
 
-        (self.folder / "munge.key").write_bytes(random.randbytes(128))
-        (self.folder / "munge.key").chmod(0o600)
-        names = {"key": "munge.key", "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "seed"}
-        files = {name: self.folder / file for name, file in names.items()}
-        start("munged", "--foreground", "--force", f"--socket={files['socket']}", f"--key-file={files['key']}",
-              f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}")  # fmt: skip
-        data = f"--datadir={self.folder / 'database'}"
+        folder = self.folder
+        key, configuration = folder / "munge.key", folder / "slurmdbd.conf"
+        key.write_bytes(random.randbytes(128))
+        configuration.write_text(SLURMDBD.format(folder=folder, **self._ports))
+        for secret in (key, configuration):
+            secret.chmod(0o600)
+        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
+              f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log",
+              f"--seed-file={folder}/seed")  # fmt: skip
+        data = f"--datadir={folder}/database"
         self.ask("mariadb-install-db", "--no-defaults", data, "--user=root", "--skip-test-db",
                  "--auth-root-authentication-method=normal")  # fmt: skip
-        start("mariadbd", "--no-defaults", data, "--user=root", f"--socket={self.folder / 'database.socket'}",
+        start("mariadbd", "--no-defaults", data, "--user=root", f"--socket={folder}/database.socket",
               f"--port={self._ports['database']}", "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0",
-              f"--pid-file={self.folder / 'database.pid'}")  # fmt: skip
-        self.wait_for(lambda: (self.folder / "database.socket").exists() and files["socket"].exists(), "the database")
-        configuration = self.folder / "slurmdbd.conf"
-        configuration.write_text(SLURMDBD.format(folder=self.folder, **self._ports))
-        configuration.chmod(0o600)
+              f"--pid-file={folder}/database.pid")  # fmt: skip
+        sockets = (folder / "database.socket", folder / "munge.socket")
+        self.wait_for(lambda: all(socket.exists() for socket in sockets), "munge and the database")
         start("slurmdbd", "-D")
         self.wait_for(lambda: "lavit" in self.ask("sacctmgr", "-i", "add", "cluster", "lavit", check=False), "slurmdbd")
         user = f"user {self.user} account=lab wckeys=lab defaultwckey=lab qos=normal,one defaultqos=normal"
@@ -218,11 +215,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """What a power cut does: the daemon and everything that runs on the node is gone at once."""
         self._order("kill", name)
-        processes = self.processes_on(name)
-        for signum in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody lives to report a death
-            for process in processes:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signum)
+        kill_at_once(self.processes_on(name))
 
     def processes_on(self, name: str) -> list[psutil.Process]:
         """Job processes on a node: slurmstepds with all that they started."""
@@ -242,19 +235,18 @@ class Cluster:
         self.ask("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
 
     @contextlib.contextmanager
-    def failing_launches(self) -> Iterator[None]:
-        """While in it, no job can be started: Slurm takes the first node for broken and holds the job."""
-        self._launches_fail.touch()
+    def _prolog_finds(self, name: str) -> Iterator[None]:
+        (self.folder / name).touch()
         yield
-        self._launches_fail.unlink()
+        (self.folder / name).unlink()
 
-    @contextlib.contextmanager
-    def slow_prolog(self, name: str) -> Iterator[None]:
+    def failing_launches(self) -> contextlib.AbstractContextManager[None]:
+        """While in it, no job can be started: Slurm takes the first node for broken and holds the job."""
+        return self._prolog_finds("launches-fail")
+
+    def slow_prolog(self, name: str) -> contextlib.AbstractContextManager[None]:
         """While in it, a node takes longer to start a step than MessageTimeout."""
-        slow = self.folder / f"slow-{name}"
-        slow.touch()
-        yield
-        slow.unlink()
+        return self._prolog_finds(f"slow-{name}")
 
     @contextlib.contextmanager
     def silent_controller(self) -> Iterator[None]:
@@ -278,7 +270,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says, by key."""
+        """Fields of ``scontrol show job``."""
         words = self.ask("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -335,9 +327,8 @@ def first_job() -> int:
     """A random id. Clusters of tests that run side by side get rendezvous ports of their own, which come of the ids."""
     own = own_part(range(FIRST, FIRST + COUNT))
     begins = own[: len(own) // 2]  # each cluster has some jobs
-    return random.SystemRandom().choice(
-        [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
-    )
+    ids = [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
+    return random.SystemRandom().choice(ids)
 
 
 @contextlib.contextmanager

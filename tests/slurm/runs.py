@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,10 +80,8 @@ class ClusterRun:
         return content
 
     def told(self, *more: str) -> str:
-        """``python -m slurm.status`` as a person sees it, in a process of its own."""
-        command = [sys.executable, "-m", "slurm.status", "--runs", str(self.runs), *more]
-        wide = self.cluster.environment | {"COLUMNS": "400"}
-        return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
+        """``python -m slurm.status`` as a person sees it."""
+        return self._call(status.main, ["--runs", str(self.runs), *more])[0]
 
     def _call(self, command: Any, words: list[str], code: int = 0, inside: Sequence[str] = ()) -> tuple[str, str]:
         """What a command prints to stdout and to stderr."""
@@ -138,11 +134,9 @@ class ClusterRun:
 
     def wait_for_end(self, attempt: int) -> AttemptRecord:
         """Wait until an attempt (numbered from 0) has told of its end."""
-        self.wait_for(
-            lambda: len(self.attempts()) > attempt and bool(self.attempts()[attempt].ended),
-            f"end of attempt {attempt}",
-        )
-        return self.attempts()[attempt]
+        one = slice(attempt, attempt + 1)
+        (ended,) = self.wait_for(lambda: [a for a in self.attempts()[one] if a.ended], f"end of attempt {attempt}")
+        return ended
 
     def batch_script(self) -> psutil.Process:
         """The process of the batch script that runs now."""

@@ -20,7 +20,7 @@ def decided(past: Sequence[Past] = (), begun_at: int = 100, slow: Sequence[str] 
 
 def rank(code: int, cause: str = "failed", message: str = "", *, rank: int = 0, node: str = "a",
          blamed: tuple[str, ...] = ()) -> RankExit:  # fmt: skip
-    return RankExit(rank, node, code, 0.0, cause, "training", blamed, message)
+    return RankExit(rank, node, code, 0.0, cause, blamed, message)
 
 
 STOPPED = rank(ExitCode.STOPPED, "stopped", "SIGUSR2")
