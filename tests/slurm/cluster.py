@@ -166,33 +166,29 @@ class Cluster:
 
     def start_controller(self) -> None:
         """Start slurmctld, again where it was killed, and wait until it answers."""
-        self._order("start", "slurmctld", str(self.folder / "slurmctld-output.log"), "slurmctld", "-D", "-i")
+        self._start("slurmctld", "slurmctld", "-D", "-i")
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
 
     def _start_accounting(self) -> None:
         """Start munge, a database and slurmdbd, with account and wckey "lab", QOS "normal" and "one"."""
-
-        def start(program: str, *words: str) -> None:
-            self._order("start", program, str(self.folder / f"{program}-output.log"), program, *words)
-
         folder = self.folder
         key, configuration = folder / "munge.key", folder / "slurmdbd.conf"
         key.write_bytes(random.randbytes(128))
         configuration.write_text(SLURMDBD.format(folder=folder, **self._ports))
         for secret in (key, configuration):
             secret.chmod(0o600)
-        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
-              f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log",
-              f"--seed-file={folder}/seed")  # fmt: skip
+        self._start("munge", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket",
+                    f"--key-file={key}", f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log",
+                    f"--seed-file={folder}/seed")  # fmt: skip
         data = f"--datadir={folder}/database"
         self.ask("mariadb-install-db", "--no-defaults", data, "--user=root", "--skip-test-db",
                  "--auth-root-authentication-method=normal")  # fmt: skip
-        start("mariadbd", "--no-defaults", data, "--user=root", f"--socket={folder}/database.socket",
-              f"--port={self._ports['database']}", "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0",
-              f"--pid-file={folder}/database.pid")  # fmt: skip
+        self._start("mariadb", "mariadbd", "--no-defaults", data, "--user=root", f"--socket={folder}/database.socket",
+                    f"--port={self._ports['database']}", "--bind-address=127.0.0.1",
+                    "--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder}/database.pid")  # fmt: skip
         sockets = (folder / "database.socket", folder / "munge.socket")
-        self.wait_for(lambda: all(socket.exists() for socket in sockets), "munge and the database")
-        start("slurmdbd", "-D")
+        self.wait_for(lambda: all(path.exists() for path in sockets), "munge and the database")
+        self._start("slurmdbd", "slurmdbd", "-D")
         self.wait_for(lambda: "lavit" in self.ask("sacctmgr", "-i", "add", "cluster", "lavit", check=False), "slurmdbd")
         user = f"user {self.user} account=lab wckeys=lab defaultwckey=lab qos=normal,one defaultqos=normal"
         for words in ("qos one MaxSubmitJobsPerUser=1", "account lab", user):
@@ -207,7 +203,7 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        self._order("start", name, str(self.folder / f"slurmd-{name}-output.log"), "slurmd", "-D", "-N", name)
+        self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_controller(self) -> None:
         self._order("kill", "slurmctld")
@@ -294,6 +290,9 @@ class Cluster:
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         assert self._keeper.wait() == 0, "the cluster's keeper failed, what it should have ended may still run"
+
+    def _start(self, name: str, *command: str) -> None:
+        self._order("start", name, str(self.folder / f"{name}-output.log"), *command)
 
     def _order(self, *words: str) -> None:
         assert self._keeper.stdin is not None

@@ -243,14 +243,6 @@ def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(folder: SlurmFolder,
     assert job_of(folder, [AttemptRecord(0, job="9")], {"9": theirs}) == theirs
 
 
-def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(folder: SlurmFolder) -> None:
-    folder.submitit.mkdir()
-    for job in ("7", "8"):
-        folder.script(job).write_text(f"of {job}")
-    folder.adopt("9")
-    assert folder.script("9").read_text() == "of 8"
-
-
 def test_where_slurm_gives_a_number_again_both_attempts_are_told(folder: SlurmFolder) -> None:
     causes: tuple[tuple[int, Cause], ...] = ((0, "crashed"), (5, "finished"))
     for step, cause in causes:
