@@ -33,10 +33,7 @@ def this_attempt() -> Attempt:
 
 
 def begin(folder: SlurmFolder) -> str:
-    """Record that an attempt begins; the shell code that prepares srun, or ends the script.
-
-    Raises a UserError where the nodes that Slurm gave are of no use to this run.
-    """
+    """Record that an attempt begins; the shell code that prepares srun, or ends the script."""
     attempt, launch, records, state = this_attempt(), folder.read_launch(), folder.attempts(), folder.state()
     if state is not None and state.state == "finished":
         return _leave("the run is finished", ExitCode.FINISHED)
@@ -48,7 +45,7 @@ def begin(folder: SlurmFolder) -> str:
         if _gave_up_on_the_lost(folder, records, launch.policy.max_restarts):
             return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
     folder.adopt(attempt.job)
-    given = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    given = scheduler.expand(os.environ["SLURM_JOB_NODELIST"])
     usable = max((n for n in launch.usable_nodes if n <= len(given)), default=0)
     if not usable:
         raise UserError(
@@ -156,7 +153,8 @@ def _act(folder: SlurmFolder, launch: Launch, records: list[AttemptRecord]) -> N
     if other is not None and not other.over:  # submitted while this one could not ask Slurm
         folder.note(last.attempt, f"job {other.id} continues it", next_job=other.id)
         return
-    exclude = _can_do_without(restart.nodes_to_exclude(records), launch.min_nodes)
+    bad = restart.nodes_to_exclude(records)
+    exclude = scheduler.avoidable(folder.script(job), bad)
     if newly := {last.node, *last.slow} & {*exclude}:
         folder.note(last.attempt, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
     wait_s = restart.wait_before_restart_s(records, launch.policy)
@@ -177,25 +175,10 @@ def _act(folder: SlurmFolder, launch: Launch, records: list[AttemptRecord]) -> N
             scheduler.update(job, f"StartTime=now+{wait_s:.0f}")
         asked = "as --retry-wait asks" if wait_s > imposed_s else "which Slurm imposes"
         folder.note(last.attempt, f"starts again after {max(wait_s, imposed_s):.0f} s, {asked}")
-        if exclude:
-            scheduler.update(job, f"ExcNodeList={','.join(exclude)}")
+        if bad:
+            scheduler.update(job, f"ExcNodeList={scheduler.excluded(folder.script(job), exclude)}")
     except SlurmError as error:
         say(f"WARNING {error}")
-
-
-def _can_do_without(nodes: tuple[str, ...], min_nodes: int) -> tuple[str, ...]:
-    """The nodes to avoid, if enough stay when all are left out; with too few the job would wait forever."""
-    if not nodes:
-        return ()
-    left: set[str] = set()
-    try:
-        left = scheduler.nodes_of(os.environ["SLURM_JOB_PARTITION"]) - {*nodes}
-    except SlurmError as error:
-        say(f"WARNING {error}")
-    if len(left) >= min_nodes:
-        return nodes
-    say(f"{', '.join(nodes)} failed more than once, but too few other nodes of the partition are known to exclude any")
-    return ()
 
 
 def _gave_up_on_the_lost(folder: SlurmFolder, records: list[AttemptRecord], max_restarts: int) -> bool:

@@ -11,8 +11,11 @@ from pathlib import Path
 from pretrain.run_state import RunState
 from slurm import scheduler
 from slurm.folder import SlurmFolder
-from slurm.restart import AttemptRecord, JobState
-from slurm.scheduler import Job
+from slurm.restart import AttemptRecord, JobState, nodes_to_exclude
+from slurm.scheduler import FAILED, Job
+
+LACKS_NODES = ("ReqNodeNotAvail", "BadConstraints")
+"""Reasons of a job that waits for nodes that are down, drained or excluded."""
 
 
 def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) -> JobState:
@@ -75,7 +78,8 @@ class RunStatus:
     job: str = ""
     """That runs, waits, or has ended last."""
     remedy: str = ""
-    """What ``slurm.release`` does: "release" a job that Slurm holds, or "submit" one in place of a dead one."""
+    """Of ``slurm.release``: "release" a job that Slurm holds, "include" nodes that the run avoids in one that lacks
+    nodes, "submit" one in place of a dead one."""
     step: int = 0
     total_steps: int | None = None
     saved_step: int = 0
@@ -100,7 +104,10 @@ def find_state(folder: SlurmFolder, queue: dict[str, Job] | None) -> RunStatus:
         state, why = "finished", ""
     elif job is not None and not job.over:
         state, why = _with_job(folder, run, records, job)
-        remedy = "release" if state == "held" and job.launch_failed else ""
+        if state == "held" and job.launch_failed:
+            remedy = "release"
+        elif state == "waiting" and job.reason.startswith(LACKS_NODES) and nodes_to_exclude(records):
+            remedy = "include"
     elif last is None and not folder.launch.exists():
         state, why = _started_by_hand(folder, run)
     else:
@@ -156,7 +163,7 @@ def _without_job(
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled", ""
     put_off = last is not None and last.action == "release" and not last.next_job
-    remedy = "submit" if put_off or (gone and gone.failed) else ""
+    remedy = "submit" if put_off or (gone and gone.state in FAILED) else ""
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
     again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
     before = f"; before: {last.reason}" if last and last.reason else ""

@@ -57,11 +57,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--min-nodes", type=int, help="fewest nodes to restart with; the global batch stays the same")
     size.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="one task each; such as 8 or h100:8")
     slurm = parser.add_argument_group("Slurm")
-    for name in ("partition", "account", "qos", "constraint", "exclude"):
+    for name in ("partition", "account", "qos", "constraint", "exclude", "mem"):
         slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
     slurm.add_argument("--time", default="24:00:00", help="limit of one attempt (default: 24:00:00)")
     slurm.add_argument("--cpus-per-gpu", type=int, default=8, help="cores for each task (default: 8)")
-    slurm.add_argument("--mem", help="memory per node, for example 500G")
     slurm.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                        help="any other option of sbatch, for example gres=gpu:8, exclusive or reservation=R; an empty "
                        "VALUE leaves out what is set here; may be repeated")  # fmt: skip
@@ -193,10 +192,7 @@ def sbatch_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) -> "submitit.SlurmExecutor":
-    """Make submitit's executor for a run, whose job is called ``name``.
-
-    Raises a UserError where Slurm is not installed, or an option cannot be given.
-    """
+    """Make submitit's executor for a run, whose job is called ``name``; a UserError where Slurm is not installed."""
     import submitit  # noqa: PLC0415 - slow
 
     run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
@@ -226,10 +222,7 @@ def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) ->
 
 
 def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
-    """Submit a run's first job, without the environment's variables for sbatch and srun.
-
-    Raises a SlurmError where Slurm refuses it or does not answer.
-    """
+    """Submit a run's first job, without the environment's variables for sbatch and srun; a SlurmError if that fails."""
     from submitit.core.utils import FailedJobError  # noqa: PLC0415
     from submitit.helpers import clean_env  # noqa: PLC0415
 

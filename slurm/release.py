@@ -1,9 +1,10 @@
-"""Requeue runs that Slurm holds or has ended by itself.
+"""Requeue runs that Slurm holds, has ended, or has too few nodes for.
 
 Release the jobs of runs that Slurm holds because it could not launch them, and resubmit those whose batch script was
-killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). Jobs that a user or an administrator
-holds stay held, cancelled ones stay cancelled, and a run that failed more often in a row than --max-restarts of
-slurm.launch allows is left alone. Every user may do this for their own jobs; let cron or scrontab call it.
+killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). A job that waits for nodes may use
+those again that failed twice in its run. Jobs that a user or an administrator holds stay held, cancelled ones stay
+cancelled, and a run that failed more often in a row than --max-restarts of slurm.launch allows is left alone. Every
+user may do this for their own jobs; let cron or scrontab call it.
 
   */2 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
 """
@@ -23,13 +24,12 @@ from slurm.status import UNREADABLE, find_runs
 
 
 def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
-    """Release the job of a run if Slurm holds it because a launch failed, or submit one in place of a lost one.
-
-    Returns what was done, in one line; "" for nothing. Raises a SlurmError where Slurm refused it.
-    """
+    """Apply the remedy for a run's job, if there is one; what was done, in one line. A SlurmError if Slurm refuses."""
     found = find_state(folder, queue)
     if found.remedy == "release":
         return _release_held(folder, found)
+    if found.remedy == "include":
+        return _include_again(folder, found)
     if found.remedy == "submit":
         held = lock(folder.own / "release.lock")
         if held is None:
@@ -56,6 +56,19 @@ def _release_held(folder: SlurmFolder, found: RunStatus) -> str:
     return f"{folder.run}: job {job} was held since a launch failed, and is released"
 
 
+def _include_again(folder: SlurmFolder, found: RunStatus) -> str:
+    """Let a job that lacks nodes have those that the run avoids: rather them than none; a line."""
+    kept = scheduler.excluded(folder.script(found.job))
+    now = scheduler.show_job(found.job, retry_s=scheduler.PATIENCE_S).get("ExcNodeList", "")
+    avoided = {*nodes_to_exclude(found.history)} - {*scheduler.expand(kept)}
+    if not avoided & {*scheduler.expand(now)}:
+        return ""
+    scheduler.update(found.job, f"ExcNodeList={kept}")
+    text = f"{', '.join(sorted(avoided))} may be used again: the other nodes are too few"
+    folder.note(found.history[-1].attempt, f"{text} {stamp()}")
+    return f"{folder.run}: job {found.job} waits for nodes; {text}"
+
+
 def _submit_again(folder: SlurmFolder) -> str:
     """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
     queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
@@ -71,8 +84,9 @@ def _submit_again(folder: SlurmFolder) -> str:
             f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; launch it "
             "again"
         )
-    exclude = nodes_to_exclude(found.history)
-    follower = scheduler.submit(folder.script(found.job), launch.environment, exclude=exclude)
+    script = folder.script(found.job)
+    exclude = scheduler.avoidable(script, nodes_to_exclude(found.history))
+    follower = scheduler.submit(script, launch.environment, exclude=exclude)
     folder.adopt(follower)
     if last is not None:
         text = f"{ended}; submitted again as job {follower} {stamp()}"
@@ -81,7 +95,7 @@ def _submit_again(folder: SlurmFolder) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Requeue runs that Slurm holds or has ended by itself."""
+    """Requeue runs that Slurm holds, has ended, or has too few nodes for."""
     parser = argparse.ArgumentParser(
         prog="python -m slurm.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

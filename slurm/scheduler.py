@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ from data_pipeline.errors import without_secrets
 from pretrain.outcome import ExitCode, UserError
 from slurm.folder import say
 
-_FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
-_OVER = (*_FAILED, "COMPLETED", "CANCELLED", "DEADLINE", "REVOKED")
+FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
+OVER = (*FAILED, "COMPLETED", "CANCELLED", "DEADLINE", "REVOKED")
 _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
@@ -76,12 +77,7 @@ class Job:
     @property
     def over(self) -> bool:
         """Whether it has ended for good."""
-        return self.state in _OVER
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended, neither well nor because a user ended it."""
-        return self.state in _FAILED
+        return self.state in OVER
 
     @property
     def held(self) -> bool:
@@ -192,7 +188,7 @@ def submit(
     if wait_s:
         words.append(f"--begin=now+{wait_s:.0f}")
     if exclude:
-        words.append(f"--exclude={','.join(exclude)}")
+        words.append(f"--exclude={excluded(script, exclude)}")
     here = cleaned(os.environ)
     if environment:
         not_kept = here.keys() - reusable(here).keys()
@@ -233,6 +229,25 @@ def queue(retry_s: float = 0.0) -> dict[str, Job]:
     return {row[0]: Job(*row) for row in rows}
 
 
-def nodes_of(partition: str) -> set[str]:
-    """Names of the nodes of a partition."""
-    return set(run("sinfo", "-h", "-N", "-p", partition, "-o", "%N", retry_s=PATIENCE_S).split())
+def expand(nodes: str) -> list[str]:
+    """Names of a list of nodes as Slurm writes it."""
+    return run("scontrol", "show", "hostnames", nodes).split() if nodes not in ("", "(null)") else []
+
+
+def excluded(script: Path, more: Sequence[str] = ()) -> str:
+    """Value of ``--exclude``: the nodes that a batch script leaves out by itself, and more."""
+    asked = re.search(r"^#SBATCH --exclude=(.+)$", script.read_text() if script.exists() else "", re.MULTILINE)
+    return ",".join([*(shlex.split(asked[1]) if asked else []), *more])
+
+
+def avoidable(script: Path, nodes: Sequence[str]) -> Sequence[str]:
+    """The nodes, if Slurm could start a batch script without them now; with too few others it would wait for ever."""
+    if not nodes:
+        return ()
+    try:
+        run("sbatch", "--test-only", f"--exclude={excluded(script, nodes)}", str(script), retry_s=PATIENCE_S)
+    except SlurmError as error:
+        if "policy" not in str(error):  # the user's limit of jobs is reached; slurm.release undoes it where it must
+            say(f"{', '.join(nodes)} failed more than once, but none is avoided: the job could not start: {error}")
+            return ()
+    return nodes

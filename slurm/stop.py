@@ -12,10 +12,7 @@ from slurm.job_state import job_of
 
 
 def stop(folder: SlurmFolder) -> str:
-    """Ask a run to stop; what was done, in one line.
-
-    Raises a UserError where it was not launched here, a SlurmError where Slurm refused; nothing restarts it even then.
-    """
+    """Ask a run to stop; what was done, in one line. Even where Slurm refuses (SlurmError), nothing restarts it."""
     if not folder.launch.exists():
         raise UserError(
             f"{folder.run} was not started by slurm.launch: press Ctrl-C where it was started, or send it SIGTERM"

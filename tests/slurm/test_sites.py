@@ -109,6 +109,38 @@ def test_a_node_that_cannot_launch_ranks_is_blamed_and_srun_says_why(
     run.wait_for_state("stopped")
 
 
+def test_a_node_that_is_avoided_is_used_again_where_the_others_are_too_few(
+    on_cluster: Maker, digits: Path, reference: Path
+) -> None:
+    run = on_cluster(4)
+    first, second, third, left_out = run.cluster.names
+    run.launch(digits, "--exclude", left_out)
+
+    def excluded() -> set[str]:
+        return {*run.cluster.ask("scontrol", "show", "hostnames", run.cluster.job(run.job)["ExcNodeList"]).split()}
+
+    for attempt in range(2):
+        run.wait_for_attempts(attempt + 1)
+        run.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks")
+        run.rank(1).kill()
+        run.wait_for_end(attempt)
+    run.wait_for(lambda: excluded() == {second, left_out}, f"{second} to be avoided, too")
+    run.cluster.ask("scontrol", "update", f"NodeName={third}", "State=DRAIN", "Reason=a disk")
+    run.wait_for(lambda: "ReqNodeNotAvail" in run.status()["why"], "a job that lacks nodes")
+    again = f"{second} may be used again: the other nodes are too few"
+    assert run.release() == f"{run.folder}: job {run.job} waits for nodes; {again}\n"
+    assert run.release() == "", "there is nothing left to do"
+    assert excluded() == {left_out}
+    assert run.wait_for_attempts(3)[2].nodes == [first, second]
+    assert again in run.told(str(run.folder))
+    run.wait_for(lambda: len(list(run.ranks())) == 2, "both ranks")
+    run.rank(0).kill()
+    assert run.wait_for_attempts(4)[3].nodes == [first, second], "it has to go on without slurm.release"
+    assert f"{second} failed more than once, but none is avoided" in run.output()
+    run.finish()
+    assert_equals(run.folder, reference)
+
+
 def test_neither_a_taken_port_nor_a_second_job_of_the_run_nor_other_code_does_harm(
     on_cluster: Maker, digits: Path
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_storm_of_twenty_events_changes_nothing(
     begun = killing = 0
     while events:
         together = [events.pop() for _ in range(min(chance.randint(1, 2), len(events)))]
-        # A slurmctld that dies in the second in which it has started a job forgets that, and then holds the job.
+        # A slurmctld that dies before it has saved that it started a job forgets that, and then holds the job.
         settled = "restart slurmctld" in together
         run.wait_for_attempts(begun + 1)  # who was struck before may take a while to die
         wait_for_a_moment(run, chance, saving=WHILE_SAVING in together, settled=settled)
@@ -57,11 +57,16 @@ def test_a_storm_of_twenty_events_changes_nothing(
 
 
 def wait_for_a_moment(run: ClusterRun, chance: random.Random, *, saving: bool, settled: bool) -> None:
-    """While a checkpoint is written, or while the ranks start (unless ``settled``), or some steps after that."""
+    """While a checkpoint is written, or while the ranks start (unless ``settled``), or some steps after that.
+
+    ``settled``: once slurmctld has saved its state after the attempt began, which it does every few seconds.
+    """
     began, starting, aim = time.time(), chance.random() < 0.4 and not settled, chance.randint(1, 4)
     came_to: list[int] = []
 
     def reached() -> bool:
+        if settled and not is_newer(run.cluster.folder / "state/job_state", run.attempts()[-1].begun):
+            return False
         if saving:
             return any(run.ranks()) and any(is_newer(path, began) for path in (run.folder / "checkpoints").glob(".*"))
         if starting:
