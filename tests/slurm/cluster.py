@@ -156,7 +156,6 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start all daemons and wait until the nodes are idle."""
         if self.site:
             self._start_accounting()
         self.start_controller()
@@ -260,13 +259,11 @@ class Cluster:
                  "--wrap", "sleep 2")  # fmt: skip
 
     def ask(self, *words: str, check: bool = True) -> str:
-        """What a Slurm command prints."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """Fields of ``scontrol show job``."""
         words = self.ask("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -279,14 +276,12 @@ class Cluster:
         return answer
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
         return "\n".join(
             f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             for log in sorted(self.folder.glob("slurm*[0-9d].log"))
         )
 
     def close(self) -> None:
-        """End all daemons and all that they started, and remove the folder."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         assert self._keeper.wait() == 0, "the cluster's keeper failed, what it should have ended may still run"
@@ -332,7 +327,6 @@ def first_job() -> int:
 
 @contextlib.contextmanager
 def cluster(nodes: int, *, site: bool = False) -> Iterator[Cluster]:
-    """A running cluster with so many nodes."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
     made = Cluster(folder, nodes, site=site)
     try:
