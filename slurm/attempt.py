@@ -9,18 +9,17 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from pretrain import ports
 from pretrain.files import digest, digest_of_file
 from pretrain.outcome import ExitCode, UserError
 from pretrain.run_state import write_event
-from slurm import scheduler
+from slurm import restart, scheduler
 from slurm.folder import Launch, SlurmFolder, say
-from slurm.job_state import current_job, job_state
-from slurm.restart import Action, Attempt, AttemptRecord, Decision, Outcome, decide
-from slurm.scheduler import SlurmError
+from slurm.job_state import job_of, job_state
+from slurm.restart import Attempt, AttemptRecord, Outcome
+from slurm.scheduler import OUTAGE_S, SlurmError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,20 +33,17 @@ def this_attempt() -> Attempt:
 
 
 def begin(folder: SlurmFolder) -> str:
-    """Write down that an attempt begins; the shell code that prepares srun, or ends the script.
-
-    Raises:
-        UserError: the nodes that Slurm gave are of no use to this run.
-    """
-    attempt, launch, records, state = this_attempt(), folder.read_launch(), folder.history.records(), folder.state()
+    """Record that an attempt begins; the shell code that prepares srun, or ends the script."""
+    attempt, launch, records, state = this_attempt(), folder.read_launch(), folder.attempts(), folder.state()
     if state is not None and state.state == "finished":
         return _leave("the run is finished", ExitCode.FINISHED)
     if folder.stop_request():
         return _leave(f"the run must not continue: {folder.stop_request()}", ExitCode.FINISHED)
-    if other := _other_that_runs(records, attempt.job):
-        return _leave(f"job {other.job} already trains this run", ExitCode.FINISHED)
-    if _gave_up_on_the_lost(folder, records, attempt, launch):
-        return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
+    if records and not records[-1].ended and records[-1].attempt != attempt:
+        if records[-1].job != attempt.job and _runs(records[-1].job):
+            return _leave(f"job {records[-1].job} already trains this run", ExitCode.FINISHED)
+        if _gave_up_on_the_lost(folder, records, launch.policy.max_restarts):
+            return _leave("too many restarts in a row brought no new checkpoint", ExitCode.RETRY)
     folder.adopt(attempt.job)
     given = scheduler.expand(os.environ["SLURM_JOB_NODELIST"])
     usable = max((n for n in launch.usable_nodes if n <= len(given)), default=0)
@@ -59,7 +55,7 @@ def begin(folder: SlurmFolder) -> str:
     nodes, ranks = given[:usable], usable * launch.gpus_per_node
     if usable < len(given):
         say(f"using {usable} of {len(given)} nodes: the ranks must divide the global batch of {launch.global_batch}")
-    folder.forget_exits(attempt)
+    log = folder.new_logs(attempt) / "srun.txt"
     step, code = folder.saved_step(), code_digest()
     before = next((record.code for record in reversed(records) if record.code), code)
     if code != before:
@@ -67,10 +63,8 @@ def begin(folder: SlurmFolder) -> str:
         seen = state.samples_seen if state else 0
         write_event(folder.run / "events.jsonl", "other code", step=step, samples_seen=seen, text=text)
         say(text)
-    folder.history.begin(attempt, nodes=nodes, ranks=ranks, step=step, code=code)
+    folder.begin(attempt, nodes=nodes, ranks=ranks, step=step, code=code)
     say(f"attempt {attempt}: {ranks} ranks on {', '.join(nodes)}, from step {step}")
-    log = folder.srun_log(attempt)
-    log.parent.mkdir(parents=True, exist_ok=True)
     exports = {
         "SLURM_NNODES": usable,
         "SLURM_JOB_NUM_NODES": usable,  # srun heeds this one when both are set
@@ -94,17 +88,14 @@ def code_digest() -> str:
     return digest("".join(digest_of_file(f) for p in packages for f in sorted((ROOT / p).rglob("*.py"))).encode())
 
 
-def _other_that_runs(records: list[AttemptRecord], job: str) -> AttemptRecord | None:
-    """The attempt that another job makes of this run at this time."""
-    last = records[-1] if records else None
-    if last is None or last.ended or last.job == job:
-        return None
+def _runs(job: str) -> bool:
+    """Whether Slurm reports a job as running; where it does not answer, the lock of the run's folder has to do."""
     try:
-        other = scheduler.queue().get(last.job)
+        queue = scheduler.queue()
     except SlurmError as error:
         say(f"WARNING {error}")
-        return None
-    return last if other is not None and other.state == "RUNNING" else None
+        return False
+    return job in queue and queue[job].state == "RUNNING"
 
 
 def rendezvous_port(attempt: Attempt) -> int:
@@ -113,104 +104,93 @@ def rendezvous_port(attempt: Attempt) -> int:
 
 
 def end(folder: SlurmFolder, status: int) -> int:
-    """Decide what follows, write it down, and do it; the exit status of the batch script.
-
-    Args:
-        folder: the run.
-        status: of srun.
-    """
-    attempt, launch, history = this_attempt(), folder.read_launch(), folder.history
-    record = next((r for r in reversed(history.records()) if r.attempt == attempt), None)
-    errors = folder.srun_errors(attempt, since=record.begun if record else 0.0)
+    """Decide what follows after srun's exit ``status``, record and do it; the exit status of the batch script."""
+    attempt, launch, records = this_attempt(), folder.read_launch(), folder.attempts()
+    unknown = AttemptRecord(folder.saved_step(), job=attempt.job, restart=attempt.restart)
+    record = next((one for one in reversed(records) if one.attempt == attempt), unknown)
+    past = [one for one in records if one is not record]
+    errors = folder.srun_errors(attempt, since=record.begun)
     for line in errors:
         say(line)
-    down = scheduler.any_down(scheduler.expand(os.environ["SLURM_JOB_NODELIST"]))
+    down = scheduler.any_down(os.environ["SLURM_JOB_NODELIST"])
     state_of_job = job_state(attempt.job, attempt.restart, save_within_s=launch.policy.save_within_s, node_down=down)
-    state, step = folder.state(), folder.saved_step()  # now: Slurm may have taken its time to answer
+    state = folder.state()  # now: Slurm may have taken its time to answer
     outcome = Outcome(
         job_state=state_of_job,
+        saved_at=folder.saved_step(),
         exits=tuple(folder.read_exits(attempt)),
         status=status,
         node_down=down,
         finished=state is not None and state.state == "finished",
         stop_request=folder.stop_request(),
-        begun_at=record.step if record else step,
-        saved_at=step,
-        slow=folder.slow_nodes(attempt),
-        nodes=tuple(record.nodes) if record else (),
         srun_errors=errors,
     )
-    decision = decide(outcome, history.before(attempt), launch.policy)
-    history.end(attempt, decision, step=step)
-    say(f"attempt {attempt} ended: {decision.cause}: {decision.reason}")
+    record.slow = folder.slow_nodes(attempt)
+    record = restart.decide(record, outcome, past, launch.policy)
+    folder.end(record)
+    say(f"attempt {attempt} ended: {record.cause}: {record.reason}")
     try:
-        _act(decision, folder, attempt)
+        _act(folder, launch, [*past, record])
     except SlurmError as error:
-        reason = f"{decision.reason}; {decision.action} failed: {error}"
-        action = "release" if decision.action == "requeue" else decision.action
-        history.end(attempt, replace(decision, action=action, reason=reason), step=step)
-        say(reason)
+        record.reason += f"; {record.action} failed: {error}"
+        record.action = "release" if record.action == "requeue" else record.action
+        folder.end(record)
+        say(record.reason)
         return ExitCode.RETRY
-    return int(STATUS.get(decision.cause, ExitCode.RETRY))
+    return STATUS.get(record.cause, ExitCode.RETRY)
 
 
-def _act(decision: Decision, folder: SlurmFolder, attempt: Attempt) -> None:
-    job, history = attempt.job, folder.history
-    if decision.action == "cancel":
+def _act(folder: SlurmFolder, launch: Launch, records: list[AttemptRecord]) -> None:
+    """Do what is decided about the last attempt."""
+    last, job = records[-1], records[-1].job
+    if last.action == "cancel":
         scheduler.cancel(job)
-    if decision.action in ("none", "cancel"):
+    if last.action in ("none", "cancel"):
         return
-    queue = scheduler.queue(retry_s=scheduler.OUTAGE_S)
-    own = queue.pop(job, None)
-    if other := current_job(folder, history.records(), queue):  # submitted while this one could not ask Slurm
-        history.note(attempt, f"job {other.id} continues it", next_job=other.id)
-        say(f"job {other.id} already continues the run")
+    queue = scheduler.queue(retry_s=OUTAGE_S)
+    after = job if queue.pop(job, None) else ""  # Slurm may have forgotten it
+    other = job_of(folder, folder.attempts(), queue)
+    if other is not None and not other.over:  # submitted while this one could not ask Slurm
+        folder.note(last.attempt, f"job {other.id} continues it", next_job=other.id)
         return
-    exclude = scheduler.avoidable(folder.script(job), decision.exclude)
-    if newly := {decision.node, *decision.slow} & {*exclude}:
-        history.note(attempt, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
-    if decision.action == "requeue":
+    bad = restart.nodes_to_exclude(records)
+    exclude = scheduler.avoidable(folder.script(job), bad)
+    if newly := {last.node, *last.slow} & {*exclude}:
+        folder.note(last.attempt, f"avoiding {', '.join(sorted(newly))} from now on: failed or slow more than once")
+    wait_s = restart.wait_before_restart_s(records, launch.policy)
+    if last.action == "requeue":
         try:
             scheduler.requeue(job)
         except SlurmError as error:
             say(f"cannot be requeued ({error}): submitting a job instead")
             follower = scheduler.submit(
-                folder.script(job),
-                folder.read_launch().environment,
-                after=job if own else "",
-                wait_s=decision.wait_s,
-                exclude=exclude,
-                retry_s=scheduler.OUTAGE_S,
+                folder.script(job), launch.environment, after=after, wait_s=wait_s, exclude=exclude, retry_s=OUTAGE_S
             )
-            waits = f", {decision.wait_s:.0f} s from now as --retry-wait asks" if decision.wait_s else ""
-            history.note(attempt, f"continues as job {follower}{waits}", next_job=follower)
-            say(f"job {follower} continues it")
+            waits = f", {wait_s:.0f} s from now as --retry-wait asks" if wait_s else ""
+            folder.note(last.attempt, f"continues as job {follower}{waits}", next_job=follower)
             return
     try:  # what follows improves a restart but is not worth losing it
         imposed_s = scheduler.imposed_wait_s()
-        if decision.wait_s > imposed_s:
-            scheduler.update(job, f"StartTime=now+{decision.wait_s:.0f}")
-        asked = "as --retry-wait asks" if decision.wait_s > imposed_s else "which Slurm imposes"
-        history.note(attempt, f"starts again after {max(decision.wait_s, imposed_s):.0f} s, {asked}")
-        if decision.exclude:
+        if wait_s > imposed_s:
+            scheduler.update(job, f"StartTime=now+{wait_s:.0f}")
+        asked = "as --retry-wait asks" if wait_s > imposed_s else "which Slurm imposes"
+        folder.note(last.attempt, f"starts again after {max(wait_s, imposed_s):.0f} s, {asked}")
+        if bad:
             scheduler.update(job, f"ExcNodeList={scheduler.excluded(folder.script(job), exclude)}")
     except SlurmError as error:
         say(f"WARNING {error}")
 
 
-def _gave_up_on_the_lost(folder: SlurmFolder, records: list[AttemptRecord], now: Attempt, launch: Launch) -> bool:
-    """Write down the end of an attempt that could not do it itself; whether that was one too many."""
-    if not records or (previous := records[-1]).ended or previous.attempt == now:
-        return False
-    lost, step = previous.attempt, folder.saved_step()
-    outcome = Outcome("running", (), 0, node_down=False, finished=False, stop_request="", begun_at=previous.step,
-                      saved_at=step, slow=folder.slow_nodes(lost))  # fmt: skip
-    decision = decide(outcome, folder.history.before(lost), launch.policy)
-    saved = f"saved at step {step}" if step else "nothing was saved"
-    reason = f"killed with its node, or before it could write its exit record; {saved}"
-    action: Action = "none" if decision.action == "none" else "leave"
-    folder.history.end(lost, Decision(action, "lost", reason, slow=outcome.slow), step=step)
-    return action == "none"
+def _gave_up_on_the_lost(folder: SlurmFolder, records: list[AttemptRecord], max_restarts: int) -> bool:
+    """Record the end of the last attempt, which could not do it itself; whether that was one too many."""
+    lost = records[-1]
+    lost.end_step, lost.slow = folder.saved_step(), folder.slow_nodes(lost.attempt)
+    saved = f"saved at step {lost.end_step}" if lost.end_step else "nothing was saved"
+    lost.reason = f"killed with its node, or before it could write its exit record; {saved}"
+    gave_up = restart.restarts_without_progress(records) > max_restarts
+    lost.action = "none" if gave_up else "leave"
+    folder.end(lost)
+    return gave_up
 
 
 def _leave(why: str, status: ExitCode) -> str:
@@ -233,10 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         return end(folder, options.status)
     except UserError as error:
         say(f"error: {error}")
-        return ExitCode.WILL_FAIL_AGAIN
-    except SlurmError as error:
-        say(f"error: {error}")
-        return ExitCode.RETRY
+        return ExitCode.RETRY if isinstance(error, SlurmError) else error.code
 
 
 if __name__ == "__main__":

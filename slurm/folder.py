@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 from pretrain.files import json_lines, json_object, write_atomically, write_json
 from pretrain.outcome import UserError
 from pretrain.run_state import RunState, read_state
-from slurm.restart import Attempt, AttemptRecord, Decision, Policy, RankExit
+from slurm.restart import Attempt, AttemptRecord, Policy, RankExit
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Launch:
     gpus_per_node: int
     min_nodes: int
     global_batch: int
-    usable_nodes: tuple[int, ...]
+    usable_nodes: Sequence[int]
     """Numbers of nodes whose ranks divide the global batch, ascending."""
     policy: Policy
     device: str = "auto"
@@ -44,20 +45,55 @@ class Launch:
     """Of the launch, without secrets and what is Slurm's; empty for runs of older versions."""
 
 
-class History:
-    """``history.jsonl``. The running batch script extends it; while none runs, ``slurm.release``.
+class SlurmFolder:
+    """``runs/NAME`` as ``slurm`` sees it.
 
-    ``pretrain.report`` reads the ``time``, ``cause`` and ``reason`` of its ends.
+    The running batch script extends ``history.jsonl``; while none runs, ``slurm.release``. ``pretrain.report`` reads
+    the ``time``, ``cause`` and ``reason`` of its ends.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.own = run / "slurm"
+        self.recipe = self.own / "recipe.yaml"
+        self.deepspeed_config = self.own / "ds_config.json"
+        self.submitit = self.own / "submitit"
+        self.launch = self.own / "launch.json"
+        self.stop = self.own / "stop"
+        self.history = self.own / "history.jsonl"
 
-    def records(self) -> list[AttemptRecord]:
-        """All attempts, the earliest first; lines that a crash cut are passed over."""
+    def read_launch(self) -> Launch:
+        """How the run was launched; a UserError where it was not, or the file is damaged."""
+        try:
+            content = json.loads(self.launch.read_text())
+            content["policy"] = Policy(**content["policy"])
+            return Launch(**content)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{self.launch} cannot be read ({error}): launch the run again with `python -m slurm.launch`"
+            ) from None
+
+    def write_launch(self, launch: Launch) -> None:
+        """Replace ``launch.json``."""
+        self.own.mkdir(parents=True, exist_ok=True)
+        write_json(self.launch, asdict(launch))
+
+    def request_stop(self, reason: str) -> None:
+        """Let nothing restart this run until it is launched again, which removes the file ``stop``."""
+        write_atomically(self.stop, f"{reason}\n".encode())
+
+    def stop_request(self) -> str:
+        """Who requested the stop, and when; "" without a request."""
+        try:
+            return self.stop.read_text().strip() or "asked to stop"
+        except FileNotFoundError:
+            return ""
+
+    def attempts(self) -> list[AttemptRecord]:
+        """All attempts in ``history.jsonl``, the earliest first; lines that a crash cut are passed over."""
         records: list[AttemptRecord] = []
-        found: dict[Attempt, AttemptRecord] = {}  # the newest of each name: see SlurmFolder.forget_exits
-        for line in filter(None, json_lines(self.path) if self.path.exists() else ()):
+        found: dict[Attempt, AttemptRecord] = {}  # the newest of each name: see new_logs
+        for line in filter(None, json_lines(self.history) if self.history.exists() else ()):
             attempt = Attempt(line["job"], line["restart"])
             if line["event"] == "begin":
                 facts = {key: line[key] for key in ("step", "job", "restart", "nodes", "ranks")}
@@ -76,86 +112,26 @@ class History:
                 record.submitted_again += line.get("again", False)
         return records
 
-    def before(self, attempt: Attempt) -> list[AttemptRecord]:
-        """All attempts but this one."""
-        return [record for record in self.records() if record.attempt != attempt]
-
     def begin(self, attempt: Attempt, *, nodes: list[str], ranks: int, step: int, code: str = "") -> None:
-        """An attempt begins; ``step`` is that of the newest checkpoint."""
-        self._write("begin", attempt, {"nodes": nodes, "ranks": ranks, "step": step, "code": code})
+        """Record that an attempt begins; ``step`` is that of the newest checkpoint."""
+        self._record("begin", attempt, {"nodes": nodes, "ranks": ranks, "step": step, "code": code})
 
-    def end(self, attempt: Attempt, decision: Decision, *, step: int) -> None:
-        """An attempt has ended."""
-        facts = {"cause": decision.cause, "reason": decision.reason, "action": decision.action}
-        self._write("end", attempt, facts | {"node": decision.node, "slow": decision.slow, "step": step})
+    def end(self, record: AttemptRecord) -> None:
+        """Record that an attempt has ended."""
+        facts = {key: getattr(record, key) for key in ("cause", "reason", "action", "node", "slow")}
+        self._record("end", record.attempt, facts | {"step": record.end_step})
 
     def note(self, attempt: Attempt, text: str, *, next_job: str = "", again: bool = False) -> None:
-        """Something else was done about it; ``again``: ``slurm.release`` submitted ``next_job``."""
-        self._write("note", attempt, {"text": text, "next_job": next_job, "again": again})
+        """Record what else was done about an attempt; ``again``: ``slurm.release`` submitted ``next_job``."""
+        self._record("note", attempt, {"text": text, "next_job": next_job, "again": again})
 
-    def _write(self, event: str, attempt: Attempt, facts: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _record(self, event: str, attempt: Attempt, facts: dict[str, Any]) -> None:
+        self.own.mkdir(parents=True, exist_ok=True)
         line = {"event": event, "job": attempt.job, "restart": attempt.restart, "time": time.time(), **facts}
-        with self.path.open("a") as handle:
+        with self.history.open("a") as handle:
             handle.write(json.dumps(line) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-
-
-class SlurmFolder:
-    """``runs/NAME`` as ``slurm`` sees it."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.own = run / "slurm"
-        self.recipe = self.own / "recipe.yaml"
-        self.deepspeed_config = self.own / "ds_config.json"
-        self.submitit = self.own / "submitit"
-        self.release_lock = self.own / "release.lock"
-        self.history = History(self.own / "history.jsonl")
-        self._launch = self.own / "launch.json"
-        self._stop = self.own / "stop"
-
-    def read_launch(self) -> Launch:
-        """How the run was launched.
-
-        Raises:
-            UserError: it was not launched by ``slurm.launch``, or the file is damaged.
-        """
-        try:
-            content = json.loads(self._launch.read_text())
-            content["policy"] = Policy(**content["policy"])
-            content["usable_nodes"] = tuple(content["usable_nodes"])
-            return Launch(**content)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(
-                f"{self._launch} cannot be read ({error}): launch the run again with `python -m slurm.launch`"
-            ) from None
-
-    def write_launch(self, launch: Launch) -> None:
-        """Replace ``launch.json``."""
-        self.own.mkdir(parents=True, exist_ok=True)
-        write_json(self._launch, asdict(launch))
-
-    def launched(self) -> bool:
-        """Whether ``slurm.launch`` has been here."""
-        return self._launch.exists()
-
-    def request_stop(self, reason: str) -> None:
-        """Let nothing restart this run until it is launched again."""
-        self.own.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._stop, f"{reason}\n".encode())
-
-    def withdraw_stop(self) -> None:
-        """The run is launched again."""
-        self._stop.unlink(missing_ok=True)
-
-    def stop_request(self) -> str:
-        """Who requested the stop, and when; "" without a request."""
-        try:
-            return self._stop.read_text().strip() or "asked to stop"
-        except FileNotFoundError:
-            return ""
 
     def script(self, job: str) -> Path:
         """Batch script of a job."""
@@ -197,40 +173,31 @@ class SlurmFolder:
         """``exit.json`` of a rank."""
         return self.logs(attempt) / f"rank-{rank:05d}.exit.json"
 
-    def srun_log(self, attempt: Attempt) -> Path:
-        """What srun reported."""
-        return self.logs(attempt) / "srun.txt"
-
     def srun_errors(self, attempt: Attempt, since: float) -> tuple[str, ...]:
         """Errors that srun reported, and those with which slurmstepd has ended the output of a task since a time."""
         lines = []
-        for path in (self.srun_log(attempt), *sorted(self.submitit.glob(f"{attempt.job}_*_log.out"))):
+        for path in (self.logs(attempt) / "srun.txt", *sorted(self.submitit.glob(f"{attempt.job}_*_log.out"))):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime >= since:
                     text = path.read_text(errors="replace").splitlines()
                     lines += text if path.name == "srun.txt" else text[-1:]
         return tuple(dict.fromkeys(line for line in lines if re.match(r"(srun|slurmstepd\S*): error: ", line)))
 
-    def write_exit(self, attempt: Attempt, ended: RankExit) -> None:
-        """Complete the record that a rank left, or make it."""
-        path = self.exit_record(attempt, ended.rank)
-        write_atomically(path, json.dumps(read_json_object(path) | asdict(ended)).encode())
-
-    def forget_exits(self, attempt: Attempt) -> None:
-        """Remove what one of the same name left: a slurmctld that forgot a job may give its number again."""
-        for path in (self.srun_log(attempt), *self.logs(attempt).glob("rank-*.exit.json")):
+    def new_logs(self, attempt: Attempt) -> Path:
+        """Make the folder of its logs, without records of another one: Slurm may give a number that it forgot again."""
+        logs = self.logs(attempt)
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in (logs / "srun.txt", *logs.glob("rank-*.exit.json")):
             path.unlink(missing_ok=True)
+        return logs
 
     def read_exits(self, attempt: Attempt) -> list[RankExit]:
         """How the ranks of an attempt ended, as far as they recorded it, the earliest first."""
         found, known = [], {one.name for one in fields(RankExit)}
         for path in self.logs(attempt).glob("rank-*.exit.json"):
             facts = read_json_object(path)
-            facts["blamed"] = tuple(facts.get("blamed", ()))
-            try:
-                found.append(RankExit(**{key: value for key, value in facts.items() if key in known}))
-            except TypeError:  # its node died before slurm.job could complete it
-                continue
+            if "code" in facts:  # else its node died before slurm.job could complete it
+                found.append(RankExit(**{key: facts[key] for key in known & facts.keys()}))
         return sorted(found, key=lambda ended: ended.time)
 
     def slow_nodes(self, attempt: Attempt) -> tuple[str, ...]:

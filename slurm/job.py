@@ -1,10 +1,10 @@
-"""What runs in every task of a job: one rank of training, watched. ``python -m slurm.job RUN`` or through submitit.
+"""What submitit runs in every task of a job: one rank of training, watched.
 
 It holds nothing but the run's folder. Any attempt finds the newest checkpoint there by itself; submitit's own
 ``checkpoint()`` and requeue are not used, since a save is collective and cannot be made in a signal handler.
 """
 
-import argparse
+import json
 import os
 import signal
 import subprocess
@@ -14,18 +14,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from data_pipeline.errors import without_secrets
+from pretrain.files import write_atomically
 from pretrain.outcome import ExitCode
 from slurm.attempt import ROOT, this_attempt
 from slurm.folder import SlurmFolder, read_json_object
-from slurm.restart import RankExit
 
 MAIN = ROOT / "pretrain" / "main.py"
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
-DRAIN_S = 5.0
-"""What a finished rank has printed is read for so long, in case something that it started holds its output open."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,17 @@ def run_rank(folder: SlurmFolder) -> int:
     """
     attempt, rank, node = this_attempt(), int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
     record = folder.exit_record(attempt, rank)
-    record.parent.mkdir(parents=True, exist_ok=True)
 
-    def write_exit(code: int, cause: str, message: str = "", phase: str = "", blamed: tuple[str, ...] = ()) -> None:
-        folder.write_exit(attempt, RankExit(rank, node, code, time.time(), cause, phase, blamed, message))
+    def write_exit(code: int, **facts: Any) -> int:
+        """Complete what ``main.py`` recorded (see ``RankExit``); the exit status for the task."""
+        known = {"rank": rank, "node": node, "code": code, "time": time.time(), **facts}
+        write_atomically(record, json.dumps(read_json_object(record) | known).encode())
+        if code == ExitCode.STOPPED:
+            return 0
+        return code if code >= 0 else 128 - code
 
-    first = os.environ["NODE_NAMES"].split(",")[0]
-    if rank == 0 and node != first:
-        write_exit(ExitCode.RETRY, "failed", f"rank 0 runs on {node}, but the other ranks expect it on {first}")
-        return ExitCode.RETRY
     launch = folder.read_launch()
-    limit = launch.policy.time_to_save_s
+    limit = launch.policy.save_within_s - min(10.0, launch.policy.save_within_s / 4)  # the rest is for starting again
     received: list[str] = []
     overdue: list[str] = []
     child: subprocess.Popen[bytes] | None = None
@@ -82,8 +80,7 @@ def run_rank(folder: SlurmFolder) -> int:
     for signum in FORWARDED:
         signal.signal(signum, forward)
     if asked := folder.stop_request():  # its signal may have come before srun had any task that could hear it
-        write_exit(ExitCode.STOPPED, "stopped", asked)
-        return 0
+        return write_exit(ExitCode.STOPPED, cause="stopped", message=asked)
     ranks = int(os.environ["SLURM_STEP_NUM_TASKS"])
     child = subprocess.Popen(
         [sys.executable, "-u", str(MAIN), "--recipe", str(folder.recipe), "--deepspeed_config",
@@ -103,18 +100,14 @@ def run_rank(folder: SlurmFolder) -> int:
     if overdue or (received and -code in FORWARDED):  # the latter: before it listened to signals
         code = ExitCode.STOPPED
     if code == ExitCode.FINISHED:
-        write_exit(code, "finished")
-    elif code == ExitCode.STOPPED:
-        write_exit(code, "not saved" if overdue else "stopped", "".join((*received[:1], *overdue)))
-    elif "cause" in (facts := read_json_object(record)):
-        write_exit(code, **{key: facts[key] for key in ("cause", "message", "phase", "blamed")})
-    elif code < 0:
-        write_exit(code, "killed", f"killed by {signal.Signals(-code).name} after: {printed}")
-    else:
-        write_exit(code, "failed", printed)
+        return write_exit(code, cause="finished")
+    if code == ExitCode.STOPPED:
+        return write_exit(code, cause="not saved" if overdue else "stopped", message="".join((*received[:1], *overdue)))
+    if "cause" in read_json_object(record):
+        return write_exit(code)
     if code < 0:
-        return 128 - code
-    return 0 if code == ExitCode.STOPPED else code
+        return write_exit(code, cause="killed", message=f"killed by {signal.Signals(-code).name} after: {printed}")
+    return write_exit(code, cause="failed", message=printed)
 
 
 class Output:
@@ -130,7 +123,7 @@ class Output:
 
     def last_line(self) -> str:
         """The last line that was printed, such as that of an exception. Call it when the rank has ended."""
-        self._thread.join(DRAIN_S)
+        self._thread.join(5.0)  # not for ever: something that it started may hold its output open
         return str(without_secrets(self._line[:500].removeprefix("error: ")))
 
     def _copy(self) -> None:
@@ -143,14 +136,3 @@ class Output:
                     self._sinks.remove(sink)
                     print(f"WARNING a log of this rank ends here: {problem}", file=sys.stderr)  # noqa: T201
             self._line = line.decode(errors="replace").strip() or self._line
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the rank of a task of Slurm."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.job", description=main.__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="runs/NAME")
-    return run_rank(SlurmFolder(parser.parse_args(arguments).run.resolve()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

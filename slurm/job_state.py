@@ -7,29 +7,22 @@ import fcntl
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from pretrain.run_state import RunState
 from slurm import scheduler
 from slurm.folder import SlurmFolder
 from slurm.restart import AttemptRecord, JobState, nodes_to_exclude
-from slurm.scheduler import Job
+from slurm.scheduler import FAILED, Job
 
-Remedy = Literal["", "release", "include", "submit"]
-"""What ``slurm.release`` can do: release a job that Slurm holds, include nodes that the run avoids in one that lacks
-nodes, or submit one in place of a dead one."""
+LACKS_NODES = ("ReqNodeNotAvail", "BadConstraints")
+"""Reasons of a job that waits for nodes that are down, drained or excluded."""
 
 
 def job_state(job: str, restart: int, *, save_within_s: int, node_down: bool) -> JobState:
     """What Slurm is about to do with a job whose ranks have just ended.
 
     A job that is being torn down shows as COMPLETING, whatever the cause, so the cause is read from its other fields.
-
-    Args:
-        job: its id.
-        restart: its SLURM_RESTART_COUNT.
-        save_within_s: so long before the time limit it was asked to stop.
-        node_down: whether one of its nodes is down.
+    It was asked to stop ``save_within_s`` before its time limit.
     """
     facts = scheduler.show_job(job, retry_s=scheduler.OUTAGE_S)
     if not facts:  # a job that was cancelled is known until its batch script has ended, if its node has not gone before
@@ -60,21 +53,17 @@ def _seconds(duration: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def current_job(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job]) -> Job | None:
-    """The job of a run that runs, else the one that waits; None when there is none. ``queue`` is what Slurm knows.
+def job_of(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job]) -> Job | None:
+    """The job of a run that runs, else the one that waits, else the one that ended last, of all that Slurm knows.
 
     The process that submitted it may have died before it recorded that, so jobs are known by their script, too.
     """
-    mine = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
-    begun, scripts = records[-1].job if records else "", f"{folder.own}/"
-    active = [job for job in queue.values() if not job.over and (job.id in mine or job.command.startswith(scripts))]
-    return max(active, key=lambda job: (job.state != "PENDING", job.id == begun, int(job.id)), default=None)
-
-
-def _ended_job(folder: SlurmFolder, last: AttemptRecord | None, queue: dict[str, Job]) -> Job | None:
-    """The newest job of a run that has ended and that Slurm has not forgotten yet."""
-    ids = [*folder.submitted(), *([last.job, last.next_job] if last else [])]
-    return max((queue[job] for job in ids if job in queue), key=lambda job: int(job.id), default=None)
+    known = {*folder.submitted(), *(r.job for r in records), *(r.next_job for r in records)}
+    own = [job for job in queue.values() if job.id in known or job.command.startswith(f"{folder.own}/")]
+    begun = records[-1].job if records else ""
+    active = [job for job in own if not job.over]
+    return max(active or own, key=lambda job: (job.state != "PENDING", job in active and job.id == begun, int(job.id)),
+               default=None)  # fmt: skip
 
 
 @dataclass
@@ -88,7 +77,9 @@ class RunStatus:
     """What it waits for, or why it ended or was started again last."""
     job: str = ""
     """That runs, waits, or has ended last."""
-    remedy: Remedy = ""
+    remedy: str = ""
+    """Of ``slurm.release``: "release" a job that Slurm holds, "include" nodes that the run avoids in one that lacks
+    nodes, "submit" one in place of a dead one."""
     step: int = 0
     total_steps: int | None = None
     saved_step: int = 0
@@ -102,50 +93,43 @@ class RunStatus:
     """Seconds since the run wrote its state last."""
     log: str = ""
     """Of rank 0 of the newest attempt."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[AttemptRecord] = field(default_factory=list)
 
 
-def find_state(folder: SlurmFolder, records: list[AttemptRecord], queue: dict[str, Job] | None) -> RunStatus:
-    """Name, state, reason, job and remedy of a run.
-
-    Args:
-        folder: its folder.
-        records: its attempts.
-        queue: the jobs that Slurm knows; None where there is no Slurm.
-    """
-    job, run, last = current_job(folder, records, queue or {}), folder.state(), records[-1] if records else None
-    remedy: Remedy = ""
+def find_state(folder: SlurmFolder, queue: dict[str, Job] | None) -> RunStatus:
+    """Name, state, reason, job, remedy and history of a run. ``queue`` is what Slurm knows, None without Slurm."""
+    records, run, remedy = folder.attempts(), folder.state(), ""
+    job, last = job_of(folder, records, queue or {}), records[-1] if records else None
     if run is not None and run.state == "finished":
         state, why = "finished", ""
-    elif job is not None:
+    elif job is not None and not job.over:
         state, why = _with_job(folder, run, records, job)
         if state == "held" and job.launch_failed:
             remedy = "release"
-        elif state == "waiting" and job.lacks_nodes and nodes_to_exclude(records):
+        elif state == "waiting" and job.reason.startswith(LACKS_NODES) and nodes_to_exclude(records):
             remedy = "include"
-    elif last is None and not folder.launched():
+    elif last is None and not folder.launch.exists():
         state, why = _started_by_hand(folder, run)
     else:
-        job = _ended_job(folder, last, queue or {})
         state, why, remedy = _without_job(folder, run, last, job, asked=queue is not None)
     gone = last.next_job or last.job if last else ""
-    return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy)
+    return RunStatus(folder.run.name, state, why, job.id if job else gone, remedy, history=records)
 
 
 def _with_job(folder: SlurmFolder, run: RunState | None, records: list[AttemptRecord], job: Job) -> tuple[str, str]:
-    last = records[-1] if records else None
     if folder.stop_request():
         return "stopping", folder.stop_request()
+    last = records[-1] if records else None
     if job.state == "PENDING":
         before = f"; before: {last.reason}" if last and last.reason else ""
-        return (
-            ("held", _who_releases(folder, job) + before) if job.held else ("waiting", f"Slurm: {job.reason}{before}")
-        )
-    before = next((record.reason for record in reversed(records[:-1]) if record.reason), "")
+        if job.held:
+            return "held", _who_releases(folder, job) + before
+        return "waiting", f"Slurm: {job.reason}{before}"
     if last is None or (last.ended and job.state != "COMPLETING"):
         return "starting", last.reason if last else ""
     if last.ended:
         return ("restarting" if last.action in ("leave", "requeue") else "stopping"), last.reason
+    before = next((record.reason for record in reversed(records) if record.reason), "")
     if job.state == "COMPLETING":
         return "stopping", before
     if run is None or run.updated < last.begun:
@@ -164,7 +148,7 @@ def _who_releases(folder: SlurmFolder, job: Job) -> str:
 
 def _without_job(
     folder: SlurmFolder, run: RunState | None, last: AttemptRecord | None, gone: Job | None, *, asked: bool
-) -> tuple[str, str, Remedy]:
+) -> tuple[str, str, str]:
     final = last if last is not None and last.ended and last.action in ("none", "cancel") else None
     if final is not None and final.cause not in ("stopped", "cancelled"):
         return "failed", final.reason, ""
@@ -179,7 +163,7 @@ def _without_job(
     if gone is not None and gone.state == "CANCELLED":
         return "cancelled", f"job {gone.id} was cancelled", ""
     put_off = last is not None and last.action == "release" and not last.next_job
-    remedy: Remedy = "submit" if put_off or (gone and gone.failed) else ""
+    remedy = "submit" if put_off or (gone and gone.state in FAILED) else ""
     what = f"job {gone.id} ended as {gone.state}" if gone else "its job is gone from the queue"
     again = f"`python -m slurm.release {folder.run}`" if remedy else "launch it again"
     before = f"; before: {last.reason}" if last and last.reason else ""
@@ -197,10 +181,8 @@ def _started_by_hand(folder: SlurmFolder, run: RunState | None) -> tuple[str, st
 def _locked(run: Path) -> bool:
     """Whether a process that this machine can see is training this run."""
     try:
-        with (run / ".lock").open("r") as handle:
+        with (run / ".lock").open() as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False

@@ -1,4 +1,8 @@
-"""Start a run on a cluster, with automatic recovery: ``python -m slurm.launch --recipe R --nodes 4 ...``."""
+"""Start a run on a Slurm cluster, one task per GPU.
+
+After preemption, time limits, lost nodes, crashes and hangs it is restarted and resumes from its newest checkpoint,
+until it is finished, stopped with `python -m slurm.stop`, or cannot succeed. `python -m slurm.status` shows its state.
+"""
 
 import argparse
 import contextlib
@@ -8,7 +12,6 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +23,14 @@ from pretrain.check import check_recipe_here, resolve_for
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.files import write_json
-from pretrain.outcome import ExitCode, UserError, exit_code
+from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from slurm import scheduler
 from slurm.attempt import ROOT
 from slurm.folder import Launch, SlurmFolder
 from slurm.job import Job
-from slurm.job_state import current_job
+from slurm.job_state import job_of
 from slurm.restart import Policy
 from slurm.scheduler import SlurmError, UnreachedError
 
@@ -36,54 +39,28 @@ if TYPE_CHECKING:
 
 SITE = ("account", "partition", "qos", "constraint", "reservation", "wckey")
 """Options that sbatch also takes from the environment, as SBATCH_ACCOUNT, and that a site or a user may set there."""
-OWN = (
-    "array",
-    "error",
-    "no_requeue",
-    "nodes",
-    "ntasks",
-    "ntasks_per_node",
-    "open_mode",
-    "output",
-    "requeue",
-    "signal",
-    "wrap",
-)
+OWN = ("array", "error", "no_requeue", "nodes", "ntasks", "ntasks_per_node", "open_mode", "output", "requeue", "signal",
+       "wrap")  # fmt: skip
 """Options without which a run does not recover."""
-
-
-DESCRIPTION = """\
-Start a run on a Slurm cluster, one task per GPU. After preemption, time limits, lost nodes, crashes and hangs it is
-restarted and resumes from its newest checkpoint, until it is finished, stopped with `python -m slurm.stop`, or cannot
-succeed. `python -m slurm.status` shows its state.
-"""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m slurm.launch", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m slurm.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = parser.add_argument_group("the run (as for pretrain/main.py)")
     add_run_arguments(run, runs="folder that holds the run folders, visible to all nodes")
     add_device_argument(run)
     size = parser.add_argument_group("size")
     size.add_argument("--nodes", type=int, default=1, help="default: 1")
-    size.add_argument(
-        "--min-nodes",
-        type=int,
-        help="fewest nodes to continue with when some are gone; the global batch stays the same",
-    )
-    size.add_argument(
-        "--gpus-per-node", required=True, metavar="[TYPE:]N", help="GPUs per node, one task each, such as 8 or h100:8"
-    )
+    size.add_argument("--min-nodes", type=int, help="fewest nodes to restart with; the global batch stays the same")
+    size.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="one task each; such as 8 or h100:8")
     slurm = parser.add_argument_group("Slurm")
-    for name in ("partition", "account", "qos", "constraint"):
+    for name in ("partition", "account", "qos", "constraint", "exclude", "mem"):
         slurm.add_argument(f"--{name}", help=f"as sbatch --{name}")
     slurm.add_argument("--time", default="24:00:00", help="limit of one attempt (default: 24:00:00)")
     slurm.add_argument("--cpus-per-gpu", type=int, default=8, help="cores for each task (default: 8)")
-    slurm.add_argument("--mem", help="memory per node, for example 500G")
-    slurm.add_argument("--exclude", help="nodes to avoid, for example bad1,bad2")
     slurm.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                        help="any other option of sbatch, for example gres=gpu:8, exclusive or reservation=R; an empty "
                        "VALUE leaves out what is set here; may be repeated")  # fmt: skip
@@ -109,24 +86,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run that may be submitted."""
+def make_plan(options: argparse.Namespace) -> tuple[SlurmFolder, Recipe, dict[str, Any], Launch]:
+    """Check everything that can be checked here, and print the plan; ``--device auto`` is GPUs.
 
-    recipe: Recipe
-    deepspeed: dict[str, Any]
-    """Merged but not yet resolved: that is done on the nodes."""
-    folder: SlurmFolder
-    launch: Launch
-    lines: tuple[str, ...]
-    """The plan as text."""
-
-
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Check everything that can be checked here; ``--device auto`` is GPUs.
-
-    Raises:
-        UserError: what is wrong, in one line.
+    Returns folder, recipe, DeepSpeed's configuration (merged, and resolved only on the nodes) and ``launch.json``.
+    Raises a UserError where something is wrong.
     """
     recipe = _with_absolute_paths(load_recipe(options.recipe, options.assignments))
     run = RunFolder(options.runs.resolve() / recipe.name)
@@ -148,12 +112,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
     if state is not None and state.state == "finished":
         raise UserError(f"{run.path} is finished; to train again choose --set name=..., or remove the folder")
     folder = SlurmFolder(run.path)
-    if (job := current_job(folder, folder.history.records(), scheduler.queue())) is not None:
+    job = job_of(folder, folder.attempts(), scheduler.queue())
+    if job is not None and not job.over:
         raise UserError(
             f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
             "it; or choose another name with --set name=..."
         )
-    needed, free = _disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)
     steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
     interval = checkpoint_interval(recipe, steps)
     lines = [
@@ -164,13 +128,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
         + (f"; a restart also takes {' or '.join(map(str, usable[:-1]))} nodes" if usable[:-1] else ""),
         f"batch         {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} x {batch.accumulation}",
         f"length        {recipe.schedule.epochs:g} epochs, {steps:,} steps, a checkpoint every {interval:,}",
-        f"disk          {needed / 1e9:.1f} GB for {recipe.checkpoint.keep + 1} checkpoints, {free / 1e9:.0f} GB free",
+        f"disk          {_disk(run_size.checkpoint_bytes, recipe.checkpoint.keep + 1, run.path)}",
     ]
+    _say(*without_secrets(lines))
     policy = Policy(options.max_restarts, options.retry_wait, options.save_within)
-    kept = scheduler.without_secrets(scheduler.cleaned(os.environ))
-    environment = {name: value for name, value in kept.items() if name not in scheduler.KEPT}
-    launch = Launch(per_node, options.min_nodes, batch.global_batch, tuple(usable), policy, options.device, environment)
-    return Plan(recipe, config, folder, launch, tuple(without_secrets(lines)))
+    environment = scheduler.reusable(os.environ)
+    launch = Launch(per_node, options.min_nodes, batch.global_batch, usable, policy, options.device, environment)
+    return folder, recipe, config, launch
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -185,8 +149,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]:
-    """Bytes that the checkpoints need and that there are; the one being written in addition to those that are kept."""
+def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> str:
+    """What the checkpoints need, the one being written in addition to those that are kept, and what there is."""
     there = next(path for path in (run, *run.parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"{there} cannot be written: choose another folder with --runs")
@@ -196,16 +160,14 @@ def _disk(checkpoint_bytes: int, checkpoints: int, run: Path) -> tuple[int, int]
             f"the checkpoints need {needed / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free: make space, lower "
             "checkpoint.keep, or choose another folder with --runs"
         )
-    return needed, free
+    return f"{needed / 1e9:.1f} GB for {checkpoints} checkpoints, {free / 1e9:.0f} GB free"
 
 
 def sbatch_options(options: argparse.Namespace) -> dict[str, Any]:
     """What sbatch is asked for, by the names of its options with underscores; True for one without a value.
 
-    The environment's SBATCH_ACCOUNT and the like apply where the options do not set it.
-
-    Raises:
-        UserError: an option cannot be given, or has a line break.
+    The environment's SBATCH_ACCOUNT and the like apply where the options do not set it. Raises a UserError where an
+    option cannot be given, or has a line break.
     """
     asked = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in SITE} | {
         # Tasks are counted when it starts: if sbatch knew them, Slurm would give the fewest nodes of a range.
@@ -230,16 +192,11 @@ def sbatch_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) -> "submitit.SlurmExecutor":
-    """Make submitit's executor for a run, whose job is called ``name``.
-
-    Raises:
-        UserError: Slurm is not installed here, or an option cannot be given.
-    """
+    """Make submitit's executor for a run, whose job is called ``name``; a UserError where Slurm is not installed."""
     import submitit  # noqa: PLC0415 - slow
 
     run, python = shlex.quote(str(folder.run)), shlex.quote(sys.executable)
     in_task = f"{options.container} {options.container_python}" if options.container else python
-
     try:
         executor = submitit.SlurmExecutor(folder.submitit, python=in_task)
     except RuntimeError:
@@ -264,18 +221,8 @@ def executor_for(options: argparse.Namespace, folder: SlurmFolder, name: str) ->
     return executor
 
 
-def ignored_variables() -> list[str]:
-    """Variables of the environment for sbatch and srun that would contradict what is asked for."""
-    site = {f"SBATCH_{name.upper()}" for name in SITE} | set(scheduler.KEPT)
-    return sorted(name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name not in site)
-
-
 def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]":
-    """Submit a run's first job, without the environment's variables for sbatch and srun.
-
-    Raises:
-        SlurmError: Slurm refused it, or did not answer.
-    """
+    """Submit a run's first job, without the environment's variables for sbatch and srun; a SlurmError if that fails."""
     from submitit.core.utils import FailedJobError  # noqa: PLC0415
     from submitit.helpers import clean_env  # noqa: PLC0415
 
@@ -285,74 +232,65 @@ def submit(executor: "submitit.SlurmExecutor", job: Job) -> "submitit.Job[None]"
             os.environ.update(kept)
             return executor.submit(job)
     except FailedJobError as error:
-        failed = scheduler.failure("sbatch", str(error))
-        if isinstance(failed, UnreachedError):
-            failed.args = (f"{failed}; the job may exist: check `squeue --me`, cancel it, then launch again",)
-        raise failed from None
+        raise scheduler.failure("sbatch", str(error)) from None
 
 
-def launch(options: argparse.Namespace) -> int:
-    """Check, print the plan, and submit.
-
-    Raises:
-        UserError, SlurmError: what is wrong, in one line.
-    """
-    plan = make_plan(options)
-    _say("\n".join(plan.lines))
-    executor = executor_for(options, plan.folder, plan.recipe.name)
-    if ignored := ignored_variables():
+def launch(options: argparse.Namespace) -> None:
+    """Check, print the plan, and submit; raises a UserError where something is wrong."""
+    folder, recipe, deepspeed, launched = make_plan(options)
+    executor = executor_for(options, folder, recipe.name)
+    used = {f"SBATCH_{name.upper()}" for name in SITE} | {*scheduler.KEPT}
+    ignored = [n for n in sorted(os.environ) if n.startswith(("SLURM_", "SBATCH_", "SRUN_")) and n not in used]
+    if ignored:
         _say(f"ignored       of the environment: {', '.join(ignored)}")
     if options.dry_run:
         command = executor._submitit_command_str  # noqa: SLF001 - submitit has no public way to see its script
         _say(executor._make_submission_file_text(command, "dry-run"))  # noqa: SLF001
-        return ExitCode.FINISHED
-    new, asked = not plan.folder.own.exists(), plan.folder.stop_request()
-    freeze(plan.folder, plan.recipe, plan.deepspeed)
-    plan.folder.write_launch(plan.launch)
-    plan.folder.withdraw_stop()
+        return
+    new, stop_request = not folder.own.exists(), folder.stop_request()
+    freeze(folder, recipe, deepspeed, launched)
+    folder.stop.unlink(missing_ok=True)
     try:
-        job = submit(executor, Job(plan.folder.run))
-    except UnreachedError:
+        job = submit(executor, Job(folder.run))
+    except UnreachedError as error:
+        advice = "the job may exist: check `squeue --me`, cancel it, then launch again"
+        raise UnreachedError(f"{error}; {advice}") from None
+    except SlurmError:  # leave the run as it was
+        if stop_request:
+            folder.request_stop(stop_request)
+        if new:
+            shutil.rmtree(folder.own)
+            with contextlib.suppress(OSError):  # there was a run before
+                folder.run.rmdir()
         raise
-    except SlurmError:
-        _undo(plan.folder, new=new, asked=asked)
-        raise
-    _say(f"job           {job.job_id}")
-    _say(f"watch         python -m slurm.status {plan.folder.run}")
-    _say(f"output        tail -F {job.paths.stdout}")
-    _say(f"stop          python -m slurm.stop {plan.folder.run}")
-    return ExitCode.FINISHED
+    _say(
+        f"job           {job.job_id}",
+        f"watch         python -m slurm.status {folder.run}",
+        f"output        tail -F {job.paths.stdout}",
+        f"stop          python -m slurm.stop {folder.run}",
+    )
 
 
-def freeze(folder: SlurmFolder, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+def freeze(folder: SlurmFolder, recipe: Recipe, deepspeed: dict[str, Any], launched: Launch) -> None:
     """Write what was launched into the run's folder: a recipe that is edited tomorrow does not reach this run."""
-    folder.own.mkdir(parents=True, exist_ok=True)
+    folder.write_launch(launched)
     folder.recipe.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     write_json(folder.deepspeed_config, deepspeed)
 
 
-def _undo(folder: SlurmFolder, *, new: bool, asked: str) -> None:
-    """Leave a run as it was before a launch that Slurm refused."""
-    if asked:
-        folder.request_stop(asked)
-    if new:
-        shutil.rmtree(folder.own)
-        with contextlib.suppress(OSError):  # there was a run before
-            folder.run.rmdir()
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)  # noqa: T201
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Start a run on a cluster."""
     options = parse_arguments(arguments)
     try:
-        return launch(options)
-    except (UserError, SlurmError) as error:
+        launch(options)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return exit_code(error)
+        return error.code
+    return ExitCode.FINISHED
 
 
 if __name__ == "__main__":

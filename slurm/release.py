@@ -1,7 +1,12 @@
-"""Requeue runs that Slurm holds, has ended, or has too few nodes for: ``python -m slurm.release [RUN]``; for cron.
+"""Requeue runs that Slurm holds, has ended, or has too few nodes for.
 
-When a launch fails, Slurm requeues the job and holds it until someone releases it. When the batch script is killed, or
-its host dies where jobs may not be requeued, the job ends, and none of its processes is left to react.
+Release the jobs of runs that Slurm holds because it could not launch them, and resubmit those whose batch script was
+killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). A job that waits for nodes may use
+those again that failed twice in its run. Jobs that a user or an administrator holds stay held, cancelled ones stay
+cancelled, and a run that failed more often in a row than --max-restarts of slurm.launch allows is left alone. Every
+user may do this for their own jobs; let cron or scrontab call it.
+
+  */2 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
 """
 
 import argparse
@@ -12,55 +17,31 @@ from pretrain.files import lock
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.job_state import find_state
-from slurm.restart import AttemptRecord, nodes_to_exclude
+from slurm.job_state import RunStatus, find_state
+from slurm.restart import nodes_to_exclude
 from slurm.scheduler import Job, SlurmError
-from slurm.status import find_runs
-
-DESCRIPTION = """\
-Release the jobs of runs that Slurm holds because it could not launch them, and resubmit those whose batch script was
-killed, while Slurm still knows how they ended (for MinJobAge, usually 5 minutes). A job that waits for nodes may use
-those again that failed twice in its run. Jobs that a user or an administrator
-holds stay held, cancelled ones stay cancelled, and a run that failed more often in a row than --max-restarts of
-slurm.launch allows is left alone. Every user may do this for their own jobs; let cron or scrontab call it.
-
-  */2 * * * * cd REPOSITORY && .venv/bin/python -m slurm.release --runs RUNS
-"""
+from slurm.status import UNREADABLE, find_runs
 
 
 def release(folder: SlurmFolder, queue: dict[str, Job]) -> str:
-    """Release the job of a run if Slurm holds it because a launch failed, or submit one in place of a lost one.
-
-    Returns:
-        what was done, in one line; "" for nothing.
-
-    Raises:
-        SlurmError: Slurm did not take the order.
-    """
-    records = folder.history.records()
-    found, last = find_state(folder, records, queue), records[-1] if records else None
-    if found.remedy == "submit":
-        return _submit_again(folder, last)
+    """Apply the remedy for a run's job, if there is one; what was done, in one line. A SlurmError if Slurm refuses."""
+    found = find_state(folder, queue)
+    if found.remedy == "release":
+        return _release_held(folder, found)
     if found.remedy == "include":
-        return _include_again(folder, records, found.job)
-    return _release_held(folder, last, found.job) if found.remedy == "release" else ""
+        return _include_again(folder, found)
+    if found.remedy == "submit":
+        held = lock(folder.own / "release.lock")
+        if held is None:
+            return f"{folder.run}: another slurm.release is resubmitting it"
+        with held:
+            return _submit_again(folder)
+    return ""
 
 
-def _include_again(folder: SlurmFolder, records: list[AttemptRecord], job: str) -> str:
-    """Let a job that lacks nodes have those that the run avoids: rather them than none; a line."""
-    kept = scheduler.excluded(folder.script(job))
-    now = scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("ExcNodeList", "")
-    avoided = {*nodes_to_exclude(records)} - {*scheduler.expand(kept)}
-    if not avoided & {*scheduler.expand(now)}:
-        return ""
-    scheduler.update(job, f"ExcNodeList={kept}")
-    text = f"{', '.join(sorted(avoided))} may be used again: the other nodes are too few"
-    folder.history.note(records[-1].attempt, f"{text} {stamp()}")
-    return f"{folder.run}: job {job} waits for nodes; {text}"
-
-
-def _release_held(folder: SlurmFolder, last: AttemptRecord | None, job: str) -> str:
+def _release_held(folder: SlurmFolder, found: RunStatus) -> str:
     """Release a job that Slurm could not launch, unless that was so too often; a line."""
+    job, last = found.job, found.history[-1] if found.history else None
     # Slurm counts every launch as a restart; these came after the job ran last.
     restarts = int(scheduler.show_job(job, retry_s=scheduler.PATIENCE_S).get("Restarts", "0"))
     failed = restarts - (last.restart + 1 if last is not None and last.job == job else 0)
@@ -71,59 +52,66 @@ def _release_held(folder: SlurmFolder, last: AttemptRecord | None, job: str) -> 
         )
     scheduler.release(job)
     if last is not None:
-        folder.history.note(last.attempt, f"held since a launch failed; released {stamp()}")
+        folder.note(last.attempt, f"held since a launch failed; released {stamp()}")
     return f"{folder.run}: job {job} was held since a launch failed, and is released"
 
 
-def _submit_again(folder: SlurmFolder, last: AttemptRecord | None) -> str:
+def _include_again(folder: SlurmFolder, found: RunStatus) -> str:
+    """Let a job that lacks nodes have those that the run avoids: rather them than none; a line."""
+    kept = scheduler.excluded(folder.script(found.job))
+    now = scheduler.show_job(found.job, retry_s=scheduler.PATIENCE_S).get("ExcNodeList", "")
+    avoided = {*nodes_to_exclude(found.history)} - {*scheduler.expand(kept)}
+    if not avoided & {*scheduler.expand(now)}:
+        return ""
+    scheduler.update(found.job, f"ExcNodeList={kept}")
+    text = f"{', '.join(sorted(avoided))} may be used again: the other nodes are too few"
+    folder.note(found.history[-1].attempt, f"{text} {stamp()}")
+    return f"{folder.run}: job {found.job} waits for nodes; {text}"
+
+
+def _submit_again(folder: SlurmFolder) -> str:
     """Submit the script of a run again whose job ended without a successor, unless that was so too often; a line."""
-    held = lock(folder.release_lock)
-    if held is None:
-        return f"{folder.run}: another slurm.release is resubmitting it"
-    with held:
-        queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
-        found, launch = find_state(folder, folder.history.records(), queue), folder.read_launch()
-        if found.remedy != "submit":  # it was launched again by hand
-            return ""
-        gone = queue.get(found.job)
-        tries = last.submitted_again if last else len(folder.submitted()) - 1
-        ended = f"job {found.job} ended" + (f" as {gone.state}" if gone else "")
-        ended += " and could not be started again" if last and last.action == "release" else " without a word"
-        if tries >= launch.policy.max_restarts:
-            return (
-                f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; "
-                "launch it again"
-            )
-        script = folder.script(found.job)
-        exclude = scheduler.avoidable(script, nodes_to_exclude(folder.history.records()))
-        follower = scheduler.submit(script, launch.environment, exclude=exclude)
-        folder.adopt(follower)
-        if last is not None:
-            text = f"{ended}; submitted again as job {follower} {stamp()}"
-            folder.history.note(last.attempt, text, next_job=follower, again=True)
-        return f"{folder.run}: {ended} and is submitted again as job {follower}"
+    queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
+    found, launch = find_state(folder, queue), folder.read_launch()
+    if found.remedy != "submit":  # it was launched again by hand
+        return ""
+    last, gone = found.history[-1] if found.history else None, queue.get(found.job)
+    tries = last.submitted_again if last else len(folder.submitted()) - 1
+    ended = f"job {found.job} ended" + (f" as {gone.state}" if gone else "")
+    ended += " and could not be started again" if last and last.action == "release" else " without a word"
+    if tries >= launch.policy.max_restarts:
+        return (
+            f"{folder.run}: {ended} and stays lost: submitted again {tries} times in a row without a start; launch it "
+            "again"
+        )
+    script = folder.script(found.job)
+    exclude = scheduler.avoidable(script, nodes_to_exclude(found.history))
+    follower = scheduler.submit(script, launch.environment, exclude=exclude)
+    folder.adopt(follower)
+    if last is not None:
+        text = f"{ended}; submitted again as job {follower} {stamp()}"
+        folder.note(last.attempt, text, next_job=follower, again=True)
+    return f"{folder.run}: {ended} and is submitted again as job {follower}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Requeue runs that Slurm holds or has ended by itself."""
+    """Requeue runs that Slurm holds, has ended, or has too few nodes for."""
     parser = argparse.ArgumentParser(
-        prog="python -m slurm.release", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m slurm.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="runs/NAME (default: all runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
-    options = parser.parse_args(arguments)
-    folders = [options.run] if options.run else find_runs(options.runs)
-    status = ExitCode.FINISHED
+    options, status = parser.parse_args(arguments), ExitCode.FINISHED
     try:
         queue = scheduler.queue(retry_s=scheduler.PATIENCE_S)
     except SlurmError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.RETRY
-    for folder in folders:
+    for folder in [options.run] if options.run else find_runs(options.runs):
         try:
             if done := release(SlurmFolder(folder.resolve()), queue):
                 print(done)  # noqa: T201
-        except (UserError, SlurmError, OSError) as error:  # the other runs are released all the same
+        except (UserError, *UNREADABLE) as error:  # the other runs are released all the same
             print(f"error: {folder}: {error}", file=sys.stderr)  # noqa: T201
             status = ExitCode.RETRY
     return status

@@ -10,7 +10,7 @@
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pretrain.outcome import ExitCode
@@ -31,8 +31,6 @@ COUNTED: tuple[Cause, ...] = ("time limit", "node lost", "crashed", "hang", "los
 """Outcomes that may mean that the run cannot continue. Being preempted is not a failure of the run."""
 FAILURES_TO_EXCLUDE = 2
 """A node that was at fault, did not arrive or was slow so often is avoided by this run: once may be chance."""
-WORDS = 300
-"""Characters of srun's message that are kept."""
 _ENDED_BY_SRUN = re.compile("Terminated|Killed|CANCELLED")
 
 
@@ -47,11 +45,6 @@ class Policy:
     save_within_s: int
     """So long before the time limit the ranks are asked to save."""
 
-    @property
-    def time_to_save_s(self) -> float:
-        """So long they get for it; the rest is for starting again."""
-        return self.save_within_s - min(10.0, self.save_within_s / 4)
-
 
 @dataclass(frozen=True)
 class RankExit:
@@ -64,9 +57,7 @@ class RankExit:
     time: float
     cause: str = "failed"
     """Of ``pretrain.outcome``; or finished, stopped, not saved (in time when asked to stop), killed."""
-    phase: str = ""
-    """What it did then."""
-    blamed: tuple[str, ...] = ()
+    blamed: Sequence[str] = ()
     """Nodes that it waited for in vain."""
     message: str = ""
     """The reason, in one line."""
@@ -109,8 +100,9 @@ class AttemptRecord:
     ended: float = 0.0
     """0 while its end is not recorded."""
     end_step: int = 0
+    """Of the newest checkpoint at its end."""
     reason: str = ""
-    action: str = ""
+    action: Action | Literal[""] = ""
     next_job: str = ""
     """The job that continues in its place, where it could not be requeued."""
     submitted_again: int = 0
@@ -126,85 +118,68 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that is known when an attempt has ended."""
+    """What is known when an attempt has ended, besides its record."""
 
     job_state: JobState
-    exits: tuple[RankExit, ...]
-    """Earliest first; ranks that were killed with their node or by Slurm have none."""
-    status: int
-    """Of srun."""
-    node_down: bool
-    """Whether Slurm reports one of its nodes as down."""
-    finished: bool
-    stop_request: str
-    begun_at: int
-    """Step of the newest checkpoint when it began."""
     saved_at: int
-    """The same at its end."""
-    slow: tuple[str, ...] = ()
-    """Nodes that preflight found slow."""
-    nodes: tuple[str, ...] = ()
+    """Step of the newest checkpoint."""
+    exits: tuple[RankExit, ...] = ()
+    """Earliest first; ranks that were killed with their node or by Slurm have none."""
+    status: int = 0
+    """Of srun."""
+    node_down: bool = False
+    """Whether Slurm reports one of its nodes as down."""
+    finished: bool = False
+    stop_request: str = ""
     srun_errors: tuple[str, ...] = ()
     """What srun and slurmstepd reported."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What is done, and why, for the history and for users."""
-
-    action: Action
-    cause: Cause
-    reason: str
-    wait_s: float = 0.0
-    exclude: tuple[str, ...] = ()
-    """All nodes that this run avoids from now on."""
-    node: str = ""
-    """The node at fault this time."""
-    slow: tuple[str, ...] = ()
-    """Nodes that preflight found slow this time."""
-
-
-def decide(outcome: Outcome, past: Sequence[AttemptRecord], policy: Policy) -> Decision:
+def decide(record: AttemptRecord, outcome: Outcome, past: Sequence[AttemptRecord], policy: Policy) -> AttemptRecord:
     """Decide what follows an attempt.
 
     Args:
+        record: the attempt as it began, with the nodes that preflight found slow.
         outcome: how it ended.
         past: the attempts before it, the earliest first.
         policy: limits.
+
+    Returns:
+        the record with cause, reason, action, node at fault and last step.
     """
+    requeued = outcome.job_state == "requeued"
+    final = replace(record, end_step=outcome.saved_at, action="cancel" if requeued else "none")
     if outcome.finished:
-        return _end(outcome, "finished", "all steps are taken and the hand-off is written")
+        return replace(final, cause="finished", reason="all steps are taken and the hand-off is written")
     if outcome.stop_request:
-        return _end(outcome, "stopped", outcome.stop_request)
+        return replace(final, cause="stopped", reason=outcome.stop_request)
     hopeless = [e for e in outcome.exits if e.code == ExitCode.WILL_FAIL_AGAIN]
     if hopeless:  # all ranks of a node meet the same error and one of them prints it
-        return _end(outcome, "will fail again", _reason(min(hopeless, key=lambda e: e.rank)))
+        return replace(final, cause="will fail again", reason=_reason(min(hopeless, key=lambda e: e.rank)))
     if outcome.job_state == "cancelled":
-        return _end(outcome, "cancelled", "cancelled with scancel")
-    cause, reason, node = _why(outcome)
-    now = AttemptRecord(outcome.begun_at, cause, node, outcome.slow)
-    tries = restarts_without_progress([*past, now], outcome.saved_at)
+        return replace(final, cause="cancelled", reason="cancelled with scancel")
+    cause, reason, node = _why(outcome, record.nodes)
+    ended = replace(final, cause=cause, reason=reason, node=node)
+    tries = restarts_without_progress([*past, ended])
     if tries > policy.max_restarts:
-        return _end(outcome, cause, f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint", node)
-    return Decision(
-        "leave" if outcome.job_state == "requeued" else "requeue",
-        cause,
-        reason,
-        wait_s=policy.retry_wait_s * 4 ** (tries - 2) if tries >= 2 else 0.0,
-        exclude=nodes_to_exclude([*past, now]),
-        node=node,
-        slow=outcome.slow,
-    )
+        return replace(ended, reason=f"{reason}; gave up: {tries - 1} restarts in a row brought no new checkpoint")
+    return replace(ended, action="leave" if requeued else "requeue")
 
 
-def restarts_without_progress(past: Sequence[AttemptRecord], saved_at: int) -> int:
-    """How many of the newest attempts ended badly without leading to a checkpoint beyond ``saved_at``'s."""
+def restarts_without_progress(records: Sequence[AttemptRecord]) -> int:
+    """How many of the newest attempts ended badly without leading to a checkpoint beyond that of the last one's end."""
     count = 0
-    for one in reversed(past):
-        if one.step < saved_at:
+    for one in reversed(records):
+        if one.step < records[-1].end_step:
             break
         count += one.cause in COUNTED
     return count
+
+
+def wait_before_restart_s(records: Sequence[AttemptRecord], policy: Policy) -> float:
+    """How long the next attempt has to wait."""
+    tries = restarts_without_progress(records)
+    return policy.retry_wait_s * 4 ** (tries - 2) if tries >= 2 else 0.0
 
 
 def nodes_to_exclude(past: Sequence[AttemptRecord]) -> tuple[str, ...]:
@@ -213,13 +188,7 @@ def nodes_to_exclude(past: Sequence[AttemptRecord]) -> tuple[str, ...]:
     return tuple(sorted({node for node in failed if failed.count(node) >= FAILURES_TO_EXCLUDE}))
 
 
-def _end(outcome: Outcome, cause: Cause, reason: str, node: str = "") -> Decision:
-    return Decision(
-        "cancel" if outcome.job_state == "requeued" else "none", cause, reason, node=node, slow=outcome.slow
-    )
-
-
-def _why(outcome: Outcome) -> tuple[Cause, str, str]:
+def _why(outcome: Outcome, nodes: Sequence[str]) -> tuple[Cause, str, str]:
     """Cause, reason and the node at fault of an outcome that is not final by itself."""
     failed = [e for e in outcome.exits if e.code not in (ExitCode.STOPPED, ExitCode.FINISHED)]
     if failed and failed[0].cause == "hang":  # when it ended, Slurm killed those that hung, too
@@ -245,11 +214,8 @@ def _why(outcome: Outcome) -> tuple[Cause, str, str]:
     if stopped:
         return "preempted", f"stopped by {stopped[0].message or 'a signal'}; {saved}", ""
     if outcome.srun_errors:
-        return (
-            "crashed",
-            f"{'; '.join(outcome.srun_errors)[:WORDS]} (srun ended with {outcome.status})",
-            _named(outcome),
-        )
+        words = "; ".join(outcome.srun_errors)[:300]
+        return "crashed", f"{words} (srun ended with {outcome.status})", _named(nodes, outcome.srun_errors)
     return "lost", f"no rank wrote an exit record (srun ended with {outcome.status}); {saved}", ""
 
 
@@ -260,10 +226,10 @@ def _missing_node(exits: list[RankExit]) -> str:
     return named.pop() if len(named) == 1 and not named & busy else ""
 
 
-def _named(outcome: Outcome) -> str:
+def _named(nodes: Sequence[str], errors: Sequence[str]) -> str:
     """The one node on which srun or slurmstepd report an error that is not the end of the others."""
-    errors = [line for line in outcome.srun_errors if not _ENDED_BY_SRUN.search(line)]
-    named = {node for node in outcome.nodes if any(re.search(rf"\b{re.escape(node)}\b", line) for line in errors)}
+    lines = [line for line in errors if not _ENDED_BY_SRUN.search(line)]
+    named = {node for node in nodes if any(re.search(rf"\b{re.escape(node)}\b", line) for line in lines)}
     return named.pop() if len(named) == 1 else ""
 
 

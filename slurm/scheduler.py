@@ -9,20 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import without_secrets as _hide_in_urls
+from data_pipeline.errors import without_secrets
+from pretrain.outcome import ExitCode, UserError
 from slurm.folder import say
 
-_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
-         "DEADLINE", "REVOKED")  # fmt: skip
-_FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
+FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "TIMEOUT", "PREEMPTED")
+OVER = (*FAILED, "COMPLETED", "CANCELLED", "DEADLINE", "REVOKED")
 _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
 OUTAGE_S = 24 * 3600.0
 """A batch script waits so long for a controller that does not answer: meanwhile nobody else can get its nodes, and
 nobody else would start the run again."""
-SETTLES_S = 5.0
-"""When a controller answers again, what it heard before is done within so long."""
 _PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SUBMITIT_")
 _RANK = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_NAMES")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
@@ -38,28 +36,32 @@ _UNREACHED = re.compile(
 )
 
 
-def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what changes how Slurm's commands act and what they print, and without another job's."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in KEPT or not (name.startswith(_PREFIXES) or name in _RANK)
-    }
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that neither are called like secrets nor hold a URL with one."""
-    return {
-        name: value for name, value in environment.items() if not _SECRET.search(name) and _hide_in_urls(value) == value
-    }
-
-
-class SlurmError(Exception):
+class SlurmError(UserError):
     """A command of Slurm failed; the text is its output."""
 
 
 class UnreachedError(SlurmError):
     """The controller did not answer. It may have heard the command all the same."""
+
+    code = ExitCode.RETRY
+
+
+def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what changes how Slurm's commands act and what they print, and without another job's."""
+    dropped = {name for name in environment if name in _RANK or (name.startswith(_PREFIXES) and name not in KEPT)}
+    return {name: value for name, value in environment.items() if name not in dropped}
+
+
+def reusable(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of an environment may be kept for later jobs: neither Slurm's nor a rank's variables, and no secrets.
+
+    Secret is what is called so, and what holds a URL with a secret.
+    """
+    return {
+        name: value
+        for name, value in cleaned(environment).items()
+        if name not in KEPT and not _SECRET.search(name) and without_secrets(value) == value
+    }
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,13 @@ class Job:
     id: str
     state: str
     reason: str
-    nodes: str
     command: str = ""
     """Its batch script."""
 
     @property
     def over(self) -> bool:
         """Whether it has ended for good."""
-        return self.state in _OVER
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has ended, neither well nor because a user ended it."""
-        return self.state in _FAILED
+        return self.state in OVER
 
     @property
     def held(self) -> bool:
@@ -89,24 +85,16 @@ class Job:
         return self.state == "PENDING" and _HELD.search(self.reason) is not None
 
     @property
-    def lacks_nodes(self) -> bool:
-        """Whether it waits for nodes that are down, drained or excluded."""
-        return self.state == "PENDING" and self.reason.startswith(("ReqNodeNotAvail", "BadConstraints"))
-
-    @property
     def launch_failed(self) -> bool:
         """Whether Slurm holds it because it could not start it. Its user may release it."""
         return self.held and self.reason.lower().startswith("launch")
 
 
-def run(*words: str, retry_s: float = 0.0) -> str:
+def run(*words: str, retry_s: float = 0.0, done: str = "") -> str:
     """Run a command of Slurm, again for ``retry_s`` seconds while the controller does not answer; its output.
 
-    Only for what may be heard twice.
-
-    Raises:
-        UnreachedError: there was no answer.
-        SlurmError: it failed, or there is no such command here.
+    Only for what may be heard twice. An error with the words ``done`` means that it was heard before. Raises an
+    UnreachedError without an answer, another SlurmError where it failed or there is no such command.
     """
     deadline, reported = time.monotonic() + retry_s, False
     while True:
@@ -118,6 +106,10 @@ def run(*words: str, retry_s: float = 0.0) -> str:
             if not reported:
                 reported = True
                 say(f"{error}; trying again for up to {retry_s / 60:.0f} min")
+        except SlurmError as error:
+            if not done or done not in str(error):
+                raise
+            return ""
         time.sleep(1.0)
 
 
@@ -125,14 +117,14 @@ def _try(*words: str, environment: Mapping[str, str] | None = None) -> str:
     if environment is None:
         environment = cleaned(os.environ) | {"SLURM_TIME_FORMAT": "%s"}
     try:
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     except FileNotFoundError:
         raise SlurmError(f"{words[0]}: no such command: this is not a machine of a Slurm cluster") from None
     except subprocess.TimeoutExpired:
         raise UnreachedError(f"{words[0]}: no answer within {PATIENCE_S:.0f} s") from None
-    if done.returncode == 0:
-        return done.stdout.strip()
-    raise failure(words[0], done.stderr or done.stdout)
+    if ended.returncode == 0:
+        return ended.stdout.strip()
+    raise failure(words[0], ended.stderr or ended.stdout)
 
 
 def failure(command: str, said: str) -> SlurmError:
@@ -153,28 +145,15 @@ def show_job(job: str, retry_s: float = 0.0) -> dict[str, str]:
     return dict(word.split("=", 1) for word in reversed(text.split()) if "=" in word)
 
 
-def any_down(nodes: list[str]) -> bool:
-    """Whether Slurm reports one of the nodes as down."""
-    states = run("sinfo", "-a", "-h", "-N", "-n", ",".join(nodes), "-o", "%T", retry_s=OUTAGE_S).lower().split()
+def any_down(nodes: str) -> bool:
+    """Whether Slurm reports one of the nodes of a list as down."""
+    states = run("sinfo", "-a", "-h", "-N", "-n", nodes, "-o", "%T", retry_s=OUTAGE_S).lower().split()
     return any(state.startswith(("down", "fail")) or state.endswith("*") for state in states)
 
 
 def requeue(job: str) -> None:
-    """Let Slurm run the job again, under its id.
-
-    Raises:
-        SlurmError: it is not allowed.
-    """
-    _order("scontrol", "requeue", job, done="pending", retry_s=OUTAGE_S)
-
-
-def _order(*words: str, done: str, retry_s: float) -> None:
-    """Run a command that is refused with these words where it had been heard before."""
-    try:
-        run(*words, retry_s=retry_s)
-    except SlurmError as error:
-        if done not in str(error):
-            raise
+    """Let Slurm run the job again, under its id; a SlurmError where that is not allowed."""
+    run("scontrol", "requeue", job, retry_s=OUTAGE_S, done="pending")
 
 
 def imposed_wait_s() -> float:
@@ -203,24 +182,27 @@ def submit(
     The environment is that of the launch as it was kept, with the secrets of this process; where it is empty, that of
     this process. The job waits for the end of job ``after`` and for ``wait_s`` seconds.
     """
-    words = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
+    words = ["sbatch", "--parsable"]
+    if after:
+        words.append(f"--dependency=afterany:{after}")
     if wait_s:
         words.append(f"--begin=now+{wait_s:.0f}")
     if exclude:
         words.append(f"--exclude={excluded(script, exclude)}")
     here = cleaned(os.environ)
-    kept = without_secrets(here).keys() - KEPT
-    environment = {**environment, **{n: v for n, v in here.items() if n not in kept}} if environment else here
+    if environment:
+        not_kept = here.keys() - reusable(here).keys()
+        here = {**environment, **{name: here[name] for name in not_kept}}
     deadline, before = time.monotonic() + retry_s, _jobs_of(script, retry_s)
     while True:
         try:
-            return _try(*words, str(script), environment=environment).split(";")[0]
+            return _try(*words, str(script), environment=here).split(";")[0]
         except UnreachedError as error:
             if time.monotonic() > deadline:
                 raise
             say(f"{error}; looking whether it was heard")
         _jobs_of(script, retry_s)  # which waits until the controller answers again
-        time.sleep(SETTLES_S)
+        time.sleep(5.0)  # within which it does what it heard before
         if heard := _jobs_of(script, retry_s) - before:
             return max(heard, key=int)
 
@@ -231,12 +213,8 @@ def _jobs_of(script: Path, retry_s: float) -> set[str]:
 
 
 def release(job: str) -> None:
-    """Release a held job.
-
-    Raises:
-        SlurmError: it is not allowed, as where an administrator holds it.
-    """
-    _order("scontrol", "release", job, done="no longer pending", retry_s=PATIENCE_S)
+    """Release a held job; a SlurmError where that is not allowed, as where an administrator holds it."""
+    run("scontrol", "release", job, retry_s=PATIENCE_S, done="no longer pending")
 
 
 def cancel(job: str, signal: str = "") -> None:
@@ -246,8 +224,8 @@ def cancel(job: str, signal: str = "") -> None:
 
 def queue(retry_s: float = 0.0) -> dict[str, Job]:
     """All jobs that Slurm still knows, by id, those that ended a short while ago too."""
-    text = run("squeue", "-a", "-h", "-t", "all", "-o", "%i|%T|%r|%N|%o", retry_s=retry_s)
-    rows = [line.split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
+    text = run("squeue", "-a", "-h", "-t", "all", "-o", "%i|%T|%r|%o", retry_s=retry_s)
+    rows = [line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3]
     return {row[0]: Job(*row) for row in rows}
 
 
@@ -262,15 +240,14 @@ def excluded(script: Path, more: Sequence[str] = ()) -> str:
     return ",".join([*(shlex.split(asked[1]) if asked else []), *more])
 
 
-def avoidable(script: Path, nodes: Sequence[str]) -> tuple[str, ...]:
+def avoidable(script: Path, nodes: Sequence[str]) -> Sequence[str]:
     """The nodes, if Slurm could start a batch script without them now; with too few others it would wait for ever."""
     if not nodes:
         return ()
-    failed = f"{', '.join(nodes)} failed more than once, but"
     try:
         run("sbatch", "--test-only", f"--exclude={excluded(script, nodes)}", str(script), retry_s=PATIENCE_S)
     except SlurmError as error:
         if "policy" not in str(error):  # the user's limit of jobs is reached; slurm.release undoes it where it must
-            say(f"{failed} none is avoided, as the job could not start without them: {error}")
+            say(f"{', '.join(nodes)} failed more than once, but none is avoided: the job could not start: {error}")
             return ()
-    return tuple(nodes)
+    return nodes

@@ -1,10 +1,14 @@
-"""How runs are: ``python -m slurm.status [RUN] [--json]``."""
+"""Show the state of runs, from their folders and from Slurm's queue.
+
+states: waiting (for nodes), held (until it is released), starting, running, stopping, restarting, finished,
+stopped (slurm.stop), cancelled (scancel), failed (will not be restarted; the reason says what to change), lost
+(nothing runs or waits), preempted (started without Slurm and stopped), unknown (its folder cannot be read)
+"""
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,15 +24,8 @@ from slurm.scheduler import Job, SlurmError
 
 TAIL_BYTES = 65_536
 """Enough of ``metrics.jsonl`` to hold its last line of training."""
-WIDEST = 40
-"""Columns of the table that a cell is padded to at most."""
-DESCRIPTION = """\
-Show the state of runs, from their folders and from Slurm's queue.
-
-states: waiting (for nodes), held (until it is released), starting, running, stopping, restarting, finished,
-stopped (slurm.stop), cancelled (scancel), failed (will not be restarted; the reason says what to change), lost
-(nothing runs or waits), preempted (started without Slurm and stopped), unknown (its folder cannot be read)
-"""
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What a damaged file of a run folder may raise."""
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -37,38 +34,27 @@ def find_runs(runs: Path) -> list[Path]:
 
 
 def status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
-    """The status of a run; "unknown" where its folder holds what cannot be read.
-
-    Args:
-        run: its folder.
-        queue: the jobs that Slurm knows; None where there is no Slurm.
-    """
-    try:
-        return _status_of(run, queue)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return RunStatus(run.name, "unknown", f"{run} cannot be read: {type(error).__name__}: {error}")
-
-
-def _status_of(run: Path, queue: dict[str, Job] | None) -> RunStatus:
+    """The status of a run; "unknown" where its folder holds what cannot be read. ``queue`` as for ``find_state``."""
     folder = SlurmFolder(run)
-    records, state = folder.history.records(), folder.state()
-    status, last = find_state(folder, records, queue), records[-1] if records else None
-    status.saved_step = folder.saved_step()
-    if state is not None:
-        status.step, status.total_steps = state.step, state.total_steps or None
-        status.restarts, status.ranks = state.restarts, state.world_size or None
-        status.nodes, status.heartbeat_s = [state.host], round(time.time() - state.updated, 1)
-    if last is not None:
-        status.restarts, status.ranks, status.nodes = len(records) - 1, last.ranks, last.nodes
-        status.job = status.job or last.next_job or last.job
-        status.log = str(folder.log(last.attempt, 0))
-        status.history = [asdict(record) for record in records]
-    if row := _last_training_row(run / "metrics.jsonl"):
-        status.loss, status.step = row.get("loss"), max(status.step, row["step"])
-        status.images_per_second = row.get("images_per_second")
-        if status.state == "running" and status.total_steps and status.images_per_second:
-            left = (status.total_steps - status.step) * row["samples_seen"] / row["step"]
-            status.eta_s = round(left / status.images_per_second, 1)
+    try:
+        status, state = find_state(folder, queue), folder.state()
+        status.saved_step = folder.saved_step()
+        if state is not None:
+            status.step, status.total_steps = state.step, state.total_steps or None
+            status.restarts, status.ranks = state.restarts, state.world_size or None
+            status.nodes, status.heartbeat_s = [state.host], round(time.time() - state.updated, 1)
+        if status.history:
+            last = status.history[-1]
+            status.restarts, status.ranks, status.nodes = len(status.history) - 1, last.ranks, last.nodes
+            status.log = str(folder.log(last.attempt, 0))
+        if row := _last_training_row(run / "metrics.jsonl"):
+            status.loss, status.step = row.get("loss"), max(status.step, row["step"])
+            status.images_per_second = row.get("images_per_second")
+            if status.state == "running" and status.total_steps and status.images_per_second:
+                left = (status.total_steps - status.step) * row["samples_seen"] / row["step"]
+                status.eta_s = round(left / status.images_per_second, 1)
+    except UNREADABLE as error:
+        return RunStatus(run.name, "unknown", f"{run} cannot be read: {type(error).__name__}: {error}")
     return status
 
 
@@ -89,15 +75,14 @@ def _last_training_row(metrics: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table of all runs, or one run in detail."""
     parser = argparse.ArgumentParser(
-        prog="python -m slurm.status", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m slurm.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="runs/NAME: show this run in detail")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if options.run is not None and not options.run.is_dir():
-        print(f"error: {options.run}: no such run; `python -m slurm.status` lists them", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        parser.error(f"{options.run}: no such run; `python -m slurm.status` lists them")
     queue = _queue()
     folders = [options.run] if options.run else find_runs(options.runs)
     found = [status_of(folder.resolve(), queue) for folder in folders]
@@ -121,24 +106,23 @@ def _queue() -> dict[str, Job] | None:
 def _table(found: list[RunStatus]) -> list[str]:
     if not found:
         return ["no runs here"]
-    head = ("run", "state", "step", "images/s", "loss", "ETA", "restarts", "nodes", "heartbeat", "why")
-    rows: list[Sequence[str]] = [head]
-    rows += [
-        (
-            one.name,
-            one.state,
-            f"{one.step}/{one.total_steps or '?'}",
-            _number(one.images_per_second, ".0f"),
-            _number(one.loss, ".4g"),
-            _duration(one.eta_s),
-            str(one.restarts),
-            _nodes(one.nodes),
-            f"{_duration(one.heartbeat_s)} ago" if one.heartbeat_s is not None else "",
-            one.why,
-        )
+    cells = [
+        {
+            "run": one.name,
+            "state": one.state,
+            "step": f"{one.step}/{one.total_steps or '?'}",
+            "images/s": _number(one.images_per_second, ".0f"),
+            "loss": _number(one.loss, ".4g"),
+            "ETA": _duration(one.eta_s),
+            "restarts": str(one.restarts),
+            "nodes": _nodes(one.nodes),
+            "heartbeat": _duration(one.heartbeat_s, " ago"),
+            "why": one.why,
+        }
         for one in found
     ]
-    widths = [min(WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
+    rows = [list(cells[0]), *(list(row.values()) for row in cells)]
+    widths = [min(40, max(map(len, column))) for column in zip(*rows, strict=True)]  # one long name shifts its row only
     widths[-1] = 0
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -150,7 +134,7 @@ def _lines_of_one(one: RunStatus) -> list[str]:
         "step": f"{one.step} of {one.total_steps or '?'}, saved at {one.saved_step}",
         "speed": f"{_number(one.images_per_second, '.0f')} images/s, ETA {_duration(one.eta_s)}" if one.eta_s else "",
         "loss": _number(one.loss, ".4g"),
-        "heartbeat": f"{_duration(one.heartbeat_s)} ago" if one.heartbeat_s is not None else "",
+        "heartbeat": _duration(one.heartbeat_s, " ago"),
         "job": one.job,
         "nodes": ", ".join(one.nodes),
         "log": one.log,
@@ -159,14 +143,14 @@ def _lines_of_one(one: RunStatus) -> list[str]:
     if one.history:
         lines += ["", f"history ({one.restarts} restarts)"]
     for record in one.history:
-        ended = "" if not record["ended"] else f", {_duration(record['ended'] - record['begun'])}"
+        lasted = f", {_duration(record.ended - record.begun)}" if record.ended else ""
         lines.append(
-            f"  {stamp(record['begun'])}  {record['job']}-{record['restart']}  {record['ranks']} ranks on "
-            f"{_nodes(record['nodes'])}  from step {record['step']}{ended}"
+            f"  {stamp(record.begun)}  {record.attempt}  {record.ranks} ranks on {_nodes(record.nodes)}  "
+            f"from step {record.step}{lasted}"
         )
-        if record["ended"]:
-            lines.append(f"      {record['cause']}: {record['reason']}")
-        lines += [f"      {note}" for note in record["notes"]]
+        if record.ended:
+            lines.append(f"      {record.cause}: {record.reason}")
+        lines += [f"      {note}" for note in record.notes]
     return lines
 
 
@@ -178,8 +162,8 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _duration(seconds: float | None) -> str:
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+def _duration(seconds: float | None, suffix: str = "") -> str:
+    return "" if seconds is None else f"{timedelta(seconds=round(seconds))}{suffix}"
 
 
 if __name__ == "__main__":

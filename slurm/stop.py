@@ -8,18 +8,12 @@ from pathlib import Path
 from pretrain.outcome import ExitCode, UserError
 from slurm import scheduler
 from slurm.folder import SlurmFolder, stamp
-from slurm.job_state import current_job
-from slurm.scheduler import SlurmError
+from slurm.job_state import job_of
 
 
 def stop(folder: SlurmFolder) -> str:
-    """Ask a run to stop; what was done, in one line.
-
-    Raises:
-        UserError: it was not started from here.
-        SlurmError: Slurm did not take the order; nothing will restart the run all the same.
-    """
-    if not folder.launched():
+    """Ask a run to stop; what was done, in one line. Even where Slurm refuses (SlurmError), nothing restarts it."""
+    if not folder.launch.exists():
         raise UserError(
             f"{folder.run} was not started by slurm.launch: press Ctrl-C where it was started, or send it SIGTERM"
         )
@@ -27,8 +21,8 @@ def stop(folder: SlurmFolder) -> str:
     if state is not None and state.state == "finished":
         return "the run is already finished"
     folder.request_stop(f"stopped with slurm.stop by {getpass.getuser()}, {stamp()}")  # first: it outlives us
-    job = current_job(folder, folder.history.records(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
-    if job is None:
+    job = job_of(folder, folder.attempts(), scheduler.queue(retry_s=scheduler.PATIENCE_S))
+    if job is None or job.over:
         return "the run has no job, and nothing restarts it until it is launched again"
     if job.state == "RUNNING":
         scheduler.cancel(job.id, signal="USR2")
@@ -44,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = SlurmFolder(parser.parse_args(arguments).run.resolve())
     try:
         print(stop(folder))  # noqa: T201
-    except (UserError, SlurmError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return ExitCode.WILL_FAIL_AGAIN
+        return error.code
     return ExitCode.FINISHED
 
 

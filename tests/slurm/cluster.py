@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import psutil
 from pretrain.ports import COUNT, FIRST
 from slurm.attempt import ROOT, rendezvous_port
 from slurm.restart import Attempt
+from tests.slurm.keeper import kill_at_once
 
 T = TypeVar("T")
 PATIENCE_S = 400.0
@@ -126,24 +126,20 @@ class Cluster:
         self.names = [f"{network}.{number + 10}" for number in range(nodes)]
         ports, host = free_ports(nodes + 3), socket.gethostname()
         self._ports = {"dbd": ports[-2], "database": ports[-3]}
-        gres = f"Gres=gpu:h100:{len(GPUS)}" if site else f"Gres=gpu:{len(GPUS)}"
-        self._launches_fail = folder / "launches-fail"
-        lines = [
-            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 RealMemory=9000 {gres}"
+        gres, typed = (f"gpu:h100:{len(GPUS)}", "Type=h100 ") if site else (f"gpu:{len(GPUS)}", "")
+        nodes_text = "\n".join(
+            f"NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=8 RealMemory=9000 Gres={gres}"
             for name, port in zip(self.names, ports, strict=False)
-        ]
+        )
         (folder / "state").mkdir(parents=True)
         auth = SITE.format(folder=folder, **self._ports) if site else QUICK
-        self._config = CONFIG.format(
-            port=ports[-1], folder=folder, nodes="\n".join(lines), first_job=first_job(), auth=auth
-        )
+        self._config = CONFIG.format(port=ports[-1], folder=folder, nodes=nodes_text, first_job=first_job(), auth=auth)
         (folder / "slurm.conf").write_text(self._config)
         prolog = folder / "prolog"
         prolog.write_text(
-            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {self._launches_fail} ]\n"
+            f"#!/bin/sh\n[ -e {folder}/slow-$SLURMD_NODENAME ] && sleep 20\n[ ! -e {folder}/launches-fail ]\n"
         )
         prolog.chmod(0o755)
-        typed = "Type=h100 " if site else ""
         (folder / "gres.conf").write_text("".join(f"Name=gpu {typed}File={device}\n" for device in GPUS))
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
         self.home = folder / "home"
@@ -160,7 +156,6 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start all daemons and wait until the nodes are idle."""
         if self.site:
             self._start_accounting()
         self.start_controller()
@@ -170,32 +165,29 @@ class Cluster:
 
     def start_controller(self) -> None:
         """Start slurmctld, again where it was killed, and wait until it answers."""
-        self._order("start", "slurmctld", str(self.folder / "slurmctld-output.log"), "slurmctld", "-D", "-i")
+        self._start("slurmctld", "slurmctld", "-D", "-i")
         self.wait_for(lambda: "is UP" in self.ask("scontrol", "ping", check=False), "slurmctld")
 
     def _start_accounting(self) -> None:
         """Start munge, a database and slurmdbd, with account and wckey "lab", QOS "normal" and "one"."""
-
-        def start(program: str, *words: str) -> None:
-            self._order("start", program, str(self.folder / f"{program}-output.log"), program, *words)
-
-        (self.folder / "munge.key").write_bytes(random.randbytes(128))
-        (self.folder / "munge.key").chmod(0o600)
-        names = {"key": "munge.key", "socket": "munge.socket", "pid": "munge.pid", "log": "munge.log", "seed": "seed"}
-        files = {name: self.folder / file for name, file in names.items()}
-        start("munged", "--foreground", "--force", f"--socket={files['socket']}", f"--key-file={files['key']}",
-              f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}")  # fmt: skip
-        data = f"--datadir={self.folder / 'database'}"
+        folder = self.folder
+        key, configuration = folder / "munge.key", folder / "slurmdbd.conf"
+        key.write_bytes(random.randbytes(128))
+        configuration.write_text(SLURMDBD.format(folder=folder, **self._ports))
+        for secret in (key, configuration):
+            secret.chmod(0o600)
+        self._start("munge", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket",
+                    f"--key-file={key}", f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log",
+                    f"--seed-file={folder}/seed")  # fmt: skip
+        data = f"--datadir={folder}/database"
         self.ask("mariadb-install-db", "--no-defaults", data, "--user=root", "--skip-test-db",
                  "--auth-root-authentication-method=normal")  # fmt: skip
-        start("mariadbd", "--no-defaults", data, "--user=root", f"--socket={self.folder / 'database.socket'}",
-              f"--port={self._ports['database']}", "--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0",
-              f"--pid-file={self.folder / 'database.pid'}")  # fmt: skip
-        self.wait_for(lambda: (self.folder / "database.socket").exists() and files["socket"].exists(), "the database")
-        configuration = self.folder / "slurmdbd.conf"
-        configuration.write_text(SLURMDBD.format(folder=self.folder, **self._ports))
-        configuration.chmod(0o600)
-        start("slurmdbd", "-D")
+        self._start("mariadb", "mariadbd", "--no-defaults", data, "--user=root", f"--socket={folder}/database.socket",
+                    f"--port={self._ports['database']}", "--bind-address=127.0.0.1",
+                    "--innodb-flush-log-at-trx-commit=0", f"--pid-file={folder}/database.pid")  # fmt: skip
+        sockets = (folder / "database.socket", folder / "munge.socket")
+        self.wait_for(lambda: all(path.exists() for path in sockets), "munge and the database")
+        self._start("slurmdbd", "slurmdbd", "-D")
         self.wait_for(lambda: "lavit" in self.ask("sacctmgr", "-i", "add", "cluster", "lavit", check=False), "slurmdbd")
         user = f"user {self.user} account=lab wckeys=lab defaultwckey=lab qos=normal,one defaultqos=normal"
         for words in ("qos one MaxSubmitJobsPerUser=1", "account lab", user):
@@ -210,7 +202,7 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        self._order("start", name, str(self.folder / f"slurmd-{name}-output.log"), "slurmd", "-D", "-N", name)
+        self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_controller(self) -> None:
         self._order("kill", "slurmctld")
@@ -218,11 +210,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """What a power cut does: the daemon and everything that runs on the node is gone at once."""
         self._order("kill", name)
-        processes = self.processes_on(name)
-        for signum in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: nobody lives to report a death
-            for process in processes:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signum)
+        kill_at_once(self.processes_on(name))
 
     def processes_on(self, name: str) -> list[psutil.Process]:
         """Job processes on a node: slurmstepds with all that they started."""
@@ -242,19 +230,18 @@ class Cluster:
         self.ask("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
 
     @contextlib.contextmanager
-    def failing_launches(self) -> Iterator[None]:
-        """While in it, no job can be started: Slurm takes the first node for broken and holds the job."""
-        self._launches_fail.touch()
+    def _prolog_finds(self, name: str) -> Iterator[None]:
+        (self.folder / name).touch()
         yield
-        self._launches_fail.unlink()
+        (self.folder / name).unlink()
 
-    @contextlib.contextmanager
-    def slow_prolog(self, name: str) -> Iterator[None]:
+    def failing_launches(self) -> contextlib.AbstractContextManager[None]:
+        """While in it, no job can be started: Slurm takes the first node for broken and holds the job."""
+        return self._prolog_finds("launches-fail")
+
+    def slow_prolog(self, name: str) -> contextlib.AbstractContextManager[None]:
         """While in it, a node takes longer to start a step than MessageTimeout."""
-        slow = self.folder / f"slow-{name}"
-        slow.touch()
-        yield
-        slow.unlink()
+        return self._prolog_finds(f"slow-{name}")
 
     @contextlib.contextmanager
     def silent_controller(self) -> Iterator[None]:
@@ -273,13 +260,11 @@ class Cluster:
         assert self.as_user(*order).returncode == 0 if self.site else self.ask(*order)
 
     def ask(self, *words: str, check: bool = True) -> str:
-        """What a Slurm command prints."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says, by key."""
         words = self.ask("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -292,17 +277,18 @@ class Cluster:
         return answer
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
         return "\n".join(
             f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             for log in sorted(self.folder.glob("slurm*[0-9d].log"))
         )
 
     def close(self) -> None:
-        """End all daemons and all that they started, and remove the folder."""
         assert self._keeper.stdin is not None
         self._keeper.stdin.close()
         assert self._keeper.wait() == 0, "the cluster's keeper failed, what it should have ended may still run"
+
+    def _start(self, name: str, *command: str) -> None:
+        self._order("start", name, str(self.folder / f"{name}-output.log"), *command)
 
     def _order(self, *words: str) -> None:
         assert self._keeper.stdin is not None
@@ -336,14 +322,12 @@ def first_job() -> int:
     """A random id. Clusters of tests that run side by side get rendezvous ports of their own, which come of the ids."""
     own = own_part(range(FIRST, FIRST + COUNT))
     begins = own[: len(own) // 2]  # each cluster has some jobs
-    return random.SystemRandom().choice(
-        [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
-    )
+    ids = [job for job in range(1000, 60_000) if rendezvous_port(Attempt(str(job), 0)) in begins]
+    return random.SystemRandom().choice(ids)
 
 
 @contextlib.contextmanager
 def cluster(nodes: int, *, site: bool = False) -> Iterator[Cluster]:
-    """A running cluster with so many nodes."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's: the path of a socket has 108 bytes at most
     made = Cluster(folder, nodes, site=site)
     try:

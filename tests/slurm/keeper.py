@@ -36,12 +36,17 @@ def main() -> None:
             program.wait()
         print("done", flush=True)
     while living := list(descendants()):
-        for signum in (signal.SIGSTOP, signal.SIGKILL):
-            for child in living:
-                with contextlib.suppress(psutil.Error):
-                    child.send_signal(signum)
+        kill_at_once(living)
         psutil.wait_procs(living, timeout=1)
     shutil.rmtree(sys.argv[1])
+
+
+def kill_at_once(processes: list[psutil.Process]) -> None:
+    """Stop all before the first is killed, so that none lives to report a death."""
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signum)
 
 
 def descendants() -> Iterator[psutil.Process]:

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,9 +42,7 @@ class ClusterRun:
     """A launched run."""
 
     def __init__(self, cluster: Cluster, runs: Path, capture: pytest.CaptureFixture[str]) -> None:
-        self.cluster, self.runs = cluster, runs
-        self.folder = runs / "demo"
-        self.job = ""
+        self.cluster, self.runs, self.folder, self.job = cluster, runs, runs / "demo", ""
         self.released_every_s = float("inf")
         """Seconds between two ``slurm.release`` while something is waited for, as cron would call it."""
         self.released: list[str] = []
@@ -58,7 +54,7 @@ class ClusterRun:
 
     def launch(self, data: Path, *more: str, code: int = 0, nodes: int = 2, steps: int = STEPS,
                inside: Sequence[str] = ()) -> str:  # fmt: skip
-        """``python -m slurm.launch``, ``inside`` another command; what it printed."""
+        """What ``slurm.launch`` printed, ``inside`` another command."""
         words = ["--nodes", str(nodes), "--gpus-per-node", "1", "--cpus-per-gpu", "4", "--retry-wait", "1",
                  "--device", "cpu", "--recipe", str(RECIPE), "--runs", str(self.runs),
                  *settings(data, steps), *more]  # fmt: skip
@@ -69,30 +65,23 @@ class ClusterRun:
         return text
 
     def stop(self) -> str:
-        """``python -m slurm.stop``; what it printed."""
         return "".join(self._call(stop.main, [str(self.folder)]))
 
     def release(self) -> str:
-        """``python -m slurm.release`` for all runs, as cron does it; what it says that it did."""
+        """For all runs, as cron does it; what it says that it did."""
         return self._call(release.main, ["--runs", str(self.runs)])[0]
 
     def status(self) -> dict[str, Any]:
-        """``python -m slurm.status RUN --json``."""
         content: dict[str, Any] = json.loads(self._call(status.main, [str(self.folder), "--json"])[0])
         return content
 
     def told(self, *more: str) -> str:
-        """``python -m slurm.status`` as a person sees it, in a process of its own."""
-        command = [sys.executable, "-m", "slurm.status", "--runs", str(self.runs), *more]
-        wide = self.cluster.environment | {"COLUMNS": "400"}
-        return subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True).stdout
+        return self._call(status.main, ["--runs", str(self.runs), *more])[0]
 
     def _call(self, command: Any, words: list[str], code: int = 0, inside: Sequence[str] = ()) -> tuple[str, str]:
-        """What a command prints to stdout and to stderr."""
         if self.cluster.site:
-            done = self.cluster.as_user(
-                *inside, self.cluster.python, "-m", command.__module__, *words, **self.variables
-            )
+            words = [*inside, self.cluster.python, "-m", command.__module__, *words]
+            done = self.cluster.as_user(*words, **self.variables)
             assert done.returncode == code, done.stdout + done.stderr
             return done.stdout, done.stderr
         self._capture.readouterr()
@@ -125,27 +114,21 @@ class ClusterRun:
         self.wait_for(lambda: saved() >= step, f"a checkpoint of step {step}")
 
     def wait_for_state(self, *states: str) -> dict[str, Any]:
-        """Wait until ``slurm.status`` says one of these; what it says."""
         return self.wait_for(lambda: now if (now := self.status())["state"] in states else None, f"{states}")
 
     def attempts(self) -> list[AttemptRecord]:
-        return SlurmFolder(self.folder).history.records()
+        return SlurmFolder(self.folder).attempts()
 
     def wait_for_attempts(self, number: int) -> list[AttemptRecord]:
-        """Wait until so many attempts have begun."""
         self.wait_for(lambda: len(self.attempts()) >= number, f"{number} attempts")
         return self.attempts()
 
     def wait_for_end(self, attempt: int) -> AttemptRecord:
-        """Wait until an attempt (numbered from 0) has told of its end."""
-        self.wait_for(
-            lambda: len(self.attempts()) > attempt and bool(self.attempts()[attempt].ended),
-            f"end of attempt {attempt}",
-        )
-        return self.attempts()[attempt]
+        one = slice(attempt, attempt + 1)
+        (ended,) = self.wait_for(lambda: [a for a in self.attempts()[one] if a.ended], f"end of attempt {attempt}")
+        return ended
 
     def batch_script(self) -> psutil.Process:
-        """The process of the batch script that runs now."""
         return next(self._processes("slurm_script"))
 
     def rank(self, rank: int) -> psutil.Process:
@@ -157,7 +140,6 @@ class ClusterRun:
         raise AssertionError(f"rank {rank} does not run\n{self.output()}")
 
     def ranks(self) -> Iterator[psutil.Process]:
-        """All processes of ``main.py`` that run now."""
         return self._processes("/main.py")
 
     def _processes(self, ending: str) -> Iterator[psutil.Process]:
@@ -174,7 +156,6 @@ class ClusterRun:
         return self.status()
 
     def output(self) -> str:
-        """Everything that may explain a failure."""
         files = [*sorted(self.folder.glob("slurm/submitit/*.out")), *sorted(self.folder.glob("logs/*/*.log"))]
         parts = [f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files]
         history = self.folder / "slurm/history.jsonl"

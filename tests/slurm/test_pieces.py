@@ -18,11 +18,11 @@ from pretrain.outcome import ExitCode
 from pretrain.recipe import load_recipe
 from slurm import job_state, release, scheduler, status
 from slurm.attempt import rendezvous_port
-from slurm.folder import History, Launch, SlurmFolder
+from slurm.folder import Launch, SlurmFolder
 from slurm.job import Output
-from slurm.job_state import current_job
+from slurm.job_state import job_of
 from slurm.launch import freeze
-from slurm.restart import Attempt, AttemptRecord, Decision, Policy, RankExit
+from slurm.restart import Attempt, AttemptRecord, Cause, Policy
 from slurm.scheduler import Job
 from slurm.status import find_runs, status_of
 from tests.slurm.runs import GLOBAL_BATCH, settings
@@ -30,6 +30,20 @@ from tests.system.launching import RECIPE, ROOT
 
 ATTEMPT = Attempt("7", 0)
 LAUNCH = Launch(1, 1, GLOBAL_BATCH, (1,), Policy(max_restarts=3, retry_wait_s=0.0, save_within_s=4), "cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SlurmFolder:
+    """Of a run that was launched, with a folder for the logs of attempt 7-0."""
+    folder = SlurmFolder(tmp_path / "demo")
+    folder.write_launch(LAUNCH)
+    folder.new_logs(ATTEMPT)
+    return folder
+
+
+def end(folder: SlurmFolder, cause: Cause, reason: str = "", step: int = 5) -> None:
+    """Attempt 7-0 ends with a failure, after which it is requeued."""
+    folder.end(AttemptRecord(0, cause, "b", ["c"], "7", end_step=step, reason=reason, action="requeue"))
 
 
 def printed_by(program: str, log: Path) -> Output:
@@ -60,10 +74,9 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_rank() -> None:
 
 def start_rank(folder: SlurmFolder, program: Path, *, rank: int, ranks: int) -> "subprocess.Popen[bytes]":
     """``slurm.job`` for a rank of attempt 7-0 on a node "here", with ``program`` in place of main.py."""
-    folder.write_launch(LAUNCH)
     words = (
-        f"import sys, pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(program)!r})\n"
-        f"sys.exit(slurm.job.main([{str(folder.run)!r}]))"
+        f"import pathlib, slurm.job\nslurm.job.MAIN = pathlib.Path({str(program)!r})\n"
+        f"slurm.job.Job(pathlib.Path({str(folder.run)!r}))()"
     )
     task = {"SLURM_JOB_ID": "7", "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": ranks,
             "SLURM_STEP_NUM_NODES": 1, "SLURMD_NODENAME": "here", "NODE_NAMES": "here", "MASTER_ADDR": "127.0.0.1",
@@ -72,8 +85,9 @@ def start_rank(folder: SlurmFolder, program: Path, *, rank: int, ranks: int) -> 
     return subprocess.Popen([sys.executable, "-c", words], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
-def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, digits: Path) -> None:
-    folder = SlurmFolder(tmp_path / "demo")
+def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(
+    folder: SlurmFolder, tmp_path: Path, digits: Path
+) -> None:
     program = tmp_path / "main.py"  # waits a second for a former start to let go, not a minute and a half
     program.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pretrain import main, run_folder\n"
@@ -81,23 +95,22 @@ def test_a_rank_that_finds_the_run_in_use_ends_with_try_again(tmp_path: Path, di
         "run_folder.LOCK_WAIT_S = 1.0\nsys.exit(main.main(StopFlag()))"
     )
     recipe = load_recipe(RECIPE, settings(digits)[1::2])
-    freeze(folder, recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed))
+    freeze(folder, recipe, read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed), LAUNCH)
     with (folder.run / ".lock").open("a") as former:
         fcntl.flock(former, fcntl.LOCK_EX)
         rank = start_rank(folder, program, rank=0, ranks=1)
         printed, _ = rank.communicate()
     assert rank.returncode == ExitCode.RETRY, printed
     (told,) = folder.read_exits(ATTEMPT)
-    assert (told.code, told.cause, told.phase, told.at_fault) == (ExitCode.RETRY, "busy", "starting", False)
+    assert (told.code, told.cause, told.at_fault) == (ExitCode.RETRY, "busy", False)
     assert told.message.startswith(f"another process is training {folder.run}: stop it first")
 
 
 def test_asked_to_stop_before_there_was_a_rank_that_could_hear_it_none_begins_until_the_next_launch(
-    tmp_path: Path,
+    folder: SlurmFolder, tmp_path: Path
 ) -> None:
-    folder, begun, program = SlurmFolder(tmp_path / "demo"), tmp_path / "begun", tmp_path / "main.py"
+    begun, program, asked = tmp_path / "begun", tmp_path / "main.py", "stopped with slurm.stop by someone"
     program.write_text(f"import pathlib\npathlib.Path({str(begun)!r}).touch()")
-    asked = "stopped with slurm.stop by someone"
     folder.request_stop(asked)
     for number in (0, 1):
         rank = start_rank(folder, program, rank=number, ranks=2)
@@ -106,19 +119,22 @@ def test_asked_to_stop_before_there_was_a_rank_that_could_hear_it_none_begins_un
     told = [(told.rank, told.code, told.message) for told in folder.read_exits(ATTEMPT)]
     assert told == [(0, ExitCode.STOPPED, asked), (1, ExitCode.STOPPED, asked)]
     assert not begun.exists()
-    folder.withdraw_stop()
+    folder.stop.unlink()
     assert start_rank(folder, program, rank=0, ranks=2).wait() == 0
     assert begun.exists()
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(number: int, tmp_path: Path) -> None:
-    folder, listening = SlurmFolder(tmp_path / "demo"), tmp_path / "listening"
-    program = tmp_path / "main.py"
+def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(
+    number: int, folder: SlurmFolder, tmp_path: Path
+) -> None:
+    listening, program = tmp_path / "listening", tmp_path / "main.py"
     program.write_text(
-        "import pathlib, signal, time\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "import os, pathlib, signal, time\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+        "pathlib.Path(os.environ['EXIT_RECORD']).write_text('{\"slow\": [\"b\"]}')\n"
         f"pathlib.Path({str(listening)!r}).touch()\ntime.sleep(600)"
     )
+    assert folder.slow_nodes(ATTEMPT) == ()
     rank = start_rank(folder, program, rank=number, ranks=2)
     log = folder.log(ATTEMPT, number)  # opened once slurm.job passes signals on
     while not (listening.exists() and log.exists()):
@@ -130,19 +146,19 @@ def test_any_rank_that_has_not_saved_before_the_time_limit_is_ended_and_tells(nu
     (told,) = folder.read_exits(ATTEMPT)
     assert (told.rank, told.code, told.cause) == (number, ExitCode.STOPPED, "not saved")
     assert told.message == "SIGUSR2, but had not saved within 3 s"
+    assert folder.slow_nodes(ATTEMPT) == (("b",) if number == 0 else ()), "what rank 0 had recorded"
 
 
-def test_two_releases_that_overlap_submit_a_lost_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, before = SlurmFolder(tmp_path / "demo"), {"7": Job("7", "FAILED", "NonZeroExitCode", "a")}
-    folder.write_launch(LAUNCH)
-    folder.history.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
+def test_two_releases_that_overlap_submit_a_lost_run_once(folder: SlurmFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {"7": Job("7", "FAILED", "NonZeroExitCode")}
+    folder.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
     queue, submitted, told = dict(before), [], []
 
     def submit(script: Path, environment: dict[str, str], *, exclude: tuple[str, ...]) -> str:
         submitted.append((script, exclude))
         if len(submitted) == 1:  # sbatch takes its time, and cron comes again
             told.append(release.release(folder, before))
-        queue["8"] = Job("8", "PENDING", "Priority", "")
+        queue["8"] = Job("8", "PENDING", "Priority")
         return "8"
 
     monkeypatch.setattr(scheduler, "submit", submit)
@@ -177,7 +193,7 @@ def test_durations(text: str, seconds: int) -> None:
     ],
 )
 def test_a_held_job_is_known_by_its_reason(state: str, reason: str, held: bool, launch_failed: bool) -> None:
-    job = Job("7", state, reason, "")
+    job = Job("7", state, reason)
     assert (job.held, job.launch_failed) == (held, launch_failed)
 
 
@@ -190,85 +206,60 @@ def test_a_held_job_is_known_by_its_reason(state: str, reason: str, held: bool, 
         ([(1.0, 1.0), (9.0, 1.0), (9.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)], ("b",)),
     ],
 )
-def test_nodes_are_slow_by_their_arithmetic_or_both_links_whatever_the_rank_records_else(
-    seconds: list[tuple[float, float]], slow: tuple[str, ...], tmp_path: Path
+def test_nodes_are_slow_by_their_arithmetic_or_both_links(
+    seconds: list[tuple[float, float]], slow: tuple[str, ...]
 ) -> None:
     measured = [Measured(node, link, compute) for node, (link, compute) in zip("abcdef", seconds, strict=False)]
-    folder = SlurmFolder(tmp_path)
-    assert folder.slow_nodes(ATTEMPT) == ()
-    folder.logs(ATTEMPT).mkdir(parents=True)
-    folder.exit_record(ATTEMPT, 0).write_text(json.dumps({"slow": slow_ones(measured)[1]}))
-    assert folder.read_exits(ATTEMPT) == []
-    folder.write_exit(ATTEMPT, RankExit(0, "a", 1, 20.0))
-    assert folder.slow_nodes(ATTEMPT) == slow
+    assert slow_ones(measured)[1] == [*slow]
 
 
-def test_a_history_whose_last_line_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
-    history, first, second = History(tmp_path / "history.jsonl"), ATTEMPT, Attempt("7", 1)
-    history.begin(first, nodes=["a", "b"], ranks=2, step=0)
-    crashed = Decision("requeue", "crashed", "rank 1 on b: killed by SIGKILL", node="b", slow=("c",))
-    history.end(first, crashed, step=5)
-    history.note(first, "goes on as job 8", next_job="8")
-    history.begin(second, nodes=["a", "c"], ranks=2, step=5)
-    with history.path.open("a") as handle:
+def test_a_history_whose_last_line_was_cut_is_read_up_to_there(folder: SlurmFolder) -> None:
+    folder.begin(ATTEMPT, nodes=["a", "b"], ranks=2, step=0)
+    end(folder, "crashed", "rank 1 on b: killed by SIGKILL")
+    folder.note(ATTEMPT, "goes on as job 8", next_job="8")
+    folder.begin(Attempt("7", 1), nodes=["a", "c"], ranks=2, step=5)
+    with folder.history.open("a") as handle:
         handle.write('{"event": "end", "job": "7", "rest')
-    one, two = history.records()
+    one, two = folder.attempts()
     assert (one.cause, one.node, one.slow, one.end_step, one.next_job) == ("crashed", "b", ["c"], 5, "8")
-    assert (two.step, two.cause, two.ended) == (5, "lost", 0.0)
-    assert [past.cause for past in history.before(Attempt("8", 0))] == ["crashed", "lost"]
-    assert [past.slow for past in history.before(Attempt("8", 0))] == [["c"], ()]
+    assert (two.step, two.cause, two.slow, two.ended) == (5, "lost", (), 0.0)
 
 
-def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(tmp_path: Path) -> None:
-    folder, attempt = SlurmFolder(tmp_path), Attempt("7", 0)
-    folder.logs(attempt).mkdir(parents=True)
-    folder.write_exit(attempt, RankExit(0, "a", 1, 20.0, message="later"))
-    of_another_version = {"rank": 1, "node": "b", "code": -9, "time": 10.0, "message": "earlier", "other": 1}
-    folder.exit_record(attempt, 1).write_text(json.dumps(of_another_version))
-    folder.exit_record(attempt, 2).write_text("{")
-    assert [ended.message for ended in folder.read_exits(attempt)] == ["earlier", "later"]
+def test_exits_are_read_in_the_order_of_time_and_half_written_ones_passed_over(folder: SlurmFolder) -> None:
+    for number, time_s, message in ((0, 20.0, "later"), (1, 10.0, "earlier")):
+        of_another_version = {"rank": number, "node": "a", "code": -9, "time": time_s, "message": message, "other": 1}
+        folder.exit_record(ATTEMPT, number).write_text(json.dumps(of_another_version))
+    for number, text in ((2, "{"), (3, '{"cause": "failed", "phase": "training"}')):  # whose node died
+        folder.exit_record(ATTEMPT, number).write_text(text)
+    assert [ended.message for ended in folder.read_exits(ATTEMPT)] == ["earlier", "later"]
 
 
-def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(tmp_path: Path) -> None:
-    folder = SlurmFolder(tmp_path / "demo")
-    theirs = Job("9", "PENDING", "Priority", "", str(tmp_path / "demo-2/slurm/submitit/7_submission.sh"))
-    unknown = Job("8", "PENDING", "Priority", "", str(folder.submitit / ".submission_file_0a.sh"))
+def test_a_job_is_a_runs_own_by_its_number_or_by_its_script(folder: SlurmFolder, tmp_path: Path) -> None:
+    theirs = Job("9", "PENDING", "Priority", str(tmp_path / "demo-2/slurm/submitit/7_submission.sh"))
+    unknown = Job("8", "PENDING", "Priority", str(folder.submitit / ".submission_file_0a.sh"))
     over = replace(unknown, id="10", state="FAILED")
-    assert current_job(folder, [], {job.id: job for job in (theirs, unknown, over)}) == unknown
-    assert current_job(folder, [], {job.id: job for job in (theirs, over)}) is None
-    known = AttemptRecord(0, job="9")
-    assert current_job(folder, [known], {"9": theirs}) == theirs
+    assert job_of(folder, [], {job.id: job for job in (theirs, unknown, over)}) == unknown
+    assert job_of(folder, [], {job.id: job for job in (theirs, over)}) == over
+    assert job_of(folder, [AttemptRecord(0, job="9")], {"9": theirs}) == theirs
 
 
-def test_a_job_whose_submission_was_not_written_down_takes_over_the_newest(tmp_path: Path) -> None:
-    folder = SlurmFolder(tmp_path / "demo")
-    folder.submitit.mkdir(parents=True)
-    for job in ("7", "8"):
-        (folder.submitit / f"{job}_submission.sh").write_text(f"of {job}")
-    folder.adopt("9")
-    assert (folder.submitit / "9_submission.sh").read_text() == "of 8"
-
-
-def test_where_slurm_gives_a_number_again_both_attempts_are_told(tmp_path: Path) -> None:
-    folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
-    history = folder.history
-    for step, cause in ((0, "crashed"), (5, "finished")):
-        folder.forget_exits(attempt)
-        assert folder.read_exits(attempt) == []
-        history.begin(attempt, nodes=["a"], ranks=1, step=step)
-        folder.logs(attempt).mkdir(parents=True, exist_ok=True)
-        folder.write_exit(attempt, RankExit(0, "a", 1, 20.0, message="of that one"))
-        history.end(attempt, Decision("requeue", cause, ""), step=step + 5)  # type: ignore[arg-type]
-    told = [(attempt.step, attempt.cause, attempt.end_step) for attempt in history.records()]
+def test_where_slurm_gives_a_number_again_both_attempts_are_told(folder: SlurmFolder) -> None:
+    causes: tuple[tuple[int, Cause], ...] = ((0, "crashed"), (5, "finished"))
+    for step, cause in causes:
+        folder.new_logs(ATTEMPT)
+        assert folder.read_exits(ATTEMPT) == []
+        folder.begin(ATTEMPT, nodes=["a"], ranks=1, step=step)
+        folder.exit_record(ATTEMPT, 0).write_text('{"rank": 0, "node": "a", "code": 1, "time": 20}')
+        end(folder, cause, step=step + 5)
+    told = [(attempt.step, attempt.cause, attempt.end_step) for attempt in folder.attempts()]
     assert told == [(0, "crashed", 5), (5, "finished", 10)]
 
 
-def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_restarting(tmp_path: Path) -> None:
-    folder, attempt = SlurmFolder(tmp_path / "demo"), Attempt("7", 0)
-    folder.history.begin(attempt, nodes=["a"], ranks=1, step=0)
+def test_while_slurm_cannot_be_asked_a_run_that_is_to_start_again_is_told_as_restarting(folder: SlurmFolder) -> None:
+    folder.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
     (folder.run / "run.json").write_text(json.dumps({"state": "running", "step": 7, "total_steps": 10, "host": "a"}))
     assert status_of(folder.run, None).state == "running"
-    folder.history.end(attempt, Decision("requeue", "crashed", "rank 0 on a: broken"), step=5)
+    end(folder, "crashed", "rank 0 on a: broken")
     status = status_of(folder.run, None)
     assert (status.state, status.why) == ("restarting", "rank 0 on a: broken; Slurm did not answer")
 
@@ -287,9 +278,10 @@ def test_the_table_has_a_row_for_each_run_whatever_its_files_and_reasons_hold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("crashed", "odd", "torn"):
-        history = History(tmp_path / name / "slurm/history.jsonl")
-        history.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
-        history.end(ATTEMPT, Decision("none", "crashed", "rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J"), step=5)
+        folder = SlurmFolder(tmp_path / name)
+        folder.begin(ATTEMPT, nodes=["a"], ranks=1, step=0)
+        reason = "rank 1 on b: [/gloo/pair.cc:1] closed [bold]\x1b[2J"
+        folder.end(AttemptRecord(0, "crashed", job="7", reason=reason, action="none"))
     (tmp_path / "odd/run.json").write_text('{"state": ["running"], "step": "[red]"}')
     (tmp_path / "torn/run.json").write_bytes(b"\xff{")
     (tmp_path / "torn/slurm/history.jsonl").write_text('{"event": "begin"}\n')

@@ -1,22 +1,26 @@
 """The decision after an attempt: every outcome, every limit."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from pretrain.outcome import ExitCode
 from slurm.restart import AttemptRecord as Past
-from slurm.restart import Outcome, Policy, RankExit, decide
+from slurm.restart import Outcome, Policy, RankExit, decide, nodes_to_exclude, wait_before_restart_s
 
 POLICY = Policy(max_restarts=3, retry_wait_s=60.0, save_within_s=120)
-ENDED = Outcome(job_state="running", exits=(), status=0, node_down=False, finished=False, stop_request="", begun_at=100,
-               saved_at=200)  # fmt: skip
+
+
+def decided(past: Sequence[Past] = (), begun_at: int = 100, slow: Sequence[str] = (), **outcome: Any) -> Past:
+    """An attempt on nodes a and b that is decided about."""
+    record = Past(begun_at, slow=slow, nodes=["a", "b"])
+    return decide(record, Outcome(**{"job_state": "running", "saved_at": 200} | outcome), past, POLICY)
 
 
 def rank(code: int, cause: str = "failed", message: str = "", *, rank: int = 0, node: str = "a",
          blamed: tuple[str, ...] = ()) -> RankExit:  # fmt: skip
-    return RankExit(rank, node, code, 0.0, cause, "training", blamed, message)
+    return RankExit(rank, node, code, 0.0, cause, blamed, message)
 
 
 STOPPED = rank(ExitCode.STOPPED, "stopped", "SIGUSR2")
@@ -73,55 +77,52 @@ SRUN = ("srun: error: slurm_receive_msgs: [[b]:30298] failed: Socket timed out",
         ({"status": 0}, "lost", "requeue"),
     ],
 )
-def test_every_end_has_its_cause_and_what_follows(ending: dict[str, object], cause: str, action: str) -> None:
-    decision = decide(replace(ENDED, **ending), [], POLICY)
-    assert (decision.cause, decision.action) == (cause, action)
+def test_every_end_has_its_cause_and_what_follows(ending: dict[str, Any], cause: str, action: str) -> None:
+    decision = decided(**ending)
+    assert (decision.cause, decision.action, decision.end_step) == (cause, action, 200)
     assert decision.reason
     assert "\n" not in decision.reason
 
 
 def test_the_rank_at_fault_is_told_once_rather_than_those_that_lost_it() -> None:
-    decision = decide(replace(ENDED, exits=(LOST_PEER, CRASHED), status=1), [], POLICY)
-    assert decision.reason == "rank 3 on b: RuntimeError: CUDA error: an illegal memory access"
+    told = decided(exits=(LOST_PEER, CRASHED), status=1).reason
+    assert told == "rank 3 on b: RuntimeError: CUDA error: an illegal memory access"
     full = rank(ExitCode.WILL_FAIL_AGAIN, "failed", "rank 3: the GPU's memory is full", rank=3, node="b")
-    assert decide(replace(ENDED, exits=(full,)), [], POLICY).reason == "rank 3 on b: the GPU's memory is full"
+    assert decided(exits=(full,)).reason == "rank 3 on b: the GPU's memory is full"
 
 
 def without_progress(number: int, cause: str = "crashed") -> list[Past]:
-    return [
-        Past(0, "preempted"),
-        Past(100, "finished"),
-        *[Past(200, cause) for _ in range(number)],
-    ]
+    return [Past(0, "preempted"), Past(100, "finished"), *[Past(200, cause)] * number]
+
+
+CRASH = {"exits": (CRASHED,), "status": 1}
+PREEMPTED = {"job_state": "preempted", "exits": (STOPPED,)}
 
 
 @pytest.mark.parametrize(
     ("ending", "past", "wait"),
     [
-        ({}, without_progress(0), 0),
-        ({}, without_progress(1), 60),
-        ({}, without_progress(2), 240),
-        ({"saved_at": 201}, without_progress(50), 0),  # a new checkpoint starts the count anew
-        ({}, without_progress(50, "preempted"), 0),  # being preempted is never too often
-        ({"job_state": "preempted", "exits": (), "status": 0}, without_progress(50, "preempted"), 0),
+        (CRASH, without_progress(0), 0),
+        (CRASH, without_progress(1), 60),
+        (CRASH, without_progress(2), 240),
+        (CRASH | {"saved_at": 201}, without_progress(50), 0),  # a new checkpoint starts the count anew
+        (CRASH, without_progress(50, "preempted"), 0),  # being preempted is never too often
+        (PREEMPTED, without_progress(50, "preempted"), 0),
     ],
 )
 def test_each_restart_without_progress_waits_longer(ending: dict[str, Any], past: list[Past], wait: float) -> None:
-    crash = {"exits": (CRASHED,), "status": 1, "begun_at": 200}
-    decision = decide(replace(ENDED, **crash | ending), past, POLICY)
-    assert (decision.action, decision.wait_s) == ("requeue", wait)
+    decision = decided(past, begun_at=200, **ending)
+    assert decision.action == "requeue"
+    assert wait_before_restart_s([*past, decision], POLICY) == wait
 
 
 @pytest.mark.parametrize("cause", ["crashed", "hang", "lost", "node lost", "time limit"])
 def test_after_the_limit_it_gives_up_and_says_why(cause: str) -> None:
-    ending = replace(ENDED, exits=(CRASHED,), status=1, begun_at=200)
-    decision = decide(ending, without_progress(3, cause), POLICY)
+    past = without_progress(3, cause)
+    decision = decided(past, begun_at=200, **CRASH)
     assert (decision.action, decision.cause) == ("none", "crashed")
     assert "gave up: 3 restarts in a row brought no new checkpoint" in decision.reason
-    assert (
-        decide(replace(ending, job_state="requeued", node_down=True, exits=()), without_progress(3), POLICY).action
-        == "cancel"
-    )
+    assert decided(past, begun_at=200, job_state="requeued", node_down=True).action == "cancel"
 
 
 def missing(*nodes: str, rank_number: int = 0, node: str = "a") -> RankExit:
@@ -151,7 +152,7 @@ def missing(*nodes: str, rank_number: int = 0, node: str = "a") -> RankExit:
 def test_the_node_of_the_rank_at_fault_or_the_one_that_did_not_arrive_is_blamed(
     exits: tuple[RankExit, ...], blamed: str
 ) -> None:
-    assert decide(replace(ENDED, exits=exits, status=1), [], POLICY).node == blamed
+    assert decided(exits=exits, status=1).node == blamed
 
 
 @pytest.mark.parametrize(
@@ -164,24 +165,16 @@ def test_the_node_of_the_rank_at_fault_or_the_one_that_did_not_arrive_is_blamed(
     ],
 )
 def test_the_node_that_srun_names_is_blamed_and_its_words_are_the_reason(errors: tuple[str, ...], blamed: str) -> None:
-    decision = decide(replace(ENDED, status=143, srun_errors=errors, nodes=("a", "b")), [], POLICY)
+    decision = decided(status=143, srun_errors=errors)
     assert (decision.cause, decision.node) == ("crashed", blamed)
     assert errors[0] in decision.reason
-
-
-CRASH = {"exits": (CRASHED,), "status": 1}
-PREEMPTED = {"job_state": "preempted", "exits": (STOPPED,)}
 
 
 @pytest.mark.parametrize(
     ("ending", "past", "excluded"),
     [
         (PREEMPTED | {"slow": ("b", "c")}, [], ()),
-        (
-            PREEMPTED | {"slow": ("b", "c")},
-            [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))],
-            ("b",),
-        ),
+        (PREEMPTED | {"slow": ("b", "c")}, [Past(0, "crashed", "b"), Past(5, "preempted", "", ("d",))], ("b",)),
         (CRASH | {"slow": ("b",)}, [], ()),  # one attempt counts once
         (CRASH, [Past(0, "crashed", "a")], ()),
         (CRASH, [Past(0, "crashed", "b"), Past(5, "crashed", "a")], ("b",)),
@@ -191,5 +184,4 @@ PREEMPTED = {"job_state": "preempted", "exits": (STOPPED,)}
 def test_a_node_that_failed_or_was_slow_twice_is_avoided_whatever_ended_the_run(
     ending: dict[str, Any], past: list[Past], excluded: tuple[str, ...]
 ) -> None:
-    decision = decide(replace(ENDED, **ending), past, POLICY)
-    assert (decision.slow, decision.exclude) == (ending.get("slow", ()), excluded)
+    assert nodes_to_exclude([*past, decided(past, **ending)]) == excluded
