@@ -6,7 +6,6 @@ dataset.json.
 """
 
 import hashlib
-import io
 import zlib
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -19,12 +18,12 @@ import PIL
 from numpy.typing import NDArray
 
 from data_pipeline.acceptance import Rejected, size_as_it_is
-from data_pipeline.archive import entries, is_compressed
+from data_pipeline.archive import Extent, is_compressed
 from data_pipeline.assemble import with_split
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, Manifest, Reject, Shard, file_of, publish
-from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_of
+from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_in
 from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
 
@@ -149,9 +148,8 @@ def _add(
 
 def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
     """Return a shard's rows of the table, (n,) of _ROW, what was left out, and its record; write a missing index."""
-    strays: list[str] = []
-    samples = list(samples_of(entries(job.tar), strays))
-    if not samples:
+    samples = list(samples_in(job.tar))
+    if all(sample.fault == STRAY for sample in samples):
         raise DataError(f"{job.tar} holds no samples; take it out of the folder")
     text = index_text(samples)
     if not job.idx.exists():
@@ -159,31 +157,26 @@ def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
     elif job.idx.read_bytes() != text.encode():
         raise DataError(f"{job.idx} is not the index of {job.tar.name}; remove it and it will be made again")
     rows, rejected = [], []
-    with job.tar.open("rb") as stream:
-        for sample in samples:
-            row = _row(sample, stream)
-            if isinstance(row, Rejected):
-                rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
-            else:
-                rows.append(row)
-    rejected += [Reject(name=f"{job.tar.name}:{name}", reason=STRAY) for name in strays]
+    for sample in samples:
+        row = _row(sample)
+        if isinstance(row, Rejected):
+            rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
+        else:
+            rows.append(row)
     idx = str(Path(job.name).with_suffix(".idx")) if job.beside else job.idx.name
     record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, idx))
     return np.array(rows, _ROW), rejected, record
 
 
-def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejected:
-    image, label = sample.image(), sample.member("cls")
-    if isinstance(image, str):
-        return Rejected(image)
-    texts = {}
-    if label is not None and not label.unusable:
-        stream.seek(label.offset)
-        texts["cls"] = stream.read(label.size)
-    class_id, reason = Labels().of(sample, texts)
-    if reason or not class_id.isdigit():
-        return Rejected(reason or f"its label is no number (build a dataset from the shards): {class_id[:40]!r}")
-    stream.seek(image.offset)
-    data = stream.read(image.size)
+def _row(sample: Sample) -> tuple[int, ...] | Rejected:
+    image, class_id = sample.image(), Labels().of(sample, ("cls",))
+    if isinstance(image, Rejected):
+        return image
+    if isinstance(class_id, Rejected):
+        return class_id
+    if not class_id.isdigit():
+        return Rejected(f"its label is no number (build a dataset from the shards): {class_id[:40]!r}")
+    assert isinstance(image.content, Extent)
+    data = image.content.read()
     size = size_as_it_is(data)
     return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, zlib.crc32(data))

@@ -7,7 +7,6 @@ usable as it is, and its size is compared.
 """
 
 import argparse
-import io
 import os
 import sys
 import zlib
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_pipeline.acceptance import Rejected, size_as_it_is
-from data_pipeline.archive import entries
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Shard, file_of, info_text
-from data_pipeline.shards import Sample, index_text, samples_of
+from data_pipeline.shards import Labels, Sample, index_text, samples_in
 from data_pipeline.workers import run_all, workers_pool
 
 _AGAIN = "copy it again or build the dataset again"
@@ -88,7 +86,7 @@ def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[
     if problems:
         return problems
     try:
-        samples = list(samples_of(entries(tar), []))
+        samples = list(samples_in(tar))
     except DataError as error:
         return [str(error)]
     if index_text(samples) != idx.read_text():
@@ -99,10 +97,9 @@ def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[
             row = {name: int(values[number]) for name, values in rows.items()}
             sample = at.get(row["offset"])
             stream.seek(row["offset"])
-            wrong = _row(row, stream.read(row["length"]), decode=decode) or _label(row, sample, stream)
+            wrong = _row(row, sample, stream.read(row["length"]), decode=decode)
             if wrong:
-                name = sample.key if sample is not None else f"row {number}"
-                problems.append(f"{tar}, {name}: {wrong}; {_AGAIN}")
+                problems.append(f"{tar}, {sample.key if sample is not None else f'row {number}'}: {wrong}; {_AGAIN}")
     return problems
 
 
@@ -114,9 +111,14 @@ def _check_file(folder: Path, file: File) -> Iterator[str]:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
 
 
-def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
+def _row(row: dict[str, int], sample: Sample | None, jpeg: bytes, *, decode: bool) -> str:
     if zlib.crc32(jpeg) != row["crc32"]:
         return "its checksum is not the one in the table"
+    label = Rejected("it has no .cls") if sample is None else Labels().of(sample, ("cls",))
+    if isinstance(label, Rejected):
+        return label.reason
+    if label != str(row["labels"]):
+        return f"its .cls says {label}, the table {row['labels']}"
     if decode:
         size = size_as_it_is(jpeg)
         if isinstance(size, Rejected):
@@ -124,19 +126,6 @@ def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
         if size != (row["width"], row["height"]):
             return f"it is {size[0]} x {size[1]}, the table says {row['width']} x {row['height']}"
     return ""
-
-
-def _label(row: dict[str, int], sample: Sample | None, stream: io.BufferedReader) -> str:
-    member = sample.member("cls") if sample is not None else None
-    if member is None:
-        return "there is no sample with a .cls where the table says"
-    stream.seek(member.offset)
-    text = stream.read(member.size)
-    return (
-        ""
-        if text.strip().isdigit() and int(text) == row["labels"]
-        else f"its .cls says {text!r}, the table {row['labels']}"
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.acceptance import Rejected
 from data_pipeline.archive import Content
+from data_pipeline.errors import DataError
 from data_pipeline.shards import IMAGE_EXTENSIONS
 
 SHARD_BYTES = 256 * 2**20
@@ -47,6 +49,8 @@ class Source(ABC):
 
     shard_bytes = SHARD_BYTES
     """Size that shards should have."""
+    options: tuple[str, ...] = ()
+    """Options of the command line that it takes."""
 
     def __init__(
         self,
@@ -68,6 +72,39 @@ class Source(ABC):
     @abstractmethod
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield all images of a split in a fixed order; DataError when the source is not as it should be."""
+
+
+class HeldOut(Source):
+    """Another source, of whose first split a share of each class becomes the val split, chosen by a hash of the names.
+
+    Args:
+        source: the source.
+        fraction: the share.
+        test: the split of the source that becomes `test`, if any.
+
+    Raises:
+        DataError: it has a val split of its own.
+    """
+
+    def __init__(self, source: Source, fraction: float, test: str | None = None) -> None:
+        self._source, self._first = source, source.splits[0]
+        self._own = {"test" if split == test else split: split for split in source.splits}
+        if "val" in self._own:
+            raise DataError("SOURCE comes with a val split; leave --val-fraction out")
+        by_class: dict[str, list[str]] = {}
+        for image in source.images(self._first):
+            if not isinstance(image.data, Rejected) and may_be_image(image.name):
+                by_class.setdefault(image.class_id, []).append(image.name)
+        self._held_out = {name for names in by_class.values() for name in held_out(names, round(fraction * len(names)))}
+        self.shard_bytes = source.shard_bytes
+        super().__init__((*self._own, "val"), source.described | {"val_fraction": fraction}, source.classes)
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the source's images, those of its first split divided."""
+        images = self._source.images(self._own.get(split, self._first))
+        if split not in {self._first, "val"}:
+            return images
+        return (image for image in images if (image.name in self._held_out) == (split == "val"))
 
 
 def split_in(name: str) -> str | None:

@@ -1,34 +1,44 @@
 """What SOURCE names: a folder, an archive, shards, or the digits."""
 
 import glob
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.archive import entries
-from data_pipeline.errors import DataError
+from pydantic import BaseModel, Field, ValidationError
+
+from data_pipeline.archive import headers_only, members
+from data_pipeline.errors import DataError, reading
 from data_pipeline.manifest import INFO_NAME
-from data_pipeline.shards import IMAGE_EXTENSIONS, Labels, is_image, samples_of
-from data_pipeline.sources import SPLIT_WORDS, Source, split_in
+from data_pipeline.shards import IMAGE_EXTENSIONS, LABEL_MEMBERS, Labels, is_image, samples_of
+from data_pipeline.sources import SPLIT_WORDS, HeldOut, Source, split_in
 from data_pipeline.sources.digits import Digits
-from data_pipeline.sources.folder import Archived, Folder
+from data_pipeline.sources.folder import ClassFolders
 from data_pipeline.sources.idx import Idx, image_files
 from data_pipeline.sources.imagenet import TRAIN, ImageNet1k, ImageNet21k
-from data_pipeline.sources.shards import LABEL_MEMBERS, Shards
+from data_pipeline.sources.shards import Shards
 
 _TAR = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _NOT_READ = re.compile(r"\.(zip|7z|rar|zst|lz4|parquet|tfrecord|jpe?g|png)$", re.IGNORECASE)
 _OTHER_TAR = re.compile(r"\.(tar\.[a-z0-9]+|tzst)$", re.IGNORECASE)
 _SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
 _WORDNET_TAR = re.compile(r"n\d{8}\.tar")
-_MAX_CLASSES = 100_000
 _PEEKED = 64
 _ENOUGH = 10_000
+
+
+class _Part(BaseModel):
+    filenames: list[str] = Field(min_length=1)
+
+
+class _Info(BaseModel):
+    """What other people's _info.json says."""
+
+    num_classes: int | None = Field(None, gt=0, le=100_000)
+    splits: dict[str, _Part] = {}
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Wanted:
 
     names: Sequence[str]
     split: str | None = None
-    classes: Path | None = None
+    classes: Sequence[str] = ()
     label_key: str | None = None
     val_fraction: float = 0.0
 
@@ -51,25 +61,34 @@ def find_source(wanted: Wanted) -> Source:
     name = wanted.names[0]
     path = Path(name)
     if len(wanted.names) > 1 or not (_exists(path) or name == "digits"):
-        return _shards(_matching(wanted), wanted)
-    if path.is_file():
-        return _in_file(path, wanted)
-    if path.is_dir():
-        return _in_folder(path, wanted)
-    if _exists(path):
+        source: Source = _shards(_matching(wanted), wanted)
+    elif path.is_file():
+        source = _in_file(path, wanted)
+    elif path.is_dir():
+        source = _in_folder(path, wanted)
+    elif _exists(path):
         raise DataError(f"{name} is neither a file nor a folder; name one that holds images")
-    return _with_own_splits(Digits(), wanted, "classes", "val_fraction")
+    else:
+        source = Digits()
+    for option in ("split", "classes", "label_key", "val_fraction"):
+        if getattr(wanted, option) and option not in source.options:
+            raise DataError(
+                f"--{option.replace('_', '-')} does not go with {name}, which comes with what it sets; leave it out"
+            )
+    if wanted.val_fraction:
+        return HeldOut(source, wanted.val_fraction, test="val" if isinstance(source, Idx) else None)
+    return source
 
 
 def _in_file(path: Path, wanted: Wanted) -> Source:
     """Return the source of one archive, by its first members."""
     if _NOT_READ.search(path.name):
         raise DataError(f"{path} is not read as it is; unpack it, and name the folder")
-    first = list(islice(entries(path), _PEEKED))
-    if first and all(entry.name.endswith(".tar") for entry in first):
-        return _imagenet21k(path, wanted)
-    samples = [sample for sample in samples_of(first, []) if any(map(is_image, sample.members))]
-    folders = any("/" in entry.name.removeprefix("./") for entry in first)
+    first = list(islice(members(path, inline=headers_only), _PEEKED))
+    if first and all(member.name.endswith(".tar") for member in first):
+        return ImageNet21k(path, wanted.classes)
+    samples = [sample for sample in samples_of(first) if any(map(is_image, sample.members))]
+    folders = any("/" in member.name.removeprefix("./") for member in first)
     # A text next to an image in a folder may be its caption.
     labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
     if any(sample.member(label) is not None for sample in samples for label in labels):
@@ -79,42 +98,19 @@ def _in_file(path: Path, wanted: Wanted) -> Source:
             f"{path} is neither a shard (images with cls, json or txt members) nor an archive of class folders or of "
             "class archives; check the file"
         )
-    _refuse(wanted, str(path), "classes", "label_key", "val_fraction")
-    return Archived(path, wanted.split)
+    return ClassFolders(path, wanted.split)
 
 
 def _in_folder(path: Path, wanted: Wanted) -> Source:
     if (path / TRAIN).exists():
-        return _with_own_splits(ImageNet1k(path), wanted, "classes", "val_fraction")
+        return ImageNet1k(path)
     if image_files(path, "train"):
-        return _with_own_splits(Idx(path, wanted.val_fraction), wanted, "classes")
+        return Idx(path)
     archives = [entry.name for entry in os.scandir(path) if entry.name.endswith(".tar")]
     if archives and all(_WORDNET_TAR.fullmatch(name) for name in archives):
-        return _imagenet21k(path, wanted)
+        return ImageNet21k(path, wanted.classes)
     shards = _shards_in(path, wanted.split)
-    if shards:
-        return _shards(shards, wanted)
-    _refuse(wanted, "a folder of images", "classes", "label_key")
-    return Folder(path, wanted.split, wanted.val_fraction)
-
-
-def _imagenet21k(path: Path, wanted: Wanted) -> Source:
-    classes = None if wanted.classes is None else _lines(wanted.classes)
-    return _with_own_splits(ImageNet21k(path, classes), wanted, "val_fraction")
-
-
-def _with_own_splits(source: Source, wanted: Wanted, *refused: str) -> Source:
-    """Return a source whose splits are fixed; DataError where the command line asks for others."""
-    _refuse(wanted, wanted.names[0], *refused, "label_key")
-    if wanted.split is not None:
-        raise DataError(f"{wanted.names[0]} comes with its own splits ({', '.join(source.splits)}); leave --split out")
-    return source
-
-
-def _refuse(wanted: Wanted, what: str, *options: str) -> None:
-    for option in options:
-        if getattr(wanted, option):
-            raise DataError(f"--{option.replace('_', '-')} does not go with {what}; leave it out")
+    return _shards(shards, wanted) if shards else ClassFolders(path, wanted.split)
 
 
 def _matching(wanted: Wanted) -> dict[str, list[Path]]:
@@ -139,8 +135,6 @@ def _expanded(pattern: str) -> list[Path]:
     """Return the files that a pattern matches; DataError where one that it names by braces is missing."""
     from braceexpand import braceexpand  # noqa: PLC0415  (webdataset's)
 
-    if _exists(Path(pattern)):
-        return [Path(pattern)]
     try:
         parts = list(braceexpand(pattern))
     except ValueError as error:
@@ -171,11 +165,11 @@ def _globbed(part: str) -> list[Path]:
 def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """Return the shards of a folder by split; none when it is a folder of another kind."""
     found: dict[str, list[Path]] = {}
-    for name, part in _info(folder).get("splits", {}).items() if split is None else ():
+    for name, part in _info(folder).splits.items() if split is None else ():
         key = SPLIT_WORDS.get(name.lower(), name)
         if key in found or not re.fullmatch(r"[A-Za-z0-9_-]+", key):
             raise DataError(f"{folder / INFO_NAME} has a split {name!r}, which is there twice or no name; correct it")
-        found[key] = [folder / file for file in part["filenames"]]
+        found[key] = [folder / file for file in part.filenames]
     if found:
         return found
     shards: list[Path] = []
@@ -221,41 +215,39 @@ def _by_split(paths: Sequence[Path], split: str | None, root: Path | None = None
 
 def _shards(paths: dict[str, list[Path]], wanted: Wanted) -> Shards:
     """Return the source that converts shards."""
-    _refuse(wanted, "shards", "val_fraction")
-    seen: dict[Path, str] = {}
+    seen: dict[Path, tuple[str, Path]] = {}
     for split, group in paths.items():
         for path in group:
-            if seen.setdefault(path.resolve(), split) != split:
-                raise DataError(f"{path} is in two splits, {seen[path.resolve()]} and {split}; name it once")
-    unique = {split: list({path.resolve(): path for path in group}.values()) for split, group in paths.items()}
-    stated = None
-    if wanted.classes is not None:
-        stated = {str(number): name for number, name in enumerate(_lines(wanted.classes))}
-    count = _info(next(iter(paths.values()))[0].parent).get("num_classes")
-    if stated is None and isinstance(count, int) and 0 < count <= _MAX_CLASSES:
-        stated = {str(number): str(number) for number in range(count)}
-    by_name = None if wanted.classes is None or stated is None else {name: number for number, name in stated.items()}
-    return Shards(unique, Labels(wanted.label_key, by_name), stated)
+            other, _ = seen.setdefault(path.resolve(), (split, path))
+            if other != split:
+                raise DataError(f"{path} is in two splits, {other} and {split}; name it once")
+    unique = {split: [path for own, path in seen.values() if own == split] for split in paths}
+    count = _info(next(iter(paths.values()))[0].parent).num_classes
+    names = wanted.classes or [str(number) for number in range(count or 0)]
+    by_name = {name: str(number) for number, name in enumerate(wanted.classes)}
+    stated = {str(number): name for number, name in enumerate(names)}
+    return Shards(unique, Labels(wanted.label_key, by_name or None), stated or None)
 
 
-def _info(folder: Path) -> dict[str, Any]:
+def _info(folder: Path) -> _Info:
     path = folder / INFO_NAME
     if not path.exists():
-        return {}
+        return _Info()
+    with reading(path):
+        text = path.read_bytes()
     try:
-        info = json.loads(path.read_bytes())
-        missing = [name for part in info.get("splits", {}).values() for name in part["filenames"]]
-        missing = [name for name in missing if not (folder / name).is_file()]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is not a description of shards ({error}); correct or remove it") from None
-    if not all(part["filenames"] for part in info.get("splits", {}).values()):
-        raise DataError(f"{path} has a split without files; correct or remove it")
-    if missing:
-        raise DataError(f"{folder / missing[0]} does not exist, but {path} names it; copy it here")
-    return dict(info)
+        info = _Info.model_validate_json(text)
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"])
+        raise DataError(f"{path} is not a description of shards ({reason}); correct or remove it") from None
+    for name in (name for part in info.splits.values() for name in part.filenames):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} does not exist, but {path} names it; copy it here")
+    return info
 
 
-def _lines(path: Path) -> list[str]:
+def read_classes(path: Path) -> list[str]:
+    """Return the classes that a file lists, one a line."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
