@@ -85,12 +85,12 @@ def _build_split(
     with _left_for_the_next_build(scratch), _Progress(console) as progress, workers_pool(workers) as pool:
         report = progress.begin(f"{split}: decode", source.count(split))
         made = run_missing(pool, units.cut(source.images(split), scratch, max_side), workers, report)
-        if not made and split != source.splits[0]:
+        if not made and split == source.splits[0]:
+            raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
+        if not made:
             shutil.rmtree(scratch)
             console.print(f"{dest}: warning: the source has no images for a split '{split}'; it is not built")
             return
-        if not made:
-            raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
         rejected = [reject for unit in made.values() for reject in unit.rejected]
         if not any(unit.images for unit in made.values()):
             first = rejected[0]
@@ -166,37 +166,28 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
 def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> dict[str, str]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
     stated = source.class_names(found)
-    if manifest is not None:
-        known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
-        strange = sorted((found | set(stated)) - known.keys())
-        renamed = next((name for class_id, name in stated.items() if known.get(class_id, name) != name), None)
-        if renamed is not None:
-            raise DataError(f"class '{renamed}' has another label in the dataset; give the classes in the same order")
-        if strange:
-            raise DataError(
-                f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source"
-            )
-        stated = known
-    missing = sorted(found - stated.keys())
-    if missing:
-        raise DataError(f"class '{missing[0]}' is not in the source's list of classes; complete the list")
-    return stated
+    known = stated if manifest is None else dict(zip(manifest.class_ids, manifest.class_names, strict=True))
+    renamed = next((name for class_id, name in stated.items() if known.get(class_id, name) != name), None)
+    if renamed is not None:
+        raise DataError(f"class '{renamed}' has another label in the dataset; give the classes in the same order")
+    strange = sorted((found | set(stated)) - known.keys())
+    if strange:
+        owner = "source's list of classes" if manifest is None else "classes of the dataset"
+        raise DataError(
+            f"class '{strange[0]}' is not among the {owner}; complete them, or build all splits of a source"
+        )
+    return known
 
 
 @contextmanager
 def _locked(dest: Path) -> Iterator[None]:
     """Make the dataset's folder, and keep a second build out of it; the lock goes with the process, however it ends."""
-    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME:
-        raise DataError(
-            f"{dest} has a name of more than {_LONGEST_NAME} bytes, and shards are named after it; shorten it"
-        )
+    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME or printable(str(dest.resolve())) != str(dest.resolve()):
+        raise DataError(f"{dest} names shards, for which it must be UTF-8 of at most {_LONGEST_NAME} bytes; shorten it")
     try:
-        str(dest.resolve()).encode()
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{dest} cannot be created ({error.strerror}); choose another DEST") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
     with (dest / ".building.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,19 +226,6 @@ class _Progress(Progress):
         self.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
 
 
-def _index(source: Shards, dest: Path, console: Console, *, workers: int, beside: bool) -> None:
-    """Index shards in place."""
-    with _Progress(console) as progress, workers_pool(workers) as pool:
-        report = progress.begin("index", sum(map(len, source.paths.values())))
-        made = index_in_place(source, dest, pool, report, beside=beside)
-    manifest = Manifest.read(dest)
-    for split in source.paths:
-        if split in made:
-            print_summary(console, dest, manifest, split)
-        else:
-            console.print(f"{dest}: split '{split}' is complete; nothing to do")
-
-
 def _run(args: argparse.Namespace, console: Console) -> None:
     """Build or index what the arguments name.
 
@@ -281,7 +259,13 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     try:
         with _locked(dest):
             if in_place and isinstance(source, Shards):
-                _index(source, dest, console, workers=workers, beside=args.index is None)
+                with _Progress(console) as progress, workers_pool(workers) as pool:
+                    report = progress.begin("index", sum(map(len, source.paths.values())))
+                    made = index_in_place(source, dest, pool, report, beside=args.index is None)
+                for split in made:
+                    print_summary(console, dest, Manifest.read(dest), split)
+                for split in source.splits if not made else ():
+                    console.print(f"{dest}: split '{split}' is complete; nothing to do")
                 return
             for split in source.splits:
                 _build_split(source, split, dest, console, workers=workers, max_side=args.max_side)

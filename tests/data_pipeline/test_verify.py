@@ -1,3 +1,4 @@
+import re
 from contextlib import suppress
 
 import pytest
@@ -7,7 +8,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.verify import main as verify
 from data_pipeline.verify import verify as problems_of
-from tests.data_pipeline.datasets import run_build
+from tests.data_pipeline.datasets import retable, run_build
 from tests.data_pipeline.images import jpeg
 
 
@@ -35,10 +36,26 @@ def test_a_single_flipped_byte_in_any_file_is_found(copy, name, where, capsys):
     assert name in capsys.readouterr().err
 
 
-def test_a_missing_file_is_found(copy, capsys):
-    (copy / "digits-val-000000.idx").unlink()
-    assert verify([str(copy), "--workers", "1"]) == 1
-    assert "digits-val-000000.idx" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "digits-val-000000.idx").unlink(), "digits-val-000000.idx: No such file"),
+        (
+            lambda folder: retable(folder, label=(70, 3)),
+            r"000000.tar, 00000070-scan\d+: its label is .*, in the table 3;",
+        ),
+        (lambda folder: retable(folder, crc32=(70, 7)), "its crc32 is .*, in the table 7;"),
+        (lambda folder: retable(folder, width=(70, 63)), "its width is 64, in the table 63;"),
+        (
+            lambda folder: retable(folder, offset=(70, 512)),
+            "000000.tar, 00000000-scan.*: its offset is 1536, in the table 512",
+        ),
+    ],
+)
+def test_a_missing_file_and_a_table_that_disagrees_with_its_shard_are_found(copy, damage, message, capsys):
+    damage(copy)
+    assert verify([str(copy), "--decode", "--workers", "1"]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow
