@@ -149,7 +149,7 @@ def _refuse_odd(root: Path, inside: dict[str, set[str]]) -> None:
     first, *more = sorted(inside)
     if all(name.lower() in SPLIT_WORDS for name in inside):
         raise DataError(f"{root} has images in {first} that are in no class folder; sort them into class folders")
-    if not more and "" not in inside[first] and len(inside[first]) > 1:
+    if not more and "" not in inside[first]:
         raise DataError(
             f"{root} has one folder, {first}, with folders in it; name {root / first} as SOURCE, or take it as one "
             "class with --split train"
