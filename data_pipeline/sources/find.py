@@ -27,7 +27,6 @@ _OTHER_TAR = re.compile(r"\.(tar\.[a-z0-9]+|tzst)$", re.IGNORECASE)
 _SPLIT_AND_PATTERN = re.compile(r"([A-Za-z0-9_-]+)=(.+)")
 _WORDNET_TAR = re.compile(r"n\d{8}\.tar")
 _PEEKED = 64
-_ENOUGH = 10_000
 
 
 class _Part(BaseModel):
@@ -174,11 +173,7 @@ def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
         return found
     shards: list[Path] = []
     image = other = None
-    seen = 0
     for parent, folders, files in os.walk(folder):
-        seen += len(files)
-        if seen > _ENOUGH and image is not None and not shards:
-            break  # a folder of images, in which a shard is listed as any other file that is no image
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(name for name in files if not name.startswith(".")):
             if _TAR.search(file):
