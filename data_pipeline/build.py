@@ -35,15 +35,7 @@ from typing import Any
 import numpy as np
 import PIL
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from data_pipeline import acceptance, assemble, units
 from data_pipeline.errors import DataError, StorageError, printable
@@ -205,9 +197,8 @@ class _Progress(Progress):
     """A bar for each task; in a batch job's log, a line now and then."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
+        columns = (*self.get_default_columns(), MofNCompleteColumn())
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._silent_since = time.monotonic()
 
     def begin(self, description: str, total: int | None) -> Advance:
