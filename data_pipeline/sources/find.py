@@ -116,15 +116,12 @@ def _matching(wanted: Wanted) -> dict[str, list[Path]]:
     """Return the shards that patterns match, by split; a pattern may be given as SPLIT=PATTERN."""
     found: dict[str, list[Path]] = {}
     for name in wanted.names:
-        split, pattern, paths = wanted.split, name, _expanded(name)
+        split, paths = wanted.split, _expanded(name)
         named = _SPLIT_AND_PATTERN.fullmatch(name)
         if not paths and named is not None:
-            split, pattern = named[1], named[2]
-            paths = _expanded(pattern)
-        if not paths and not any(character in pattern for character in "*?[{"):
-            raise DataError(f"{name} is not 'digits', a folder, an archive or a pattern of shards; check the path")
+            split, paths = named[1], _expanded(named[2])
         if not paths:
-            raise DataError(f"no file matches {pattern}; quote the pattern and check the path")
+            raise DataError(f"no file matches {name}, which is not 'digits' either; quote patterns and check the path")
         for key, group in _by_split(paths, split).items():
             found.setdefault(key, []).extend(group)
     return found

@@ -142,8 +142,8 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         (["IN/*.tar", "OUT"], "no file matches"),
         (["OUT"], "name SOURCE and DEST"),
         *((["IN", "OUT", "--split", split], "becomes a part of file names") for split in ("../train", "a b", "*", "")),
-        (["/nowhere", "OUT"], "/nowhere is not 'digits'"),
-        (["dogits", "OUT"], "dogits is not 'digits'"),
+        (["/nowhere", "OUT"], "no file matches /nowhere"),
+        (["dogits", "OUT"], "is not 'digits'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
