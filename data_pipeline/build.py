@@ -75,7 +75,7 @@ def _build_split(
     prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
     _prepare(scratch, dest, prefix, built, console)
     with _left_for_the_next_build(scratch), _Progress(console) as progress, workers_pool(workers) as pool:
-        report = progress.begin(f"{split}: decode", source.count(split))
+        report = progress.begin(f"{split}: decode", source.counts.get(split))
         made = run_missing(pool, units.cut(source.images(split), scratch, max_side), workers, report)
         if not made and split == source.splits[0]:
             raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")

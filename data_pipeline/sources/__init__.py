@@ -15,7 +15,6 @@ from data_pipeline.archive import Content
 from data_pipeline.errors import DataError
 from data_pipeline.shards import IMAGE_EXTENSIONS
 
-SHARD_BYTES = 256 * 2**20
 IMAGE_SUFFIXES = tuple(
     f".{extension}" for extension in (*IMAGE_EXTENSIONS, "gif", "ppm", "pgm", "avif", "jp2", "jfif", "mpo")
 )
@@ -47,7 +46,7 @@ class Source(ABC):
         counts: the number of images of each split, where it is known before reading them.
     """
 
-    shard_bytes = SHARD_BYTES
+    shard_bytes = 256 * 2**20
     """Size that shards should have."""
     options: tuple[str, ...] = ()
     """Options of the command line that it takes."""
@@ -59,15 +58,11 @@ class Source(ABC):
         classes: dict[str, str] | None = None,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        self.splits, self.described, self.classes, self._counts = splits, described, classes, counts or {}
+        self.splits, self.described, self.classes, self.counts = splits, described, classes, counts or {}
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:
         """Return class id -> name in the order of the labels, where the ids `found` occur."""
         return {class_id: class_id for class_id in sorted(found)} if self.classes is None else self.classes
-
-    def count(self, split: str) -> int | None:
-        """Return the number of images when that is known before reading them."""
-        return self._counts.get(split)
 
     @abstractmethod
     def images(self, split: str) -> Iterator[SourceImage]:

@@ -130,7 +130,7 @@ def _by_class(path: Path, expected: Collection[str], wanted: Callable[[str], boo
     """Yield the images of each wanted class, whose archive is in an archive or a folder.
 
     Raises:
-        DataError: an expected class is missing, or a class has no images or is there twice.
+        DataError: an expected class is missing, or a class has no images.
     """
 
     def wnid_of(name: str) -> str:
@@ -145,8 +145,6 @@ def _by_class(path: Path, expected: Collection[str], wanted: Callable[[str], boo
                 f"{path} has no images of {len(missing)} of the chosen classes, for example {missing[0]}; download it "
                 "again, or take the list of classes that belongs to it"
             )
-        if len(set(found)) < len(found):
-            raise DataError(f"{path} holds a class twice; download it again")
 
     streamed = not path.is_dir() and is_compressed(path)
     archives: Iterable[tuple[str, Path, Member | None]]
