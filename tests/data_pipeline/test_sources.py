@@ -133,7 +133,7 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         (["IN/ant", "OUT"], "has no class folders"),
         (["IN", "OUT", "--classes", "NAMES"], "--classes does not go with"),
         (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "name a list of classes"),
-        (["IN/ant/flat.tar", "OUT"], "neither a shard"),
+        (["FLAT.TAR", "OUT"], "neither a shard"),
         (["IN", "OUT", "--label-key", "y"], "--label-key does not go with"),
         (["digits", "OUT", "--val-fraction", "0.1"], "--val-fraction does not go with digits"),
         (["IN", "OUT", "--val-fraction", "1.5"], "share of each class"),
@@ -149,10 +149,10 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
 def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
     class_folders(tmp_path / "in", 2, "ant", "bee")
     (tmp_path / "names").write_text("ant\nbee\n")
-    (tmp_path / "in" / "ant" / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
+    (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
     before = sorted(tmp_path.rglob("*"))
-    places = {word: str(tmp_path / word.lower()) for word in ("IN", "OUT", "NAMES")}
-    assert run_build(*(re.sub("IN|OUT|NAMES", lambda match: places[match[0]], a) for a in arguments)) == 2
+    places = {word: str(tmp_path / word.lower()) for word in ("IN", "OUT", "NAMES", "FLAT.TAR")}
+    assert run_build(*(re.sub("|".join(places), lambda match: places[match[0]], a) for a in arguments)) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
