@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -91,7 +91,7 @@ def _in_file(path: Path, wanted: Wanted) -> Source:
     # A text next to an image in a folder may be its caption.
     labels = LABEL_MEMBERS[:2] if folders else LABEL_MEMBERS
     if any(sample.member(label) is not None for sample in samples for label in labels):
-        return _shards({wanted.split or split_in(path.name) or "train": [path]}, wanted)
+        return _shards([(None, path)], wanted, path.parent)
     if not folders:
         raise DataError(
             f"{path} is neither a shard (images with cls, json or txt members) nor an archive of class folders or of "
@@ -109,22 +109,19 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
     if archives and all(_WORDNET_TAR.fullmatch(name) for name in archives):
         return ImageNet21k(path, wanted.classes)
     shards = _shards_in(path, wanted.split)
-    return _shards(shards, wanted) if shards else ClassFolders(path, wanted.split)
+    return _shards(shards, wanted, path) if shards else ClassFolders(path, wanted.split)
 
 
-def _matching(wanted: Wanted) -> dict[str, list[Path]]:
-    """Return the shards that patterns match, by split; a pattern may be given as SPLIT=PATTERN."""
-    found: dict[str, list[Path]] = {}
+def _matching(wanted: Wanted) -> Iterator[tuple[str | None, Path]]:
+    """Yield the shards that patterns match; a pattern may be given as SPLIT=PATTERN."""
     for name in wanted.names:
-        split, paths = wanted.split, _expanded(name)
+        split, paths = None, _expanded(name)
         named = _SPLIT_AND_PATTERN.fullmatch(name)
         if not paths and named is not None:
             split, paths = named[1], _expanded(named[2])
         if not paths:
             raise DataError(f"no file matches {name}, which is not 'digits' either; quote patterns and check the path")
-        for key, group in _by_split(paths, split).items():
-            found.setdefault(key, []).extend(group)
-    return found
+        yield from ((split, path) for path in paths)
 
 
 def _expanded(pattern: str) -> list[Path]:
@@ -158,16 +155,14 @@ def _globbed(part: str) -> list[Path]:
     return sorted(Path(found) for found in glob.glob(pattern))  # noqa: PTH207  (the pattern may be absolute)
 
 
-def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
-    """Return the shards of a folder by split; none when it is a folder of another kind."""
-    found: dict[str, list[Path]] = {}
-    for name, part in _info(folder).splits.items() if split is None else ():
-        key = SPLIT_WORDS.get(name.lower(), name)
-        if key in found or not re.fullmatch(r"[A-Za-z0-9_-]+", key):
-            raise DataError(f"{folder / INFO_NAME} has a split {name!r}, which is there twice or no name; correct it")
-        found[key] = [folder / file for file in part.filenames]
-    if found:
-        return found
+def _shards_in(folder: Path, split: str | None) -> list[tuple[str | None, Path]]:
+    """Return the shards of a folder, and their splits if a file in it states them; none in a folder of another kind."""
+    parts = _info(folder).splits if split is None else {}
+    stated = [(SPLIT_WORDS.get(name.lower(), name), part) for name, part in parts.items()]
+    if len(dict(stated)) < len(stated) or not all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name, _ in stated):
+        raise DataError(f"{folder / INFO_NAME} has a split twice or one whose name is no name; correct it")
+    if stated:
+        return [(name, folder / file) for name, part in stated for file in part.filenames]
     shards: list[Path] = []
     image = other = None
     for parent, folders, files in os.walk(folder):
@@ -186,39 +181,37 @@ def _shards_in(folder: Path, split: str | None) -> dict[str, list[Path]]:
         )
     if other is not None and image is None:
         raise DataError(f"{other} is compressed in a way that is not read; use gzip, bzip2 or xz, or none")
-    return _by_split(shards, split, folder) if shards else {}
+    return [(None, path) for path in shards]
 
 
-def _by_split(paths: Sequence[Path], split: str | None, root: Path | None = None) -> dict[str, list[Path]]:
-    """Group shards by the split that their names, or their folders' names below `root`, contain."""
-    found: dict[str, list[Path]] = {}
-    unnamed = None
-    for path in dict.fromkeys(paths):
+def _shards(found: Iterable[tuple[str | None, Path]], wanted: Wanted, root: Path | None = None) -> Shards:
+    """Return the source that converts shards.
+
+    Args:
+        found: the shards; their splits where they are stated, else their names or their folders' names contain them.
+        wanted: the options.
+        root: the folder below which folders' names count; None takes that of the shard's own folder.
+    """
+    seen: dict[Path, tuple[str | None, Path]] = {}
+    for stated, path in found:
         if not path.is_file():
             raise DataError(f"{path} is not a file; name shards")
-        above = reversed(path.parent.relative_to(root).parts) if root is not None else (path.parent.name,)
-        named = split or next(filter(None, map(split_in, (path.name, *above))), None)
-        unnamed = unnamed or (path if named is None else None)
-        found.setdefault(named or "train", []).append(path)
-    if unnamed is not None and len(found) > 1:
-        raise DataError(f"{unnamed} has no split in its name, but others do; name them as SPLIT=PATTERN")
-    return found
-
-
-def _shards(paths: dict[str, list[Path]], wanted: Wanted) -> Shards:
-    """Return the source that converts shards."""
-    seen: dict[Path, tuple[str, Path]] = {}
-    for split, group in paths.items():
-        for path in group:
-            other, _ = seen.setdefault(path.resolve(), (split, path))
-            if other != split:
-                raise DataError(f"{path} is in two splits, {other} and {split}; name it once")
-    unique = {split: [path for own, path in seen.values() if own == split] for split in paths}
-    count = _info(next(iter(paths.values()))[0].parent).num_classes
+        above = (path.parent.name,) if root is None else path.parent.relative_to(root).parts
+        split = stated or wanted.split or next(filter(None, map(split_in, (path.name, *reversed(above)))), None)
+        other, _ = seen.setdefault(path.resolve(), (split, path))
+        if other != split:
+            raise DataError(f"{path} is in two splits, {other} and {split}; name it once")
+    paths: dict[str | None, list[Path]] = {}
+    for split, path in seen.values():
+        paths.setdefault(split, []).append(path)
+    if None in paths and len(paths) > 1:
+        raise DataError(f"{paths[None][0]} has no split in its name, but others do; name them as SPLIT=PATTERN")
+    count = _info(next(iter(seen.values()))[1].parent).num_classes
     names = wanted.classes or [str(number) for number in range(count or 0)]
     by_name = {name: str(number) for number, name in enumerate(wanted.classes)}
-    stated = {str(number): name for number, name in enumerate(names)}
-    return Shards(unique, Labels(wanted.label_key, by_name or None), stated or None)
+    stated_classes = {str(number): name for number, name in enumerate(names)}
+    by_split = {split or "train": group for split, group in paths.items()}
+    return Shards(by_split, Labels(wanted.label_key, by_name or None), stated_classes or None)
 
 
 def _info(folder: Path) -> _Info:
