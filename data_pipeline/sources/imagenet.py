@@ -3,7 +3,7 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.acceptance import Rejected
@@ -39,16 +39,9 @@ class ImageNet1k(Source):
         return self._train() if split == "train" else self._val()
 
     def _train(self) -> Iterator[SourceImage]:
-        path = self.root / TRAIN
-
-        def known(wnid: str) -> bool:
-            if wnid not in self._names:
-                raise DataError(f"{path} holds {wnid}, which is not a class of {DEVKIT}; download both again")
-            return True
-
         for _ in self._val():  # also to be refused before hours of work, not after
             pass
-        for images in _by_class(path, self._names, known):
+        for images in _by_class(self.root / TRAIN, self._names, others=False):
             yield from images
 
     def _val(self) -> Iterator[SourceImage]:
@@ -115,30 +108,33 @@ class ImageNet21k(Source):
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, class by class in the order of the archive."""
-        for images in _by_class(self.path, self._classes, self._wanted):
+        for images in _by_class(self.path, self._classes, others=True):
             usable = [image.name for image in images if not isinstance(image.data, Rejected)]
             chosen = held_out(usable, HELD_OUT) if len(usable) >= ENOUGH else set()
             yield from (image for image in images if (image.name in chosen) == (split == "val"))
 
-    def _wanted(self, wnid: str) -> bool:
-        if wnid in SPLIT_WORDS:
-            raise DataError(f"{self.path} holds archives of splits, such as {wnid}; unpack it, and build from them")
-        return not self._classes or wnid in self._classes
 
+def _by_class(path: Path, expected: Collection[str], *, others: bool) -> Iterator[list[SourceImage]]:
+    """Yield the images of each class.
 
-def _by_class(path: Path, expected: Collection[str], wanted: Callable[[str], bool]) -> Iterator[list[SourceImage]]:
-    """Yield the images of each wanted class, whose archive is in an archive or a folder.
+    Args:
+        path: an archive, or a folder, of an archive for each class.
+        expected: the classes that must be there; none takes all.
+        others: whether there may be other ones, which are left out.
 
     Raises:
-        DataError: an expected class is missing, or a class has no images.
+        DataError: an archive is of none of the classes, or has no images, or is missing.
     """
 
-    def wnid_of(name: str) -> str:
-        if not name.endswith(".tar"):
-            raise DataError(f"{path} holds {name}, but ImageNet's classes are archives; check the file")
-        return name.rpartition("/")[2].removesuffix(".tar")
+    def class_of(name: str) -> str:
+        wnid = name.rpartition("/")[2].removesuffix(".tar")
+        if not name.endswith(".tar") or wnid in SPLIT_WORDS:
+            raise DataError(f"{path} holds {name}, which is not the archive of a class; unpack it, and build from that")
+        if expected and wnid not in expected and not others:
+            raise DataError(f"{path} holds {wnid}, which is not a class of {DEVKIT}; download both again")
+        return "" if expected and wnid not in expected else wnid
 
-    def check(found: list[str]) -> None:
+    def check(found: Collection[str]) -> None:
         missing = sorted(set(expected) - set(found))
         if missing:
             raise DataError(
@@ -149,17 +145,17 @@ def _by_class(path: Path, expected: Collection[str], wanted: Callable[[str], boo
     streamed = not path.is_dir() and is_compressed(path)
     archives: Iterable[tuple[str, Path, Member | None]]
     if path.is_dir():
-        archives = ((file.stem, file, None) for file in sorted(path.glob("*.tar")))
+        archives = ((class_of(file.name), file, None) for file in sorted(path.glob("*.tar")))
     else:
-        outer = members(path, inline=(lambda name: wanted(wnid_of(name))) if streamed else None)
-        archives = ((wnid_of(member.name), path, member) for member in outer)
+        outer = members(path, inline=(lambda name: class_of(name) != "") if streamed else None)
+        archives = ((class_of(member.name), path, member) for member in outer)
     if not streamed:
         archives = list(archives)
-        check([wnid for wnid, *_ in archives if wanted(wnid)])  # before hours of work, not after
-    seen = []
+        check([wnid for wnid, *_ in archives])  # before hours of work, not after
+    seen = set()
     for wnid, file, archive in archives:
-        if wanted(wnid):
-            seen.append(wnid)
+        if wnid:
+            seen.add(wnid)
             images = [SourceImage(f"{wnid}/{member.name}", wnid, member.content) for member in members(file, archive)]
             if not images:
                 raise DataError(f"{wnid}.tar in {path} holds no images; download it again, or take {wnid} out")
