@@ -72,33 +72,27 @@ class Source(ABC):
 class HeldOut(Source):
     """Another source, of whose first split a share of each class becomes the val split, chosen by a hash of the names.
 
-    Args:
-        source: the source.
-        fraction: the share.
-        test: the split of the source that becomes `test`, if any.
-
     Raises:
         DataError: it has a val split of its own.
     """
 
-    def __init__(self, source: Source, fraction: float, test: str | None = None) -> None:
-        self._source, self._first = source, source.splits[0]
-        self._own = {"test" if split == test else split: split for split in source.splits}
-        if "val" in self._own:
+    def __init__(self, source: Source, fraction: float) -> None:
+        if "val" in source.splits:
             raise DataError("SOURCE comes with a val split; leave --val-fraction out")
+        self._source, self._divided = source, source.splits[0]
         by_class: dict[str, list[str]] = {}
-        for image in source.images(self._first):
+        for image in source.images(self._divided):
             if not isinstance(image.data, Rejected) and may_be_image(image.name):
                 by_class.setdefault(image.class_id, []).append(image.name)
         self._held_out = {name for names in by_class.values() for name in held_out(names, round(fraction * len(names)))}
         self.shard_bytes = source.shard_bytes
-        super().__init__((*self._own, "val"), source.described | {"val_fraction": fraction}, source.classes)
+        super().__init__((*source.splits, "val"), source.described | {"val_fraction": fraction}, source.classes)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the source's images, those of its first split divided."""
-        images = self._source.images(self._own.get(split, self._first))
-        if split not in {self._first, "val"}:
-            return images
+        if split not in {self._divided, "val"}:
+            return self._source.images(split)
+        images = self._source.images(self._divided)
         return (image for image in images if (image.name in self._held_out) == (split == "val"))
 
 

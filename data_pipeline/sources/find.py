@@ -74,9 +74,7 @@ def find_source(wanted: Wanted) -> Source:
             raise DataError(
                 f"--{option.replace('_', '-')} does not go with {name}, which comes with what it sets; leave it out"
             )
-    if wanted.val_fraction:
-        return HeldOut(source, wanted.val_fraction, test="val" if isinstance(source, Idx) else None)
-    return source
+    return HeldOut(source, wanted.val_fraction) if wanted.val_fraction else source
 
 
 def _in_file(path: Path, wanted: Wanted) -> Source:
@@ -104,7 +102,7 @@ def _in_folder(path: Path, wanted: Wanted) -> Source:
     if (path / TRAIN).exists():
         return ImageNet1k(path)
     if image_files(path, "train"):
-        return Idx(path)
+        return Idx(path, "test" if wanted.val_fraction else "val")
     archives = [entry.name for entry in os.scandir(path) if entry.name.endswith(".tar")]
     if archives and all(_WORDNET_TAR.fullmatch(name) for name in archives):
         return ImageNet21k(path, wanted.classes)

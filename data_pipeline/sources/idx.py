@@ -19,28 +19,32 @@ _IMAGES = re.compile(r".*?(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 
 
 class Idx(Source):
-    """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...` as val.
+    """A folder with `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz`, and `t10k-...` or `test-...`.
 
     Images of EMNIST, which are stored transposed, are turned.
+
+    Args:
+        root: the folder.
+        test: the split that the test images become.
     """
 
     options = ("val_fraction",)
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, test: str = "val") -> None:
         train, *more = image_files(root, "train")
         if more:
             raise DataError(f"{root} holds {train.name} and {more[0].name}; give each dataset a folder of its own")
-        tests = image_files(root, "val")
+        tests = image_files(root, "test")
         if len(tests) != 1:
             raise DataError(f"{root} must hold one file of test images next to {train.name}, but holds {len(tests)}")
-        self._files = {"train": train, "val": tests[0]}
+        self._files = {"train": train, test: tests[0]}
         self._data = {split: _pixels_and_labels(path) for split, path in self._files.items()}
         files = [file for path in self._files.values() for file in (path, _labels_of(path))]
         digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
         largest = max(int(labels.max(initial=0)) for _, labels in self._data.values())
         counts = {split: len(labels) for split, (_, labels) in self._data.items()}
         classes = {str(label): str(label) for label in range(largest + 1)}
-        super().__init__(("train", "val"), {"source": "idx", "files": digests}, classes, counts)
+        super().__init__(("train", test), {"source": "idx", "files": digests}, classes, counts)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images as PGM files, which Pillow reads."""
@@ -48,8 +52,9 @@ class Idx(Source):
         if self._files[split].name.startswith("emnist"):
             pixels = pixels.transpose(0, 2, 1)
         head = b"P5 %d %d 255\n" % (pixels.shape[2], pixels.shape[1])
+        name = "train" if split == "train" else "val"  # whatever the split is called
         for number, label in enumerate(labels.tolist()):
-            yield SourceImage(f"{split}{number:06d}", str(label), head + pixels[number].tobytes())
+            yield SourceImage(f"{name}{number:06d}", str(label), head + pixels[number].tobytes())
 
 
 def _pixels_and_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
