@@ -187,9 +187,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "as wide as libjpeg can": (wide_png(65_500), "EA"),
     "wider than libjpeg can": (wide_png(65_501), "RR"),
     "32-bit tiff": (encoded("TIFF", "I"), "RR"),
-    "palette png": (encoded("PNG", "P"), "EA"),
-    "bilevel png": (encoded("PNG", "1"), "EA"),
-    "rgba png": (encoded("PNG", "RGBA"), "EA"),
+    **{f"png, {mode}": (encoded("PNG", mode), "EA") for mode in ("P", "1", "RGBA")},
     "png with a gamma": (chunk(b"gAMA", struct.pack(">I", 45455)), "EA"),
     "png with orientation": (encoded("PNG", exif=exif(6)[6:]), "EA"),
     "png with short exif": (chunk(b"eXIf", b"MM\0*\0"), "ER"),
@@ -199,10 +197,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "png cut in half": (PNG[: len(PNG) // 2], "RR"),
     "16-bit png": (encoded("PNG", "I;16"), "ER"),
     "gif": (encoded("GIF", "P"), "ER"),
-    "webp": (encoded("WEBP"), "ER"),
-    "avif": (encoded("AVIF"), "ER"),
-    "bmp": (encoded("BMP"), "ER"),
-    "tiff": (encoded("TIFF"), "ER"),
+    **{kind: (encoded(kind), "ER") for kind in ("WEBP", "AVIF", "BMP", "TIFF")},
     "tiff with orientation": (encoded("TIFF", tiffinfo={0x0112: 6}), "ER"),
 }  # fmt: skip
 
