@@ -14,7 +14,6 @@ Every image is fully decoded once, by Pillow. Training sees the pixels that Pill
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,7 +26,6 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_500
 """Of libjpeg; the table would hold 65,535."""
 QUALITY = 95
-_UPRIGHT = 1
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -59,11 +57,15 @@ class Decoded:
     """An image as it was decoded."""
 
     image: Image.Image
-    """Not yet turned upright."""
-    orientation: int
-    """EXIF's number: 1 is upright."""
+    """Not yet turned."""
+    turn: Image.Transpose | None
+    """What makes it upright."""
     obstacle: str
     """Why it cannot be used as it is; '' when it can."""
+
+    def upright(self) -> Image.Image:
+        """Return the image upright."""
+        return self.image if self.turn is None else self.image.transpose(self.turn)
 
 
 def decode(data: bytes) -> Decoded | Rejected:
@@ -82,8 +84,6 @@ def decode(data: bytes) -> Decoded | Rejected:
             return _examined(data, image)
     except UnidentifiedImageError:
         return Rejected(f"does not decode: it is in none of the formats {', '.join(FORMATS)}")
-    except Image.DecompressionBombError:
-        return Rejected(f"more than {MAX_PIXELS} pixels")
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (decoders raise anything on damaged input, and one image ends no build)
@@ -97,9 +97,9 @@ def normalize(data: bytes, max_side: int | None = None) -> Accepted | Rejected:
         return decoded
     image = decoded.image
     small = max_side is None or max(image.size) <= max_side
-    if image.format != "PNG" and decoded.orientation == _UPRIGHT and small and not decoded.obstacle:
+    if image.format != "PNG" and decoded.turn is None and small and not decoded.obstacle:
         return Accepted(data, image.width, image.height)
-    image = _to_rgb(_upright(decoded))
+    image = _to_rgb(decoded.upright())
     if not small and max_side is not None:
         scale = max_side / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -114,7 +114,7 @@ def size_as_it_is(data: bytes) -> tuple[int, int] | Rejected:
         return decoded
     if decoded.obstacle:
         return Rejected(f"cannot be used as it is (build a dataset from the shards to keep it): {decoded.obstacle}")
-    return _upright(decoded).size
+    return decoded.upright().size
 
 
 def encode(image: Image.Image) -> bytes:
@@ -140,20 +140,16 @@ def _examined(data: bytes, image: Image.Image) -> Decoded | Rejected:
     if found.incomplete:
         return Rejected(f"does not decode: {found.incomplete}")
     try:
-        orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))  # of any type, such as a rational number
     except Exception:  # noqa: BLE001  (as above)
         found.add_obstacle("damaged EXIF data")
-        orientation = _UPRIGHT
+        turn = None
     stored = found.orientation()
     if stored is None:
         found.add_obstacle("EXIF data or an orientation that are not as the standard has them")
-    elif _turn(stored) != _turn(orientation):
+    elif _TURNS.get(stored) != turn:
         found.add_obstacle("an orientation that is not in its EXIF data")
-    return Decoded(image, orientation if _turn(orientation) is not None else _UPRIGHT, found.obstacle)
-
-
-def _turn(orientation: Any) -> Image.Transpose | None:
-    return _TURNS.get(orientation)  # which may be of any type, such as a rational number
+    return Decoded(image, turn, found.obstacle)
 
 
 def _ends_early(data: bytes, image: Image.Image, found: Structure) -> bool:
@@ -169,11 +165,6 @@ def _ends_early(data: bytes, image: Image.Image, found: Structure) -> bool:
         return False
     with Image.open(io.BytesIO(with_scans_twice(data, found.scans)), formats=("JPEG",)) as again:
         return not np.array_equal(np.asarray(again), np.asarray(image))
-
-
-def _upright(decoded: Decoded) -> Image.Image:
-    turn = _turn(decoded.orientation)
-    return decoded.image if turn is None else decoded.image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from data_pipeline.acceptance import Rejected
-from data_pipeline.errors import DataError, StorageError, printable
+from data_pipeline.errors import DataError, StorageError, printable, reading
 
 _CHUNK = 2**20
 _DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -33,23 +33,6 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A member of an archive that is not a folder; offset and size in bytes, counted in the (decompressed) file."""
-
-    name: str
-    """Bytes that are not UTF-8 are escaped."""
-    offset: int
-    size: int
-    unusable: str = ""
-    """Why its bytes cannot be used, as for a link; '' for a plain file."""
-
-    @property
-    def extension(self) -> str:
-        """What follows the first dot of the file's name, as WebDataset has it."""
-        return self.name.rpartition("/")[2].partition(".")[2]
-
-
-@dataclass(frozen=True)
 class Extent:
     """An image's bytes inside a file, to be read by whichever worker gets it."""
 
@@ -59,14 +42,9 @@ class Extent:
 
     def read(self) -> bytes:
         """Read the bytes; StorageError when the file has vanished, is unreadable or has become shorter."""
-        try:
-            with open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
-                stream.seek(self.offset)
-                data = stream.read(self.length)
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be read ({error.strerror}); make it readable and build again"
-            ) from None
+        with reading(self.path), open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
+            stream.seek(self.offset)
+            data = stream.read(self.length)
         if len(data) != self.length:
             raise StorageError(f"{self.path} ended early: it changed while it was read; build again when it is at rest")
         return data
@@ -76,8 +54,31 @@ Content = Extent | bytes | Rejected
 """Where an image's bytes are, the bytes themselves where they can only be read once through, or why it has none."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A member of an archive that is not a folder; offset and size in bytes, counted in the (decompressed) file."""
+
+    name: str
+    """Bytes that are not UTF-8 are escaped."""
+    offset: int
+    size: int
+    content: Content
+
+    @property
+    def extension(self) -> str:
+        """What follows the first dot of the file's name, as WebDataset has it."""
+        return self.name.rpartition("/")[2].partition(".")[2]
+
+
 class _DamagedError(Exception):
     """Not a TarError, so that tarfile does not swallow it."""
+
+
+_DAMAGES = (
+    _DamagedError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
+    OverflowError,
+)  # fmt: skip
+"""What tarfile and the decompressors raise on damaged files, besides OSErrors without a number."""
 
 
 class _Header(tarfile.TarInfo):
@@ -118,76 +119,71 @@ def is_compressed(path: Path) -> bool:
         return compressed
 
 
-def entries(path: Path) -> Iterator[Entry]:
-    """Yield the members of an archive that are not folders; of a plain one only the headers are read.
-
-    Raises:
-        DataError: the archive is damaged or incomplete.
-        StorageError: it cannot be read.
-    """
-    return (entry for entry, _ in contents(path, wanted=lambda _: False))
+def headers_only(_: str) -> bool:
+    """Read no member's bytes: an `inline` of `members`."""
+    return False
 
 
-def contents(
-    path: Path, inside: tuple[Entry, Content] | None = None, wanted: Callable[[str], bool] = lambda _: True
-) -> Iterator[tuple[Entry, Content]]:
-    """Yield the members of an archive that are not folders, each with its content: an Extent in a plain archive.
+def members(path: Path, inside: Member | None = None, inline: Callable[[str], bool] | None = None) -> Iterator[Member]:
+    """Yield the members of an archive that are not folders.
 
     Args:
         path: the file; if it is compressed, it is read through.
-        inside: what this function yielded for the member of the file that is itself the archive to be read.
-        wanted: whether the bytes of a compressed archive's member of this name are read; others have none.
+        inside: the member of the file that is itself the archive to be read.
+        inline: whether the bytes of a member of this name are read at once. Others are an Extent of a plain archive,
+            and b"" in a compressed one. None reads all of a compressed archive.
 
     Raises:
         DataError: the archive is damaged or incomplete.
         StorageError: it cannot be read.
     """
-    outer = None if inside is None else inside[1]
-    with _reported(path, inside), _opened(path) as (stream, compressed):
-        if isinstance(outer, Rejected):
-            raise _DamagedError(outer.reason)
-        if isinstance(outer, bytes):
-            for entry, _ in _members(io.BytesIO(outer), 0, streamed=False):
-                yield entry, _content(entry, outer[entry.offset : entry.offset + entry.size])
-        elif compressed:
-            for entry, read in _members(stream, 0, streamed=True):
-                yield entry, _content(entry, read() if not entry.unusable and wanted(entry.name) else b"")
-        else:
-            start, size = (outer.offset, outer.length) if isinstance(outer, Extent) else (0, path.stat().st_size)
-            for entry, _ in _members(_Part(stream, start, start + size), start, streamed=False):
-                yield entry, _content(entry, Extent(str(path), entry.offset, entry.size))
-
-
-def _content(entry: Entry, content: Content) -> Content:
-    return Rejected(entry.unusable) if entry.unusable else content
-
-
-def _members(stream: Any, start: int, *, streamed: bool) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
-    """Yield each member with a function that reads its bytes before the next one is asked for."""
-    archive = None
+    what = str(path) if inside is None else f"{inside.name} in {path}"
+    start, archive = 0, None
     try:
-        archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
-        for info in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
-            if info.size < 0 or not info.name:
-                raise _DamagedError("a header without a name or with a negative size")
-            if info.isdir():
-                continue
-            sparse = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
-            unusable = _KINDS.get(sparse, "" if info.isreg() else "of a kind that holds no data")
-            entry = Entry(printable(info.name), start + info.offset_data, info.size, unusable)
+        with _opened(path) as (file, compressed):
+            stream, streamed = file, compressed and inside is None
+            if inside is not None:
+                if isinstance(inside.content, Rejected):
+                    raise _DamagedError(inside.content.reason)
+                if isinstance(inside.content, bytes):
+                    stream = io.BytesIO(inside.content)
+                else:
+                    start = inside.offset
+                    stream = _Part(file, start, start + inside.size)
+            archive = tarfile.open(fileobj=stream, mode="r|" if streamed else "r:", tarinfo=_Header)  # noqa: SIM115
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined]  # or it keeps every header in memory
+                if info.size < 0 or not info.name:
+                    raise _DamagedError("a header without a name or with a negative size")
+                if not info.isdir():
+                    name, offset = printable(info.name), start + info.offset_data
+                    content: Content = b"" if compressed else Extent(str(path), offset, info.size)
+                    if unusable := _unusable(info):
+                        content = Rejected(unusable)
+                    elif compressed if inline is None else inline(name):
+                        content = _bytes(archive, info)
+                    yield Member(name, offset, info.size, content)
+            _check_end(archive, stream, streamed=streamed)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; check the path or copy it here") from None
+    except (OSError, *_DAMAGES) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(f"{path} cannot be read ({error.strerror or error}); fix it and run again") from None
+        at = "" if archive is None else f", at byte {start + archive.offset}"
+        raise DataError(f"{what} is not an intact tar archive ({error}{at}); copy or download it again") from None
 
-            def read(member: tarfile.TarInfo = info) -> bytes:
-                data = archive.extractfile(member).read()  # type: ignore[union-attr]
-                if len(data) != member.size:
-                    raise _DamagedError(f"it ends inside {printable(member.name)}")
-                return data
 
-            yield entry, read
-        _check_end(archive, stream, streamed=streamed)
-    except (_DamagedError, tarfile.TarError, ValueError, LookupError, TypeError, OverflowError) as error:
-        place = 0 if archive is None else archive.offset
-        raise _DamagedError(f"{error}, at byte {start + place}") from None
+def _unusable(info: tarfile.TarInfo) -> str:
+    """Say why a member's bytes cannot be used, as of a link; '' for a plain file."""
+    kind = tarfile.GNUTYPE_SPARSE if info.sparse is not None else info.type
+    return _KINDS.get(kind, "" if info.isreg() else "of a kind that holds no data")
+
+
+def _bytes(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    data = archive.extractfile(info).read()  # type: ignore[union-attr]
+    if len(data) != info.size:
+        raise _DamagedError(f"it ends inside {printable(info.name)}")
+    return data
 
 
 def _check_end(archive: tarfile.TarFile, stream: Any, *, streamed: bool) -> None:
@@ -218,19 +214,3 @@ def _opened(path: Path) -> Iterator[tuple[Any, bool]]:
             return
         with opener(stream, "rb") as decompressed:
             yield decompressed, True
-
-
-@contextmanager
-def _reported(path: Path, inside: tuple[Entry, Content] | None) -> Iterator[None]:
-    """Turn what goes wrong while an archive is read into one line."""
-    what = f"{inside[0].name} in {path}" if inside is not None else str(path)
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; check the path or copy it here") from None
-    except (_DamagedError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{what} is not an intact tar archive ({error}); copy or download it again") from None
-    except OSError as error:
-        if error.errno is None:  # of a decompressor
-            raise DataError(f"{what} is not an intact archive ({error}); copy or download it again") from None
-        raise StorageError(f"{path} cannot be read ({error.strerror or error}); fix it and run again") from None

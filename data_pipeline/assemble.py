@@ -5,23 +5,22 @@ Each shard takes one contiguous range of each unit, so that scratch is read almo
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
-from data_pipeline.archive import entries
 from data_pipeline.errors import StorageError
 from data_pipeline.files import replacing, write_atomically
 from data_pipeline.manifest import Manifest, Reject, Shard, Split, file_of
-from data_pipeline.shards import index_text, sample_bytes, samples_of, write_shard
+from data_pipeline.shards import index_text, sample_bytes, samples_in, write_shard
+from data_pipeline.units import Unit
+from data_pipeline.workers import Job
 
 COLUMNS = ("label", "shard", "offset", "length", "width", "height", "crc32")
 """What readers need of every sample: see `data_pipeline.dataset.Dataset`."""
@@ -30,56 +29,15 @@ Table = dict[str, NDArray[Any]]
 it, and the image's original name."""
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """One shard to be written to scratch."""
-
-    path: Path
-    """Where its files go, without an extension; the units are next to them."""
-    first: int
-    rows: Table
-
-    @property
-    def images(self) -> int:
-        """How many images it holds."""
-        return len(self.rows["label"])
-
-    @property
-    def record(self) -> Path:
-        """Where it is written that the shard is complete."""
-        return self.path.with_suffix(".json")
-
-    def digest(self) -> str:
-        """Identify what the shard holds: its images, their names and labels, and where it begins."""
-        total = hashlib.sha256(str(self.first).encode())
-        for column in ("label", "length", "crc32", "name"):
-            total.update(self.rows[column].tobytes())
-        return total.hexdigest()
-
-
-class _Record(BaseModel):
-    digest: str
-    shard: Shard
-
-
-def classes_of(units: Sequence[Path]) -> set[str]:
-    """Return the ids of all classes that occur."""
-    found: set[str] = set()
-    for path in units:
-        with np.load(path) as unit:
-            found.update(unit["class_ids"].tolist())
-    return found
-
-
-def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> Table:
+def merge(units: Mapping[Path, Unit], class_ids: Sequence[str], shard_bytes: int) -> Table:
     """Bring the images of all units into the order of their keys and cut them into shards of nearly equal size."""
     number_of = {class_id: number for number, class_id in enumerate(class_ids)}
     columns: dict[str, list[NDArray[Any]]] = {}
-    for number, path in enumerate(units):
-        with np.load(path) as unit:
-            labels = np.array([number_of[c] for c in unit["class_ids"].tolist()], np.int32)[unit["class_number"]]
-            length = unit["length"]
-            part = {field: unit[field] for field in ("key", "name", "width", "height", "crc32")}
+    for number, (path, unit) in enumerate(units.items()):
+        with np.load(path.with_suffix(".npz")) as table:
+            labels = np.array([number_of[c] for c in unit.class_ids], np.int32)[table["class_number"]]
+            length = table["length"]
+            part = {field: table[field] for field in ("key", "name", "width", "height", "crc32")}
         part |= {"label": labels, "length": length, "unit": np.full(len(length), number, np.int32)}
         part["unit_offset"] = np.cumsum(length, dtype=np.int64) - length
         for field, values in part.items():
@@ -95,58 +53,46 @@ def merge(units: Sequence[Path], class_ids: Sequence[str], shard_bytes: int) -> 
     return {"shard": shard, "offset": offset, **merged}
 
 
-def shard_jobs(table: Table, scratch: Path, prefix: str) -> Iterator[ShardJob]:
+def shard_jobs(table: Table, scratch: Path, prefix: str) -> Iterator[Job[Shard]]:
     """Yield the shards to write."""
     bounds = np.searchsorted(table["shard"], np.arange(table["shard"][-1] + 2)).tolist()
     for number, (low, high) in enumerate(pairwise(bounds)):
         rows = {field: column[low:high] for field, column in table.items()}
-        yield ShardJob(scratch / f"{prefix}-{number:06d}", low, rows)
+        digest = hashlib.sha256(str(low).encode())
+        for column in ("label", "length", "crc32", "name"):
+            digest.update(rows[column].tobytes())
+        path = scratch / f"{prefix}-{number:06d}"
+        yield Job(path, high - low, digest.hexdigest(), partial(write, path, low, rows), Shard)
 
 
-def write(job: ShardJob) -> Shard:
-    """Write one shard, its index and then its record, whose presence means that both are complete."""
-    job.record.unlink(missing_ok=True)  # an older one is of other images
+def write(path: Path, first: int, rows: Table) -> Shard:
+    """Write one shard and its index; the units are next to it.
+
+    Args:
+        path: where its files go, without an extension.
+        first: position of its first image.
+        rows: its part of the table.
+    """
     images: dict[int, bytes] = {}
-    of = job.rows
-    for unit in np.unique(of["unit"]).tolist():
-        rows = np.flatnonzero(of["unit"] == unit)
-        low = int(of["unit_offset"][rows[0]])
-        high = int(of["unit_offset"][rows[-1]] + of["length"][rows[-1]])
-        path = job.path.with_name(f"unit-{unit:06d}.bin")
-        with path.open("rb") as stream:
-            stream.seek(low)
-            data = memoryview(stream.read(high - low))
-        for row in rows.tolist():
-            at = int(of["unit_offset"][row]) - low
-            images[row] = bytes(data[at : at + int(of["length"][row])])
-            if zlib.crc32(images[row]) != of["crc32"][row]:
+    for unit in np.unique(rows["unit"]).tolist():
+        inside = np.flatnonzero(rows["unit"] == unit)
+        begin, length = rows["unit_offset"][inside], rows["length"][inside]
+        source = path.with_name(f"unit-{unit:06d}.bin")
+        with source.open("rb") as stream:
+            stream.seek(int(begin[0]))
+            data = memoryview(stream.read(int(begin[-1] + length[-1] - begin[0])))
+        for row, start, size in zip(inside.tolist(), (begin - begin[0]).tolist(), length.tolist(), strict=True):
+            images[row] = bytes(data[start : start + size])
+            if zlib.crc32(images[row]) != rows["crc32"][row]:
                 raise StorageError(
-                    f"{path} is not as it was written; check the disk, remove {path.parent}, build again"
+                    f"{source} is not as it was written; check the disk, remove {source.parent}, build again"
                 )
-    keys = (f"{job.first + row:08d}-{name.decode()}" for row, name in enumerate(of["name"].tolist()))
-    tar, idx = job.path.with_suffix(".tar"), job.path.with_suffix(".idx")
+    keys = (f"{first + row:08d}-{name.decode()}" for row, name in enumerate(rows["name"].tolist()))
+    tar, idx = path.with_suffix(".tar"), path.with_suffix(".idx")
     with replacing(tar) as out:
-        write_shard(out, ((key, int(of["label"][row]), images.pop(row)) for row, key in enumerate(keys)))
-    write_atomically(idx, index_text(samples_of(entries(tar), [])).encode())
-    shard = Shard(samples=job.images, tar=file_of(tar), idx=file_of(idx))
-    write_atomically(job.record, _Record(digest=job.digest(), shard=shard).model_dump_json().encode())
-    return shard
-
-
-def written(job: ShardJob) -> Shard | None:
-    """Return the shard if an earlier build has written it, from the same images."""
-    if not job.record.exists():
-        return None
-    record = _Record.model_validate_json(job.record.read_bytes())
-    return record.shard if record.digest == job.digest() else None
-
-
-def rejects(units: Sequence[Path]) -> list[Reject]:
-    """Return what was left out, in the order of the source."""
-    found: list[Reject] = []
-    for path in units:
-        found += [Reject(**entry) for entry in json.loads(path.with_suffix(".rejected.json").read_bytes())]
-    return found
+        write_shard(out, ((key, int(rows["label"][row]), images.pop(row)) for row, key in enumerate(keys)))
+    write_atomically(idx, index_text(samples_in(tar)).encode())
+    return Shard(samples=len(rows["label"]), tar=file_of(tar), idx=file_of(idx))
 
 
 def shards_in(folder: Path, prefix: str) -> list[Path]:

@@ -25,26 +25,17 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from data_pipeline import acceptance, assemble, units
 from data_pipeline.errors import DataError, StorageError, printable
@@ -52,43 +43,18 @@ from data_pipeline.files import write_atomically
 from data_pipeline.in_place import index_in_place
 from data_pipeline.manifest import FILE_NAME, Manifest, publish
 from data_pipeline.sources import Source
-from data_pipeline.sources.find import Wanted, find_source
+from data_pipeline.sources.find import Wanted, find_source, read_classes
 from data_pipeline.sources.shards import Shards
-from data_pipeline.workers import Advance, run_all, workers_pool
+from data_pipeline.workers import Advance, run_missing, workers_pool
 
-J = TypeVar("J", units.Job, assemble.ShardJob)
-R = TypeVar("R")
 LOG_EVERY_S = 60.0
 """Seconds between lines with the progress, where there is no terminal to draw a bar on."""
 _SHOWN, _LONGEST_NAME = 5, 100
+_RECORDS = 2
+"""Version of what is in the scratch folder."""
 _SOURCES = """'digits'; a folder of class folders, or with one of these per split; a folder with the three
 ImageNet-1k archives; an ImageNet-21k archive, or an archive of class folders; a folder with IDX files, such as MNIST;
 WebDataset shards: a folder, a quoted pattern such as 'SHARDS/train-{0000..0146}.tar', or several SPLIT=PATTERN"""
-
-
-def build(source: Source, dest: Path, workers: int, max_side: int | None, console: Console) -> None:
-    """Build all splits of a source into `dest`.
-
-    Raises:
-        DataError: the source or the destination is not as it should be, or the disk is full.
-    """
-    try:
-        with _locked(dest):
-            for split in source.splits:
-                _build_split(source, split, dest, console, workers=workers, max_side=max_side)
-    except DataError:
-        with suppress(OSError):
-            dest.rmdir()  # if nothing is in it
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StorageError(
-                f"no space left for {dest}; building needs twice the size of the dataset for a while. "
-                "Free space and run the same command again: it resumes from here"
-            ) from None
-        raise StorageError(
-            f"{error.filename or dest}: {error.strerror}; fix it and run the same command again"
-        ) from None
 
 
 def _build_split(
@@ -109,25 +75,22 @@ def _build_split(
     prefix = f"{re.sub(r'[^A-Za-z0-9_-]', '_', dest.resolve().name)}-{split}"
     _prepare(scratch, dest, prefix, built, console)
     with _left_for_the_next_build(scratch), _Progress(console) as progress, workers_pool(workers) as pool:
-        report = progress.begin(f"{split}: decode", source.count(split))
-        jobs = units.cut(source.images(split), scratch, max_side)
-        counts = _resumed(jobs, units.make, units.made, pool=pool, ahead=workers, report=report)
-        made = list(counts)
-        if not made and split != source.splits[0]:
+        report = progress.begin(f"{split}: decode", source.counts.get(split))
+        made = run_missing(pool, units.cut(source.images(split), scratch, max_side), workers, report)
+        if not made and split == source.splits[0]:
+            raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
+        if not made:
             shutil.rmtree(scratch)
             console.print(f"{dest}: warning: the source has no images for a split '{split}'; it is not built")
             return
-        if not made:
-            raise DataError(f"split '{split}' of the source has no images; check what SOURCE names")
-        rejected = assemble.rejects(made)
-        if not any(counts.values()):
+        rejected = [reject for unit in made.values() for reject in unit.rejected]
+        if not any(unit.images for unit in made.values()):
             first = rejected[0]
             raise DataError(f"no image of split '{split}' can be used; the first, {first.name}: {first.reason}")
-        classes = _classes(source, manifest, assemble.classes_of(made))
+        classes = _classes(source, manifest, {name for unit in made.values() for name in unit.class_ids})
         table = assemble.merge(made, list(classes), source.shard_bytes)
         report = progress.begin(f"{split}: write shards", len(table["label"]))
-        left = assemble.shard_jobs(table, scratch, prefix)
-        written = _resumed(left, assemble.write, assemble.written, pool=pool, ahead=workers, report=report)
+        written = run_missing(pool, assemble.shard_jobs(table, scratch, prefix), workers, report)
         shards = list(written.values())
     assemble.publish(shards, scratch, dest, prefix)
     path = dest / f"{prefix}.samples.npz"
@@ -175,7 +138,7 @@ def _left_for_the_next_build(scratch: Path) -> Iterator[None]:
 def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], console: Console) -> None:
     """Make the scratch folder, or find the one of an interrupted build of the same thing."""
     plan = scratch / "plan.json"
-    text = json.dumps(built, sort_keys=True).encode()
+    text = json.dumps({**built, "records": _RECORDS}, sort_keys=True).encode()
     if scratch.exists() and not (plan.exists() and plan.read_bytes() == text):
         console.print(f"{scratch} is of another source, other options or another version: starting anew")
         for record in scratch.glob(f"{prefix}-*.json"):  # shards of that build which were already in their place
@@ -192,70 +155,31 @@ def _prepare(scratch: Path, dest: Path, prefix: str, built: dict[str, Any], cons
         console.print(f"{dest}: resuming an interrupted build")
 
 
-def _resumed(
-    jobs: Iterable[J],
-    work: Callable[[J], R],
-    known: Callable[[J], R | None],
-    *,
-    pool: Executor | None,
-    ahead: int,
-    report: Advance,
-) -> dict[Path, R]:
-    """Do the jobs that an earlier build has not done, and return the results of all, in the order of the jobs."""
-    results: dict[Path, R | None] = {}
-
-    def missing() -> Iterator[J]:
-        for job in jobs:
-            results[job.path] = known(job)
-            if results[job.path] is None:
-                yield job
-            else:
-                report(_count(job))
-
-    for job, result in run_all(pool, work, missing(), ahead):
-        results[job.path] = result
-        report(_count(job))
-    return {path: result for path, result in results.items() if result is not None}
-
-
-def _count(job: units.Job | assemble.ShardJob) -> int:
-    return job.images if isinstance(job, assemble.ShardJob) else len(job.images)
-
-
 def _classes(source: Source, manifest: Manifest | None, found: set[str]) -> dict[str, str]:
     """Decide the labels: those of the dataset when it has some, else those the source states, else the sorted ids."""
     stated = source.class_names(found)
-    if manifest is not None:
-        known = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
-        strange = sorted((found | set(stated)) - known.keys())
-        renamed = next((name for class_id, name in stated.items() if known.get(class_id, name) != name), None)
-        if renamed is not None:
-            raise DataError(f"class '{renamed}' has another label in the dataset; give the classes in the same order")
-        if strange:
-            raise DataError(
-                f"class '{strange[0]}' is not among the classes of the dataset; build both splits of one source"
-            )
-        stated = known
-    missing = sorted(found - stated.keys())
-    if missing:
-        raise DataError(f"class '{missing[0]}' is not in the source's list of classes; complete the list")
-    return stated
+    known = stated if manifest is None else dict(zip(manifest.class_ids, manifest.class_names, strict=True))
+    renamed = next((name for class_id, name in stated.items() if known.get(class_id, name) != name), None)
+    if renamed is not None:
+        raise DataError(f"class '{renamed}' has another label in the dataset; give the classes in the same order")
+    strange = sorted((found | set(stated)) - known.keys())
+    if strange:
+        owner = "source's list of classes" if manifest is None else "classes of the dataset"
+        raise DataError(
+            f"class '{strange[0]}' is not among the {owner}; complete them, or build all splits of a source"
+        )
+    return known
 
 
 @contextmanager
 def _locked(dest: Path) -> Iterator[None]:
     """Make the dataset's folder, and keep a second build out of it; the lock goes with the process, however it ends."""
-    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME:
-        raise DataError(
-            f"{dest} has a name of more than {_LONGEST_NAME} bytes, and shards are named after it; shorten it"
-        )
+    if len(os.fsencode(dest.resolve().name)) > _LONGEST_NAME or printable(str(dest.resolve())) != str(dest.resolve()):
+        raise DataError(f"{dest} names shards, for which it must be UTF-8 of at most {_LONGEST_NAME} bytes; shorten it")
     try:
-        str(dest.resolve()).encode()
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{dest} cannot be created ({error.strerror}); choose another DEST") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{dest} has a name that is not UTF-8; name another DEST") from None
     with (dest / ".building.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,9 +197,8 @@ class _Progress(Progress):
     """A bar for each task; in a batch job's log, a line now and then."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
+        columns = (*self.get_default_columns(), MofNCompleteColumn())
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._silent_since = time.monotonic()
 
     def begin(self, description: str, total: int | None) -> Advance:
@@ -294,24 +217,13 @@ class _Progress(Progress):
         self.console.print(f"{task.description}: {task.completed:.0f}{total}{left}")
 
 
-def _index(source: Shards, dest: Path, workers: int, console: Console, *, beside: bool) -> None:
-    """Index shards in place."""
-    try:
-        with _locked(dest), _Progress(console) as progress, workers_pool(workers) as pool:
-            report = progress.begin("index", sum(map(len, source.paths.values())))
-            made = index_in_place(source, dest, pool, report, beside=beside)
-        manifest = Manifest.read(dest)
-        for split in source.paths:
-            if split in made:
-                print_summary(console, dest, manifest, split)
-            else:
-                console.print(f"{dest}: split '{split}' is complete; nothing to do")
-    except OSError as error:
-        advice = "write the index elsewhere: --index FOLDER" if beside else "fix it"
-        raise DataError(f"{error.filename or dest}: {error.strerror}; {advice}") from None
-
-
 def _run(args: argparse.Namespace, console: Console) -> None:
+    """Build or index what the arguments name.
+
+    Raises:
+        DataError: the source, the destination or an option is not as it should be.
+        StorageError: the disk is full, or something else that may pass.
+    """
     *names, place = args.paths if args.index is None else [*args.paths, args.index]
     if not names or not place or "" in names:
         raise DataError("name SOURCE and DEST; see python -m data_pipeline.build --help")
@@ -323,20 +235,45 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if not 0 <= args.val_fraction < 1:
         raise DataError(f"--val-fraction is a share of each class, such as 0.1, but is {args.val_fraction}")
     workers = max(1, args.workers or len(os.sched_getaffinity(0)))
-    wanted = Wanted(names, args.split, args.classes, args.label_key, args.val_fraction)
-    source = find_source(wanted)
+    classes = [] if args.classes is None else read_classes(args.classes)
+    source = find_source(Wanted(names, args.split, classes, args.label_key, args.val_fraction))
+    in_place = args.index is not None
     if isinstance(source, Shards):
         folders = {path.parent.resolve() for paths in source.paths.values() for path in paths}
-        if args.index is not None or all(folder.is_relative_to(dest.resolve()) for folder in folders):
-            if args.classes is not None or args.label_key is not None or args.max_side is not None:
-                raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
-            _index(source, dest, workers, console, beside=args.index is None)
-            return
-    if args.index is not None:
+        in_place = in_place or all(folder.is_relative_to(dest.resolve()) for folder in folders)
+        if in_place and (classes or args.label_key is not None or args.max_side is not None):
+            raise DataError("shards in place stay as they are: leave out --classes, --label-key and --max-side")
+    elif in_place:
         raise DataError("--index goes with plain WebDataset shards only; name DEST in its place")
-    if Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
+    elif Path(names[0]).is_dir() and dest.resolve().is_relative_to(Path(names[0]).resolve()):
         raise DataError(f"{dest} is inside {names[0]}, which is read; name another DEST")
-    build(source, dest, workers, args.max_side, console)
+    try:
+        with _locked(dest):
+            if in_place and isinstance(source, Shards):
+                with _Progress(console) as progress, workers_pool(workers) as pool:
+                    report = progress.begin("index", sum(map(len, source.paths.values())))
+                    made = index_in_place(source, dest, pool, report, beside=args.index is None)
+                for split in made:
+                    print_summary(console, dest, Manifest.read(dest), split)
+                for split in source.splits if not made else ():
+                    console.print(f"{dest}: split '{split}' is complete; nothing to do")
+                return
+            for split in source.splits:
+                _build_split(source, split, dest, console, workers=workers, max_side=args.max_side)
+    except DataError:
+        with suppress(OSError):
+            dest.rmdir()  # if nothing is in it
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StorageError(
+                f"no space left for {dest}; building needs twice the size of the dataset for a while. "
+                "Free space and run the same command again: it resumes from here"
+            ) from None
+        where = f"{error.filename or dest}: {error.strerror}"
+        if in_place:
+            raise DataError(f"{where}; fix it, or write the index elsewhere: --index FOLDER") from None
+        raise StorageError(f"{where}; fix it and run the same command again") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _USER = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
@@ -42,6 +44,15 @@ def is_lasting(error: OSError) -> bool:
 def storage_error(error: OSError, message: str) -> DataError:
     """Return what to raise in place of an error of the operating system: a StorageError where it may pass."""
     return (DataError if is_lasting(error) else StorageError)(message)
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Report that a file of the source cannot be read, whether it stays so or may pass."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); make it readable and build again") from None
 
 
 def printable(text: str) -> str:

@@ -21,6 +21,8 @@ _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 # In entropy-coded data 0xFF is followed by 0, by a restart marker, or by the marker that ends the data.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _RESTART = re.compile(rb"(\xff[\xd0-\xd7])")
+_ORDER, _PALETTE_ORDER = re.compile(rb"IHDR( PLTE)?( IDAT)+ IEND"), re.compile(rb"IHDR PLTE( IDAT)+ IEND")
+_PALETTE = 3
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
@@ -194,29 +196,19 @@ def parse_png(data: bytes) -> Structure:
         found.add_obstacle("no IEND chunk: it ends early")
     if data[24] == 16:
         found.add_obstacle("16 bits per channel")
-    _note_chunks(found, kinds, palette=data[25] == 3)
+    critical = b" ".join(kind for kind in kinds if kind[:1].isupper())
+    if not (_PALETTE_ORDER if data[25] == _PALETTE else _ORDER).fullmatch(critical):
+        found.add_obstacle("critical chunks that are missing, repeated, unknown or out of order")
+    if b"acTL" in kinds:
+        found.add_obstacle("an animation")
+    if b"eXIf" in kinds and kinds.index(b"eXIf") > kinds.index(b"IDAT"):
+        found.add_obstacle("EXIF data behind its pixels")
     size = _pixel_bytes(data)
     if size and not _holds(pixels, size):
         found.incomplete = "its compressed pixels end early"
     if any(data[26:28]) or data[28] > 1:
         found.add_obstacle("a compression, filter or interlacing that the standard does not have")
     return found
-
-
-def _note_chunks(found: Structure, kinds: list[bytes], *, palette: bool) -> None:
-    """Note chunks that decoders treat differently: missing, repeated, out of order, unknown, or of an animation."""
-    critical = [kind for kind in kinds if kind[:1].isupper()]
-    first, last = (
-        (critical.index(b"IDAT"), len(critical) - critical[::-1].index(b"IDAT")) if b"IDAT" in critical else (0, 0)
-    )
-    head = [b"IHDR", b"PLTE"] if palette else [b"IHDR"]
-    in_order = critical[:first] in (head, [b"IHDR", b"PLTE"]) and set(critical[first:last]) == {b"IDAT"}
-    if not in_order or critical[last:] not in ([b"IEND"], []):
-        found.add_obstacle("critical chunks that are missing, repeated, unknown or out of order")
-    if b"acTL" in kinds:
-        found.add_obstacle("an animation")
-    if b"eXIf" in kinds and kinds.index(b"eXIf") > kinds.index(b"IDAT"):
-        found.add_obstacle("EXIF data behind its pixels")
 
 
 def _pixel_bytes(data: bytes) -> int:

@@ -6,7 +6,6 @@ dataset.json.
 """
 
 import hashlib
-import io
 import zlib
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -19,45 +18,43 @@ import PIL
 from numpy.typing import NDArray
 
 from data_pipeline.acceptance import Rejected, size_as_it_is
-from data_pipeline.archive import entries, is_compressed
+from data_pipeline.archive import Extent, is_compressed
 from data_pipeline.assemble import with_split
 from data_pipeline.errors import DataError, printable
 from data_pipeline.files import write_atomically
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, Manifest, Reject, Shard, file_of, publish
-from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_of
+from data_pipeline.shards import STRAY, Labels, Sample, index_text, samples_in
 from data_pipeline.sources.shards import Shards
 from data_pipeline.workers import Advance, run_all
 
-_ROW = np.dtype(
-    [
-        ("label", np.int32), ("offset", np.int64), ("length", np.int32), ("width", np.uint16), ("height", np.uint16),
-        ("crc32", np.uint32),
-    ]
-)  # fmt: skip
+ROW = np.dtype([
+    ("label", np.int32), ("offset", np.int64), ("length", np.int32), ("crc32", np.uint32), ("width", np.uint16),
+    ("height", np.uint16),
+])  # fmt: skip
+"""A row of the table; the size of the image is in pixels, as it is decoded."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to be indexed."""
+    """A shard to be indexed; dataset.json names files relative to its folder where they are inside."""
 
     tar: Path
-    dest: Path
-    """The dataset's folder."""
-    beside: bool
-    """Whether the index is written next to the shard; else in the dataset's folder."""
+    name: str
+    idx: Path
+    idx_name: str
 
-    @property
-    def name(self) -> str:
-        """The shard's name in dataset.json: relative to the dataset's folder if it is inside."""
-        tar, dest = self.tar.parent.resolve() / self.tar.name, self.dest.resolve()  # the shard itself may be a link
-        return str(tar.relative_to(dest) if tar.is_relative_to(dest) else tar)
 
-    @property
-    def idx(self) -> Path:
-        """The index."""
-        if self.beside:
-            return self.tar.with_suffix(".idx")
-        return self.dest / f"{self.tar.stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}.idx"
+def _job(tar: Path, dest: Path, *, beside: bool) -> Job:
+    if is_compressed(tar):
+        raise DataError(f"{tar} is compressed and cannot be read in place; convert the shards: name another DEST")
+    here, root = tar.parent.resolve() / tar.name, dest.resolve()  # the shard itself may be a link
+    name = str(here.relative_to(root) if here.is_relative_to(root) else here)
+    if printable(name) != name:
+        raise DataError(f"{tar} has a name that is not UTF-8; rename it")
+    if beside:
+        return Job(tar, name, tar.with_suffix(".idx"), str(Path(name).with_suffix(".idx")))
+    idx = f"{tar.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.idx"
+    return Job(tar, name, dest / idx, idx)
 
 
 def index_in_place(source: Shards, dest: Path, pool: Executor | None, advance: Advance, *, beside: bool) -> list[str]:
@@ -77,14 +74,7 @@ def index_in_place(source: Shards, dest: Path, pool: Executor | None, advance: A
         DataError: a shard is damaged, an index is not its own, or nothing can be used. No index is left behind then.
     """
     manifest = Manifest.read(dest) if (dest / FILE_NAME).exists() else None
-    jobs = {split: [Job(path, dest, beside) for path in paths] for split, paths in source.paths.items()}
-    for job in (job for group in jobs.values() for job in group):
-        if is_compressed(job.tar):
-            raise DataError(
-                f"{job.tar} is compressed and cannot be read in place; convert the shards: name another DEST"
-            )
-        if printable(job.name) != job.name:
-            raise DataError(f"{job.tar} has a name that is not UTF-8; rename it")
+    jobs = {split: [_job(path, dest, beside=beside) for path in paths] for split, paths in source.paths.items()}
     for split, entry in (manifest.splits if manifest is not None else {}).items():
         there = [(shard.tar.name, shard.tar.bytes) for shard in entry.shards]
         if [(job.name, job.tar.stat().st_size) for job in jobs.pop(split, [])] not in ([], there):
@@ -106,40 +96,36 @@ def index_in_place(source: Shards, dest: Path, pool: Executor | None, advance: A
     return list(jobs)
 
 
-def _add(
-    results: dict[str, list[tuple[NDArray[Any], list[Reject], Shard]]],
-    source: Shards,
-    manifest: Manifest | None,
-    dest: Path,
-) -> None:
+Indexed = tuple[NDArray[Any], list[Reject], Shard]
+"""A shard's rows of the table, (n,) of ROW, what was left out, and its record."""
+
+
+def _add(results: dict[str, list[Indexed]], source: Shards, manifest: Manifest | None, dest: Path) -> None:
     """Write the tables and dataset.json."""
-    tables, rejected = {}, {}
-    for split, shards in results.items():
-        rows = np.concatenate([found for found, _, _ in shards])
-        rejected[split] = [reject for _, rejects, _ in shards for reject in rejects]
-        if not len(rows):
+    rows = {split: np.concatenate([found for found, _, _ in shards]) for split, shards in results.items()}
+    rejected = {split: [reject for _, rejects, _ in shards for reject in rejects] for split, shards in results.items()}
+    for split in results:
+        if not len(rows[split]):
             first = rejected[split][0]
             raise DataError(f"no sample of split '{split}' can be used in place; {first.name}: {first.reason}")
-        number = np.repeat(np.arange(len(shards), dtype=np.int32), [len(found) for found, _, _ in shards])
-        tables[split] = {name: rows[name] for name in _ROW.names or ()} | {"shard": number}
-    largest = max(int(table["label"].max()) for table in tables.values())
+    largest = max(int(found["label"].max()) for found in rows.values())
+    classes = source.classes or {str(label): str(label) for label in range(largest + 1)}
     if manifest is not None:
-        names = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
-    else:
-        names = source.class_names({str(largest)})
-    if largest >= len(names):
+        classes = dict(zip(manifest.class_ids, manifest.class_names, strict=True))
+    if largest >= len(classes):
         raise DataError(
-            f"the shards have label {largest}, but there are {len(names)} classes; index the split with all of them "
+            f"the shards have label {largest}, but there are {len(classes)} classes; index the split with all of them "
             f"first, or correct {INFO_NAME}"
         )
-    for split, table in tables.items():
+    for split, shards in results.items():
+        number = np.repeat(np.arange(len(shards), dtype=np.int32), [len(found) for found, _, _ in shards])
         manifest = with_split(
             manifest,
             split,
             dest / f"{dest.resolve().name}-{split}.samples.npz",
-            table,
-            classes=names,
-            shards=[shard for _, _, shard in results[split]],
+            {name: rows[split][name] for name in ROW.names or ()} | {"shard": number},
+            classes=classes,
+            shards=[shard for _, _, shard in shards],
             rejected=rejected[split],
             built={"source": "shards in place", "pillow": PIL.__version__},
         )
@@ -147,11 +133,10 @@ def _add(
     publish(manifest, dest)
 
 
-def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
-    """Return a shard's rows of the table, (n,) of _ROW, what was left out, and its record; write a missing index."""
-    strays: list[str] = []
-    samples = list(samples_of(entries(job.tar), strays))
-    if not samples:
+def index_shard(job: Job) -> Indexed:
+    """Index one shard; write a missing index."""
+    samples = list(samples_in(job.tar))
+    if all(sample.fault == STRAY for sample in samples):
         raise DataError(f"{job.tar} holds no samples; take it out of the folder")
     text = index_text(samples)
     if not job.idx.exists():
@@ -159,31 +144,27 @@ def index_shard(job: Job) -> tuple[NDArray[Any], list[Reject], Shard]:
     elif job.idx.read_bytes() != text.encode():
         raise DataError(f"{job.idx} is not the index of {job.tar.name}; remove it and it will be made again")
     rows, rejected = [], []
-    with job.tar.open("rb") as stream:
-        for sample in samples:
-            row = _row(sample, stream)
-            if isinstance(row, Rejected):
-                rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
-            else:
-                rows.append(row)
-    rejected += [Reject(name=f"{job.tar.name}:{name}", reason=STRAY) for name in strays]
-    idx = str(Path(job.name).with_suffix(".idx")) if job.beside else job.idx.name
-    record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, idx))
-    return np.array(rows, _ROW), rejected, record
+    for sample in samples:
+        row = row_of(sample)
+        if isinstance(row, Rejected):
+            rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
+        else:
+            rows.append(row)
+    record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, job.idx_name))
+    return np.array(rows, ROW), rejected, record
 
 
-def _row(sample: Sample, stream: io.BufferedReader) -> tuple[int, ...] | Rejected:
-    image, label = sample.image(), sample.member("cls")
-    if isinstance(image, str):
-        return Rejected(image)
-    texts = {}
-    if label is not None and not label.unusable:
-        stream.seek(label.offset)
-        texts["cls"] = stream.read(label.size)
-    class_id, reason = Labels().of(sample, texts)
-    if reason or not class_id.isdigit():
-        return Rejected(reason or f"its label is no number (build a dataset from the shards): {class_id[:40]!r}")
-    stream.seek(image.offset)
-    data = stream.read(image.size)
-    size = size_as_it_is(data)
-    return size if isinstance(size, Rejected) else (int(class_id), image.offset, image.size, *size, zlib.crc32(data))
+def row_of(sample: Sample, *, decode: bool = True) -> tuple[int, ...] | Rejected:
+    """Return a sample's values of ROW, without a decoded size if that is not wanted, or why it cannot be used."""
+    image, class_id = sample.image(), Labels().of(sample, ("cls",))
+    if isinstance(image, Rejected):
+        return image
+    if isinstance(class_id, Rejected):
+        return class_id
+    if not class_id.isdigit():
+        return Rejected(f"its label is no number (build a dataset from the shards): {class_id[:40]!r}")
+    assert isinstance(image.content, Extent)
+    data = image.content.read()
+    row = (int(class_id), image.offset, image.size, zlib.crc32(data))
+    size = size_as_it_is(data) if decode else ()
+    return size if isinstance(size, Rejected) else (*row, *size)

@@ -14,7 +14,7 @@ from data_pipeline.files import write_atomically
 FILE_NAME = "dataset.json"
 INFO_NAME = "_info.json"
 """The file in which timm and the Hugging Face Hub describe a folder of shards."""
-_PEEKED = 20
+_PEEKED = 20_000
 _WRITER = "python -m data_pipeline.build"
 
 
@@ -119,16 +119,11 @@ def _how_to_build(folder: Path) -> str:
     """Say that a folder holds no dataset, and the command that builds one; of the folder's own images if it has any."""
     from data_pipeline.sources import SPLIT_WORDS, may_be_image  # noqa: PLC0415  (only for this message)
 
-    inside = [path for path in sorted(folder.glob("*")) if path.is_dir()][:_PEEKED]
-    below = [path for sub in inside for path in islice(sub.glob("*"), _PEEKED)]
-    split_apart = any(SPLIT_WORDS.get(path.name.lower()) == "val" for path in inside)
-    if split_apart:
-        below += [path for sub in below[:_PEEKED] if sub.is_dir() for path in islice(sub.glob("*"), _PEEKED)]
-    if any(path.suffix and may_be_image(path.name) for path in below):
-        fraction = "" if split_apart else " --val-fraction 0.1"
+    if any(path.suffix and may_be_image(path.name) for path in islice(folder.rglob("*"), _PEEKED)):
+        has_val = any(SPLIT_WORDS.get(path.name.lower()) == "val" for path in folder.iterdir())
         return (
-            f"{folder} is a folder of images, not a dataset; build one of them, and name it here: "
-            f"python -m data_pipeline.build {folder} data/{folder.resolve().name}{fraction}"
+            f"{folder} is a folder of images, not a dataset; build one of them, and name it here: python -m "
+            f"data_pipeline.build {folder} data/{folder.resolve().name}{'' if has_val else ' --val-fraction 0.1'}"
         )
     return f"there is no dataset in {folder} (no {FILE_NAME}); build one: python -m data_pipeline.build SOURCE {folder}"
 

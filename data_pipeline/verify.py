@@ -7,25 +7,24 @@ usable as it is, and its size is compared.
 """
 
 import argparse
-import io
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from data_pipeline.acceptance import Rejected, size_as_it_is
-from data_pipeline.archive import entries
+from data_pipeline.acceptance import Rejected
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
+from data_pipeline.in_place import ROW, row_of
 from data_pipeline.manifest import FILE_NAME, INFO_NAME, File, Manifest, Shard, file_of, info_text
-from data_pipeline.shards import Sample, index_text, samples_of
+from data_pipeline.shards import index_text, samples_in
 from data_pipeline.workers import run_all, workers_pool
 
 _AGAIN = "copy it again or build the dataset again"
@@ -68,19 +67,15 @@ def _info_fits(folder: Path, manifest: Manifest) -> bool:
     return in_place or not path.exists() or path.read_bytes() == info_text(manifest).encode()
 
 
-Rows = dict[str, NDArray]
-"""Rows of the table, by column."""
+def _jobs(dataset: Dataset) -> Iterator[tuple[Shard, NDArray[Any]]]:
+    """Yield each shard with its rows of the table, (n,) of ROW."""
+    columns = (dataset.labels, dataset.offset, dataset.length, dataset.crc32, dataset.width, dataset.height)
+    ends = np.cumsum(dataset.shard_sizes).tolist()
+    for record, end in zip(dataset.shards, ends, strict=True):
+        yield record, np.rec.fromarrays([column[end - record.samples : end] for column in columns], dtype=ROW)
 
 
-def _jobs(dataset: Dataset) -> Iterator[tuple[Shard, Rows]]:
-    """Yield each shard with its rows of the table."""
-    bounds = np.searchsorted(dataset.shard, np.arange(len(dataset.shards) + 1)).tolist()
-    columns = ("labels", "offset", "length", "width", "height", "crc32")
-    for record, low, high in zip(dataset.shards, bounds[:-1], bounds[1:], strict=True):
-        yield record, {name: getattr(dataset, name)[low:high] for name in columns}
-
-
-def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[str]:
+def check_shard(job: tuple[Shard, NDArray[Any]], folder: Path, *, decode: bool) -> list[str]:
     """Return what is wrong with one shard, its index and its rows of the table."""
     record, rows = job
     tar, idx = folder / record.tar.name, folder / record.idx.name
@@ -88,21 +83,22 @@ def check_shard(job: tuple[Shard, Rows], folder: Path, *, decode: bool) -> list[
     if problems:
         return problems
     try:
-        samples = list(samples_of(entries(tar), []))
+        samples = list(samples_in(tar))
     except DataError as error:
         return [str(error)]
     if index_text(samples) != idx.read_text():
         problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
     at = {member.offset: sample for sample in samples for member in sample.members}
-    with tar.open("rb") as stream:
-        for number in range(len(rows["offset"])):
-            row = {name: int(values[number]) for name, values in rows.items()}
-            sample = at.get(row["offset"])
-            stream.seek(row["offset"])
-            wrong = _row(row, stream.read(row["length"]), decode=decode) or _label(row, sample, stream)
-            if wrong:
-                name = sample.key if sample is not None else f"row {number}"
-                problems.append(f"{tar}, {name}: {wrong}; {_AGAIN}")
+    for row in rows:
+        sample = at.get(int(row["offset"]))
+        found = Rejected("no sample begins there") if sample is None else row_of(sample, decode=decode)
+        if isinstance(found, Rejected):
+            wrong = [found.reason]
+        else:
+            values = zip(ROW.names or (), found, strict=False)
+            wrong = [f"its {name} is {value}, in the table {row[name]}" for name, value in values if row[name] != value]
+        where = f"byte {row['offset']}" if sample is None else sample.key
+        problems += [f"{tar}, {where}: {line}; {_AGAIN}" for line in wrong]
     return problems
 
 
@@ -112,31 +108,6 @@ def _check_file(folder: Path, file: File) -> Iterator[str]:
             yield f"{folder / file.name} is not as it was written: its size or checksum differs; {_AGAIN}"
     except OSError as error:
         yield f"{folder / file.name} cannot be read ({error.strerror}); {_AGAIN}"
-
-
-def _row(row: dict[str, int], jpeg: bytes, *, decode: bool) -> str:
-    if zlib.crc32(jpeg) != row["crc32"]:
-        return "its checksum is not the one in the table"
-    if decode:
-        size = size_as_it_is(jpeg)
-        if isinstance(size, Rejected):
-            return size.reason
-        if size != (row["width"], row["height"]):
-            return f"it is {size[0]} x {size[1]}, the table says {row['width']} x {row['height']}"
-    return ""
-
-
-def _label(row: dict[str, int], sample: Sample | None, stream: io.BufferedReader) -> str:
-    member = sample.member("cls") if sample is not None else None
-    if member is None:
-        return "there is no sample with a .cls where the table says"
-    stream.seek(member.offset)
-    text = stream.read(member.size)
-    return (
-        ""
-        if text.strip().isdigit() and int(text) == row["labels"]
-        else f"its .cls says {text!r}, the table {row['labels']}"
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

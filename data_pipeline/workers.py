@@ -1,6 +1,7 @@
-"""Worker processes that never outlive their parent."""
+"""Worker processes that never outlive their parent, and work that an interrupted build need not do again."""
 
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
@@ -8,14 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomically
 
 Advance = Callable[[float], None]
 """Called with how much more is done, for a progress bar."""
 J = TypeVar("J")
 R = TypeVar("R")
+M = TypeVar("M", bound=BaseModel)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,3 +68,50 @@ def workers_pool(count: int) -> Iterator[Executor | None]:
         raise DataError("a worker process was killed, perhaps out of memory; run again with fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Job(Generic[M]):
+    """A part of a build, with a record next to its files that is written last."""
+
+    path: Path
+    """Of its files, but for their extensions."""
+    count: int
+    """How many images it is about."""
+    digest: str
+    """Identifies those images."""
+    make: Callable[[], M]
+    """Writes the files, and returns what is to be recorded of them."""
+    result: type[M]
+
+    def done(self) -> M | None:
+        """Return the result if an earlier build has made it, of the same images."""
+        record = self.path.with_suffix(".json")
+        content = json.loads(record.read_bytes()) if record.exists() else {}
+        return self.result.model_validate(content["result"]) if content.get("digest") == self.digest else None
+
+    def run(self) -> M:
+        """Write the files and then the record, whose presence means that they are complete."""
+        record = self.path.with_suffix(".json")
+        record.unlink(missing_ok=True)  # an older one is of other images
+        result = self.make()
+        write_atomically(record, json.dumps({"digest": self.digest, "result": result.model_dump()}).encode())
+        return result
+
+
+def run_missing(pool: Executor | None, jobs: Iterable[Job[M]], ahead: int, advance: Advance) -> dict[Path, M]:
+    """Run the jobs that an earlier build has not done, and return the results of all, in the order of the jobs."""
+    results: dict[Path, M | None] = {}
+
+    def missing() -> Iterator[Job[M]]:
+        for job in jobs:
+            results[job.path] = job.done()
+            if results[job.path] is None:
+                yield job
+            else:
+                advance(job.count)
+
+    for job, result in run_all(pool, Job.run, missing(), ahead):
+        results[job.path] = result
+        advance(job.count)
+    return {path: result for path, result in results.items() if result is not None}

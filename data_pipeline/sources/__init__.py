@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.acceptance import Rejected
 from data_pipeline.archive import Content
+from data_pipeline.errors import DataError
 from data_pipeline.shards import IMAGE_EXTENSIONS
 
-SHARD_BYTES = 256 * 2**20
 IMAGE_SUFFIXES = tuple(
     f".{extension}" for extension in (*IMAGE_EXTENSIONS, "gif", "ppm", "pgm", "avif", "jp2", "jfif", "mpo")
 )
@@ -45,8 +46,10 @@ class Source(ABC):
         counts: the number of images of each split, where it is known before reading them.
     """
 
-    shard_bytes = SHARD_BYTES
+    shard_bytes = 256 * 2**20
     """Size that shards should have."""
+    options: tuple[str, ...] = ()
+    """Options of the command line that it takes."""
 
     def __init__(
         self,
@@ -55,19 +58,42 @@ class Source(ABC):
         classes: dict[str, str] | None = None,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        self.splits, self.described, self.classes, self._counts = splits, described, classes, counts or {}
+        self.splits, self.described, self.classes, self.counts = splits, described, classes, counts or {}
 
     def class_names(self, found: Collection[str]) -> dict[str, str]:
         """Return class id -> name in the order of the labels, where the ids `found` occur."""
         return {class_id: class_id for class_id in sorted(found)} if self.classes is None else self.classes
 
-    def count(self, split: str) -> int | None:
-        """Return the number of images when that is known before reading them."""
-        return self._counts.get(split)
-
     @abstractmethod
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield all images of a split in a fixed order; DataError when the source is not as it should be."""
+
+
+class HeldOut(Source):
+    """Another source, of whose first split a share of each class becomes the val split, chosen by a hash of the names.
+
+    Raises:
+        DataError: it has a val split of its own.
+    """
+
+    def __init__(self, source: Source, fraction: float) -> None:
+        if "val" in source.splits:
+            raise DataError("SOURCE comes with a val split; leave --val-fraction out")
+        self._source, self._divided = source, source.splits[0]
+        by_class: dict[str, list[str]] = {}
+        for image in source.images(self._divided):
+            if not isinstance(image.data, Rejected) and may_be_image(image.name):
+                by_class.setdefault(image.class_id, []).append(image.name)
+        self._held_out = {name for names in by_class.values() for name in held_out(names, round(fraction * len(names)))}
+        self.shard_bytes = source.shard_bytes
+        super().__init__((*source.splits, "val"), source.described | {"val_fraction": fraction}, source.classes)
+
+    def images(self, split: str) -> Iterator[SourceImage]:
+        """Yield the source's images, those of its first split divided."""
+        if split not in {self._divided, "val"}:
+            return self._source.images(split)
+        images = self._source.images(self._divided)
+        return (image for image in images if (image.name in self._held_out) == (split == "val"))
 
 
 def split_in(name: str) -> str | None:

@@ -3,257 +3,189 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.acceptance import Rejected
-from data_pipeline.archive import Extent, contents, entries
-from data_pipeline.errors import DataError, StorageError, printable
-from data_pipeline.sources import (
-    SPLIT_WORDS,
-    Source,
-    SourceImage,
-    held_out,
-    is_hidden,
-    may_be_image,
-    split_in,
-    splits_among,
-)
+from data_pipeline.archive import Content, Extent, headers_only, members
+from data_pipeline.errors import DataError, printable, reading
+from data_pipeline.sources import SPLIT_WORDS, Source, SourceImage, is_hidden, may_be_image, split_in, splits_among
+
+Parts = tuple[str, ...]
+"""The names of a path below the root."""
 
 
-class Folder(Source):
-    """A folder of class folders, or of such folders for each split; what is no image is listed with its reason.
+class ClassFolders(Source):
+    """A folder of class folders, or of such folders for each split; or a tar of them, which is never unpacked to disk.
 
-    Links are followed. Hidden files and folders, and files next to the class folders, are listed.
+    On disk the classes or splits are in the root, in an archive below the folders that all images share. Links are
+    followed. Whatever is no image of a class, such as a hidden file or one next to the class folders, is listed.
 
     Args:
-        root: the folder.
-        split: what the images become, each folder being a class; None finds `train`, `val` and `test` in the folder.
-        val_fraction: share of each class's images that becomes the val split, chosen by a hash of their names.
+        root: the folder, or the archive.
+        split: what the images become, each folder being a class; None finds `train`, `val` and `test`.
 
     Raises:
-        DataError: there are no class folders, or the folder comes with a val split and `val_fraction` asks for another.
+        DataError: there are no class folders, or they may not be the classes.
         StorageError: the folder cannot be read.
     """
 
-    def __init__(self, root: Path, split: str | None = None, val_fraction: float = 0.0) -> None:
-        self.root, self._fraction = root, val_fraction
-        splits = {} if split is not None else _splits_in(root)
-        self._roots = splits or {split or "train": root}
-        if val_fraction and "val" in self._roots:
-            raise DataError(f"{root} comes with a val split; leave --val-fraction out")
-        self._classes = {folder: _classes(folder) for folder in self._roots.values()}
-        names = {folder: {path.name for path in classes} for folder, classes in self._classes.items()}
-        for folder, found in names.items():
-            if not found:
-                raise DataError(f"{folder} has no class folders with images; images must be in {folder}/CLASS/")
-            if not found & next(iter(names.values())):
-                raise DataError(
-                    f"{folder} has no class folder of the training split, so its labels must be elsewhere; sort its "
-                    "images into class folders, or name the training split's folder as SOURCE"
-                )
-        if split is None and not splits:
-            _refuse_odd(root, self._classes[root])
-        described: dict[str, Any] = {"source": "folder", "root": printable(str(root))}
-        super().__init__(
-            (*self._roots, *(("val",) if val_fraction else ())),
-            described | ({"val_fraction": val_fraction} if val_fraction else {}),
-            {name: name for name in sorted({printable(name) for found in names.values() for name in found})},
-        )
+    options = ("split", "val_fraction")
 
-    def count(self, split: str) -> int | None:
-        """Count the files; None where a part of them is held out."""
-        if self._fraction:
-            return None
-        return sum(1 for folder in self._classes[self._roots[split]] for _ in _files(folder))
+    def __init__(self, root: Path, split: str | None = None) -> None:
+        self.root = root
+        files: Counter[Parts] = Counter()
+        with_images: set[Parts] = set()
+        for parts, content in self._files(headers_only):
+            files[parts[:-1]] += 1
+            if not isinstance(content, Rejected) and may_be_image(parts[-1]):
+                with_images.add(parts[:-1])
+        self._above = () if root.is_dir() else _shared(with_images)
+        depth = len(self._above)
+        inside: dict[str, set[str]] = {}
+        """The folders below each folder at that depth; '' stands for images directly in it."""
+        for parts in with_images:
+            if len(parts) > depth:
+                inside.setdefault(parts[depth], set()).add("".join(parts[depth + 1 : depth + 2]))
+        if not inside:
+            raise DataError(f"{root} has no class folders with images; images must be in {root}/CLASS/")
+        self._split_of = {} if split is not None else _splits(root, inside)
+        if split is None and not self._split_of:
+            _refuse_odd(root, inside)
+        named = (SPLIT_WORDS.get(part.lower()) for part in reversed((*self._above, "")))
+        self._split = split or next(filter(None, named), None) or (not root.is_dir() and split_in(root.name)) or "train"
+        self._classes = {name: inside[folder] - {""} for folder, name in self._split_of.items()}
+        self._classes = self._classes or {self._split: set(inside)}
+        splits = sorted(self._classes, key=("train", "val", "test", split).index)
+        for name in splits:
+            if not self._classes[name] & self._classes[splits[0]]:
+                raise DataError(
+                    f"split '{name}' of {root} has no class folder of the training split, so its labels must be "
+                    "elsewhere; sort its images into class folders, or name the training split's folder as SOURCE"
+                )
+        counts: Counter[str] = Counter()
+        for parts, count in files.items():
+            counts[self._place((*parts, ""))[0]] += count
+        described: dict[str, Any] = {"source": "folder", "root": printable(str(root))}
+        if not root.is_dir():
+            described = {"source": "archive of class folders", "path": printable(str(root.resolve()))}
+            described |= {"bytes": root.stat().st_size}
+        names = sorted(set().union(*self._classes.values()))
+        super().__init__(tuple(splits), described, {name: name for name in names}, counts)
 
     def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the files, class by class, sorted by name."""
-        fraction = self._fraction if split in {self.splits[0], "val"} else 0.0
-        root = self._roots[self.splits[0] if fraction else split]
+        """Yield the images of a split, in the order of the archive or of the folders' names."""
+        beside: dict[str, Rejected] = {}
+        for parts, content in self._files():
+            found, class_id, name = self._place(parts)
+            if found == split:
+                yield SourceImage(name, class_id, _located(content) if isinstance(content, str) else content)
+            elif not found:
+                reason = content if isinstance(content, Rejected) else Rejected("is in no class folder")
+                beside[name] = reason if name == "/".join(parts) else Rejected("a folder that is no class")
         if split == self.splits[0]:
-            yield from self._beside()
-        for folder in self._classes[root]:
-            found = [self._image(root, folder.name, path, reason) for path, reason in _files(folder)]
-            if fraction:
-                usable = [i.name for i in found if not isinstance(i.data, Rejected) and may_be_image(i.name)]
-                chosen = held_out(usable, round(fraction * len(usable)))
-                found = [image for image in found if (image.name in chosen) == (split == "val")]
-            yield from found
+            yield from (SourceImage(name, "", reason) for name, reason in beside.items())
 
-    def _beside(self) -> Iterator[SourceImage]:
-        """List the files next to the folders of the splits and of the classes."""
-        used = {*self._roots.values(), *(path for classes in self._classes.values() for path in classes)}
-        for folder in dict.fromkeys((self.root, *self._roots.values())):
-            for entry in _scan(folder):
-                if Path(entry.path) not in used:
-                    reason = "a folder that is no class" if _is_folder(entry) else "is in no class folder"
-                    name = printable(Path(entry.path).relative_to(self.root).as_posix())
-                    yield SourceImage(name, "", Rejected("hidden" if is_hidden(entry.name) else reason))
+    def _files(self, inline: Callable[[str], bool] | None = None) -> Iterator[tuple[Parts, Content | str]]:
+        """Yield all files, and folders that are left out, with their content, or their path on disk."""
+        if self.root.is_dir():
+            yield from _walk(self.root, ())
+            return
+        for member in members(self.root, inline=inline):
+            parts = PurePosixPath(member.name).parts or (member.name,)
+            yield parts, Rejected("hidden") if any(map(is_hidden, parts)) else member.content
 
-    def _image(self, root: Path, class_name: str, path: str, reason: str) -> SourceImage:
-        name, class_id = printable(Path(path).relative_to(root).as_posix()), printable(class_name)
-        if reason:
-            return SourceImage(name, class_id, Rejected(reason))
-        try:
-            info = os.stat(path)  # noqa: PTH116  (as Extent's)
-        except OSError as error:
-            if Path(path).is_symlink():
-                return SourceImage(name, class_id, Rejected("a link that leads nowhere"))
-            raise StorageError(f"{path} cannot be read ({error.strerror}); fix it and build again") from None
-        if not stat.S_ISREG(info.st_mode):
-            return SourceImage(name, class_id, Rejected("a named pipe, socket or device"))
-        return SourceImage(name, class_id, Extent(path, 0, info.st_size))
+    def _place(self, parts: Parts) -> tuple[str, str, str]:
+        """Return split, class and name of a file; else '', '' and which folder or file next to the classes it is."""
+        level = len(_common([self._above, parts]))
+        split = "" if self._split_of or level < len(self._above) else self._split
+        if level == len(self._above) and parts[level] in self._split_of:
+            split = self._split_of[parts[level]]
+            level += 1
+        if split and len(parts) > level + 1 and parts[level] in self._classes[split]:
+            return split, parts[level], "/".join(parts[level:])
+        return "", "", "/".join(parts[: level + 1])
 
 
-def _splits_in(root: Path) -> dict[str, Path]:
-    """Return the folders of splits, if there are any; DataError where they may as well be classes."""
-    folders = [
-        entry for entry in _folders(root) if any(may_be_image(Path(path).name) for path, _ in _files(Path(entry.path)))
-    ]
-    words = splits_among([entry.name for entry in folders])
-    named: dict[str, list[Path]] = {}
+def _common(paths: Collection[Parts]) -> Parts:
+    """Return the folders with which all paths begin."""
+    levels = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return tuple(names[0] for names in levels)
+
+
+def _shared(folders: Collection[Parts]) -> Parts:
+    """Return the folders of an archive that all images share, without that of a single class."""
+    shared = _common(folders)
+    below = {parts[len(shared)] for parts in folders if len(parts) > len(shared)}
+    return shared[:-1] if shared in folders and len(below) <= 1 else shared
+
+
+def _splits(root: Path, inside: dict[str, set[str]]) -> dict[str, str]:
+    """Return the split of each folder that is one, if there are any; DataError where they may as well be classes."""
+    words = splits_among(inside)
+    found: dict[str, str] = {}
     others = []
-    for entry in folders:
-        split = words.get(entry.name, SPLIT_WORDS.get(entry.name.lower()))
-        if split is not None and _classes(Path(entry.path)):
-            named.setdefault(split, []).append(Path(entry.path))
-        elif split is None:
-            others.append(entry.name)
-    double = next((paths for paths in named.values() if len(paths) > 1), None)
-    if double is not None:
-        raise DataError(f"{root} has both {double[0].name} and {double[1].name}; name one of them as SOURCE")
-    if named and others:
-        split = next(iter(named))
+    for name in sorted(inside):
+        split = words.get(name, SPLIT_WORDS.get(name.lower()))
+        if split is None:
+            others.append(name)
+        elif inside[name] - {""}:
+            if split in found.values():
+                raise DataError(f"{root} has both {name} and another folder for {split}; name one of them as SOURCE")
+            found[name] = split
+    strange = next((name for name in others if "" in inside[name] or len(found) == 1), None)
+    if found and strange is not None:
         raise DataError(
-            f"{root} has {named[split][0].name} with folders as in a split, and {others[0]} with images as in a class; "
+            f"{root} has {next(iter(found))} with folders as in a split, and {strange} with images as in a class; "
             "name one of them as SOURCE, or take every folder as a class with --split train"
         )
-    return {name: named[name][0] for name in ("train", "val", "test") if name in named}
+    return found
 
 
-def _refuse_odd(root: Path, classes: list[Path]) -> None:
+def _refuse_odd(root: Path, inside: dict[str, set[str]]) -> None:
     """Refuse folders that are not likely to be classes: all have names of splits, or one holds only folders."""
-    if all(path.name.lower() in SPLIT_WORDS for path in classes):
+    first, *more = sorted(inside)
+    if all(name.lower() in SPLIT_WORDS for name in inside):
+        raise DataError(f"{root} has images in {first} that are in no class folder; sort them into class folders")
+    if not more and "" not in inside[first]:
         raise DataError(
-            f"{root} has images in {classes[0].name} that are in no class folder; sort them into class folders"
-        )
-    inside = _scan(classes[0])
-    if len(classes) == 1 and all(_is_folder(entry) for entry in inside) and len(inside) > 1:
-        raise DataError(
-            f"{root} has one folder, {classes[0].name}, with folders in it; name {classes[0]} as SOURCE, or take it as "
-            "one class with --split train"
+            f"{root} has one folder, {first}, with folders in it; name {root / first} as SOURCE, or take it as one "
+            "class with --split train"
         )
 
 
-def _scan(folder: Path | str) -> list["os.DirEntry[str]"]:
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise StorageError(
-            f"{error.filename} cannot be read ({error.strerror}); make it readable and build again"
-        ) from None
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()  # a link may lead to itself
-
-
-def _folders(root: Path | str) -> list["os.DirEntry[str]"]:
-    return [entry for entry in _scan(root) if _is_folder(entry) and not is_hidden(entry.name)]
-
-
-def _classes(root: Path) -> list[Path]:
-    """Return the folders that hold at least one file that may be an image."""
-    folders = (Path(entry.path) for entry in _folders(root))
-    return [folder for folder in folders if any(not r and may_be_image(Path(f).name) for f, r in _files(folder))]
-
-
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield path and reason ('' for a file that may be an image) of all below a folder; links are followed."""
-    if folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents):
-        yield str(folder), "a link to a folder above it"
+def _walk(folder: Path, parts: Parts) -> Iterator[tuple[Parts, Content | str]]:
+    """Yield the path of each file below a folder, or why it is left out; links are followed."""
+    if parts and folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents):
+        yield parts, Rejected("a link to a folder above it")
         return
-    inside = []
-    for entry in _scan(folder):
+    with reading(folder):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if not entries and parts:
+        yield parts, Rejected("an empty folder")
+    below = []
+    for entry in entries:
+        inside = (*parts, printable(entry.name))
         if is_hidden(entry.name):
-            yield entry.path, "hidden"
-        elif _is_folder(entry):
-            inside.append(Path(entry.path))
+            yield inside, Rejected("hidden")
+        elif Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir():  # a link may lead to itself
+            below.append((Path(entry.path), inside))
         else:
-            yield entry.path, ""
-    for path in inside:
-        yield from _files(path)
+            yield inside, entry.path
+    for path, inside in below:
+        yield from _walk(path, inside)
 
 
-class Archived(Source):
-    """A tar, or a compressed tar, of class folders, or of such folders for each split, also below other folders.
-
-    For example the processed ImageNet-21k-P. It is never unpacked to disk.
-
-    Below the folders that all images share, the folders are splits if they are named so (`splits_among`), else
-    classes. Files next to them, hidden ones and others that are no images are listed. The archive is read through once
-    to find this, a compressed one once more for each split.
-
-    Args:
-        path: the archive.
-        split: what all images become, each folder being a class; None finds splits.
-
-    Raises:
-        DataError: a split has no class in common with train.
-    """
-
-    def __init__(self, path: Path, split: str | None = None) -> None:
-        self.path = path
-        folders = Counter(
-            PurePosixPath(entry.name).parent
-            for entry in entries(path)
-            if may_be_image(PurePosixPath(entry.name).name) and not any(map(is_hidden, PurePosixPath(entry.name).parts))
-        )
-        shared = os.path.commonpath([str(folder) for folder in folders]) if folders else ""
-        above = PurePosixPath(shared).parts
-        below = {folder.parts[len(above)] for folder in folders if len(folder.parts) > len(above)}
-        if PurePosixPath(shared) in folders and len(below) <= 1:  # one class; else images next to the class folders
-            below, above = set(above[-1:]), above[:-1]
-        self._depth = len(above)
-        self._split_of = {} if split is not None else splits_among(below)
-        named = next((SPLIT_WORDS[part.lower()] for part in reversed(above) if part.lower() in SPLIT_WORDS), None)
-        self._split = split or named or split_in(path.name) or "train"
-        counts: Counter[str] = Counter()
-        classes: dict[str, set[str]] = {}
-        for folder, count in folders.items():
-            found, class_id = self._place(folder)
-            counts[found] += count
-            classes.setdefault(found, set()).update({class_id} - {""})
-        splits = tuple(name for name in ("train", "val", "test") if name in counts) or (self._split,)
-        for name in splits[1:]:
-            if not classes[name] & classes[splits[0]]:
-                raise DataError(
-                    f"{path} has no class of '{splits[0]}' in '{name}': its labels are elsewhere; unpack it"
-                )
-        self._names = set().union(*(found for split, found in classes.items() if split))
-        described = {"source": "archive of class folders", "bytes": path.stat().st_size}
-        described |= {"path": printable(str(path.resolve()))}
-        super().__init__(splits, described, {name: name for name in sorted(self._names)}, counts)
-
-    def images(self, split: str) -> Iterator[SourceImage]:
-        """Yield the images of a split in the order of the archive."""
-        beside: Counter[str] = Counter()
-        for entry, content in contents(self.path):
-            path = PurePosixPath(entry.name)
-            found, class_id = self._place(path.parent)
-            if any(map(is_hidden, path.parts)):
-                found, class_id = "", ""
-            if found == split and (class_id in self._names or may_be_image(path.name)):
-                usable = class_id or isinstance(content, Rejected)
-                yield SourceImage(entry.name, class_id, content if usable else Rejected("is in no class folder"))
-            elif not found or class_id not in self._names:
-                beside[str(path.parent)] += 1
-        for folder, count in beside.items() if split == self.splits[0] else ():
-            yield SourceImage(f"{folder}/", "", Rejected(f"hidden, or in no class folder of a split: {count} files"))
-
-    def _place(self, folder: PurePosixPath) -> tuple[str, str]:
-        """Return the split ('' when it has none) and the class ('' when it has none) of the members of a folder."""
-        parts = (*folder.parts[self._depth :], "", "")
-        return (self._split_of.get(parts[0], ""), parts[1]) if self._split_of else (self._split, parts[0])
+def _located(path: str) -> Content:
+    with reading(path):
+        try:
+            info = os.stat(path)  # noqa: PTH116  (as Extent's)
+        except OSError:
+            if Path(path).is_symlink():
+                return Rejected("a link that leads nowhere")
+            raise
+    if not stat.S_ISREG(info.st_mode):
+        return Rejected("a named pipe, socket or device")
+    return Extent(path, 0, info.st_size)

@@ -3,11 +3,11 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.acceptance import Rejected
-from data_pipeline.archive import Content, Entry, contents, is_compressed
+from data_pipeline.archive import Member, is_compressed, members
 from data_pipeline.errors import DataError
 from data_pipeline.sources import SPLIT_WORDS, Source, SourceImage, held_out
 
@@ -39,37 +39,22 @@ class ImageNet1k(Source):
         return self._train() if split == "train" else self._val()
 
     def _train(self) -> Iterator[SourceImage]:
-        path = self.root / TRAIN
-        outers = list(contents(path))
-        classes = {outer[0].name.rpartition("/")[2].removesuffix(".tar"): outer for outer in outers}
-        if len(classes) < len(outers):
-            raise DataError(f"{path} holds a class twice; download it again")
-        strange, missing = sorted(classes.keys() - self._names.keys()), sorted(self._names.keys() - classes.keys())
-        if strange:
-            raise DataError(f"{path} holds {strange[0]}, which is not a class of {DEVKIT}; download both again")
         for _ in self._val():  # also to be refused before hours of work, not after
             pass
-        if missing:
-            raise DataError(f"{path} lacks {len(missing)} classes, for example {missing[0]}; download it again")
-        for wnid, outer in classes.items():
-            found = False
-            for entry, content in contents(path, outer):
-                found = True
-                yield SourceImage(f"{wnid}/{entry.name}", wnid, content)
-            if not found:
-                raise DataError(f"{outer[0].name} in {path} holds no images; download it again")
+        for images in _by_class(self.root / TRAIN, self._names, others=False):
+            yield from images
 
     def _val(self) -> Iterator[SourceImage]:
         path = self.root / VAL
         found, count = set(), 0
-        for entry, content in contents(path):
+        for member in members(path):
             count += 1
             # The name ends with the image's number, from 1, which is its line in the ground truth.
-            line = entry.name.removesuffix(".JPEG").rpartition("_")[2]
+            line = member.name.removesuffix(".JPEG").rpartition("_")[2]
             if not (line.isascii() and line.isdigit()) or not 1 <= int(line) <= len(self._truth):
-                raise DataError(f"{path} holds {entry.name}, for which {DEVKIT} has no label; download both again")
+                raise DataError(f"{path} holds {member.name}, for which {DEVKIT} has no label; download both again")
             found.add(int(line))
-            yield SourceImage(entry.name, self._wnid_of[self._truth[int(line) - 1]], content)
+            yield SourceImage(member.name, self._wnid_of[self._truth[int(line) - 1]], member.content)
         if not len(found) == count == len(self._truth):
             raise DataError(f"{path} holds {count} images, but {DEVKIT} labels {len(self._truth)}; download it again")
 
@@ -107,61 +92,72 @@ class ImageNet21k(Source):
 
     Args:
         path: the archive, or the folder.
-        classes: the WordNet ids to take, as for ImageNet-21k-P; None takes all.
+        classes: the WordNet ids to take, as for ImageNet-21k-P; none takes all.
     """
 
-    def __init__(self, path: Path, classes: list[str] | None = None) -> None:
-        self.path, self._classes = path, None if classes is None else sorted(set(classes))
-        self._compressed = not path.is_dir() and is_compressed(path)
-        self._archives = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        chosen = None if self._classes is None else hashlib.sha256("\n".join(self._classes).encode()).hexdigest()
-        size = sum(file.stat().st_size for file in self._archives)
+    options = ("classes",)
+
+    def __init__(self, path: Path, classes: Sequence[str] = ()) -> None:
+        self.path, self._classes = path, sorted(classes)
+        chosen = hashlib.sha256("\n".join(self._classes).encode()).hexdigest() if self._classes else None
+        size = sum(file.stat().st_size for file in (path.glob("*.tar") if path.is_dir() else [path]))
         described = {"source": "imagenet-21k", "bytes": size, "classes_sha256": chosen}
         described |= {"held_out": HELD_OUT, "held_out_from_classes_of": ENOUGH}
         # The archive does not hold the words of its WordNet ids.
-        super().__init__(("train", "val"), described, {wnid: wnid for wnid in self._classes or ()} or None)
+        super().__init__(("train", "val"), described, {wnid: wnid for wnid in self._classes} or None)
 
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, class by class in the order of the archive."""
-        seen = set()
-        for wnid, images in self._by_class():
-            if not images:
-                raise DataError(f"{wnid}.tar in {self.path} holds no images; download it again, or take {wnid} out")
-            seen.add(wnid)
+        for images in _by_class(self.path, self._classes, others=True):
             usable = [image.name for image in images if not isinstance(image.data, Rejected)]
             chosen = held_out(usable, HELD_OUT) if len(usable) >= ENOUGH else set()
             yield from (image for image in images if (image.name in chosen) == (split == "val"))
-        self._complete(seen)
 
-    def _complete(self, seen: set[str]) -> None:
-        missing = sorted(set(self._classes or ()) - seen)
+
+def _by_class(path: Path, expected: Collection[str], *, others: bool) -> Iterator[list[SourceImage]]:
+    """Yield the images of each class.
+
+    Args:
+        path: an archive, or a folder, of an archive for each class.
+        expected: the classes that must be there; none takes all.
+        others: whether there may be other ones, which are left out.
+
+    Raises:
+        DataError: an archive is of none of the classes, or has no images, or is missing.
+    """
+
+    def class_of(name: str) -> str:
+        wnid = name.rpartition("/")[2].removesuffix(".tar")
+        if not name.endswith(".tar") or wnid in SPLIT_WORDS:
+            raise DataError(f"{path} holds {name}, which is not the archive of a class; unpack it, and build from that")
+        if expected and wnid not in expected and not others:
+            raise DataError(f"{path} holds {wnid}, which is not a class of {DEVKIT}; download both again")
+        return "" if expected and wnid not in expected else wnid
+
+    def check(found: Collection[str]) -> None:
+        missing = sorted(set(expected) - set(found))
         if missing:
             raise DataError(
-                f"{self.path} has no images of {len(missing)} of the chosen classes, for example {missing[0]}; "
-                "take them from the list, or use the release that the list was made for"
+                f"{path} has no images of {len(missing)} of the chosen classes, for example {missing[0]}; download it "
+                "again, or take the list of classes that belongs to it"
             )
 
-    def _wanted(self, name: str) -> str | None:
-        if not name.endswith(".tar"):
-            raise DataError(f"{self.path} holds {name}, but ImageNet-21k is an archive of archives; check the file")
-        wnid = name.rpartition("/")[2].removesuffix(".tar")
-        if wnid in SPLIT_WORDS:
-            raise DataError(f"{self.path} holds archives of splits, such as {name}; unpack it, and build from them")
-        return wnid if self._classes is None or wnid in self._classes else None
-
-    def _by_class(self) -> Iterator[tuple[str, list[SourceImage]]]:
-        outers: Iterable[tuple[str | None, Path, tuple[Entry, Content] | None]] = self._outers()
-        if not self._compressed:
-            outers = list(outers)
-            self._complete({wnid for wnid, *_ in outers if wnid is not None})  # before hours of work, not after
-        for wnid, file, outer in outers:
-            if wnid is not None:
-                yield wnid, [SourceImage(f"{wnid}/{e.name}", wnid, data) for e, data in contents(file, outer)]
-
-    def _outers(self) -> Iterator[tuple[str | None, Path, tuple[Entry, Content] | None]]:
-        """Yield WordNet id, file and, inside an archive, member of each class's archive."""
-        if self.path.is_dir():
-            yield from ((self._wanted(file.name), file, None) for file in self._archives)
-        else:
-            for outer in contents(self.path, wanted=lambda name: self._wanted(name) is not None):
-                yield self._wanted(outer[0].name), self.path, outer
+    streamed = not path.is_dir() and is_compressed(path)
+    archives: Iterable[tuple[str, Path, Member | None]]
+    if path.is_dir():
+        archives = ((class_of(file.name), file, None) for file in sorted(path.glob("*.tar")))
+    else:
+        outer = members(path, inline=(lambda name: class_of(name) != "") if streamed else None)
+        archives = ((class_of(member.name), path, member) for member in outer)
+    if not streamed:
+        archives = list(archives)
+        check([wnid for wnid, *_ in archives])  # before hours of work, not after
+    seen = set()
+    for wnid, file, archive in archives:
+        if wnid:
+            seen.add(wnid)
+            images = [SourceImage(f"{wnid}/{member.name}", wnid, member.content) for member in members(file, archive)]
+            if not images:
+                raise DataError(f"{wnid}.tar in {path} holds no images; download it again, or take {wnid} out")
+            yield images
+    check(seen)

@@ -5,15 +5,11 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipeline.acceptance import Rejected
-from data_pipeline.archive import Content, Entry, Extent, contents
-from data_pipeline.errors import DataError, StorageError, printable
-from data_pipeline.shards import STRAY, Labels, Sample, samples_of
+from data_pipeline.errors import DataError, printable
+from data_pipeline.shards import Labels, samples_in
 from data_pipeline.sources import Source, SourceImage
-
-LABEL_MEMBERS = ("cls", "json", "txt")
 
 
 class Shards(Source):
@@ -24,6 +20,8 @@ class Shards(Source):
         labels: how the class of a sample is found.
         class_names: class id -> name in the order of the labels; None takes the classes that occur.
     """
+
+    options = ("split", "classes", "label_key")
 
     def __init__(
         self, paths: Mapping[str, Sequence[Path]], labels: Labels, class_names: dict[str, str] | None = None
@@ -58,48 +56,12 @@ class Shards(Source):
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the samples of a split, shard by shard."""
         for path in self.paths[split]:
-            strays: list[str] = []
-            try:
-                with path.open("rb") as stream:
-                    yield from (self._image(path, *sample, stream) for sample in _samples(path, strays))
-            except OSError as error:
-                message = f"{path} cannot be read ({error.strerror}); make it readable and build again"
-                raise StorageError(message) from None
-            for name in strays:
-                yield SourceImage(f"{printable(path.name)}/{name}", "", Rejected(STRAY))
-
-    def _image(self, path: Path, sample: Sample, found: dict[str, Content], stream: BinaryIO) -> SourceImage:
-        image = sample.image()
-        if isinstance(image, str):
-            return SourceImage(f"{printable(path.name)}/{sample.key}", "", Rejected(image))
-        texts = {}
-        for extension in LABEL_MEMBERS:
-            member = sample.member(extension)
-            if member is not None and not member.unusable:
-                texts[extension] = _bytes(found[member.name], stream)
-        class_id, reason = self._labels.of(sample, texts)
-        return SourceImage(
-            f"{printable(path.name)}/{image.name}", class_id, Rejected(reason) if reason else found[image.name]
-        )
-
-
-def _samples(path: Path, strays: list[str]) -> Iterator[tuple[Sample, dict[str, Content]]]:
-    """Yield each sample with the contents of its members by name."""
-    held: dict[str, Content] = {}
-
-    def members() -> Iterator[Entry]:
-        for entry, content in contents(path):
-            held[entry.name] = content
-            yield entry
-
-    for sample in samples_of(members(), strays):
-        yield sample, {member.name: held.pop(member.name, b"") for member in sample.members}
-
-
-def _bytes(content: Content, stream: BinaryIO) -> bytes:
-    """Return the bytes of a label that can be used."""
-    if isinstance(content, Extent):
-        stream.seek(content.offset)
-        return stream.read(content.length)
-    assert isinstance(content, bytes)
-    return content
+            for sample in samples_in(path):
+                image, class_id = sample.image(), self._labels.of(sample)
+                name = f"{printable(path.name)}/{sample.key if isinstance(image, Rejected) else image.name}"
+                if isinstance(image, Rejected):
+                    yield SourceImage(name, "", image)
+                elif isinstance(class_id, Rejected):
+                    yield SourceImage(name, "", class_id)
+                else:
+                    yield SourceImage(name, class_id, image.content)

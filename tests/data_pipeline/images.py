@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,12 @@ def jpeg(number: int, size: tuple[int, int] | None = None, **save) -> bytes:
     return saved(image, "JPEG", **({"quality": 85} | save))
 
 
-def class_folders(root: Path, count: int) -> Path:
-    """Write so many JPEGs into each of three class folders."""
-    for number, label in enumerate(("ant", "bee", "cat")):
-        (root / label).mkdir(parents=True)
+def class_folders(root: Path, count: int, *names: str) -> Path:
+    """Write so many JPEGs into each of some folders, by default three."""
+    for name in names or ("ant", "bee", "cat"):
+        (root / name).mkdir(parents=True)
         for i in range(count):
-            (root / label / f"{i}.jpg").write_bytes(jpeg(1000 * number + i))
+            (root / name / f"{i}.jpg").write_bytes(jpeg(zlib.crc32(f"{name}/{i}".encode())))
     return root
 
 

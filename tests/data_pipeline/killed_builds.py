@@ -19,7 +19,7 @@ import webdataset.writer  # noqa: F401  (here, not in each child)
 
 from data_pipeline import units
 from data_pipeline.build import main as build
-from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.folder import ClassFolders
 from data_pipeline.verify import main as verify
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -63,7 +63,7 @@ def deaths(source: Path, dest: Path, way: str) -> Iterator[int]:
 
 def main() -> None:
     source, whole, dest, way = *map(Path, sys.argv[1:4]), sys.argv[4]
-    units.UNIT_IMAGES, Folder.shard_bytes = (4, 9_000) if way == "anywhere" else (7, 40_000)
+    units.UNIT_IMAGES, ClassFolders.shard_bytes = (4, 9_000) if way == "anywhere" else (7, 40_000)
     assert built(source, whole) == 0
     expected, kills = contents(whole), 0
     for change in deaths(source, dest, way):

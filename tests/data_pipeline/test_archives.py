@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.acceptance import Rejected
-from data_pipeline.archive import contents, entries
+from data_pipeline.archive import headers_only, members
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import Labels
 from data_pipeline.sources import Source
-from data_pipeline.sources.folder import Archived
+from data_pipeline.sources.folder import ClassFolders
 from data_pipeline.sources.imagenet import ImageNet1k, ImageNet21k
 from data_pipeline.sources.shards import Shards
 from tests.data_pipeline.datasets import run_build
@@ -39,7 +39,7 @@ def write_21k(root: Path) -> tuple[Path, Source]:
 def write_folders(root: Path) -> tuple[Path, Source]:
     path = root / "folders.tar"
     path.write_bytes(tar({f"{split}/{i % 2}/{i}.jpg": jpeg(i, (9, 9)) for split in ("train", "val") for i in range(4)}))
-    return path, Archived(path)
+    return path, ClassFolders(path)
 
 
 def write_shard(root: Path) -> tuple[Path, Source]:
@@ -109,7 +109,7 @@ def test_a_damage_anywhere_in_a_compressed_archive_is_refused(pack, tmp_path):
 def test_gzip_members_that_were_joined_are_read_as_gunzip_does(tmp_path):
     data = tar({f"{i}.jpg": jpeg(i) for i in range(6)})
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(data[:3000]) + gzip.compress(data[3000:]))
-    assert [entry.name for entry, _ in contents(tmp_path / "x.tar.gz")] == [f"{i}.jpg" for i in range(6)]
+    assert [member.name for member in members(tmp_path / "x.tar.gz")] == [f"{i}.jpg" for i in range(6)]
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
@@ -138,7 +138,7 @@ def test_links_devices_and_names_that_are_not_utf8_are_listed_or_escaped(pack, t
     listed = {reject.name: reject.reason for reject in split.rejected}
     assert set(listed) == {"n1/hard.jpg", "n1/soft.jpg", "n1/pipe.jpg"}
     assert "hard link" in listed["n1/hard.jpg"]
-    names = [entry.name for entry in entries(path)]
+    names = [member.name for member in members(path, inline=headers_only)]
     assert names[0] == "n1/caf\\udce9.jpg"
 
 

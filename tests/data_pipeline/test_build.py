@@ -93,19 +93,6 @@ def test_further_splits_join_the_first_with_the_same_classes_also_where_their_na
     assert "class 'auk' is not among the classes of the dataset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("source", "split", "message"),
-    [(None, split, "becomes a part of file names") for split in ("../train", "a b", "*", "")]
-    + [(source, "train", f"error: {source} is not 'digits'") for source in ("/nowhere", "dogits")],
-)
-def test_an_unknown_source_and_a_split_that_cannot_be_a_part_of_file_names_are_refused(
-    photos, tmp_path, capsys, *, source, split, message
-):
-    build_into(source or photos, tmp_path / "out", "--split", split, status=2)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_tar_program_lists_and_unpacks_a_shard_whose_members_are_owned_by_nobody(digits, train, tmp_path):
     shard = digits / "digits-train-000000.tar"
     listed = subprocess.run(["tar", "tf", shard], check=True, capture_output=True, text=True)

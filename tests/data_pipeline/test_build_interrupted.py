@@ -18,7 +18,7 @@ from data_pipeline import assemble, units
 from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import StorageError
-from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.folder import ClassFolders
 from data_pipeline.verify import main as verify
 from tests.data_pipeline.images import jpeg
 from tests.data_pipeline.killed_builds import contents
@@ -27,16 +27,16 @@ from tests.data_pipeline.killed_builds import contents
 SCRIPT = """
 import sys, time
 from data_pipeline import assemble, units
-from data_pipeline.sources.folder import Folder
+from data_pipeline.sources.folder import ClassFolders
 from data_pipeline.build import main
-units.UNIT_IMAGES, Folder.shard_bytes = 7, 40_000
+units.UNIT_IMAGES, ClassFolders.shard_bytes = 7, 40_000
 def slowly(function):
     def slow(*args):
         for item in function(*args):
             time.sleep(0.002)
             yield item
     return slow
-Folder.images, assemble.shard_jobs = slowly(Folder.images), slowly(assemble.shard_jobs)
+ClassFolders.images, assemble.shard_jobs = slowly(ClassFolders.images), slowly(assemble.shard_jobs)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -83,7 +83,7 @@ def test_a_source_that_changes_while_a_build_is_interrupted_gives_what_a_new_bui
 ):
     source = shutil.copytree(folder, tmp_path / "source")
     monkeypatch.setattr(units, "UNIT_IMAGES", 20)
-    monkeypatch.setattr(Folder, "shard_bytes", 40_000)
+    monkeypatch.setattr(ClassFolders, "shard_bytes", 40_000)
     real = assemble.publish
 
     def interrupted(shards, *paths):
@@ -108,9 +108,9 @@ def test_a_source_that_changes_while_a_build_is_interrupted_gives_what_a_new_bui
 def test_scratch_that_a_failing_disk_has_changed_is_one_clear_line(folder, tmp_path, monkeypatch, capsys):
     real = units.make
 
-    def then_rots(job):
-        made = real(job)
-        path = job.path.with_suffix(".bin")
+    def then_rots(unit, *arguments):
+        made = real(unit, *arguments)
+        path = unit.with_suffix(".bin")
         path.write_bytes(path.read_bytes()[:-1])  # as after a power failure
         return made
 
@@ -188,11 +188,11 @@ def running(pid: int) -> bool:
 def test_a_full_disk_is_one_clear_line_and_the_next_build_goes_on(folder, tmp_path, monkeypatch, capsys):
     real, calls = units.make, []
 
-    def full(job):
-        calls.append(job)
+    def full(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(job)
+        return real(*arguments)
 
     monkeypatch.setattr(units, "UNIT_IMAGES", 20)
     monkeypatch.setattr(units, "make", full)
@@ -226,9 +226,9 @@ def test_a_source_that_vanishes_is_one_clear_line(folder, tmp_path, monkeypatch,
     source = shutil.copytree(folder, tmp_path / "source")
     real = units.make
 
-    def vanish(job):
+    def vanish(*arguments):
         shutil.rmtree(source, ignore_errors=True)
-        return real(job)
+        return real(*arguments)
 
     monkeypatch.setattr(units, "UNIT_IMAGES", 20)
     monkeypatch.setattr(units, "make", vanish)

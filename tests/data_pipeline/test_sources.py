@@ -1,6 +1,7 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Reader
 from data_pipeline.sources import imagenet
 from tests.data_pipeline.datasets import classes_by_bytes, listed, run_build
-from tests.data_pipeline.images import imagenet_1k, imagenet_21k, jpeg, tar
+from tests.data_pipeline.images import class_folders, imagenet_1k, imagenet_21k, jpeg, tar
 
 CLASSES = {"n01440764": 7, "n01443537": 5, "n01484850": 9}
 
@@ -33,22 +34,19 @@ def test_imagenet_1k_archives_become_both_splits_with_the_labels_of_the_developm
     assert not list((tmp_path / "out").glob(".building*"))
 
 
-@pytest.mark.parametrize("name", ["ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
-def test_a_missing_imagenet_1k_archive_is_named(tmp_path, capsys, name):
-    imagenet_1k(tmp_path / "in", CLASSES, val=3)
-    (tmp_path / "in" / name).unlink()
-    assert run_build(tmp_path / "in", tmp_path / "out") == 2
-    assert f"{name} does not exist; download it" in capsys.readouterr().err
-
-
+@pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
-def test_an_imagenet_1k_archive_that_ends_early_is_an_error_and_leaves_nothing_that_looks_whole(tmp_path, capsys, name):
+def test_an_imagenet_1k_archive_that_is_missing_or_ends_early_is_named_and_nothing_is_left(tmp_path, capsys, name, cut):
     imagenet_1k(tmp_path / "in", CLASSES, val=6)
     path = tmp_path / "in" / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    if cut:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    else:
+        path.unlink()
     assert run_build(tmp_path / "in", tmp_path / "out") == 2
-    assert name in capsys.readouterr().err
-    assert name.endswith("val.tar") or not (tmp_path / "out" / "dataset.json").exists()
+    if cut or not name.endswith("train.tar"):  # without which the folder is no ImageNet-1k
+        assert name in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "folder"])
@@ -77,34 +75,8 @@ def test_a_class_that_the_archive_does_not_have_is_named_before_the_work_begins(
     assert "no images of 1 of the chosen classes, for example n00000001" in capsys.readouterr().err
 
 
-def test_an_archive_of_another_kind_is_refused(tmp_path, capsys):
-    (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
-    assert run_build(tmp_path / "flat.tar", tmp_path / "out") == 2
-    assert "neither a shard" in capsys.readouterr().err
-
-
-def test_written_shards_can_be_indexed_again_by_others(digits, tmp_path):
-    import shutil
-
-    for path in digits.glob("*-train-*.tar"):
-        shutil.copy(path, tmp_path)
-    assert run_build(tmp_path / "*.tar", tmp_path) == 0
-    ours, theirs = Dataset.open(digits, "train"), Dataset.open(tmp_path, "train")
-    for column in ("labels", "offset", "length", "width", "height", "crc32", "shard"):
-        assert np.array_equal(getattr(ours, column), getattr(theirs, column))
-
-
-def folders(root: Path, *names: str) -> Path:
-    """Two images in each of these folders."""
-    for number, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for i in range(2):
-            (root / name / f"{i}.jpg").write_bytes(jpeg(10 * number + i, (24, 24)))
-    return root
-
-
 def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_path, capsys):
-    root = folders(tmp_path / "in[1]", "ant", "bee[2]", ".git", "__MACOSX", "lost+found")
+    root = class_folders(tmp_path / "in[1]", 2, "ant", "bee[2]", ".git", "__MACOSX", "lost+found")
     (root / "empty").mkdir()
     (root / "only hidden").mkdir()
     (root / "only hidden" / ".DS_Store").write_bytes(b"x")
@@ -138,9 +110,7 @@ def test_what_lies_beside_the_images_of_a_folder_is_listed_and_is_no_class(tmp_p
 def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
     root = tmp_path / "in"
     for name, count in (("ant", 10), ("bee", 21), ("cat", 3)):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            (root / name / f"{i}.jpg").write_bytes(jpeg(100 * count + i, (16, 16)))
+        class_folders(root, count, name)
     vals = []
     for dest in ("a", "b"):
         assert run_build(root, tmp_path / dest, "--val-fraction", "0.2") == 0
@@ -161,7 +131,9 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         (["IN", "IN/out"], "is inside"),
         (["IN", "IN"], "is inside"),
         (["IN/ant", "OUT"], "has no class folders"),
-        (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "--classes does not go with a folder of images"),
+        (["IN", "OUT", "--classes", "NAMES"], "--classes does not go with"),
+        (["IN", "OUT", "--classes", "IN/ant/0.jpg"], "name a list of classes"),
+        (["FLAT.TAR", "OUT"], "neither a shard"),
         (["IN", "OUT", "--label-key", "y"], "--label-key does not go with"),
         (["digits", "OUT", "--val-fraction", "0.1"], "--val-fraction does not go with digits"),
         (["IN", "OUT", "--val-fraction", "1.5"], "share of each class"),
@@ -169,13 +141,18 @@ def test_a_fraction_of_each_class_is_held_out_always_the_same(tmp_path):
         (["IN/ant/0.jpg", "OUT"], "is not read as it is"),
         (["IN/*.tar", "OUT"], "no file matches"),
         (["OUT"], "name SOURCE and DEST"),
+        *((["IN", "OUT", "--split", split], "becomes a part of file names") for split in ("../train", "a b", "*", "")),
+        (["/nowhere", "OUT"], "no file matches /nowhere"),
+        (["dogits", "OUT"], "is not 'digits'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
-    folders(tmp_path / "in", "ant", "bee")
+    class_folders(tmp_path / "in", 2, "ant", "bee")
+    (tmp_path / "names").write_text("ant\nbee\n")
+    (tmp_path / "flat.tar").write_bytes(tar({"a.jpg": jpeg(1)}))
     before = sorted(tmp_path.rglob("*"))
-    filled = [a.replace("IN", str(tmp_path / "in")).replace("OUT", str(tmp_path / "out")) for a in arguments]
-    assert run_build(*filled) == 2
+    places = {word: str(tmp_path / word.lower()) for word in ("IN", "OUT", "NAMES", "FLAT.TAR")}
+    assert run_build(*(re.sub("|".join(places), lambda match: places[match[0]], a) for a in arguments)) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -217,63 +194,15 @@ def test_idx_files_become_a_dataset_and_damaged_ones_are_refused(names, tmp_path
     assert {split: np.bincount(part.labels).tolist() for split, part in held.items()} == {
         "train": [3, 3, 3], "val": [1, 1, 1], "test": [2, 2, 1]
     }  # fmt: skip
-    named = {split: {part.sample_name(i)[-15:] for i in range(len(part))} for split, part in held.items()}
-    before = {split: Dataset.open(tmp_path / "out", split) for split in ("train", "val")}
-    assert named["train"] | named["val"] == {before["train"].sample_name(i)[-15:] for i in range(12)}
-    assert named["test"] == {before["val"].sample_name(i)[-15:] for i in range(5)}
+    named = {split: {part.sample_name(i)[9:] for i in range(len(part))} for split, part in held.items()}
+    assert named["train"] | named["val"] == {f"train{number:06d}.jpg" for number in range(12)}
+    assert named["test"] == {f"val{number:06d}.jpg" for number in range(5)}
     data = (root / names[0]).read_bytes()
     for damaged in (data[:-3], data[:-3] + b"xyz" + data[-3:], b"\1" + data[1:]):
         (root / names[0]).write_bytes(damaged)
         assert run_build(root, tmp_path / "bad") == 2
         assert names[0] in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
-
-
-@pytest.mark.parametrize(
-    ("folder_names", "loose", "expected"),
-    [
-        (("train/ant", "train/bee"), "test/1.jpg", {"train"}),
-        (("val/ant", "val/bee"), None, {"val"}),
-        (("train/ant", "train/bee", "val/ant"), "annotations/1.xml", {"train", "val"}),
-        (("Training/ant", "Training/bee", "validation/ant", "test/bee"), None, {"train", "val", "test"}),
-        (("train/ant", "Train/ant"), None, "both"),
-        (("train/ant", "cow", "dog"), None, "images as in a class"),
-        (("test", "train"), None, "are in no class folder"),
-        (("training_set/ant", "test_set/ant"), None, {"train", "test"}),
-        (("train_station", "test-tube", "cup"), None, {"train"}),
-        (("ds/train/ant", "ds/val/ant"), None, "name"),
-        (("train/ant/images", "val/images"), None, "no class folder of the training split"),
-    ],
-)
-def test_folders_of_splits_are_told_from_classes_or_refused(folder_names, loose, expected, tmp_path, capsys):
-    root = folders(tmp_path / "in", *folder_names)
-    if loose is not None:
-        (root / loose).parent.mkdir(exist_ok=True)
-        (root / loose).write_bytes(jpeg(5))
-    status = run_build(root, tmp_path / "out")
-    if isinstance(expected, str):
-        assert status == 2
-        assert expected in capsys.readouterr().err
-        return
-    manifest = Manifest.read(tmp_path / "out")
-    assert (status, set(manifest.splits)) == (0, expected)
-    assert manifest.class_names == sorted({name.split("/")[-1] for name in folder_names})
-    assert sum(split.samples for split in manifest.splits.values()) == 2 * len(folder_names)
-    beside = listed(tmp_path / "out", next(iter(manifest.splits)))
-    assert list(beside) == ([] if loose is None else [loose.split("/")[0]])
-    assert run_build(root, tmp_path / "forced", "--split", "train") == 0
-
-
-def test_class_folders_in_an_archive_may_be_numbers_and_have_other_files_beside(tmp_path):
-    members = {"README.txt": b"x", "labels.json": b"{}"}
-    for i, folder in enumerate(("00000", "00000", "20160001", "20160001")):
-        members |= {f"d/{folder}/{i}.jpg": jpeg(i), f"d/{folder}/{i}.txt": b"a caption"}
-    members["d/none/0.jpg"] = b"no image"
-    (tmp_path / "x.tar").write_bytes(tar(members))
-    assert run_build(tmp_path / "x.tar", tmp_path / "out") == 0
-    manifest = Manifest.read(tmp_path / "out")
-    assert manifest.class_names == ["00000", "20160001", "none"]
-    assert manifest.splits["train"].class_counts == [2, 2, 0]
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsys):
@@ -296,45 +225,63 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "n.tar", "x.tar"]
 
 
-def archive(path: Path, *names: str) -> Path:
-    path.write_bytes(tar({name: jpeg(i) if name.endswith("jpg") else b"x" for i, name in enumerate(names)}))
-    return path
+ANT = {"ant": 1}
+BOTH = {"ant": 1, "bee": 1}
+LAYOUTS = [  # files; outcome on disk; in an archive, where that differs
+    ("train/ant/0.jpg train/bee/1.jpg test/2.jpg", {"train": BOTH}),
+    ("val/ant/0.jpg val/bee/1.jpg", {"val": BOTH}),
+    ("train/ant/0.jpg train/bee/1.jpg val/ant/2.jpg annotations/3.xml", {"train": BOTH, "val": {"ant": 1, "bee": 0}}),
+    ("Training/ant/0.jpg validation/ant/1.jpg test/ant/2.jpg", {"train": ANT, "val": ANT, "test": ANT}),
+    ("train/ant/0.jpg val/ant/1.jpg small_classes/cow/2.jpg", {"train": ANT, "val": ANT}),
+    ("train/loose.jpg train/ant/0.jpg val/loose.jpg val/ant/1.jpg", {"train": ANT, "val": ANT}),
+    ("train/ant/0.jpg val/ant/1.jpg val/bee/2.jpg", {"train": {"ant": 1, "bee": 0}, "val": BOTH}),
+    ("training_set/ant/0.jpg test_set/ant/1.jpg", {"train": ANT, "test": ANT}),
+    ("train_station/0.jpg test-tube/1.jpg cup/2.jpg", {"train": {"cup": 1, "test-tube": 1, "train_station": 1}}),
+    ("ant/2019/0.jpg ant/2020/1.jpg bee/2019/2.jpg", {"train": {"ant": 2, "bee": 1}}),
+    ("2016/0.jpg ant/1.jpg ant/1.txt none/bad.jpg README.txt", {"train": {"2016": 1, "ant": 1, "none": 0}}),
+    ("train/ant/0.jpg Train/ant/1.jpg", "both"),
+    ("train/ant/0.jpg cow/1.jpg dog/2.jpg", "images as in a class"),
+    ("test/0.jpg train/1.jpg", "are in no class folder"),
+    ("train/ant/images/0.jpg val/images/1.jpg", "no class folder of the training split"),
+    ("d/e/train/ant/0.jpg d/e/val/ant/1.jpg", "name", {"train": ANT, "val": ANT}),
+    ("d/ant/0.jpg d/bee/1.jpg d/README.txt d/._ant d/ant/._0.jpg", "name", {"train": BOTH}),
+    ("d/loose.jpg d/ant/0.jpg d/bee/1.jpg", {"train": {"d": 3}}, {"train": BOTH}),
+    ("d/meta/classes.txt d/images/ant/0.jpg d/images/bee/1.jpg", "name", {"train": BOTH}),
+    ("p/train_station/0.jpg p/cup/1.jpg", "name", {"train": {"cup": 1, "train_station": 1}}),
+]
 
 
-@pytest.mark.parametrize(
-    ("names", "options", "expected"),
-    [
-        (["ant/2019/0.jpg", "ant/2020/1.jpg", "bee/2019/2.jpg"], [], {"train": {"ant": 2, "bee": 1}}),
-        (["d/ant/0.jpg", "d/bee/1.jpg", "d/README.txt", "d/._ant", "d/ant/._0.jpg"], [],
-         {"train": {"ant": 1, "bee": 1}}),
-        (["d/meta/classes.txt", "d/images/ant/0.jpg", "d/images/bee/1.jpg"], [], {"train": {"ant": 1, "bee": 1}}),
-        (["d/training_data/train/ant/0.jpg", "d/training_data/val/ant/1.jpg"], [],
-         {"train": {"ant": 1}, "val": {"ant": 1}}),
-        (["p/train_station/0.jpg", "p/cup/1.jpg"], [], {"train": {"cup": 1, "train_station": 1}}),
-        (["ant/0.jpg"], ["--split", "val"], {"val": {"ant": 1}}),
-        (["d/loose.jpg", "d/ant/0.jpg", "d/bee/1.jpg"], [], {"train": {"ant": 1, "bee": 1}}),
-        (["train/loose.jpg", "train/ant/0.jpg", "val/loose.jpg", "val/ant/1.jpg"], [],
-         {"train": {"ant": 1}, "val": {"ant": 1}}),
-        (["train/ant/0.jpg", "train/bee/1.jpg", "val/ant/2.jpg", "val/cow/3.jpg"], [],
-         {"train": {"ant": 1, "bee": 1, "cow": 0}, "val": {"ant": 1, "bee": 0, "cow": 1}}),
-        (["train/ant/images/0.jpg", "val/images/1.jpg"], [], None),
-    ],
-)  # fmt: skip
-def test_splits_and_classes_of_an_archive_are_those_of_the_folders_in_it(names, options, expected, tmp_path):
-    assert run_build(archive(tmp_path / "x.tar", *names), tmp_path / "out", *options) == (2 if expected is None else 0)
-    if expected is None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_splits_and_classes_are_those_of_the_folders_and_nothing_is_lost(layout, packed, tmp_path, capsys):
+    names, expected = layout[0].split(), layout[-1 if packed else 1]
+    members = {name: jpeg(i) if name.endswith("jpg") else b"x" for i, name in enumerate(names)}
+    members |= {name: b"no image" for name in names if "bad" in name}
+    source = tmp_path / ("in.tar" if packed else "in")
+    for name, data in {} if packed else members.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    if packed:
+        source.write_bytes(tar(members))
+    status = run_build(source, tmp_path / "out")
+    if isinstance(expected, str):
+        assert status == 2
+        assert expected in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
         return
     manifest = Manifest.read(tmp_path / "out")
     found = {k: dict(zip(manifest.class_names, v.class_counts, strict=True)) for k, v in manifest.splits.items()}
     assert found == expected
+    assert sum(split.samples + len(split.rejected) for split in manifest.splits.values()) == len(members)
+    assert run_build(source, tmp_path / "forced", "--split", "val") == 0
+    assert set(Manifest.read(tmp_path / "forced").splits) == {"val"}
 
 
 def test_a_fraction_is_of_the_images_of_the_training_split(tmp_path):
     for split in ("train", "test"):
-        folders(tmp_path / "in" / split, "ant", "bee")
+        class_folders(tmp_path / "in" / split, 2, "bee")
+        class_folders(tmp_path / "in" / split, 10, "ant")
         for i in range(2, 10):
-            (tmp_path / "in" / split / "ant" / f"{i}.jpg").write_bytes(jpeg(i))
             (tmp_path / "in" / split / "ant" / f"{i}.txt").write_text("a caption")
     assert run_build(tmp_path / "in", tmp_path / "out", "--val-fraction", "0.2") == 0
     splits = Manifest.read(tmp_path / "out").splits
