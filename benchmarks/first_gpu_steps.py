@@ -39,7 +39,7 @@ from benchmarks import data, model, timing
 from benchmarks.first_gpu import ROOT, STEPS, Found, fastest
 from benchmarks.trainer import Stepper, build, fixed_batches, join, recipe_of
 from data_pipeline.dataset import Dataset
-from data_pipeline.graph import SingleDecoder
+from data_pipeline.graph import undecodable
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_STD, AugmentConfig, InputConfig
 from pretrain.devices import use_gpu
@@ -90,8 +90,8 @@ def environment(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
         right = (ones @ ones).unique().tolist() == [256]
         jpeg, size = io.BytesIO(), np.array([48, 64], np.int32)
         Image.new("RGB", (64, 48)).save(jpeg, "jpeg")
-        decoder = SingleDecoder(InputConfig(path="none"), DEVICE.index)
-        failed = decoder.why_not(np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size)
+        image = np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size
+        failed = undecodable({0: image}, InputConfig(path="none"), DEVICE.index).get(0)
         return row | {"computes": f"torch {'multiplies' if right else 'MULTIPLIES WRONG'}, DALI {failed or 'decodes'}"}
 
     yield row.pop("name"), compute

@@ -16,7 +16,7 @@ from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
 from data_pipeline.order import Int64, Order
-from data_pipeline.reader import Fetcher, Reader, require_room
+from data_pipeline.reader import Fetcher, Reader
 from data_pipeline.store import RemoteStore
 from data_pipeline.transforms import InputConfig
 
@@ -28,6 +28,8 @@ _PLANNED = 4096
 
 class _Loader:
     """What training and evaluation share: reading, replacing what is bad, decoding."""
+
+    _fetcher: Fetcher | None = None
 
     def __init__(
         self,
@@ -43,14 +45,11 @@ class _Loader:
         self._dataset, self._config, self._train, self._device = dataset, config, train, device
         self._on_bad = on_bad_sample
         self._reader = Reader(dataset)
-        self._fetcher = Fetcher(dataset) if isinstance(dataset.store, RemoteStore) else None
         self._bad: set[int] = set()
         self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
-        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
-        """CPU threads that decode."""
         self._engine = Engine(
-            config, prepare=self._prepare, mark_bad=self._reader.mark_bad, train=train,
-            batch_size=batch_size, threads=self.threads, device=device,
+            config, prepare=self._prepare, mark_bad=self._reader.mark_bad, train=train, batch_size=batch_size,
+            threads=config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks), device=device,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -58,19 +57,14 @@ class _Loader:
         self._engine.close()
         self._reader.close()
         if self._fetcher is not None:
-            self._fetcher.close()
+            self._fetcher.want(None)
 
-    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002
-        """Return what the graph needs for images of these sizes, each (m,)."""
-        return eval_params(self._config, widths, heights)
-
-    def _draw_rows(self, rows: Rows) -> Any:  # noqa: ARG002
-        """Return what the caller wants drawn for these rows."""
-        return None
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:
+        """Return what the graph needs for images of these sizes, each (m,), and what the caller wants drawn."""
+        raise NotImplementedError
 
     def _prepare(self, rows: Rows) -> Prepared:
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
-        planned = rows
         seen = rows.sample_ids.copy()
         self._reader.announce(seen)
         jpegs, bad = [], []
@@ -79,17 +73,17 @@ class _Loader:
             if reason:
                 seen[row], data = self._replacement(sample)
                 if rows.valid[row]:  # what only pads a batch is reported by the rank whose share it is in
-                    bad.append(self._described(sample, reason, int(seen[row])))
+                    shard = self._dataset.shards[int(self._dataset.shard[sample])].tar.name
+                    bad.append(BadSample(sample, self._dataset.sample_name(sample), shard, reason, int(seen[row])))
             jpegs.append(data)
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
         # Drawn for the sample that was planned, so that its replacement looks different from its own row.
-        params = self._draw_params(rows, *sizes)
+        params, drawn = self._draw(rows, *sizes)
         # In evaluation the replacement of a bad sample does not count.
         valid = rows.valid if self._train else rows.valid & (seen == rows.sample_ids)
-        rows = replace(rows, sample_ids=seen, valid=valid)
         labels = self._dataset.labels[seen].astype(np.int64)
         digest = content_digest(seen, labels, self._dataset.crc32[seen])  # the reader has compared the checksums
-        return Prepared(planned, rows, labels, jpegs, params, bad, self._draw_rows(rows), digest)
+        return Prepared(rows, replace(rows, sample_ids=seen, valid=valid), labels, jpegs, params, bad, drawn, digest)
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
         """Return the next good sample of the same shard: the same one whoever asks."""
@@ -106,17 +100,14 @@ class _Loader:
             "are damaged; copy the shard again or build the dataset again"
         )
 
-    def _described(self, sample: int, reason: str, replaced_by: int) -> BadSample:
-        shard = self._dataset.shards[int(self._dataset.shard[sample])].tar.name
-        return BadSample(sample, self._dataset.sample_name(sample), shard, reason, replaced_by)
-
     def _batches(self, plan: Iterator[Rows]) -> Iterator[Batch]:
         for prepared, images in self._engine.run(plan):
             for bad in prepared.bad:
                 self._report(bad)
-            labels = to_device(prepared.labels, self._device)
-            rows, drawn, digest = prepared.rows, prepared.drawn, prepared.digest
-            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, drawn, digest)
+            rows, labels = prepared.rows, to_device(prepared.labels, self._device)
+            yield Batch(
+                images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn, prepared.digest
+            )
 
     def _report(self, bad: BadSample) -> None:
         self._bad.add(bad.id)
@@ -182,7 +173,7 @@ class TrainLoader(_Loader):
             )
         if global_batch % config.lanes:
             raise DataError(f"lanes ({config.lanes}) must divide the global batch ({global_batch}); choose other lanes")
-        self._seed, self._start, self._draw, self._start_step = seed, start_sample, draw, start_step
+        self._seed, self._start, self._caller, self._start_step = seed, start_sample, draw, start_step
         self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
         self._first_row = rank * self._share
         if isinstance(dataset.store, RemoteStore):
@@ -190,7 +181,7 @@ class TrainLoader(_Loader):
             low = rank // local_ranks * local_ranks * self._share
             high = min(low + local_ranks * self._share, global_batch)
             block = global_batch // config.lanes
-            require_room(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
+            self._fetcher = Fetcher(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
         self._ordered = (dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes)
         self._order = Order(*self._ordered)
         super().__init__(
@@ -231,11 +222,10 @@ class TrainLoader(_Loader):
         columns = zip_longest(*(self._dataset.shard[samples].tolist() for samples in ahead))
         return [shard for column in columns for shard in column if shard is not None]
 
-    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
-
-    def _draw_rows(self, rows: Rows) -> Any:
-        return None if self._draw is None else self._draw(self._start_step + rows.step, rows.rows)
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:
+        params = train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
+        drawn = None if self._caller is None else self._caller(self._start_step + rows.step, rows.rows)
+        return params, drawn
 
 
 class EvalLoader(_Loader):
@@ -272,7 +262,6 @@ class EvalLoader(_Loader):
             dataset, config, train=False, batch_size=batch_size, device=device, local_ranks=local_ranks,
             on_bad_sample=on_bad_sample,
         )  # fmt: skip
-
         self._set_share(batch_size, rank, world_size)
 
     def _set_share(self, batch_size: int, rank: int, world_size: int) -> None:
@@ -294,3 +283,6 @@ class EvalLoader(_Loader):
             valid = ids < end
             rows = np.minimum(ids, end - 1)  # padded with neighbors, from a shard that is read anyway
             yield Rows(rows, np.zeros_like(ids), rows, valid)
+
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:  # noqa: ARG002
+        return eval_params(self._config, widths, heights), None

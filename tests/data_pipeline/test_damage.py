@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.graph import SingleDecoder
+from data_pipeline.graph import undecodable
 from data_pipeline.transforms import AugmentConfig, InputConfig, RandomResizedCropConfig
 from tests.data_pipeline.datasets import (
     change_table,
@@ -86,10 +86,12 @@ def test_damaged_samples_are_left_out_of_evaluation_and_reported_once_by_the_ran
 
 
 def test_after_an_image_that_cannot_be_decoded_others_are_still_decoded(digits):
-    decoder, start, shape = SingleDecoder(InputConfig(path=digits), None), np.zeros(2, np.int32), np.array([40, 60])
+    box = np.zeros(2, np.int32), np.array([40, 60], np.int32)
     good, bad = (np.frombuffer(data, np.uint8) for data in (GOOD, GOOD[:SCAN] + b"no scan at all"))
-    reasons = [decoder.why_not(data, start, shape.astype(np.int32)) for data in (good, good, bad, good, bad, good)]
-    assert [bool(reason) for reason in reasons] == [False, False, True, False, True, False]
+    images = {number: (data, *box) for number, data in enumerate((good, good, bad, good, bad, good))}
+    reasons = undecodable(images, InputConfig(path=digits), None)
+    assert reasons.keys() == {2, 4}
+    assert all(reasons.values())
 
 
 def test_pixels_of_the_others_are_the_same_when_one_image_cannot_be_decoded(copy, digits):

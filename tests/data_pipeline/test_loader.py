@@ -146,7 +146,7 @@ def test_dali_has_every_operator_of_the_graph_for_a_gpu_and_images_never_leave_i
     config = InputConfig(path="nowhere", augment=augment, image_size=64)
     # All but the device itself: DALI asks for it when the graph is complete.
     monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
-    pipe = graph.pipeline(config, lambda _: [], train=train, batch_size=2, threads=1, device_id=0)
+    pipe = graph.pipeline(config, dict, train=train, batch_size=2, threads=1, device_id=0)
     assert len(pipe._ops) <= at_most, "more operators a batch than before"
     assert [output.device for output in pipe._graph_outputs] == ["gpu"]
     for node in pipe._ops:
