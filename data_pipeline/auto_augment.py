@@ -56,8 +56,9 @@ def draw_rand_augment(config: RandAugmentConfig, u: NDArray[np.float64]) -> dict
 def apply(images: Any, operations: int, inputs: dict[str, Any], size: tuple[int, int]) -> Any:
     """Apply the operations that were drawn, one after the other; images are HWC uint8 of `size`."""
     for slot in range(operations):
+        strength = signed_bin(inputs["strength"][slot], random_sign=inputs["sign"][slot])
         images = select(
-            RAND_AUGMENT, inputs["operation"][slot], data=images, shape=size, fill_value=_FILL, num_magnitude_bins=STEPS,
-            magnitude_bin=signed_bin(inputs["strength"][slot], random_sign=inputs["sign"][slot]),
+            RAND_AUGMENT, inputs["operation"][slot], data=images, magnitude_bin=strength, num_magnitude_bins=STEPS,
+            shape=size, fill_value=_FILL,
         )  # fmt: skip
     return images
