@@ -118,13 +118,9 @@ class Dataset:
         return f"sample {sample}"
 
     def _check_table(self, entry: Split) -> None:
-        where = self.store.where(entry.table.name)
         if not np.array_equal(np.bincount(self.shard, minlength=len(self.shards)), self.shard_sizes):
-            raise DataError(
-                f"{where} does not count the samples of the shards as {FILE_NAME} does; build the dataset again"
-            )
-        if (np.diff(self.shard) < 0).any():
-            raise DataError(f"{where} is not in the order of the shards; build the dataset again")
+            where = self.store.where(entry.table.name)
+            raise DataError(f"{where} does not count the samples of the shards as {FILE_NAME} does; build it again")
         strange = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(strange):
             sample = int(strange[0])

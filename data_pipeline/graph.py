@@ -49,11 +49,7 @@ def _inputs(examples: Mapping[str, NDArray], source: Callable[[], Mapping[str, A
 
 
 def in_place(values: NDArray | list[NDArray[np.uint8]]) -> TensorListCPU:
-    """Wrap the values of a batch's input for DALI without a copy; the result keeps the arrays alive.
-
-    Args:
-        values: an array with a row for each image, or an array for each image.
-    """
+    """Wrap an array with a row for each image, or one array each, for DALI without a copy; keeps them alive."""
     if isinstance(values, list):
         tensors = [TensorCPU(value) for value in values]
         return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # missing in DALI's stubs
@@ -77,12 +73,9 @@ def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) 
 
 
 def resize_by_dali(images: Any, size: Any, interpolation: str) -> Any:
-    """Return the node that resizes, with antialiasing, on the device where the images are.
+    """Return the node that resizes (h, w, 3) uint8 images, with antialiasing, on the device where they are.
 
-    Args:
-        images: node of (h, w, 3) uint8 images.
-        size: (height, width) for all images, or a node of one (2,) float32 each.
-        interpolation: "bilinear", "bicubic" or "lanczos".
+    The size is (height, width) for all images, or a node of one (2,) float32 each.
     """
     return fn.resize(images, size=size, interp_type=_RESIZE[interpolation], antialias=True)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -26,7 +27,7 @@ _REPLACEMENTS = 100
 _PLANNED = 4096
 
 
-class _Loader:
+class _Loader(ABC):
     """What training and evaluation share: reading, replacing what is bad, decoding."""
 
     _fetcher: Fetcher | None = None
@@ -59,9 +60,23 @@ class _Loader:
         if self._fetcher is not None:
             self._fetcher.want(None)
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches; ends an iteration that was left."""
+        for prepared, images in self._engine.run(self._plan()):
+            for bad in prepared.bad:
+                self._report(bad)
+            rows, labels = prepared.rows, to_device(prepared.labels, self._device)
+            yield Batch(
+                images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn, prepared.digest
+            )
+
+    @abstractmethod
+    def _plan(self) -> Iterator[Rows]:
+        """Yield what is in the batches."""
+
+    @abstractmethod
     def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:
         """Return what the graph needs for images of these sizes, each (m,), and what the caller wants drawn."""
-        raise NotImplementedError
 
     def _prepare(self, rows: Rows) -> Prepared:
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
@@ -99,15 +114,6 @@ class _Loader:
             f"{self._dataset.where(shard)}: sample {self._dataset.sample_name(sample)} and all after it "
             "are damaged; copy the shard again or build the dataset again"
         )
-
-    def _batches(self, plan: Iterator[Rows]) -> Iterator[Batch]:
-        for prepared, images in self._engine.run(plan):
-            for bad in prepared.bad:
-                self._report(bad)
-            rows, labels = prepared.rows, to_device(prepared.labels, self._device)
-            yield Batch(
-                images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn, prepared.digest
-            )
 
     def _report(self, bad: BadSample) -> None:
         self._bad.add(bad.id)
@@ -189,10 +195,6 @@ class TrainLoader(_Loader):
             on_bad_sample=on_bad_sample,
         )  # fmt: skip
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches without end, beginning at `start_sample`."""
-        return self._batches(self._plan())
-
     def samples(self, start: int, stop: int) -> tuple[Int64, Int64]:
         """Return (epochs, sample ids) of the positions start..stop-1 of training, each (stop - start,) int64."""
         return Order(*self._ordered).samples(start, stop)  # a new one: its caches are not for two threads
@@ -233,17 +235,8 @@ class EvalLoader(_Loader):
 
     The split is cut into batches, of which each rank takes a contiguous share: a sample is in the same row of the
     same batch whatever the number of ranks, so that a network can give it the same scores, bit for bit. All ranks yield
-    the same number of batches; what is missing at the end is padded with rows whose `valid` is False.
-
-    Args:
-        dataset: the split to evaluate on.
-        config: how images are read and normalized.
-        batch_size: samples per yielded batch.
-        rank: this rank.
-        world_size: number of ranks.
-        device: where batches appear; DALI decodes there.
-        local_ranks: ranks that share this machine's cores.
-        on_bad_sample: called for each sample that cannot be evaluated.
+    the same number of batches; what is missing at the end is padded with rows whose `valid` is False. The arguments are
+    as those of `TrainLoader`; `batch_size` is the number of samples in each batch.
     """
 
     def __init__(
@@ -271,10 +264,6 @@ class EvalLoader(_Loader):
     def __len__(self) -> int:
         """Return the number of batches, equal on every rank."""
         return self._share // self._size
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the rank's share of the split once."""
-        return self._batches(self._plan())
 
     def _plan(self) -> Iterator[Rows]:
         end = min(self._first + self._share, len(self._dataset))

@@ -1,6 +1,6 @@
 """What is done to images: the `data:` and `mixing:` sections of a recipe.
 
-Every field is documented where it is declared. Lengths are in pixels, angles in degrees, fractions between 0 and 1.
+Lengths are in pixels, angles in degrees, fractions between 0 and 1.
 """
 
 from pathlib import Path

@@ -76,7 +76,7 @@ def test_a_row_that_fails_is_noted_and_the_next_is_measured(tmp_path: Path, monk
     rows, known = tmp_path / "rows", tmp_path / "known"
     known.write_text(json.dumps({"pixels": {"one": {"rate": 7.0}}}))
     monkeypatch.setattr(first_gpu_steps, "loader", step)
-    monkeypatch.setattr(torch, "compile", torch.compile)  # which it replaces on a CPU
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda _: None)  # which it changes on a CPU
     monkeypatch.setattr(sys, "argv", ["", "loader", str(rows), str(known), str(tmp_path)])
     assert first_gpu_steps.main() == 1
     found = dict(pair for line in rows.read_text().splitlines() for pair in json.loads(line).items())
@@ -110,7 +110,8 @@ def test_all_steps_work_on_a_cpu(tmp_path: Path) -> None:
     assert counts["loader"] == 5
     assert counts["network"] % 3 == 0
     assert counts["trainer"] == 4
-    assert counts["environment"] == counts["end_to_end"] == counts["tests"] == 1
+    assert counts["environment"] == counts["end_to_end"] == 1
+    assert counts["tests"] > 1
     assert all(row["same"] for row in content["pixels"]["rows"].values())
     assert all(row["waits"] == "none" for row in content["trainer"]["rows"].values())
     for step in ("loader", "network", "trainer", "end_to_end"):
