@@ -110,8 +110,7 @@ def test_all_steps_work_on_a_cpu(tmp_path: Path) -> None:
     assert counts["loader"] == 5
     assert counts["network"] % 3 == 0
     assert counts["trainer"] == 4
-    assert counts["environment"] == counts["end_to_end"] == 1
-    assert counts["tests"] > 1
+    assert counts["environment"] == counts["end_to_end"] == counts["tests"] == 1
     assert all(row["same"] for row in content["pixels"]["rows"].values())
     assert all(row["waits"] == "none" for row in content["trainer"]["rows"].values())
     for step in ("loader", "network", "trainer", "end_to_end"):

@@ -174,13 +174,6 @@ def test_a_shard_in_which_every_image_is_damaged_is_an_error_of_one_line_and_nev
         read_epoch(copy)
 
 
-def test_a_shard_that_vanishes_while_training_is_an_error_of_one_line(copy):
-    dataset = Dataset.open(copy, "train")
-    (copy / "digits-train-000002.tar").unlink()
-    with training(dataset) as loader, pytest.raises(DataError, match=r"000002.tar cannot be read \(No such file"):
-        list(itertools.islice(loader, 24))
-
-
 def test_a_batch_is_not_lost_when_the_next_one_cannot_be_scheduled(train, monkeypatch):
     with training(train) as loader:
         expected = [batch.sample_ids.tolist() for batch in itertools.islice(loader, 6)]
