@@ -60,7 +60,7 @@ soak: setup
 
 # Model, input pipeline, trainer and end-to-end benchmarks, compared with alternatives; see docs/performance.md.
 bench: setup
-	$(BIN)/python -m benchmarks
+	for name in model data trainer end_to_end; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check .

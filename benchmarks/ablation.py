@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ import scipy.stats
 import torch
 import yaml
 from rich.console import Console
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
+from benchmarks.model import cost
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from models import LaViT
@@ -74,9 +73,15 @@ QUESTIONS = {
 """What is compared, as (with, without)."""
 FEW_SEEDS = ("vit", "cnn")
 """Variants that are trained with three seeds."""
+TITLES = {
+    "saturation": "saturation: similarity with the block before",
+    "diagonality": "diagonality: attention to the own place",
+    "symmetry": "symmetry",
+}
+"""What is measured of a block's attention."""
 IMAGES = 200
 """Test images whose attention is measured."""
-writing = threading.Lock()
+building = threading.Lock()
 
 
 def settings(variant: str, seed: int, options: argparse.Namespace) -> list[str]:
@@ -98,24 +103,14 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """
     assignments = settings(variant, seed, options)
     folder = options.runs / assignments[0].removeprefix("name=")
-    row_file, fresh = folder / "ablation.json", not folder.exists()
+    row_file, log, fresh = folder / "ablation.json", options.runs / f"{folder.name}.log", not folder.exists()
     if row_file.exists():
         return json.loads(row_file.read_text())
-    sets = itertools.chain.from_iterable(("--set", assignment) for assignment in assignments)
-    train = ("pretrain/main.py", "--recipe", str(options.recipe), "--runs", str(options.runs), *sets)
-    used = _run(train, options.runs / f"{folder.name}.log")
+    sets = [word for assignment in assignments for word in ("--set", assignment)]
+    used = _run(["pretrain/main.py", "--recipe", str(options.recipe), "--runs", str(options.runs), *sets], log)
+    test = ["--data", str(options.data), "--split", "test", "--trust-factory"]
+    _run(["-m", "pretrain.evaluate", str(folder), *test], log)
     report = folder / "evaluation" / f"{Path(options.data).name}-test.json"
-    evaluate = (
-        "-m",
-        "pretrain.evaluate",
-        str(folder),
-        "--data",
-        str(options.data),
-        "--split",
-        "test",
-        "--trust-factory",
-    )
-    _run(evaluate, options.runs / f"{folder.name}.log")
     summary, evaluation = (json.loads(path.read_text()) for path in (folder / "summary.json", report))
     row = {
         "variant": variant, "seed": seed, "top1": evaluation["top1"], "loss": evaluation["loss"],
@@ -126,13 +121,11 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def _run(command: tuple[str, ...], log: Path) -> float:
+def _run(command: list[str], log: Path) -> float:
     """Run one of the project's commands on one core; returns the seconds of cores that it used."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("a") as output:
-        child = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+    with log.open("a") as out:
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=out)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -142,39 +135,29 @@ def _run(command: tuple[str, ...], log: Path) -> float:
 
 def measure(recipe: Recipe, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Parameters, multiply-accumulates of an image, and the attention of each block before and after training."""
-    with writing:  # the seed of the weights is torch's global one
+    with building:  # the seed of the weights is torch's global one
         fresh = build_model(recipe, 10).eval()
     trained, _ = load_handoff(folder / "handoff", trust_factory=True)
     test = Dataset.open(options.data, "test")
     loader = EvalLoader(test, recipe.data, batch_size=IMAGES, rank=0, world_size=1, device=torch.device("cpu"))
     images = next(iter(loader)).images
     loader.close()
-    # Fused attention is not counted on a CPU; the kernel made of products is.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        fresh(images[:1])
     attention = {}
     for when, model in (("before", fresh), ("after", trained)):
         if isinstance(model, LaViT):
             attention[when] = {
                 f"stage{block.stage + 1}_block{block.block + 1}_{block.kind}": {
-                    "diagonality": block.diagonality, "symmetry": block.symmetry, "saturation": block.saturation
+                    quantity: getattr(block, quantity) for quantity in TITLES
                 }
                 for block in attention_diagnostics(model, images)
-            }  # fmt: skip
-    return {
-        "parameters": sum(parameter.numel() for parameter in fresh.parameters()),
-        "macs": counter.get_total_flops() // 2,
-        "attention": attention,
-        "residual_scales": {
-            name: weight.tolist() for name, weight in trained.named_parameters() if name.endswith("residual.gamma")
-        },
-    }
+            }
+    scales = {name: weight.tolist() for name, weight in trained.named_parameters() if name.endswith("residual.gamma")}
+    return {**cost(fresh, images.shape[-1]), "attention": attention, "residual_scales": scales}
 
 
-def interval(values: list[float]) -> dict[str, float | None]:
+def interval(values: list[float]) -> dict[str, Any]:
     """Mean, and half the width of its 95 % interval (Student's t); None where there is one value."""
-    count = len(values)
-    half = None
+    count, half = len(values), None
     if count > 1:
         half = float(scipy.stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return {"seeds": count, "mean": statistics.fmean(values), "half_width": half}
@@ -192,8 +175,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
         seeds = [seed for name, seed in top1 if name == one and (other, seed) in top1]
         if seeds:
             found = interval([top1[one, seed] - top1[other, seed] for seed in seeds])
-            half = found["half_width"]
-            shown = half is not None and found["mean"] is not None and abs(found["mean"]) > half
+            shown = found["half_width"] is not None and abs(found["mean"]) > found["half_width"]
             differences[question] = {"with": one, "without": other, **found, "differs": shown}
     return {"variants": variants, "differences": differences}
 
@@ -252,22 +234,15 @@ def draw(content: dict[str, Any], path: Path) -> None:
     accuracy.set_yticks(range(len(names)), names)
     accuracy.invert_yaxis()
     accuracy.set_xlabel("top-1 on the test images, %: mean, 95 % interval, runs")
-    shown = ("vanilla", "reuse", "la", "la+residual", "la+residual+printed", "la+residual+loss")
-    titles = {
-        "saturation": "saturation: similarity with the block before",
-        "diagonality": "diagonality: attention to the own place",
-        "symmetry": "symmetry",
-    }
-    for axis, (quantity, title) in zip(axes.flat[1:], titles.items(), strict=True):
-        for color, name in enumerate(name for name in names if name in shown):
+    for axis, (quantity, title) in zip(axes.flat[1:], TITLES.items(), strict=True):
+        for color, name in enumerate(name for name in names if name not in FEW_SEEDS):  # which have no such attention
             rows = [row["attention"] for row in content["rows"] if row["variant"] == name]
             blocks = [block for block, values in rows[0]["after"].items() if values[quantity] is not None]
             places = [block.rpartition("_")[0].replace("stage", "").replace("_block", ".") for block in blocks]
-            for when, line in (("before", ":"), ("after", "o-")) if name in ("vanilla", "la") else (("after", "o-"),):
+            for when, line, label in (("before", ":", None), ("after", "o-", name)):
                 means = [statistics.fmean(row[when][block][quantity] for row in rows) for block in blocks]
-                label = f"{name}, before training" if when == "before" else name
                 axis.plot(places, means, line, color=f"C{color}", label=label, markersize=4)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"{title} (dotted: before training)", fontsize=10)
         axis.set_xlabel("stage.block")
         axis.set_ylim(0, 1.03)
     axes[0, 1].legend(fontsize=8)
@@ -287,36 +262,25 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("data", "recipe", "runs"):
         setattr(options, name, Path(getattr(options, name)).resolve())
     options.runs.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        (variant, seed)
-        for seed in range(options.seeds)
-        for variant in options.variants
-        if variant not in FEW_SEEDS or seed < 3
-    ]
+    pairs = itertools.product(range(options.seeds), options.variants)
+    wanted = [(variant, seed) for seed, variant in pairs if variant not in FEW_SEEDS or seed < 3]
     rows: list[dict[str, Any]] = []
-    console, failed = Console(highlight=False, markup=False, soft_wrap=True), 0
-
-    def one(variant: str, seed: int) -> None:
-        nonlocal failed
-        try:
-            row = run(variant, seed, options)
-        except RuntimeError as error:
-            failed += 1
-            console.print(f"error: {variant}, seed {seed}: {error}")
-            return
-        with writing:
-            rows.append(row)
-            write(rows, options)
-        console.print(f"{variant}, seed {seed}: top-1 {row['top1']:.2f} %, {row['seconds']:.0f} s")
-
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(one, *zip(*wanted, strict=True)))
+        runs = {pool.submit(run, *pair, options): f"{pair[0]}, seed {pair[1]}" for pair in wanted}
+        for done in as_completed(runs):
+            if error := done.exception():
+                console.print(f"error: {runs[done]}: {error}")
+                continue
+            rows.append(done.result())
+            write(rows, options)
+            console.print(f"{runs[done]}: top-1 {rows[-1]['top1']:.2f} %, {rows[-1]['seconds']:.0f} s")
     if rows:
         path, content = write(rows, options)
         console.print(*show(content), f"\n{path}", sep="\n")
         if options.figure:
             draw(content, Path(options.figure))
-    return int(failed > 0)
+    return int(len(rows) < len(wanted))
 
 
 if __name__ == "__main__":

@@ -94,25 +94,14 @@ def native(folder: Path, device: torch.device, batch: int, *, threads: int) -> I
     pipe = Pipeline(batch, threads, 0 if gpu else None)
     with pipe:
         jpeg, _ = fn.readers.webdataset(
-            paths=[str(path) for path in shards],
-            index_paths=[str(path.with_suffix(".idx")) for path in shards],
-            ext=["jpg", "cls"],
-            random_shuffle=True,
-            initial_fill=512,
-            missing_component_behavior="error",
-        )
+            paths=[str(path) for path in shards], index_paths=[str(path.with_suffix(".idx")) for path in shards],
+            ext=["jpg", "cls"], random_shuffle=True, initial_fill=512, missing_component_behavior="error",
+        )  # fmt: skip
         images = fn.decoders.image_random_crop(jpeg, device="mixed" if gpu else "cpu", random_area=(0.08, 1.0))
         images = fn.resize(images, size=(SIDE, SIDE), interp_type=types.INTERP_LINEAR, antialias=True)
-        pipe.set_outputs(
-            fn.crop_mirror_normalize(
-                images,
-                dtype=types.FLOAT,
-                output_layout="CHW",
-                mirror=fn.random.coin_flip(),
-                mean=[255 * value for value in IMAGENET_MEAN],
-                std=[255 * value for value in IMAGENET_STD],
-            )
-        )
+        mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        flip = {"mirror": fn.random.coin_flip(), "output_layout": "CHW"}
+        pipe.set_outputs(fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=mean, std=std, **flip))
     while True:
         (out,) = pipe.run()
         tensor = out.as_tensor()
@@ -140,47 +129,32 @@ def _augmented(jpeg: bytes, side: int, resampling: Image.Resampling) -> torch.Te
     return pixels.sub_(_MEAN).div_(_STD)
 
 
-def pillow_loader(
+def pillow(
     folder: Path,
-    workers: int,
+    device: torch.device,
     batch: int,
     *,
+    threads: int,
     side: int = SIDE,
     resampling: Image.Resampling = Image.Resampling.BILINEAR,
-    pinned: bool = False,
-) -> torch.utils.data.DataLoader:
-    """A torch DataLoader with webdataset and Pillow in its workers; every rank and worker draws shards of its own.
+) -> Iterator[list[torch.Tensor]]:
+    """Batches of a torch DataLoader with webdataset and Pillow in its workers; pinned for a GPU, as one would.
 
-    Args:
-        folder: of the shards.
-        workers: processes.
-        batch: images of a batch.
-        side: of the images, in pixels.
-        resampling: how Pillow resizes.
-        pinned: batches are in page-locked memory, from which a GPU copies by itself.
-
-    Returns:
-        batches without end: images (batch, 3, side, side) float32, normalized; labels (batch,) int64.
+    Every rank and worker draws shards of its own. Yields images (batch, 3, side, side) float32, normalized, and labels
+    (batch,) int64, without end.
     """
-    shards = sorted(str(path) for path in folder.glob("*-train-*.tar"))
+    shards, gpu = sorted(str(path) for path in folder.glob("*-train-*.tar")), device.type == "cuda"
     read = webdataset.WebDataset(
         shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
     ).shuffle(512)
     augmented = partial(_augmented, side=side, resampling=resampling)
-    return torch.utils.data.DataLoader(
-        read.to_tuple("jpg", "cls").map_tuple(augmented, int), batch_size=batch, num_workers=workers, pin_memory=pinned
-    )
+    samples = read.to_tuple("jpg", "cls").map_tuple(augmented, int)
+    for pair in torch.utils.data.DataLoader(samples, batch_size=batch, num_workers=threads, pin_memory=gpu):
+        yield [part.to(device, non_blocking=gpu) for part in pair]
 
 
-def pillow(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
-    """Batches of `pillow_loader`; pinned for a GPU, as one would."""
-    gpu = device.type == "cuda"
-    for images, _ in pillow_loader(folder, threads, batch, pinned=gpu):
-        yield images.to(device, non_blocking=gpu)
-
-
-def decoding(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[torch.Tensor]:
-    """An empty tensor for each batch that DALI only decodes, from JPEGs in memory."""
+def decoding(folder: Path, device: torch.device, batch: int, *, threads: int) -> Iterator[Any]:
+    """Batches that DALI only decodes, from JPEGs in memory."""
     dataset, given = Dataset.open(folder, "train"), []
     reader = Reader(dataset)
     for ids in np.split(np.arange(8 * batch) % len(dataset), 8):
@@ -195,8 +169,7 @@ def decoding(folder: Path, device: torch.device, batch: int, *, threads: int) ->
         where = {"device": "mixed" if gpu else "cpu", "start": start, "shape": shape, "axes": [0, 1]}
         pipe.set_outputs(fn.decoders.image_slice(jpeg, **where))
     while True:
-        pipe.run()
-        yield torch.empty(0)
+        yield pipe.run()
 
 
 def cpu_seconds() -> float:
@@ -212,18 +185,18 @@ def python_seconds() -> float:
     return sum(int(Path(f"/proc/self/task/{one}/schedstat").read_text().split()[0]) for one in threads) / 1e9
 
 
-def measure(batches: Iterator[torch.Tensor], count: int, batch: int) -> tuple[float, float, float]:
+def measure(batches: Iterator[Any], count: int, batch: int) -> tuple[float, float, float]:
     """Images per CPU-second and per second over ``count`` batches, and microseconds of Python's threads per image."""
     cpu, clock, python = cpu_seconds(), time.perf_counter(), python_seconds()
-    for images in itertools.islice(batches, count):
-        last = images
-    if last.is_cuda:
+    for _ in itertools.islice(batches, count):
+        pass
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     python, clock, cpu = python_seconds() - python, time.perf_counter() - clock, cpu_seconds() - cpu
     return count * batch / cpu, count * batch / clock, python / (count * batch) * 1e6
 
 
-CONTESTANTS: dict[str, Callable[..., Iterator[torch.Tensor]]] = {
+CONTESTANTS: dict[str, Callable[..., Iterator[Any]]] = {
     "ours": ours,
     "ours, hardware decoder": partial(ours, hw_decoder_load=0.65),  # DALI's default
     "DALI's own reader": native,

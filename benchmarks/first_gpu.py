@@ -28,7 +28,7 @@ from pretrain.outcome import UserError
 
 ROOT = Path(__file__).parent.parent
 SPEED = "{name}: {images_per_s:,.0f} images/s, {bound}-bound (busy {busy:.0%})"
-WAITS = "waits for data {data_wait:.1%}, device idle {idle:.1%}"
+WAITS = "waits for data {data_wait:.1%}, device busy {busy:.0%}"
 STEPS = {
     "environment": (30, "{name}, driver {driver}, CUDA {cuda}; torch {torch}, DALI {dali}, NCCL {nccl}: {computes}"),
     "pixels": (60, "{name}: {repeats}; from a CPU's pixels {mean:.2f} of 255 on average, {max:.0f} at most"),
@@ -52,14 +52,10 @@ def command_of(step: str) -> list[str]:
 
 def run(command: list[str], limit_s: float, log: Path) -> str:
     """Run a step until it ends or its time is over, and kill what is left of it; "ok", or one line on how it ended."""
-    with log.open("wb") as out:
+    status = None
+    with log.open("wb") as out, contextlib.suppress(subprocess.TimeoutExpired):
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        status = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(limit_s)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps its process alive
-            process.wait(10)
+        status = process.wait(limit_s)
     for _ in range(3):
         # Orphans, also those with a session of their own, have become children of this process.
         left = psutil.Process().children(recursive=True)

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.first_gpu_steps STEP ROWS KNOWN SCRATCH`` appends each row to ROWS as soon as it is measured, and
 goes on with the next where one fails.
-KNOWN holds the rows of earlier steps, SCRATCH is a folder for all of them. On a CPU "compiled" networks are captured
-only, and run operation by operation: compiling kernels takes minutes there.
+KNOWN holds the rows of earlier steps, SCRATCH is a folder for all of them. On a CPU nothing is compiled, which takes
+minutes there.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import data, model, timing
 from benchmarks.first_gpu import ROOT, STEPS, Found, fastest
-from benchmarks.trainer import Stepper, build, fixed_batches, join, recipe_of
+from benchmarks.trainer import build, changes_of, fixed_batches, join, recipe_of, started
 from data_pipeline.dataset import Dataset
-from data_pipeline.graph import SingleDecoder
+from data_pipeline.graph import undecodable
 from data_pipeline.loader import TrainLoader
 from data_pipeline.transforms import IMAGENET_STD, AugmentConfig, InputConfig
 from pretrain.devices import use_gpu
@@ -59,11 +59,11 @@ WARMUP, ROUNDS, COUNT = (10, 5, 20) if GPU else (1, 2, 2)
 SIZES = ((500, 375), (500, 333), (375, 500), (500, 500), (640, 480), (400, 300), (320, 240), (1600, 1200))
 """Widths and heights as in ImageNet, where most images have less than a million pixels."""
 TRAINERS = {
-    f"ZeRO {stage} {precision} {mode}": (stage, precision, mode == "compiled")
+    f"ZeRO {stage} {'bf16' if bf16 else 'autocast'} {mode}": (stage, bf16, mode == "compiled")
     for mode in ("eager", "compiled")
-    for stage, precision in ((1, "bf16"), (0, "autocast"))
+    for stage, bf16 in ((1, True), (0, False))
 }
-"""ZeRO stage, precision, and whether the network is compiled, by name."""
+"""ZeRO stage, whether weights are in bf16, and whether the network is compiled, by name."""
 HOST_BOUND = 0.9
 """A GPU that computes less of a step's time waits for the host."""
 AUGMENT = load_recipe(ROOT / "recipes/in1k_lavit_small.yaml").data.augment
@@ -90,8 +90,8 @@ def environment(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
         right = (ones @ ones).unique().tolist() == [256]
         jpeg, size = io.BytesIO(), np.array([48, 64], np.int32)
         Image.new("RGB", (64, 48)).save(jpeg, "jpeg")
-        decoder = SingleDecoder(InputConfig(path="none"), DEVICE.index)
-        failed = decoder.why_not(np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size)
+        image = np.frombuffer(jpeg.getvalue(), np.uint8), 0 * size, size
+        failed = undecodable({0: image}, InputConfig(path="none"), DEVICE.index).get(0)
         return row | {"computes": f"torch {'multiplies' if right else 'MULTIPLIES WRONG'}, DALI {failed or 'decodes'}"}
 
     yield row.pop("name"), compute
@@ -183,89 +183,54 @@ def others(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
         yield "timm", lambda: {"note": "timm is not installed"}
 
 
-class Running:
+def train(name: str, scratch: Path, control: dist.ProcessGroup, **settings: Any) -> Row:
     """A trainer's own loop on a fixed batch, or on its loader where that has settings."""
-
-    def __init__(self, name: str, scratch: Path, control: dist.ProcessGroup, **settings: Any) -> None:
-        stage, precision, compiled = TRAINERS[name]
-        options = argparse.Namespace(model=NETWORK, size=SIDE, micro_batch=BATCHES[0], shards=shards(scratch))
-        recipe = recipe_of(options, compiled=compiled, augment=AUGMENT.model_dump(), **settings)
-        recipe = recipe.model_copy(update={"log_every_steps": 10**9})
-        changes = {
-            "train_batch_size": BATCHES[0], "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": precision == "bf16"}, "torch_autocast": {"enabled": precision == "autocast"},
-        }  # fmt: skip
-        trainer = build(recipe, changes, scratch / f"run-{time.monotonic_ns()}", DEVICE, control)
-        self.timer = trainer.monitor.timer
-        self._stepper = Stepper(trainer.train_loader if settings else fixed_batches(0, options, DEVICE))
-        trainer.train_loader = self._stepper  # type: ignore[assignment]
-        self._stepper.start(trainer.train)
-        self.seconds(WARMUP)
-
-    def seconds(self, steps: int = COUNT) -> float:
-        """Take steps."""
-        return self._stepper.seconds(steps, DEVICE)
-
-    def phases(self, steps: int = COUNT) -> tuple[float, dict[str, float]]:
-        """Take steps; their seconds, and those of each phase."""
-        self.timer.split()  # of before
-        return self.seconds(steps), dict(self.timer.split())
-
-    def waits(self) -> list[str]:
-        """Where, in five steps, torch says that the host waits for the device."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if GPU:
-                torch.cuda.set_sync_debug_mode("warn")
-            self.seconds(5)
-            if GPU:
-                torch.cuda.set_sync_debug_mode("default")
-        # The end of `seconds` waits in torch/cuda.
-        found = [one for one in caught if "synchroniz" in str(one.message) and "torch/cuda/" not in one.filename]
-        return sorted({f"{Path(one.filename).name}:{one.lineno}" for one in found})
+    stage, bf16, compiled = TRAINERS[name]
+    place = {"model": NETWORK, "size": SIDE, "micro_batch": BATCHES[0], "ranks": 1, "shards": shards(scratch)}
+    options = argparse.Namespace(autocast=True, **place)
+    recipe = recipe_of(options, compiled=compiled, augment=AUGMENT.model_dump(), **settings)
+    recipe = recipe.model_copy(update={"log_every_steps": 10**9})
+    path, changes = scratch / f"run-{time.monotonic_ns()}", changes_of(options, stage, bf16=bf16)
+    trainer = build(recipe, changes, path, DEVICE, control)
+    loop = started(trainer, None if settings else fixed_batches(0, options, DEVICE))
+    loop.seconds(WARMUP, DEVICE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if GPU:
+            torch.cuda.set_sync_debug_mode("warn")
+        loop.seconds(5, DEVICE)
+        if GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    # Where torch says that the host waits for the device; the end of `seconds` waits in torch/cuda.
+    found = [one for one in caught if "synchroniz" in str(one.message) and "torch/cuda/" not in one.filename]
+    waits = sorted({f"{Path(one.filename).name}:{one.lineno}" for one in found})
+    trainer.monitor.timer.split()  # of before
+    step_s = loop.seconds(ROUNDS * COUNT, DEVICE) / (ROUNDS * COUNT)
+    phases = {phase: 1e3 * took / (ROUNDS * COUNT) for phase, took in trainer.monitor.timer.split().items()}
+    row = {"images_per_s": BATCHES[0] / step_s, "step_ms": 1e3 * step_s, "optimizer_ms": phases["optimizer"]}
+    row |= {"phases_ms": phases, "data_wait": phases["data"] / sum(phases.values())}
+    return row | {"waits": "; ".join(waits) or "none"} | profiled(lambda: loop.seconds(COUNT, DEVICE))
 
 
 def trainer(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
     """The trainer on a fixed batch, in each stage, precision and mode."""
     control = join(0, free_port(), 1)[1]
-
-    def train(name: str) -> Row:
-        running = Running(name, scratch, control)
-        waits = running.waits()
-        measured = [running.phases() for _ in range(ROUNDS)]
-        phases = {key: statistics.median(1e3 * one[key] / COUNT for _, one in measured) for key in measured[0][1]}
-        step_s = statistics.median(took / COUNT for took, _ in measured)
-        row = {"images_per_s": BATCHES[0] / step_s, "step_ms": 1e3 * step_s, "optimizer_ms": phases["optimizer"]}
-        return row | {"phases_ms": phases, "waits": "; ".join(waits) or "none"} | profiled(running.seconds)
-
     for name in TRAINERS:
-        yield name, partial(train, name)
+        yield name, partial(train, name, scratch, control)
 
 
 def end_to_end(known: Found, scratch: Path) -> Rows:
-    """The fastest trainer on its loader and on a fixed batch, in turns; with the fastest decoder share that repeats."""
+    """The fastest trainer on its loader with the fastest decoder share that repeats, and again on a fixed batch."""
     good = [share for share, row in known["pixels"].items() if row.get("same")]
     load = fastest(known["loader"], good) or "hw_decoder_load 0.0"
     name = fastest(known["trainer"], [*TRAINERS]) or next(iter(TRAINERS))
 
-    def train() -> Row:
+    def both() -> Row:
         control = join(0, free_port(), 1)[1]
-        runs = {"synthetic": Running(name, scratch, control)}
-        runs["loader"] = Running(name, scratch, control, hw_decoder_load=float(load.split()[-1]))
-        times: dict[str, list[float]] = {key: [] for key in runs}
-        waits = []
-        for key, counts in timing.turns([*runs], ROUNDS):
-            took, phases = runs[key].phases()
-            if counts:
-                times[key].append(took)
-                waits += [phases["data"] / sum(phases.values())] if key == "loader" else []
-        rates = {key: COUNT * BATCHES[0] / statistics.median(taken) for key, taken in times.items()}
-        row = {"ratio": timing.ratio(times["synthetic"], times["loader"]), "data_wait": statistics.median(waits)}
-        row |= {"images_per_s": rates["loader"], "synthetic_images_per_s": rates["synthetic"]}
-        found = profiled(runs["loader"].seconds)
-        return row | {"idle": 1 - found["busy"], "kernels_ms": found["kernels_ms"]}
+        row = train(name, scratch, control, hw_decoder_load=float(load.split()[-1]))
+        return row | {"ratio": row["images_per_s"] / train(name, scratch, control)["images_per_s"]}
 
-    yield f"{name}, {load}", train
+    yield f"{name}, {load}", both
 
 
 def tests(known: Found, scratch: Path) -> Rows:  # noqa: ARG001
@@ -293,12 +258,7 @@ def main() -> int:
     assert step in STEPS
     torch.set_num_threads(1)
     if not GPU:
-        compile_ = torch.compile
-
-        def capture(*arguments: Any, mode: object = None, **options: Any) -> Any:  # noqa: ARG001
-            return compile_(*arguments, backend="aot_eager", **options)
-
-        torch.compile = capture
+        torch.compiler.set_stance("force_eager")
     failed = 0
     with Path(rows).open("a") as out:
         for name, measure in globals()[step](json.loads(Path(known).read_text()), Path(scratch)):

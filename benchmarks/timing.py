@@ -100,13 +100,7 @@ def parse(
 def write(options: argparse.Namespace, conditions: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Print the rows and put them into the day's file, in place of an earlier section of the same kind.
 
-    Args:
-        options: by ``parse``.
-        conditions: what was measured.
-        rows: one per contestant; lists are raw measurements in the order of the rounds.
-
-    Returns:
-        the file.
+    Rows are one per contestant; lists in them are raw measurements in the order of the rounds. Returns the file.
     """
     described = environment()
     section = {
@@ -121,8 +115,7 @@ def write(options: argparse.Namespace, conditions: dict[str, Any], rows: list[di
     content = json.loads(file.read_text()) if file.exists() else {"date": today, "sections": {}}
     content["sections"][options.kind] = section
     file.parent.mkdir(parents=True, exist_ok=True)
-    lists = re.compile(r"\[[-+\d.e,\s]*\]")  # on one line each
-    file.write_text(lists.sub(lambda found: " ".join(found[0].split()), json.dumps(content, indent=1)) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
     table = Table(*rows[0], title=f"{options.kind}, medians")
     for row in rows:
         values = [statistics.median(value) if isinstance(value, list) else value for value in row.values()]

@@ -3,17 +3,17 @@
 All loops are in the same processes and take turns on the same fixed batches. The trainer's loop is ``Trainer.train``
 with another loader; it neither evaluates nor saves meanwhile. Compiled stages are compared with compiled bare loops,
 and weights in bf16, too, with DDP in autocast. On a CPU everything starts again in fresh processes several times: from
-process to process a ratio varies more than within one.
+process to process a ratio varies more than within one. ``benchmarks.end_to_end`` runs loops on other batches, too.
 """
 
 import argparse
 import contextlib
 import io
 import os
-import statistics
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import timing
-from benchmarks.data import build_shards
+from benchmarks.data import build_shards, pillow
 from data_pipeline.batch import Batch
 from models import LaViT
 from pretrain.check import resolve_for
@@ -43,6 +44,9 @@ from pretrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "ds_config.json"
 CLASSES = 10
+PILLOW = "DDP + webdataset + Pillow"
+AT_EACH_STAGE = ("DeepSpeed", "trainer", "trainer on its loader")
+"""Kinds of loops that are run at each ZeRO stage; the others are ``DDP``, ``PILLOW``, and the ``loader`` alone."""
 Contestant = tuple[str, str, int, bool]
 """Mode, kind of loop, ZeRO stage, whether weights are in bf16."""
 
@@ -63,7 +67,7 @@ class Stepper:
             yield next(batches)
 
     def samples(self, start: int, stop: int) -> Any:
-        """Epochs and ids of samples, which the trainer asks for where a loss spikes."""
+        """No epochs and ids of samples, which the trainer asks for where a loss spikes."""
         return np.zeros((2, stop - start), np.int64)
 
     def start(self, loop: Callable[[], object]) -> None:
@@ -98,26 +102,15 @@ class Stepper:
             raise self._error
 
 
-def fused_adamw(model: LaViT) -> torch.optim.Optimizer:
-    """AdamW as plain torch has it; norms and biases without weight decay."""
-    no_decay, named = model.no_weight_decay(), [*model.named_parameters()]
-    groups = [
-        {"params": [p for n, p in named if n not in no_decay], "weight_decay": 0.05},
-        {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1e-3, fused=True)
-
-
 def deepspeed_loop(model: LaViT, batches: Iterable[Batch], config: dict[str, Any], *, compiled: bool) -> None:
     """A plain DeepSpeed loop: ``deepspeed.initialize``, ``backward``, ``step``, and nothing else."""
     import deepspeed  # noqa: PLC0415 - slow to import
 
     if compiled:
         compile_forward(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=fused_adamw(model), config=config, dist_init_required=False
-        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     dtype = next(engine.module.parameters()).dtype
     for batch in batches:
         logits, diagonality = engine(batch.images.to(dtype), with_diagonality=True)
@@ -127,7 +120,7 @@ def deepspeed_loop(model: LaViT, batches: Iterable[Batch], config: dict[str, Any
 
 def bare_loop(model: LaViT, batches: Iterable[Batch], *, autocast: bool, compiled: bool) -> None:
     """A plain torch loop: DDP, fused AdamW, clipping, fp32 weights."""
-    optimizer = fused_adamw(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
     if compiled:
         compile_forward(model)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -143,6 +136,7 @@ def bare_loop(model: LaViT, batches: Iterable[Batch], *, autocast: bool, compile
 
 def recipe_of(options: argparse.Namespace, *, compiled: bool, **data: Any) -> Recipe:
     """A recipe for pretraining on ``options.shards`` that never evaluates or saves."""
+    data = {"augment": {"random_resized_crop": {}, "horizontal_flip": 0.5}, **data}
     content = {
         "name": "benchmark", "data": {"path": str(options.shards), "image_size": options.size, **data},
         "mixing": {"label_smoothing": 0.1}, "loss": {"diagonality_weight": 0.01}, "optimizer": {"lr": 1e-3},
@@ -160,6 +154,21 @@ def build(
     with contextlib.redirect_stdout(io.StringIO()):
         config = read_deepspeed_config(CONFIG, changes)
         return open_trainer(recipe, config, RunFolder(path), device=device, control=control)
+
+
+def started(trainer: Trainer, batches: Iterable[Batch] | None = None) -> Stepper:
+    """The trainer's loop on the batches of its own loader or on others, run up to the first."""
+    trainer.train_loader = stepper = Stepper(trainer.train_loader if batches is None else batches)
+    stepper.start(trainer.train)
+    return stepper
+
+
+def changes_of(options: argparse.Namespace, stage: int, *, bf16: bool) -> dict[str, Any]:
+    """What ds_config.json is changed by: the ZeRO stage, and weights in bf16 or, where that is asked for, autocast."""
+    return {
+        "train_batch_size": options.ranks * options.micro_batch, "zero_optimization": {"stage": stage},
+        "torch_autocast": {"enabled": options.autocast and not bf16}, "bf16": {"enabled": bf16},
+    }  # fmt: skip
 
 
 def join(rank: int, port: int, ranks: int) -> tuple[torch.device, dist.ProcessGroup]:
@@ -184,66 +193,70 @@ def start_ranks(measure: Callable[..., None], options: argparse.Namespace) -> An
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        if not hasattr(options, "shards"):
-            options.shards = build_shards(Path(folder), 20)
         arguments = (free_port(), options, Path(folder), queue)
         mp.start_processes(measure, arguments, nprocs=options.ranks, start_method="spawn")
         return queue.get()
 
 
-def contestants(options: argparse.Namespace) -> list[Contestant]:
-    """In each mode DDP, and at each ZeRO stage DeepSpeed and the trainer, in DDP's precision or weights in bf16."""
+def pillow_batches(recipe: Recipe, micro_batch: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of torch's DataLoader on the device."""
+    data, resampling = recipe.data, Image.Resampling[recipe.data.interpolation.upper()]
+    settings = {"threads": data.threads or 1, "side": data.size[0], "resampling": resampling}
+    for images, labels in pillow(Path(data.path), device, micro_batch, **settings):
+        rows = np.arange(len(labels))
+        yield Batch(images, labels, rows, rows * 0, rows, rows >= 0)
+
+
+def contestants(options: argparse.Namespace) -> Iterator[Contestant]:
+    """In each mode the kinds of loops, and at each ZeRO stage those that have one, with weights in bf16, too."""
     stages = [(stage, False) for stage in options.stages] + [(stage, True) for stage in options.bf16_stages]
-    found: list[Contestant] = []
-    for mode in ("eager", "compiled") if options.compile else ("eager",):
-        found.append((mode, "DDP", 0, False))
-        for stage, bf16 in stages:
-            if (mode, stage) != ("compiled", 3):  # which is refused
-                found += [(mode, kind, stage, bf16) for kind in ("DeepSpeed", "trainer")]
-    return found
+    for mode in options.modes:
+        for kind in options.kinds:
+            for stage, bf16 in stages if kind in AT_EACH_STAGE else [(0, False)]:
+                if (mode, stage) != ("compiled", 3):  # which is refused
+                    yield mode, kind, stage, bf16
+
+
+def start(
+    key: Contestant, options: argparse.Namespace, path: Path, device: torch.device, control: dist.ProcessGroup
+) -> Stepper:
+    """A contestant's loop, up to its first batch."""
+    mode, kind, stage, bf16 = key
+    compiled, fixed = mode == "compiled", fixed_batches(dist.get_rank(), options, device)
+    recipe = recipe_of(options, compiled=compiled, threads=options.threads)
+    changes = changes_of(options, stage, bf16=bf16)
+    if kind in {"trainer", "trainer on its loader", "loader"}:
+        trainer = build(recipe, changes, path, device, control)
+        if kind != "loader":
+            return started(trainer, fixed if kind == "trainer" else None)
+        stepper = Stepper(trainer.train_loader)
+        stepper.start(partial(deque, stepper, 0))
+        return stepper
+    stepper = Stepper(pillow_batches(recipe, options.micro_batch, device) if kind == PILLOW else fixed)
+    model = build_model(recipe, CLASSES).to(device)
+    if kind == "DeepSpeed":
+        ranks = {"world_size": options.ranks, "has_gpu": device.type == "cuda", "has_bf16_gpu": has_bf16(device)}
+        config = resolve_for(recipe, read_deepspeed_config(CONFIG, changes), **ranks).config
+        stepper.start(partial(deepspeed_loop, model, stepper, config, compiled=compiled))
+    else:
+        stepper.start(partial(bare_loop, model, stepper, autocast=options.autocast, compiled=compiled))
+    return stepper
 
 
 def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, queue: Any) -> None:
-    """On one rank: let the loops take turns; rank 0 sends seconds per step, and those of checkpoints."""
+    """On one rank: let the loops take turns; rank 0 sends seconds per step of the slowest rank."""
     device, control = join(rank, port, options.ranks)
-    batches, steppers = fixed_batches(rank, options, device), {}
-    trainer: Trainer | None = None
-    for number, key in enumerate(contestants(options)):
-        (mode, kind, stage, bf16), stepper = key, Stepper(batches)
-        recipe, steppers[key] = recipe_of(options, compiled=mode == "compiled"), stepper
-        compiled = recipe.model.compile
-        if kind == "DDP":
-            model = build_model(recipe, CLASSES).to(device)
-            stepper.start(partial(bare_loop, model, stepper, autocast=options.autocast, compiled=compiled))
-            continue
-        changes = {
-            "train_batch_size": options.ranks * options.micro_batch, "zero_optimization": {"stage": stage},
-            "torch_autocast": {"enabled": options.autocast and not bf16}, "bf16": {"enabled": bf16},
-        }  # fmt: skip
-        if kind == "DeepSpeed":
-            model = build_model(recipe, CLASSES).to(device)
-            ranks = {"world_size": options.ranks, "has_gpu": device.type == "cuda", "has_bf16_gpu": has_bf16(device)}
-            resolved = resolve_for(recipe, read_deepspeed_config(CONFIG, changes), **ranks)
-            stepper.start(partial(deepspeed_loop, model, stepper, resolved.config, compiled=compiled))
-            continue
-        trainer = build(recipe, changes, folder / str(number), device, control)
-        trainer.train_loader = stepper
-        stepper.start(trainer.train)
-    seconds: dict[Contestant, list[float]] = {key: [] for key in steppers}
-    for key, counts in timing.turns([*steppers], options.rounds, options.warmup):
+    loops = {key: start(key, options, folder / str(i), device, control) for i, key in enumerate(contestants(options))}
+    seconds: dict[Contestant, list[float]] = {key: [] for key in loops}
+    for key, counts in timing.turns([*loops], options.rounds, options.warmup):
+        loops[key].seconds(options.skipped, device)
         dist.barrier(control)
-        took = steppers[key].seconds(options.steps, device) / options.steps
+        took = torch.tensor(loops[key].seconds(options.steps, device) / options.steps)
+        dist.all_reduce(took, op=dist.ReduceOp.MAX, group=control)
         if counts:
-            seconds[key].append(took)
-    waits, writes = [], []
-    for _ in range(5 if trainer is not None else 0):  # of the last contestant
-        began = time.perf_counter()
-        trainer.save()
-        waits.append(time.perf_counter() - began)
-        trainer.finish_save()
-        writes.append(time.perf_counter() - began)
+            seconds[key].append(took.item())
     if rank == 0:
-        queue.put((seconds, {"checkpoint_wait_s": waits, "checkpoint_write_s": writes}))
+        queue.put(seconds)
     dist.barrier(control)
     os._exit(0)  # loops and watchdogs are still running
 
@@ -251,28 +264,30 @@ def measure(rank: int, port: int, options: argparse.Namespace, folder: Path, que
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the result."""
     gpus = torch.cuda.device_count() if use_gpu() else 0
+    defaults = {"stages": [0, 1, 2, 3], "bf16_stages": [1] if gpus else [], "kinds": ["DDP", "DeepSpeed", "trainer"]}
     gpu = {"model": "lavit_small", "size": 224, "micro_batch": 128, "ranks": gpus, "steps": 50, "rounds": 6}
-    gpu |= {"warmup": 1, "processes": 1, "autocast": True, "compile": True, "stages": [0, 1, 2, 3], "bf16_stages": [1]}
+    gpu |= {"warmup": 1, "processes": 1, "autocast": True, "modes": ["eager", "compiled"]}
     cpu = {"model": "lavit_tiny", "size": 128, "micro_batch": 16, "ranks": 2, "steps": 1, "rounds": 8, "warmup": 3}
-    cpu |= {"processes": 3, "autocast": False, "compile": False, "stages": [0, 1, 2, 3], "bf16_stages": []}
+    cpu |= {"processes": 3, "autocast": False, "modes": ["eager"]}
     quick = {"rounds": 2, "processes": 1, "warmup": 1} | ({} if gpus else {"model": "lavit_micro", "size": 32})
-    options = timing.parse("trainer", __doc__, arguments, defaults=gpu if gpus else cpu, quick=quick)
-    seconds, checkpoints = start_ranks(measure, options)
-    for _ in range(options.processes - 1):
-        del options.shards
-        for key, taken in start_ranks(measure, options)[0].items():
-            seconds[key] += taken
+    defaults |= {"threads": 1, "skipped": 0} | (gpu if gpus else cpu)
+    options = timing.parse("trainer", __doc__, arguments, defaults=defaults, quick=quick)
+    seconds: dict[Contestant, list[float]] = {key: [] for key in contestants(options)}
+    with tempfile.TemporaryDirectory() as scratch:
+        options.shards = build_shards(Path(scratch), 20)
+        for _ in range(options.processes):
+            for key, taken in start_ranks(measure, options).items():
+                seconds[key] += taken
     rows = [
         {
             "loop": kind, "stage": stage, "weights": "bf16" if bf16 else "fp32", "mode": mode, "step_s": taken,
-            "time_over_ddp": timing.ratio(taken, seconds[mode, "DDP", 0, False]),
+            "time_over_ddp": timing.ratio(taken, seconds.get((mode, "DDP", 0, False), taken)),
             "time_over_deepspeed": timing.ratio(taken, seconds.get((mode, "DeepSpeed", stage, bf16), taken)),
         }
         for (mode, kind, stage, bf16), taken in seconds.items()
     ]  # fmt: skip
     names = ("model", "size", "micro_batch", "ranks", "processes", "rounds", "steps", "autocast")
-    medians = {name: statistics.median(values) for name, values in checkpoints.items() if values}
-    timing.write(options, {name: getattr(options, name) for name in names} | medians, rows)
+    timing.write(options, {name: getattr(options, name) for name in names}, rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.assemble import COLUMNS
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FILE_NAME, File, Shard, Split, file_of
+from data_pipeline.manifest import FILE_NAME, Shard, Split, file_of
 from data_pipeline.shards import header_at
 from data_pipeline.store import CacheConfig, Store, open_store, patiently
 
@@ -117,13 +118,9 @@ class Dataset:
         return f"sample {sample}"
 
     def _check_table(self, entry: Split) -> None:
-        where = self.store.where(entry.table.name)
         if not np.array_equal(np.bincount(self.shard, minlength=len(self.shards)), self.shard_sizes):
-            raise DataError(
-                f"{where} does not count the samples of the shards as {FILE_NAME} does; build the dataset again"
-            )
-        if (np.diff(self.shard) < 0).any():
-            raise DataError(f"{where} is not in the order of the shards; build the dataset again")
+            where = self.store.where(entry.table.name)
+            raise DataError(f"{where} does not count the samples of the shards as {FILE_NAME} does; build it again")
         strange = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(strange):
             sample = int(strange[0])
@@ -134,46 +131,38 @@ class Dataset:
             )
 
     def _check_shards(self, folder: Path) -> None:
-        """Check sizes, and compare the ends of every shard with the table: another shard may have the right size."""
+        """Compare sizes, and the ends of every shard with the table: another shard may have the right size."""
         ends = np.cumsum(self.shard_sizes)
 
+        def look(path: Path, samples: list[int]) -> tuple[int, list[int | None]]:
+            """Return a file's bytes, and those of the images whose headers are where the table says."""
+            size = path.stat().st_size
+            if not samples:
+                return size, []
+            with path.open("rb") as stream:
+                headers = [header_at(stream, int(self.offset[sample])) for sample in samples]
+            return size, [None if header is None else header.size for header in headers]
+
         def check(shard: int) -> None:
-            record = self.shards[shard]
-            for file in (record.tar, record.idx):
-                _check_size(folder / file.name, file)
-            if record.samples:
-                self._check_ends(folder / record.tar.name, int(ends[shard]) - record.samples, int(ends[shard]) - 1)
+            record, end = self.shards[shard], int(ends[shard])
+            outer = [end - record.samples, end - 1] if record.samples else []
+            for file, samples in ((record.tar, outer), (record.idx, [])):
+                path = folder / file.name
+                try:
+                    size, lengths = patiently(partial(look, path, samples), str(path))
+                except OSError as error:
+                    message = f"{path}: {error.strerror}; fix the disk, copy it here or build the dataset again"
+                    raise DataError(message) from None
+                found = f"has {size} bytes, but {FILE_NAME} says {file.bytes}" if size != file.bytes else ""
+                if not found and lengths != [int(self.length[sample]) for sample in samples]:
+                    found = "does not hold its samples where the table says"
+                if found:
+                    raise DataError(
+                        f"{path} {found}: it is not the file that was indexed; copy it again or build the dataset again"
+                    )
 
         with ThreadPoolExecutor(_PROBES) as pool:  # it is waiting for a file server, if anything
             list(pool.map(check, range(len(self.shards))))
-
-    def _check_ends(self, path: Path, *samples: int) -> None:
-        def sizes() -> list[int | None]:
-            with path.open("rb") as stream:
-                headers = [header_at(stream, int(self.offset[sample])) for sample in samples]
-            return [None if header is None else header.size for header in headers]
-
-        try:
-            found = patiently(sizes, str(path))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); fix the disk or copy it again") from None
-        if found != [int(self.length[sample]) for sample in samples]:
-            raise DataError(
-                f"{path} does not hold its samples where the table says: "
-                "it is not the file that was indexed; copy it again or build the dataset again"
-            )
-
-
-def _check_size(path: Path, file: File) -> None:
-    try:
-        size = patiently(path.stat, str(path)).st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; copy it here or build the dataset again") from None
-    if size != file.bytes:
-        raise DataError(
-            f"{path} has {size} bytes, but {FILE_NAME} says {file.bytes}: "
-            "it is not the file that was indexed; copy it again or build the dataset again"
-        )
 
 
 def _table(store: Store, entry: Split, *, check: bool) -> dict[str, NDArray]:

@@ -8,7 +8,7 @@ threads or restarts.
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.auto_augment import draw_rand_augment, draw_trivial_augment
+from data_pipeline.auto_augment import draw_rand_augment
 from data_pipeline.philox import philox, uniform
 from data_pipeline.transforms import (
     AffineConfig,
@@ -51,8 +51,6 @@ def train_params(config: InputConfig, draws: Draws, widths: NDArray[np.int64], h
         params |= color_jitter(augment.color_jitter, draws)
     if augment.rand_augment is not None:
         params |= draw_rand_augment(augment.rand_augment, draws.uniform(_POLICY, 5 * augment.rand_augment.operations))
-    if augment.trivial_augment:
-        params |= draw_trivial_augment(draws.uniform(_POLICY, 3))
     if augment.random_erasing is not None:
         params |= random_erasing(augment.random_erasing, draws, config.size)
     return params
@@ -72,10 +70,7 @@ def random_resized_crop(
         start and shape, each (n, 2) int32: top and left, height and width.
     """
     u = draws.uniform(_CROP, 2 * _TRIES + 2)
-    area = (widths * heights)[:, None] * (config.scale[0] + u[:, :_TRIES] * (config.scale[1] - config.scale[0]))
-    low, high = np.log(config.ratio)
-    ratio = np.exp(low + u[:, _TRIES : 2 * _TRIES] * (high - low))
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    w, h = _tries(config, u, (widths * heights)[:, None])
     fits = (w >= 1) & (w <= widths[:, None]) & (h >= 1) & (h <= heights[:, None])
     first = fits.argmax(axis=1)[:, None]
     some = fits.any(axis=1)
@@ -91,6 +86,16 @@ def random_resized_crop(
         "start": np.stack([top, left], axis=1).astype(np.int32),
         "shape": np.stack([height, width], axis=1).astype(np.int32),
     }
+
+
+def _tries(
+    config: RandomResizedCropConfig | RandomErasingConfig, u: NDArray[np.float64], area: NDArray[np.int64] | int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sides of ten boxes, each (n, 10), whose area and ratio (first over second side) are drawn."""
+    areas = area * (config.scale[0] + u[:, :_TRIES] * (config.scale[1] - config.scale[0]))
+    low, high = np.log(config.ratio)
+    ratios = np.exp(low + u[:, _TRIES : 2 * _TRIES] * (high - low))
+    return np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
 
 
 def affine(config: AffineConfig, draws: Draws, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -125,10 +130,7 @@ def random_erasing(config: RandomErasingConfig, draws: Draws, size: tuple[int, i
         erase_start and erase_shape, each (n, 2) float32: top and left, height and width, which are 0 to erase nothing.
     """
     u = draws.uniform(_ERASE, 2 * _TRIES + 3)
-    area = size[0] * size[1] * (config.scale[0] + u[:, :_TRIES] * (config.scale[1] - config.scale[0]))
-    low, high = np.log(config.ratio)
-    ratio = np.exp(low + u[:, _TRIES : 2 * _TRIES] * (high - low))
-    h, w = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    h, w = _tries(config, u, size[0] * size[1])
     fits = (h < size[0]) & (w < size[1])
     first = fits.argmax(axis=1)[:, None]
     erased = fits.any(axis=1) & (u[:, -1] < config.probability)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Rows:
     """Global batches of the plan before this one's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A micro-batch with all that the graph needs."""
 
@@ -47,9 +47,15 @@ class Prepared:
     labels: NDArray[np.int64]
     jpegs: list[NDArray[np.uint8]]
     params: Params
-    bad: list[BadSample] = field(default_factory=list)
-    drawn: Any = None
-    digest: int = 0
+    bad: list[BadSample]
+    drawn: Any
+    digest: int
+    inputs: dict[str, Any] = field(init=False)
+    """What DALI reads in place, by name; it owns the memory."""
+
+    def __post_init__(self) -> None:
+        arrays: dict[str, Any] = {"jpeg": self.jpegs, **self.params}
+        self.inputs = {name: graph.in_place(values) for name, values in arrays.items()}
 
 
 class InFlightBuffers:
@@ -107,20 +113,14 @@ class Engine:
         self._prepare, self._mark_bad = prepare, mark_bad
         self._device_id = None if device.type == "cpu" else device.index or 0
         self._plan: Iterator[Rows] = iter(())
-        self._reading: deque[tuple[Rows, Future[tuple[Prepared, dict[str, Any]]]]] = deque()
-        # With what DALI reads of each, by name; it owns the memory.
-        self._decoding: deque[tuple[Prepared, dict[str, Any]]] = deque()
+        self._reading: deque[tuple[Rows, Future[Prepared]]] = deque()
+        self._decoding: deque[Prepared] = deque()
         self._in_flight = InFlightBuffers()
         self._runs = 0
         self._build = partial(
-            graph.pipeline,
-            config,
-            self._source,
-            train=train,
-            batch_size=batch_size,
-            threads=threads,
+            graph.pipeline, config, self._source, train=train, batch_size=batch_size, threads=threads,
             device_id=self._device_id,
-        )
+        )  # fmt: skip
         self._pipe: Any = self._build()  # None when closed, or while it cannot be built again
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="data-reader")
 
@@ -137,7 +137,7 @@ class Engine:
                 except RuntimeError as error:
                     self._recover(error)
                     continue
-                prepared, failed = self._decoding.popleft()[0], None
+                prepared, failed = self._decoding.popleft(), None
                 try:
                     self._pipe.schedule_run()  # before the batch is used, so that DALI works meanwhile
                 except RuntimeError as error:
@@ -161,7 +161,7 @@ class Engine:
         self._read_ahead()
         self._pipe.schedule_run()
 
-    def _source(self, names: list[str]) -> list[Any]:
+    def _source(self) -> dict[str, Any]:
         """Give DALI the next batch; called by it from schedule_run, first for as many batches as it prefetches."""
         if not self._reading:
             raise StopIteration
@@ -169,22 +169,14 @@ class Engine:
         while not wait([reading], HANGS_S).done:
             if found := hanging_read(HANGS_S):
                 print(f"WARNING waiting for data: {found}", file=sys.stderr)  # noqa: T201
-        ready = reading.result()
+        prepared = reading.result()
         self._read_ahead()
-        self._decoding.append(ready)
-        return [ready[1][name] for name in names]
+        self._decoding.append(prepared)
+        return prepared.inputs
 
     def _read_ahead(self) -> None:
-        while len(self._reading) < self._depth:
-            rows = next(self._plan, None)
-            if rows is None:
-                return
-            self._reading.append((rows, self._readers.submit(self._prepare_inputs, rows)))
-
-    def _prepare_inputs(self, rows: Rows) -> tuple[Prepared, dict[str, Any]]:
-        prepared = self._prepare(rows)
-        arrays: dict[str, Any] = {"jpeg": prepared.jpegs, **prepared.params}
-        return prepared, {name: graph.in_place(values) for name, values in arrays.items()}
+        for rows in islice(self._plan, self._depth - len(self._reading)):
+            self._reading.append((rows, self._readers.submit(self._prepare, rows)))
 
     def _take(self) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -205,20 +197,17 @@ class Engine:
         """Mark the samples that DALI cannot decode as bad and begin again at the first batch that was not yielded."""
         if gpu_memory_is_full(error):  # which says nothing about an image
             raise error
-        given = [prepared for prepared, _ in self._decoding]
         candidates = {
             int(sample): (jpeg, prepared.params["start"][row], prepared.params["shape"][row])
-            for prepared in given
+            for prepared in self._decoding
             for row, (sample, jpeg) in enumerate(zip(prepared.rows.sample_ids, prepared.jpegs, strict=True))
         }
-        alone = graph.SingleDecoder(self._config, self._device_id)
-        reasons = {sample: alone.why_not(*inputs) for sample, inputs in candidates.items()}
-        bad = {sample: reason for sample, reason in reasons.items() if reason}
+        bad = graph.undecodable(candidates, self._config, self._device_id)
         if not bad or len(bad) == len(candidates):
             raise error  # no image is the cause
         for sample, reason in bad.items():
             self._mark_bad(sample, reason)
-        again = [prepared.planned for prepared in given] + [rows for rows, _ in self._reading]
+        again = [prepared.planned for prepared in self._decoding] + [rows for rows, _ in self._reading]
         self._plan = chain(again, self._plan)
         self._reading.clear()
         self._replace()

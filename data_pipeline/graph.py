@@ -5,7 +5,7 @@ everything after it follows the pixels; without one it is "cpu", and torch resiz
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,15 +22,13 @@ from data_pipeline.draws import Draws, eval_params, train_params
 from data_pipeline.gpu_memory import gpu_memory_is_full
 from data_pipeline.transforms import InputConfig
 
-Source = Callable[..., list[Any]]
-
 _RESIZE = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 _TYPES = {np.dtype(types.to_numpy_type(kind)): kind for kind in (types.UINT8, types.INT32, types.FLOAT)}
 
 
 @do_not_convert  # type: ignore[untyped-decorator]
-def _inputs(examples: dict[str, NDArray], source: Source) -> dict[str, Any]:
-    """Return the node of each input; `source` is called for every batch and returns their values in this order.
+def _inputs(examples: Mapping[str, NDArray], source: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the node of each input; `source` is called for every batch and returns their values by name.
 
     DALI reads them in place: the caller keeps them alive until the batch's output is consumed.
 
@@ -38,19 +36,20 @@ def _inputs(examples: dict[str, NDArray], source: Source) -> dict[str, Any]:
         examples: what each input has for one image.
         source: called for every batch.
     """
+
+    def values() -> list[Any]:
+        batch = source()
+        return [batch[name] for name in examples]
+
     nodes = fn.external_source(
-        source, num_outputs=len(examples), ndim=[value.ndim for value in examples.values()],
+        values, num_outputs=len(examples), ndim=[value.ndim for value in examples.values()],
         dtype=[_TYPES[value.dtype] for value in examples.values()], no_copy=True,
     )  # fmt: skip
     return dict(zip(examples, nodes, strict=True))
 
 
 def in_place(values: NDArray | list[NDArray[np.uint8]]) -> TensorListCPU:
-    """Wrap the values of a batch's input for DALI without a copy; the result keeps the arrays alive.
-
-    Args:
-        values: an array with a row for each image, or an array for each image.
-    """
+    """Wrap an array with a row for each image, or one array each, for DALI without a copy; keeps them alive."""
     if isinstance(values, list):
         tensors = [TensorCPU(value) for value in values]
         return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # missing in DALI's stubs
@@ -66,26 +65,17 @@ def shut_down(pipe: Pipeline) -> None:
 
 
 def _decode(inputs: dict[str, Any], config: InputConfig, device_id: int | None) -> Any:
-    where: dict[str, Any] = {"device": "cpu"}
-    if device_id is not None:
-        height, width = config.preallocate_hint
-        where = {
-            "device": "mixed", "hw_decoder_load": config.hw_decoder_load,
-            "device_memory_padding": config.device_memory_padding,
-            "preallocate_height_hint": height, "preallocate_width_hint": width,
-        }  # fmt: skip
+    gpu = {"device": "mixed", "hw_decoder_load": config.hw_decoder_load}
+    where: dict[str, Any] = {"device": "cpu"} if device_id is None else gpu
     return fn.decoders.image_slice(
         inputs["jpeg"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], output_type=types.RGB, **where
     )
 
 
 def resize_by_dali(images: Any, size: Any, interpolation: str) -> Any:
-    """Return the node that resizes, with antialiasing, on the device where the images are.
+    """Return the node that resizes (h, w, 3) uint8 images, with antialiasing, on the device where they are.
 
-    Args:
-        images: node of (h, w, 3) uint8 images.
-        size: (height, width) for all images, or a node of one (2,) float32 each.
-        interpolation: "bilinear", "bicubic" or "lanczos".
+    The size is (height, width) for all images, or a node of one (2,) float32 each.
     """
     return fn.resize(images, size=size, interp_type=_RESIZE[interpolation], antialias=True)
 
@@ -129,10 +119,6 @@ def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
     )  # fmt: skip
 
 
-def _has_policy(config: InputConfig) -> bool:
-    return config.augment.rand_augment is not None or config.augment.trivial_augment
-
-
 def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 training images."""
     images = _resize(_decode(inputs, config, device_id), config.size, config, threads, device_id)
@@ -143,8 +129,8 @@ def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, devic
     if config.augment.color_jitter is not None:
         jitter = {name: inputs[name] for name in ("brightness", "contrast", "saturation", "hue")}
         images = fn.color_twist(images, **jitter)
-    if _has_policy(config):
-        images = auto_augment.apply(images, config.augment, inputs, config.size)
+    if config.augment.rand_augment is not None:
+        images = auto_augment.apply(images, config.augment.rand_augment.operations, inputs, config.size)
     images = _normalise(images, config, mirror=inputs["mirror"])
     if config.augment.random_erasing is not None:
         images = fn.erase(
@@ -160,14 +146,20 @@ def eval_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device
 
 
 def pipeline(
-    config: InputConfig, source: Source, *, train: bool, batch_size: int, threads: int, device_id: int | None
+    config: InputConfig,
+    source: Callable[[], Mapping[str, Any]],
+    *,
+    train: bool,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
 ) -> Pipeline:
     """Build a pipeline that keeps `config.prefetch` batches on their way.
 
     Args:
         config: what the graph does.
-        source: called for every batch with the names of the inputs; returns their values, or raises StopIteration.
-            DALI reads the values in place: keep them alive until the batch's output is consumed.
+        source: called for every batch; returns the values of the inputs by name, or raises StopIteration. DALI reads
+            them in place: keep them alive until the batch's output is consumed.
         train: the training graph, else the evaluation graph.
         batch_size: images in a batch.
         threads: CPU threads of DALI; on the CPU as many more resize.
@@ -178,13 +170,12 @@ def pipeline(
     params = train_params(config, Draws(0, one, one), one, one) if train else eval_params(config, one, one)
     examples = {"jpeg": np.zeros(1, np.uint8)} | {name: values[0] for name, values in params.items()}
 
-    def feed() -> list[Any]:
-        return source(list(examples))
-
     # RandAugment's choice between operations is a condition in the graph, for which DALI must convert this function.
-    @pipeline_def(enable_conditionals=train and _has_policy(config))  # type: ignore[untyped-decorator]
+    with_policy = train and config.augment.rand_augment is not None
+
+    @pipeline_def(enable_conditionals=with_policy)  # type: ignore[untyped-decorator]
     def graph() -> Any:
-        inputs = _inputs(examples, feed)
+        inputs = _inputs(examples, source)
         return (train_graph if train else eval_graph)(config, inputs, threads, device_id)
 
     # DALI's own augmentations use names that it has moved, and warn past any filter, a page for each rank.
@@ -199,35 +190,35 @@ def pipeline(
     return pipe
 
 
-class SingleDecoder:
-    """Decodes images one by one, to find those that cannot be decoded.
+def undecodable(
+    images: Mapping[int, tuple[NDArray, NDArray, NDArray]], config: InputConfig, device_id: int | None
+) -> dict[int, str]:
+    """Decode a box of each image, one by one; return DALI's reasons for those that it cannot decode.
 
-    It is rebuilt after each of those only: on a GPU creating a decoder takes far longer than decoding with it.
+    The decoder is rebuilt after each of those only: on a GPU creating it takes far longer than decoding with it.
+
+    Args:
+        images: JPEG, start and shape of the box, by number.
+        config: how images are decoded.
+        device_id: the GPU, or None for the CPU.
     """
-
-    def __init__(self, config: InputConfig, device_id: int | None) -> None:
-        self._config, self._device_id = config, device_id
-        self._image: dict[str, NDArray] = {}
-        self._pipe: Pipeline | None = None
-
-    def why_not(self, jpeg: NDArray[np.uint8], start: NDArray[np.int32], shape: NDArray[np.int32]) -> str:
-        """Decode a box of an image and return DALI's reason when it cannot, else ''."""
-        self._image = {"jpeg": jpeg, "start": start, "shape": shape}
-        pipe = self._pipe = self._pipe or self._built()
+    reasons, pipe = {}, None
+    batch: dict[str, list[NDArray]] = {}
+    for number, values in images.items():
+        image = dict(zip(("jpeg", "start", "shape"), values, strict=True))
+        batch.update({name: [value] for name, value in image.items()})
+        if pipe is None:
+            pipe = Pipeline(1, 1, device_id, prefetch_queue_depth=1)
+            with pipe:
+                pipe.set_outputs(_decode(_inputs(image, lambda: batch), config, device_id))
         try:
             pipe.run()
         except RuntimeError as error:
-            self._pipe = None
+            pipe = None
             if gpu_memory_is_full(error):
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             # DALI's message is a page; the line after the source position says what is wrong.
-            return next((line for line in lines if "decode" in line.lower() or "codec" in line.lower()), lines[0])
-        return ""
-
-    def _built(self) -> Pipeline:
-        pipe = Pipeline(1, 1, self._device_id, prefetch_queue_depth=1)
-        with pipe:
-            inputs = _inputs(self._image, lambda: [[value] for value in self._image.values()])
-            pipe.set_outputs(_decode(inputs, self._config, self._device_id))
-        return pipe
+            said = (line for line in lines if "decode" in line.lower() or "codec" in line.lower())
+            reasons[number] = next(said, lines[0])
+    return reasons

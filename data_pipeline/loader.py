@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -16,7 +17,7 @@ from data_pipeline.draws import Draws, Params, eval_params, train_params
 from data_pipeline.engine import Engine, Prepared, Rows
 from data_pipeline.errors import DataError
 from data_pipeline.order import Int64, Order
-from data_pipeline.reader import Fetcher, Reader, require_room
+from data_pipeline.reader import Fetcher, Reader
 from data_pipeline.store import RemoteStore
 from data_pipeline.transforms import InputConfig
 
@@ -26,8 +27,10 @@ _REPLACEMENTS = 100
 _PLANNED = 4096
 
 
-class _Loader:
+class _Loader(ABC):
     """What training and evaluation share: reading, replacing what is bad, decoding."""
+
+    _fetcher: Fetcher | None = None
 
     def __init__(
         self,
@@ -43,14 +46,11 @@ class _Loader:
         self._dataset, self._config, self._train, self._device = dataset, config, train, device
         self._on_bad = on_bad_sample
         self._reader = Reader(dataset)
-        self._fetcher = Fetcher(dataset) if isinstance(dataset.store, RemoteStore) else None
         self._bad: set[int] = set()
         self._bad_allowed = math.ceil(config.max_bad_fraction * len(dataset))
-        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
-        """CPU threads that decode."""
         self._engine = Engine(
-            config, prepare=self._prepare, mark_bad=self._reader.mark_bad, train=train,
-            batch_size=batch_size, threads=self.threads, device=device,
+            config, prepare=self._prepare, mark_bad=self._reader.mark_bad, train=train, batch_size=batch_size,
+            threads=config.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks), device=device,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -58,19 +58,28 @@ class _Loader:
         self._engine.close()
         self._reader.close()
         if self._fetcher is not None:
-            self._fetcher.close()
+            self._fetcher.want(None)
 
-    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:  # noqa: ARG002
-        """Return what the graph needs for images of these sizes, each (m,)."""
-        return eval_params(self._config, widths, heights)
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches; ends an iteration that was left."""
+        for prepared, images in self._engine.run(self._plan()):
+            for bad in prepared.bad:
+                self._report(bad)
+            rows, labels = prepared.rows, to_device(prepared.labels, self._device)
+            yield Batch(
+                images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, prepared.drawn, prepared.digest
+            )
 
-    def _draw_rows(self, rows: Rows) -> Any:  # noqa: ARG002
-        """Return what the caller wants drawn for these rows."""
-        return None
+    @abstractmethod
+    def _plan(self) -> Iterator[Rows]:
+        """Yield what is in the batches."""
+
+    @abstractmethod
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:
+        """Return what the graph needs for images of these sizes, each (m,), and what the caller wants drawn."""
 
     def _prepare(self, rows: Rows) -> Prepared:
         """Read a micro-batch, replace what is bad in it, and draw what is random; called in threads."""
-        planned = rows
         seen = rows.sample_ids.copy()
         self._reader.announce(seen)
         jpegs, bad = [], []
@@ -79,17 +88,17 @@ class _Loader:
             if reason:
                 seen[row], data = self._replacement(sample)
                 if rows.valid[row]:  # what only pads a batch is reported by the rank whose share it is in
-                    bad.append(self._described(sample, reason, int(seen[row])))
+                    shard = self._dataset.shards[int(self._dataset.shard[sample])].tar.name
+                    bad.append(BadSample(sample, self._dataset.sample_name(sample), shard, reason, int(seen[row])))
             jpegs.append(data)
         sizes = (self._dataset.width[seen].astype(np.int64), self._dataset.height[seen].astype(np.int64))
         # Drawn for the sample that was planned, so that its replacement looks different from its own row.
-        params = self._draw_params(rows, *sizes)
+        params, drawn = self._draw(rows, *sizes)
         # In evaluation the replacement of a bad sample does not count.
         valid = rows.valid if self._train else rows.valid & (seen == rows.sample_ids)
-        rows = replace(rows, sample_ids=seen, valid=valid)
         labels = self._dataset.labels[seen].astype(np.int64)
         digest = content_digest(seen, labels, self._dataset.crc32[seen])  # the reader has compared the checksums
-        return Prepared(planned, rows, labels, jpegs, params, bad, self._draw_rows(rows), digest)
+        return Prepared(rows, replace(rows, sample_ids=seen, valid=valid), labels, jpegs, params, bad, drawn, digest)
 
     def _replacement(self, sample: int) -> tuple[int, np.ndarray]:
         """Return the next good sample of the same shard: the same one whoever asks."""
@@ -105,18 +114,6 @@ class _Loader:
             f"{self._dataset.where(shard)}: sample {self._dataset.sample_name(sample)} and all after it "
             "are damaged; copy the shard again or build the dataset again"
         )
-
-    def _described(self, sample: int, reason: str, replaced_by: int) -> BadSample:
-        shard = self._dataset.shards[int(self._dataset.shard[sample])].tar.name
-        return BadSample(sample, self._dataset.sample_name(sample), shard, reason, replaced_by)
-
-    def _batches(self, plan: Iterator[Rows]) -> Iterator[Batch]:
-        for prepared, images in self._engine.run(plan):
-            for bad in prepared.bad:
-                self._report(bad)
-            labels = to_device(prepared.labels, self._device)
-            rows, drawn, digest = prepared.rows, prepared.drawn, prepared.digest
-            yield Batch(images, labels, rows.sample_ids, rows.epochs, rows.rows, rows.valid, drawn, digest)
 
     def _report(self, bad: BadSample) -> None:
         self._bad.add(bad.id)
@@ -182,7 +179,7 @@ class TrainLoader(_Loader):
             )
         if global_batch % config.lanes:
             raise DataError(f"lanes ({config.lanes}) must divide the global batch ({global_batch}); choose other lanes")
-        self._seed, self._start, self._draw, self._start_step = seed, start_sample, draw, start_step
+        self._seed, self._start, self._caller, self._start_step = seed, start_sample, draw, start_step
         self._global, self._micro, self._share = global_batch, micro_batch, global_batch // world_size
         self._first_row = rank * self._share
         if isinstance(dataset.store, RemoteStore):
@@ -190,17 +187,13 @@ class TrainLoader(_Loader):
             low = rank // local_ranks * local_ranks * self._share
             high = min(low + local_ranks * self._share, global_batch)
             block = global_batch // config.lanes
-            require_room(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
+            self._fetcher = Fetcher(dataset, config.shuffle_window, (high - 1) // block - low // block + 1)
         self._ordered = (dataset.shard_sizes, seed, config.shuffle_window, config.lanes, global_batch // config.lanes)
         self._order = Order(*self._ordered)
         super().__init__(
             dataset, config, train=True, batch_size=micro_batch, device=device, local_ranks=local_ranks,
             on_bad_sample=on_bad_sample,
         )  # fmt: skip
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield micro-batches without end, beginning at `start_sample`."""
-        return self._batches(self._plan())
 
     def samples(self, start: int, stop: int) -> tuple[Int64, Int64]:
         """Return (epochs, sample ids) of the positions start..stop-1 of training, each (stop - start,) int64."""
@@ -231,11 +224,10 @@ class TrainLoader(_Loader):
         columns = zip_longest(*(self._dataset.shard[samples].tolist() for samples in ahead))
         return [shard for column in columns for shard in column if shard is not None]
 
-    def _draw_params(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> Params:
-        return train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
-
-    def _draw_rows(self, rows: Rows) -> Any:
-        return None if self._draw is None else self._draw(self._start_step + rows.step, rows.rows)
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:
+        params = train_params(self._config, Draws(self._seed, rows.epochs, rows.sample_ids), widths, heights)
+        drawn = None if self._caller is None else self._caller(self._start_step + rows.step, rows.rows)
+        return params, drawn
 
 
 class EvalLoader(_Loader):
@@ -243,17 +235,8 @@ class EvalLoader(_Loader):
 
     The split is cut into batches, of which each rank takes a contiguous share: a sample is in the same row of the
     same batch whatever the number of ranks, so that a network can give it the same scores, bit for bit. All ranks yield
-    the same number of batches; what is missing at the end is padded with rows whose `valid` is False.
-
-    Args:
-        dataset: the split to evaluate on.
-        config: how images are read and normalized.
-        batch_size: samples per yielded batch.
-        rank: this rank.
-        world_size: number of ranks.
-        device: where batches appear; DALI decodes there.
-        local_ranks: ranks that share this machine's cores.
-        on_bad_sample: called for each sample that cannot be evaluated.
+    the same number of batches; what is missing at the end is padded with rows whose `valid` is False. The arguments are
+    as those of `TrainLoader`; `batch_size` is the number of samples in each batch.
     """
 
     def __init__(
@@ -272,7 +255,6 @@ class EvalLoader(_Loader):
             dataset, config, train=False, batch_size=batch_size, device=device, local_ranks=local_ranks,
             on_bad_sample=on_bad_sample,
         )  # fmt: skip
-
         self._set_share(batch_size, rank, world_size)
 
     def _set_share(self, batch_size: int, rank: int, world_size: int) -> None:
@@ -283,10 +265,6 @@ class EvalLoader(_Loader):
         """Return the number of batches, equal on every rank."""
         return self._share // self._size
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the rank's share of the split once."""
-        return self._batches(self._plan())
-
     def _plan(self) -> Iterator[Rows]:
         end = min(self._first + self._share, len(self._dataset))
         for batch in range(len(self)):
@@ -294,3 +272,6 @@ class EvalLoader(_Loader):
             valid = ids < end
             rows = np.minimum(ids, end - 1)  # padded with neighbors, from a shard that is read anyway
             yield Rows(rows, np.zeros_like(ids), rows, valid)
+
+    def _draw(self, rows: Rows, widths: np.ndarray, heights: np.ndarray) -> tuple[Params, Any]:  # noqa: ARG002
+        return eval_params(self._config, widths, heights), None

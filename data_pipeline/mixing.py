@@ -33,7 +33,7 @@ class MixingDraw:
 def draw_mixing(
     config: MixingConfig, *, seed: int, step: int, rows: NDArray[np.int64], size: tuple[int, int]
 ) -> MixingDraw | None:
-    """Draw how a micro-batch is mixed.
+    """Draw how a micro-batch is mixed; None where mixing is off.
 
     Args:
         config: how to mix.
@@ -41,9 +41,6 @@ def draw_mixing(
         step: optimizer step, from 0, that the global batch belongs to.
         rows: (m,) rows of the global batch, as in `Batch.rows`.
         size: height and width of the images.
-
-    Returns:
-        the draw, or None where mixing is off.
 
     Raises:
         DataError: the rows are not complete pairs (2i, 2i + 1).
@@ -100,18 +97,15 @@ def mix(
     Args:
         images: (m, 3, H, W) on any device; left as they are.
         labels: (m,) int64 on the same device.
-        rows: (m,) rows of the global batch, as in `Batch.rows`.
+        rows: (m,) rows of the global batch; these and config, seed and step as for `draw_mixing`.
         config: how to mix.
         num_classes: width of the targets.
         seed: the run's seed.
-        step: optimizer step, from 0, that the global batch belongs to.
+        step: optimizer step.
         drawn: what `draw_mixing` returns for these arguments, if it was called before.
 
     Returns:
         Mixed images of the same shape and type, and (m, num_classes) float32 targets.
-
-    Raises:
-        DataError: mixing is on and the rows are not complete pairs (2i, 2i + 1).
     """
     targets = soft_targets(labels, num_classes, config.label_smoothing)
     height, width = images.shape[-2:]

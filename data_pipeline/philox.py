@@ -17,17 +17,9 @@ _ROUNDS = 6
 
 
 def philox(seed: int, c0: ArrayLike, c1: ArrayLike = 0, c2: ArrayLike = 0, c3: ArrayLike = 0) -> NDArray[np.uint32]:
-    """Return four random words for every counter.
+    """Return four random words for every counter: uint32 of the counters' shape with a last axis of 4.
 
-    Args:
-        seed: the key, a non-negative integer below 2**64.
-        c0: first word of the counters; the four are broadcast against each other and each is taken modulo 2**32.
-        c1: second word.
-        c2: third word.
-        c3: fourth word.
-
-    Returns:
-        uint32 of the broadcast shape with a last axis of 4.
+    The key is an integer from 0 to 2**64 - 1; the counters' words are broadcast, each is taken modulo 2**32.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"a seed is an integer from 0 to 2**64 - 1, but this one is {seed}")

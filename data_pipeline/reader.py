@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,24 @@ from data_pipeline.store import RemoteStore, patiently
 _OPEN_SHARDS = 256
 
 
+class _File:
+    """An open shard; it is closed when no thread uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # else it could not be opened
+            os.close(self.descriptor)
+
+
 class Reader:
     """Reads samples of a dataset; may be used by several threads."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self._bad: dict[int, str] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, sample: int) -> tuple[NDArray[np.uint8], str]:
@@ -53,31 +65,30 @@ class Reader:
 
         It is only a hint: what cannot be opened is reported by `read`.
         """
-        shards = self.dataset.shard[samples]
-        for shard in np.unique(shards).tolist():
-            wanted = samples[shards == shard]
-            spans = zip(self.dataset.offset[wanted].tolist(), self.dataset.length[wanted].tolist(), strict=True)
+        dataset = self.dataset
+        for sample in samples.tolist():
             with suppress(OSError):
-                duplicate = self._duplicate(shard)
-                try:
-                    for offset, length in spans:
-                        os.posix_fadvise(duplicate, offset, length, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(duplicate)
+                file = self._file(int(dataset.shard[sample]))
+                place = int(dataset.offset[sample]), int(dataset.length[sample])
+                os.posix_fadvise(file.descriptor, *place, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close all shards."""
+        with self._lock:
+            self._files.clear()
 
     def _bytes(self, sample: int) -> bytes:
         dataset = self.dataset
         shard = int(dataset.shard[sample])
 
         def read() -> bytes:
-            duplicate = self._duplicate(shard)
             try:
-                return os.pread(duplicate, int(dataset.length[sample]), int(dataset.offset[sample]))
+                file = self._file(shard)
+                return os.pread(file.descriptor, int(dataset.length[sample]), int(dataset.offset[sample]))
             except OSError:
-                self._forget(shard)  # a stale handle stays stale: the shard is reopened
+                with self._lock:
+                    self._files.pop(shard, None)  # a stale handle stays stale: the shard is reopened
                 raise
-            finally:
-                os.close(duplicate)
 
         try:
             return patiently(read, dataset.where(shard))
@@ -86,43 +97,28 @@ class Reader:
                 f"{dataset.where(shard)} cannot be read ({error.strerror}); fix the disk or copy it again"
             ) from None
 
-    def _duplicate(self, shard: int) -> int:
+    def _file(self, shard: int) -> _File:
         while True:
-            with self._lock:  # a descriptor must not be closed while another thread reads from it
+            with self._lock:
                 if shard in self._files:
                     self._files.move_to_end(shard)
-                    return os.dup(self._files[shard])
-            self._open(shard)
-
-    def _open(self, shard: int) -> None:
-        try:  # without the lock: the shard may have to be fetched
-            descriptor = os.open(self.dataset.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if not self.dataset.store.remote:
-                raise
-            return  # another process dropped it from the cache just now: it is fetched again
-        with self._lock:
-            if self._files.setdefault(shard, descriptor) != descriptor:  # another thread was faster
-                os.close(descriptor)
-            elif len(self._files) > _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-
-    def _forget(self, shard: int) -> None:
-        with self._lock:
-            if shard in self._files:
-                os.close(self._files.pop(shard))
-
-    def close(self) -> None:
-        """Close all shards."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+                    return self._files[shard]
+            try:  # without the lock: the shard may have to be fetched
+                opened = _File(self.dataset.shard_path(shard))
+            except FileNotFoundError:
+                if not self.dataset.store.remote:
+                    raise
+                continue  # another process dropped it from the cache just now: it is fetched again
+            with self._lock:
+                self._files.setdefault(shard, opened)  # another thread may have been faster
+                if len(self._files) > _OPEN_SHARDS:
+                    self._files.popitem(last=False)
 
 
-def require_room(dataset: Dataset, window: int, lanes: int) -> None:
-    """Check that the cache holds what is read at a time, before the first batch.
+class Fetcher:
+    """A thread that fetches what is wanted next, one shard after the other, into the cache.
 
-    A smaller one would fetch the same shards again and again, and no one would know why training is slow.
+    It never fetches more than the cache holds. What fails here is fetched again by who reads it, and is an error there.
 
     Args:
         dataset: the split that is read.
@@ -130,45 +126,34 @@ def require_room(dataset: Dataset, window: int, lanes: int) -> None:
         lanes: lanes that this machine reads, each with a window of its own.
 
     Raises:
-        DataError: it does not, with the gigabytes that it needs.
-    """
-    assert isinstance(dataset.store, RemoteStore)
-    largest = sorted((shard.tar.bytes for shard in dataset.shards), reverse=True)[: window * lanes]
-    if dataset.store.limit < sum(largest):
-        needed = math.ceil(sum(largest) / 1e6) / 1000  # rounded up, so that it is enough
-        raise DataError(
-            f"the cache may hold {dataset.store.limit / 1e9:g} gigabytes, but the {len(largest)} shards that this "
-            f"machine shuffles at a time ({window} in each of {lanes} lanes) need {needed:g}; set data.cache.gigabytes"
-            " to at least that, preferably twice, or lower data.shuffle_window"
-        )
-
-
-class Fetcher:
-    """A thread that fetches what is wanted next, one shard after the other, into the cache.
-
-    It never fetches more than the cache holds. What fails here is fetched again by who reads it, and is an error there.
+        DataError: the cache does not hold what is read at a time: the same shards would be fetched again and again, and
+            no one would know why training is slow.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, window: int, lanes: int) -> None:
         assert isinstance(dataset.store, RemoteStore)
-        self._dataset = dataset
-        largest = max(shard.tar.bytes for shard in dataset.shards)
-        self._capacity = max(dataset.store.limit // largest - 1, 1)
+        limit = dataset.store.limit
+        sizes = sorted((shard.tar.bytes for shard in dataset.shards), reverse=True)
+        largest = sizes[: window * lanes]
+        if limit < sum(largest):
+            needed = math.ceil(sum(largest) / 1e6) / 1000  # rounded up, so that it is enough
+            raise DataError(
+                f"the cache may hold {limit / 1e9:g} gigabytes, but the {len(largest)} shards that this machine "
+                f"shuffles at a time ({window} in each of {lanes} lanes) need {needed:g}; set data.cache.gigabytes "
+                "to at least that, preferably twice, or lower data.shuffle_window"
+            )
+        self._dataset, self._capacity = dataset, max(limit // sizes[0] - 1, 1)
         self._wanted: tuple[int, ...] | None = ()
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="data-fetcher", daemon=True).start()
 
-    def want(self, shards: list[int]) -> None:
-        """Say which shards are read next, the most urgent first; what was wanted before is forgotten."""
-        self._set(tuple(shards[: self._capacity]))
+    def want(self, shards: list[int] | None) -> None:
+        """Name the shards that are read next, the most urgent first, in place of those wanted before; None ends it.
 
-    def close(self) -> None:
-        """End the thread; a fetch that is under way ends with the process or by itself."""
-        self._set(None)
-
-    def _set(self, wanted: tuple[int, ...] | None) -> None:
+        A fetch that is under way ends with the process or by itself.
+        """
         with self._changed:
-            self._wanted = wanted
+            self._wanted = None if shards is None else tuple(shards[: self._capacity])
             self._changed.notify()
 
     def _work(self) -> None:
@@ -180,12 +165,9 @@ class Fetcher:
                 wanted = self._wanted
             if wanted is None:
                 return
-            for shard in wanted:
-                if self._wanted != wanted:
-                    break
-                try:
+            with suppress(DataError):  # reading the shard raises it
+                for shard in wanted:
+                    if self._wanted != wanted:
+                        break
                     self._dataset.shard_path(shard)
-                except DataError:
-                    break  # reading the shard raises it
-            if self._wanted == wanted:
-                done = wanted
+            done = wanted

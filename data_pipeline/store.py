@@ -29,12 +29,13 @@ _DENIED = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _reading: dict[object, tuple[float, str]] = {}  # since when (time.monotonic), and what
 
 
-def patiently(read: Callable[[], T], where: str) -> T:
+def patiently(read: Callable[[], T], where: str, verb: str = "read") -> T:
     """Return what `read` returns; while storage fails in a way that may pass, try again after PAUSES.
 
     Args:
         read: opens what it reads, so that a stale handle is replaced.
         where: names what is read.
+        verb: what cannot be done, for the error.
 
     Raises:
         StorageError: it still fails after the last pause.
@@ -52,7 +53,7 @@ def patiently(read: Callable[[], T], where: str) -> T:
         finally:
             del _reading[key]
         time.sleep(pause)
-    raise StorageError(f"{where} cannot be read after {len(PAUSES) + 1} tries ({reason}); check the storage")
+    raise StorageError(f"{where} cannot be {verb} after {len(PAUSES) + 1} tries ({reason}); check the storage")
 
 
 def hanging_read(seconds: float) -> str:
@@ -200,33 +201,32 @@ class RemoteStore(Store):
 
     def _fetch(self, name: str, path: Path, expected: File | None) -> None:
         """Download a file, trying again after PAUSES; FileNotFoundError when the cache's folder vanished meanwhile."""
-        reason, lasting = "", True
-        aside = path.with_name(path.name + _PART)
+        aside, lasting = path.with_name(path.name + _PART), True
+
+        def fetch() -> None:
+            nonlocal lasting
+            try:
+                digest = self._download(name, out)
+            except Exception as error:  # noqa: BLE001  (each store has errors of its own)
+                status = getattr(error, "status", None)
+                if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+                    raise DataError(f"{self.where(name)} does not exist; check the URL") from None
+                lasting &= status in _DENIED or (isinstance(error, OSError) and is_lasting(error))
+                raise OSError(str(error).strip() or type(error).__name__) from None  # each is tried again
+            if expected is not None and digest != expected.sha256:
+                raise OSError("its content is not what dataset.json says")
+
         try:
             # Over the bytes that were reserved, so that they stay reserved.
             with aside.open("r+b" if aside.exists() else "wb") as out:
-                for pause in (*PAUSES, 0):
-                    try:
-                        digest = self._download(name, out)
-                    except Exception as error:  # noqa: BLE001  (each store has errors of its own)
-                        status = getattr(error, "status", None)
-                        if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
-                            raise DataError(f"{self.where(name)} does not exist; check the URL") from None
-                        reason = str(error).strip() or type(error).__name__
-                        lasting &= status in _DENIED or (isinstance(error, OSError) and is_lasting(error))
-                    else:
-                        if expected is None or digest == expected.sha256:
-                            if not os.fstat(out.fileno()).st_nlink:  # what is there now is another process's
-                                raise FileNotFoundError(aside)
-                            aside.replace(path)
-                            return
-                        reason = "its content is not what dataset.json says"
-                    time.sleep(pause)
+                patiently(fetch, self.where(name), "fetched")
+                if not os.fstat(out.fileno()).st_nlink:  # what is there now is another process's
+                    raise FileNotFoundError(aside)
+                aside.replace(path)
+        except StorageError as error:
+            raise (DataError if lasting else StorageError)(str(error)) from None
         finally:
             aside.unlink(missing_ok=True)
-        raise (DataError if lasting else StorageError)(
-            f"{self.where(name)} cannot be fetched after {len(PAUSES) + 1} tries ({reason}); check the store"
-        )
 
     def _download(self, name: str, out: BinaryIO) -> str:
         digest = hashlib.sha256()

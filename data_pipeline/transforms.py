@@ -1,12 +1,12 @@
 """What is done to images: the `data:` and `mixing:` sections of a recipe.
 
-Every field is documented where it is declared. Lengths are in pixels, angles in degrees, fractions between 0 and 1.
+Lengths are in pixels, angles in degrees, fractions between 0 and 1.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_pipeline.store import CacheConfig
 
@@ -24,6 +24,8 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+_REMOVED = {"trivial_augment": False, "device_memory_padding": None, "preallocate_hint": None}
+"""Fields of older runs' recipes that are ignored: with this value, or, as they changed no pixel, with any (None)."""
 
 
 def as_location(value: object) -> object:
@@ -33,6 +35,14 @@ def as_location(value: object) -> object:
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        removed = {name for name, value in _REMOVED.items() if value in (None, fields.get(name))}
+        return {name: value for name, value in fields.items() if name not in removed}
 
 
 class RandomResizedCropConfig(_Config):
@@ -102,19 +112,11 @@ class AugmentConfig(_Config):
     affine: AffineConfig | None = None
     """Meant for small images such as digits."""
     rand_augment: RandAugmentConfig | None = None
-    """At most one of this and trivial_augment."""
-    trivial_augment: bool = False
-    """One operation of any strength for each image, as torchvision's TrivialAugmentWide."""
+    """Applied after color_jitter."""
     color_jitter: ColorJitterConfig | None = None
-    """Applied before RandAugment or TrivialAugment."""
+    """Applied before rand_augment."""
     random_erasing: RandomErasingConfig | None = None
     """Applied last."""
-
-    @model_validator(mode="after")
-    def _one_policy(self) -> "AugmentConfig":
-        if self.rand_augment is not None and self.trivial_augment:
-            raise ValueError("rand_augment and trivial_augment exclude each other; choose one")
-        return self
 
 
 class InputConfig(_Config):
@@ -155,12 +157,6 @@ class InputConfig(_Config):
     hw_decoder_load: float = Field(0.0, ge=0, le=1)
     """Share of a batch that a GPU's JPEG engine decodes. Two decoders need not agree to the last bit, and which one an
     image gets depends on its batch: between 0 and 1 a resumed run may see other pixels. DALI's default is 0.65."""
-    device_memory_padding: NonNegativeInt = 16 * 2**20
-    """Bytes of a GPU's memory that DALI allocates ahead for each decoding thread, so that an image larger than all
-    before it needs no allocation during training. DALI's default."""
-    preallocate_hint: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
-    """Height and width of the largest image, so that a GPU's JPEG engine allocates memory for a batch of such images
-    ahead. Only where hw_decoder_load is above 0. (0, 0), DALI's default, gives no hint."""
     max_bad_fraction: Fraction = 0.001
     """Bad samples are replaced and reported; when a rank has met more than this share of the split, it stops."""
 
@@ -176,10 +172,8 @@ class InputConfig(_Config):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
-class MixingConfig(BaseModel):
+class MixingConfig(_Config):
     """How the images of a batch are mixed and how their labels become targets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     mixup: float = Field(0.0, ge=0)
     """Alpha of the Beta distribution of the share that an image keeps; 0 switches mixup off."""

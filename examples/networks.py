@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 class Block(nn.Module):
     """Self-attention and an MLP around residual connections, with stochastic depth (Huang et al. 2016)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, drop_path: float) -> None:
         super().__init__()
-        hidden = round(width * mlp_ratio)
         self.heads, self.drop_path = heads, drop_path
         self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -39,16 +38,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer (Dosovitskiy et al. 2021) whose tokens are averaged.
 
-    Args:
-        num_classes: outputs of the classifier.
-        image_size: side, or (height, width), in pixels.
-        patch_size: side of a token in pixels.
-        width: channels.
-        depth: blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLPs over width.
-        dropout: rate behind every layer of a branch but the first.
-        drop_path: rate of the last block; it grows linearly from 0 at the first.
+    `image_size`, a side or (height, width), and `patch_size`, a side, are in pixels. The rate `drop_path` is the last
+    block's; it grows linearly from 0 at the first.
     """
 
     def __init__(
@@ -60,7 +51,6 @@ class ViT(nn.Module):
         width: int = 128,
         depth: int = 6,
         heads: int = 4,
-        mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
@@ -69,7 +59,7 @@ class ViT(nn.Module):
         self.embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.position = nn.Parameter(0.02 * torch.randn((height // patch_size) * (breadth // patch_size), width))
         rates = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, dropout, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, rate) for rate in rates)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
         self._checkpointed = False
 
@@ -117,13 +107,9 @@ class Residual(nn.Module):
 
 
 class CNN(nn.Module):
-    """A residual network with BatchNorm for small images.
+    """A residual network with BatchNorm for small images: stages of `depths` blocks, `widths` channels each.
 
-    Args:
-        num_classes: outputs of the classifier.
-        widths: channels of each stage; where they change, height and width are halved.
-        depths: blocks of each stage.
-        dropout: rate before the classifier.
+    Where the channels change, height and width are halved.
     """
 
     def __init__(
@@ -135,9 +121,8 @@ class CNN(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
+        conv = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm2d(widths[0]), nn.ReLU())
         outputs = [width for width, depth in zip(widths, depths, strict=True) for _ in range(depth)]
         pairs = zip([widths[0], *outputs], outputs, strict=False)
         self.blocks = nn.Sequential(*(Residual(before, width, 1 + (width != before)) for before, width in pairs))

@@ -313,8 +313,7 @@ CHANGEABLE = (
     "data.cache",
     "data.threads",
     "data.prefetch",
-    "data.device_memory_padding",
-    "data.preallocate_hint",
+    "data.augment.trivial_augment",  # of older runs
     "model.activation_checkpointing",
     "model.compile",
     "model.overrides.attention_kernel",

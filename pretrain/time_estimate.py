@@ -21,7 +21,7 @@ SAME_NETWORK = ("num_classes", "drop_path", "norm")
 def read_benchmark(
     path: Path, device: Device, config: LaViTConfig | FactoryConfig, recipe: Recipe, resolved: ResolvedDeepSpeed
 ) -> dict[str, Any] | None:
-    """Find training images per second in a result of ``python -m benchmarks``; None where it is of another device.
+    """Find training images per second in a result of ``benchmarks.model``; None where it is of another device.
 
     A benchmark's "bf16" are weights stored in bf16, as by DeepSpeed's ``bf16``; ``torch_autocast`` was never measured.
 

@@ -76,7 +76,7 @@ def test_a_row_that_fails_is_noted_and_the_next_is_measured(tmp_path: Path, monk
     rows, known = tmp_path / "rows", tmp_path / "known"
     known.write_text(json.dumps({"pixels": {"one": {"rate": 7.0}}}))
     monkeypatch.setattr(first_gpu_steps, "loader", step)
-    monkeypatch.setattr(torch, "compile", torch.compile)  # which it replaces on a CPU
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda _: None)  # which it changes on a CPU
     monkeypatch.setattr(sys, "argv", ["", "loader", str(rows), str(known), str(tmp_path)])
     assert first_gpu_steps.main() == 1
     found = dict(pair for line in rows.read_text().splitlines() for pair in json.loads(line).items())

@@ -13,7 +13,7 @@ import torch
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.graph import SingleDecoder
+from data_pipeline.graph import undecodable
 from data_pipeline.transforms import AugmentConfig, InputConfig, RandomResizedCropConfig
 from tests.data_pipeline.datasets import (
     change_table,
@@ -86,10 +86,12 @@ def test_damaged_samples_are_left_out_of_evaluation_and_reported_once_by_the_ran
 
 
 def test_after_an_image_that_cannot_be_decoded_others_are_still_decoded(digits):
-    decoder, start, shape = SingleDecoder(InputConfig(path=digits), None), np.zeros(2, np.int32), np.array([40, 60])
+    box = np.zeros(2, np.int32), np.array([40, 60], np.int32)
     good, bad = (np.frombuffer(data, np.uint8) for data in (GOOD, GOOD[:SCAN] + b"no scan at all"))
-    reasons = [decoder.why_not(data, start, shape.astype(np.int32)) for data in (good, good, bad, good, bad, good)]
-    assert [bool(reason) for reason in reasons] == [False, False, True, False, True, False]
+    images = {number: (data, *box) for number, data in enumerate((good, good, bad, good, bad, good))}
+    reasons = undecodable(images, InputConfig(path=digits), None)
+    assert reasons.keys() == {2, 4}
+    assert all(reasons.values())
 
 
 def test_pixels_of_the_others_are_the_same_when_one_image_cannot_be_decoded(copy, digits):
@@ -170,13 +172,6 @@ def test_a_shard_in_which_every_image_is_damaged_is_an_error_of_one_line_and_nev
         overwrite(copy, sample, bytes(100), 300)
     with pytest.raises(DataError, match=r"000002.tar: sample .* and all after it are damaged; copy the shard again"):
         read_epoch(copy)
-
-
-def test_a_shard_that_vanishes_while_training_is_an_error_of_one_line(copy):
-    dataset = Dataset.open(copy, "train")
-    (copy / "digits-train-000002.tar").unlink()
-    with training(dataset) as loader, pytest.raises(DataError, match=r"000002.tar cannot be read \(No such file"):
-        list(itertools.islice(loader, 24))
 
 
 def test_a_batch_is_not_lost_when_the_next_one_cannot_be_scheduled(train, monkeypatch):

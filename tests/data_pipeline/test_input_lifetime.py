@@ -38,9 +38,9 @@ class Watch:
         pipe: Any = None
         numbers = itertools.count()
 
-        def watched(names: list[str]) -> list[Any]:
-            batch, number = source(names), next(numbers)
-            for name, tensors in zip(names, batch, strict=True):
+        def watched() -> dict[str, Any]:
+            batch, number = source(), next(numbers)
+            for name, tensors in batch.items():
                 self.given += 1
                 weakref.finalize(tensors, self._release, pipe, name, number)
             return batch

@@ -1,5 +1,4 @@
 import hashlib
-import inspect
 import itertools
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn
+from nvidia.dali import Pipeline
 
 from data_pipeline import graph
 from data_pipeline.dataset import Dataset
@@ -106,26 +105,6 @@ def test_a_batch_that_is_still_copied_is_held_and_no_longer() -> None:
     assert not any(one() is not None for one in held)
 
 
-def decoder(config, device_id) -> str:
-    """The decoder's specification in a pipeline that is not built: on a GPU that would need one."""
-    with Pipeline(batch_size=1, num_threads=1, device_id=device_id):
-        inputs = {name: fn.external_source(iter(()), ndim=1) for name in ("jpeg", "start", "shape")}
-        return str(graph._decode(inputs, config, device_id).source.spec)
-
-
-def test_a_gpu_decodes_with_dalis_defaults_and_one_decoder_unless_it_is_asked_for_more(train):
-    names = ("device_memory_padding", "preallocate_height_hint", "preallocate_width_hint")
-    parameters = inspect.signature(fn.decoders.image_slice).parameters
-    defaults = {name: parameters[name].default for name in names} | {"hw_decoder_load": "0.000000"}
-    asked = {"device_memory_padding": 2**21, "preallocate_hint": (375, 500), "hw_decoder_load": 0.5}
-    given = dict(zip(names, (2**21, 375, 500), strict=True)) | {"hw_decoder_load": "0.500000"}
-    for changes, expected in (({}, defaults), (asked, given)):
-        config = settings(train, **changes)
-        for name, value in expected.items():
-            assert f"{name}: {value}\n" in decoder(config, device_id=0)
-        assert not [name for name in names if name in decoder(config, None)]
-
-
 FULL = AugmentConfig(
     random_resized_crop={}, horizontal_flip=0.5, affine={"degrees": 3}, rand_augment={},
     color_jitter={"brightness": 0.1, "hue": 0.1}, random_erasing={},
@@ -134,19 +113,14 @@ FULL = AugmentConfig(
 
 @pytest.mark.parametrize(
     ("train", "augment", "at_most"),
-    [
-        (True, FULL, 460),
-        (True, FULL.model_copy(update={"rand_augment": None, "trivial_augment": True}), 220),
-        (True, FULL.model_copy(update={"rand_augment": None}), 20),
-        (False, FULL, 10),
-    ],
-    ids=["RandAugment", "TrivialAugment", "no policy", "evaluation"],
+    [(True, FULL, 460), (True, FULL.model_copy(update={"rand_augment": None}), 20), (False, FULL, 10)],
+    ids=["RandAugment", "no policy", "evaluation"],
 )
 def test_dali_has_every_operator_of_the_graph_for_a_gpu_and_images_never_leave_it(monkeypatch, train, augment, at_most):
     config = InputConfig(path="nowhere", augment=augment, image_size=64)
     # All but the device itself: DALI asks for it when the graph is complete.
     monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)
-    pipe = graph.pipeline(config, lambda _: [], train=train, batch_size=2, threads=1, device_id=0)
+    pipe = graph.pipeline(config, dict, train=train, batch_size=2, threads=1, device_id=0)
     assert len(pipe._ops) <= at_most, "more operators a batch than before"
     assert [output.device for output in pipe._graph_outputs] == ["gpu"]
     for node in pipe._ops:
@@ -156,7 +130,9 @@ def test_dali_has_every_operator_of_the_graph_for_a_gpu_and_images_never_leave_i
         inputs = [edge.device for edge in node.inputs]
         assert device != "cpu" or "gpu" not in inputs, f"{schema.Name()} takes images back to the host"
         assert device != "gpu" or not inputs or inputs[0] == "gpu", f"{schema.Name()} takes images from the host"
-    assert [node._op.schema.Name() for node in pipe._ops if node._op.device == "mixed"] == ["decoders__ImageSlice"]
+    (decoder,) = [node for node in pipe._ops if node._op.device == "mixed"]
+    assert decoder._op.schema.Name() == "decoders__ImageSlice"
+    assert "hw_decoder_load: 0.000000\n" in str(decoder.spec), "two decoders need not agree"
 
 
 @pytest.mark.parametrize(("world", "steps"), [(1, 7), (2, 21), (4, 23)])
@@ -193,21 +169,6 @@ def test_each_batch_has_what_was_drawn_for_its_step_and_rows_in_another_thread(t
             assert rows[0] == 32 + i % 2 * 16
 
 
-@pytest.mark.parametrize(("world", "size"), [(2, 50), (7, 10), (1, 400)])
-def test_evaluation_sees_every_sample_once_on_any_number_of_ranks(val, world, size):
-    seen, lengths = [], set()
-    for rank in range(world):
-        with evaluation(val, batch_size=size, rank=rank, world_size=world) as loader:
-            batches = list(loader)
-            lengths.add(len(batches))
-            assert len(batches) == len(loader)
-        for batch in batches:
-            assert batch.images.shape == (size, 3, 32, 32)
-            seen += batch.sample_ids[batch.valid].tolist()
-    assert len(lengths) == 1
-    assert sorted(seen) == list(range(360))
-
-
 def test_evaluation_can_be_repeated_and_left_early(val):
     with evaluation(val, batch_size=32) as loader:
         first = torch.cat([batch.images for batch in loader])
@@ -238,21 +199,18 @@ def test_a_global_batch_that_cannot_be_divided_is_refused(train, batch, micro, w
 
 
 def test_exactly_the_bytes_of_the_next_samples_are_announced_to_storage(train, monkeypatch):
-    descriptors, asked = Path("/proc/self/fd"), []
+    asked = []
     samples = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:200].numpy()
 
     def note(descriptor: int, offset: int, length: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
-        asked.append(((descriptors / str(descriptor)).readlink().name, offset, length))
+        asked.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, length))
 
     monkeypatch.setattr(os, "posix_fadvise", note)
-    reader, opened = Reader(train), len(list(descriptors.iterdir()))
-    reader.announce(samples)
+    Reader(train).announce(samples)
     names = [train.shards[shard].tar.name for shard in train.shard[samples]]
     assert len(set(names)) > 1
     assert sorted(asked) == sorted(zip(names, train.offset[samples], train.length[samples], strict=True))
-    reader.close()
-    assert len(list(descriptors.iterdir())) == opened
 
 
 LEAVE_EARLY = """
@@ -278,14 +236,13 @@ def test_a_process_that_ends_with_batches_on_their_way_ends_and_prints_nothing(p
 
 def test_dalis_remarks_on_its_own_augmentations_are_not_shown(train):
     with warnings.catch_warnings(record=True) as remarks:
-        training(train, settings(train, augment=AugmentConfig(trivial_augment=True))).thing.close()
+        training(train, settings(train, augment=AugmentConfig(rand_augment={}))).thing.close()
     assert remarks == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [{"rand_augment": {}}, {"trivial_augment": True}], ids=str)
-def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train, policy):
-    augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, **policy)
+def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train):
+    augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, rand_augment={})
     alone = digests(train, steps=3, micro=64, augment=augment)
     assert digests(train, world=2, steps=3, micro=8, threads=3, augment=augment) == alone
     plain = digests(train, steps=3, micro=64, augment=AugmentConfig())

@@ -56,11 +56,13 @@ def test_cutmix_pixels_come_whole_from_one_of_the_two():
     assert 0.2 < (out == partner).float().mean() < 0.7
 
 
-def test_mixup_is_the_convex_combination_with_one_share_per_pair():
-    images, _ = batch()
+def test_mixup_is_the_convex_combination_with_one_share_per_pair_also_in_float16():
+    images, labels = batch()
     out, _ = mixed(MixingConfig(mixup=0.8))
     # With one share for both, the pair's sum is kept.
     torch.testing.assert_close(out[::2] + out[1::2], images[::2] + images[1::2])
+    half, targets = mix(images.half(), labels, np.arange(64), config=BOTH, num_classes=10, seed=1, step=0)
+    assert (half.dtype, targets.dtype) == (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("world", [2, 4, 32])
@@ -89,9 +91,3 @@ def test_shares_follow_the_beta_distribution():
 def test_rows_that_are_not_whole_pairs_are_refused(rows):
     with pytest.raises(DataError, match="complete pairs"):
         mixed(BOTH, rows)
-
-
-def test_float16_pictures_stay_float16():
-    images, labels = batch(4)
-    out, targets = mix(images.half(), labels[:4], np.arange(4), config=BOTH, num_classes=10, seed=1, step=0)
-    assert (out.dtype, targets.dtype) == (torch.float16, torch.float32)

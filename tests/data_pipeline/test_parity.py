@@ -78,10 +78,9 @@ def test_boxes_of_random_resized_crop_follow_torchvisions_rule():
     draws = Draws(1, np.zeros(n, np.int64), np.arange(n))
     box = random_resized_crop(RandomResizedCropConfig(), draws, np.full(n, 500), np.full(n, 375))
     (top, left), (height, width) = box["start"].T, box["shape"].T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 375).all()
-    assert (left + width <= 500).all()
+    assert min(top.min(), left.min()) >= 0
+    assert (top + height).max() <= 375
+    assert (left + width).max() <= 500
     share = height * width / (500 * 375)
     expected = np.array([torchvisions_box(random.Random(i), 500, 375) for i in range(n // 4)])
     for ours, theirs in zip((share, width / height, top, left), expected.T, strict=True):
@@ -94,11 +93,6 @@ def test_boxes_of_random_resized_crop_follow_torchvisions_rule():
 def test_a_flip_is_pillows_mirror(photos):
     whole, flipped = trained(photos, AugmentConfig()), trained(photos, AugmentConfig(horizontal_flip=1.0))
     assert all(np.array_equal(flipped[i], whole[i][:, ::-1]) for i in whole)
-
-
-def test_half_of_the_pictures_are_flipped():
-    draws = Draws(1, np.repeat(np.arange(10), 1000), np.tile(np.arange(1000), 10))
-    assert abs((draws.uniform(16, 1) < 0.5).mean() - 0.5) < 0.02
 
 
 def test_an_affine_turn_is_pillows_rotation_about_the_centre(photos):
@@ -172,6 +166,5 @@ def test_random_erasing_sets_the_box_to_the_mean_and_nothing_else(photos):
 
 
 def test_float16_is_float32_rounded(photos):
-    single = trained(photos, AugmentConfig())
-    half = trained(photos, AugmentConfig(), dtype="float16")
+    single, half = (trained(photos, AugmentConfig(), dtype=dtype) for dtype in ("float32", "float16"))
     assert all(np.abs(single[i] - half[i]).max() <= 255 * 2**-11 for i in single)

@@ -25,6 +25,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loader import TrainLoader
 from data_pipeline.store import CacheConfig
 from data_pipeline.transforms import InputConfig
+from tests.data_pipeline.datasets import settings, training
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -75,23 +76,21 @@ def server(digits, monkeypatch, request):
         running.shutdown()
 
 
-def epoch(dataset, cache=None, **changes) -> list[tuple[int, float]]:
-    config = InputConfig(path=dataset.path, cache=cache, image_size=16, threads=1, shuffle_window=2, **changes)
-    loader = TrainLoader(
-        dataset, config, seed=1, global_batch=64, micro_batch=64, rank=0, world_size=1, device=torch.device("cpu")
-    )
-    try:
+@pytest.fixture
+def cache(tmp_path):
+    return CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+
+
+def epoch(dataset, cache=None) -> list[tuple[int, float]]:
+    with training(dataset, settings(dataset, cache=cache, image_size=16, shuffle_window=2)) as loader:
         return [
             (int(i), float(s))
             for b in itertools.islice(loader, 22)
             for i, s in zip(b.sample_ids, b.images.sum((1, 2, 3)), strict=True)
         ]
-    finally:
-        loader.close()
 
 
-def test_a_dataset_behind_http_gives_the_same_batches_as_on_disk(server, train, tmp_path):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_dataset_behind_http_gives_the_same_batches_as_on_disk(server, train, cache):
     remote = Dataset.open(server.url, "train", cache)
     assert remote.fingerprint == train.fingerprint
     assert epoch(remote, cache) == epoch(train)
@@ -103,8 +102,7 @@ def test_a_dataset_behind_http_gives_the_same_batches_as_on_disk(server, train, 
 
 
 @pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot", "slow"])
-def test_a_fetch_that_fails_twice_is_tried_again(server, train, tmp_path, kind):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_fetch_that_fails_twice_is_tried_again(server, train, cache, kind):
     remote = Dataset.open(server.url, "train", cache)
     server.trouble["digits-train-000004.tar"] = [kind, "error"]
     assert epoch(remote, cache) == epoch(train)
@@ -113,8 +111,7 @@ def test_a_fetch_that_fails_twice_is_tried_again(server, train, tmp_path, kind):
 
 
 @pytest.mark.parametrize(("kind", "message"), [("error", "after 3 tries"), ("rot", "after 3 tries.*content is not")])
-def test_a_shard_that_cannot_be_fetched_is_a_clear_error_that_names_it(server, tmp_path, kind, message):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_shard_that_cannot_be_fetched_is_a_clear_error_that_names_it(server, tmp_path, cache, kind, message):
     remote = Dataset.open(server.url, "train", cache)
     server.trouble["digits-train-000004.tar"] = [kind] * 99
     with pytest.raises(DataError, match=rf"{server.url}/digits-train-000004.tar cannot be fetched {message}") as caught:
@@ -123,8 +120,7 @@ def test_a_shard_that_cannot_be_fetched_is_a_clear_error_that_names_it(server, t
     assert not list((tmp_path / "cache").glob("*000004.tar"))
 
 
-def test_a_missing_dataset_or_shard_is_named_at_once(server, tmp_path):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_missing_dataset_or_shard_is_named_at_once(server, cache):
     with pytest.raises(DataError, match=r"nothing/dataset.json does not exist"):
         Dataset.open(server.url + "/nothing", "train", cache)
     remote = Dataset.open(server.url, "train", cache)
@@ -243,19 +239,15 @@ def test_processes_of_a_machine_share_the_cache_and_fetch_each_shard_once(server
     assert sorted(shards) == sorted(shard.tar.name for shard in train.shards)
 
 
-def test_shards_are_fetched_before_they_are_read(server, tmp_path):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_shards_are_fetched_before_they_are_read(server, tmp_path, cache):
     remote = Dataset.open(server.url, "train", cache)
-    config = InputConfig(path=server.url, cache=cache, image_size=16, threads=1, shuffle_window=2)
-    loader = TrainLoader(
-        remote, config, seed=1, global_batch=8, micro_batch=8, rank=0, world_size=1, device=torch.device("cpu")
-    )
-    batch = next(iter(loader))
-    read = set(np.unique(remote.shard[batch.sample_ids]).tolist())
-    deadline = time.monotonic() + 10
-    while len(list((tmp_path / "cache").glob("*.tar"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    loader.close()
+    config = settings(remote, cache=cache, image_size=16, shuffle_window=2)
+    with training(remote, config, global_batch=8, micro_batch=8) as loader:
+        batch = next(iter(loader))
+        read = set(np.unique(remote.shard[batch.sample_ids]).tolist())
+        deadline = time.monotonic() + 10
+        while len(list((tmp_path / "cache").glob("*.tar"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert len(read) <= 2
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 4  # the window that is read, and the next one
 
@@ -346,18 +338,16 @@ S3_URL = "s3://pictures/sets/digits"
 SHARD = "digits-train-000004.tar"
 
 
-def test_a_dataset_in_s3_gives_the_same_batches_as_on_disk(s3, train, tmp_path):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_dataset_in_s3_gives_the_same_batches_as_on_disk(s3, train, cache):
     assert epoch(Dataset.open(S3_URL, "train", cache), cache) == epoch(train)
     names = [name for name, _ in s3.requests]
     assert len(names) == len(set(names)) == 10
 
 
-def test_a_shard_that_is_missing_from_s3_is_named_at_once(s3, moto, digits, tmp_path):
+def test_a_shard_that_is_missing_from_s3_is_named_at_once(s3, moto, digits, cache):
     import boto3
 
     client = boto3.client("s3", endpoint_url=moto)
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
     remote = Dataset.open(S3_URL, "train", cache)
     client.delete_object(Bucket="pictures", Key=f"sets/digits/{SHARD}")
     try:
@@ -368,8 +358,7 @@ def test_a_shard_that_is_missing_from_s3_is_named_at_once(s3, moto, digits, tmp_
 
 
 @pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot", "slow"])
-def test_a_fetch_from_s3_that_fails_twice_is_tried_again_with_pauses(s3, train, tmp_path, kind):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_fetch_from_s3_that_fails_twice_is_tried_again_with_pauses(s3, train, cache, kind):
     remote = Dataset.open(S3_URL, "train", cache)
     s3.trouble[SHARD] = [kind, "error"]
     path = remote.shard_path(4)
@@ -384,8 +373,7 @@ def test_a_fetch_from_s3_that_fails_twice_is_tried_again_with_pauses(s3, train, 
 
 
 @pytest.mark.parametrize("kind", ["error", "cut", "stall", "rot"])
-def test_a_shard_that_cannot_be_fetched_from_s3_is_a_clear_error_that_names_it(s3, tmp_path, kind):
-    cache = CacheConfig(folder=tmp_path / "cache", gigabytes=1)
+def test_a_shard_that_cannot_be_fetched_from_s3_is_a_clear_error_that_names_it(s3, tmp_path, cache, kind):
     remote = Dataset.open(S3_URL, "train", cache)
     s3.trouble[SHARD] = ["error", "error", kind]
     with pytest.raises(DataError, match=rf"{S3_URL}/{SHARD} cannot be fetched after 3 tries \(.+\)") as caught:
