@@ -1,4 +1,4 @@
-"""Networks of any package, built by a callable that the recipe names, and the methods of theirs that are used.
+"""The network of a recipe: a LaViT, or what a callable of any package builds. What differs between both is here.
 
 A network maps images (batch, 3, height, width) to logits (batch, classes). Used where it has them:
 ``no_weight_decay()``; ``layer_groups()`` as ``LaViT`` has it, or timm's ``group_matcher()``; timm's
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import LaViTConfig
+from models import LaViT, LaViTConfig, model_config
 from models.cost import count_macs
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -46,16 +46,6 @@ class FactoryConfig:
         """What a hand-off records as its architecture."""
         own = {"arguments": self.arguments, "num_classes": self.num_classes, "image_size": list(self.image_size)}
         return {"name": self.name, "factory": self.name, **own}
-
-    @cached_property
-    def on_meta(self) -> nn.Module:
-        """The network on torch's meta device, without memory."""
-        return self.build().to("meta")
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the network has."""
-        return sum(parameter.numel() for parameter in self.on_meta.parameters())
 
     def build(self, factory: Factory | None = None) -> nn.Module:
         """The network on the CPU, in training mode.
@@ -89,6 +79,59 @@ class FactoryConfig:
                     delattr(module, name)
                     module.register_buffer(name, parameter.data)
         return network.train()
+
+
+NetworkConfig = LaViTConfig | FactoryConfig
+
+
+def architecture(recipe: Recipe, num_classes: int) -> NetworkConfig:
+    """Configuration of the recipe's network.
+
+    Raises:
+        UserError: the variant does not exist, or a field of it makes no sense.
+    """
+    model = recipe.model
+    if model.factory is not None:
+        return FactoryConfig(model.factory, model.arguments, num_classes, recipe.data.size)
+    try:
+        return model_config(model.title, num_classes=num_classes, image_size=recipe.data.size, **model.overrides)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {' '.join(str(error).split())}") from None
+
+
+def build_network(config: NetworkConfig) -> Any:
+    """The network on the CPU, in training mode; errors are those of ``LaViT`` or ``FactoryConfig.build``."""
+    return LaViT(config) if isinstance(config, LaViTConfig) else config.build()
+
+
+@cache
+def on_meta(config: NetworkConfig) -> Any:
+    """The network on torch's meta device, without memory."""
+    return build_network(config).to("meta")
+
+
+def count_parameters(config: NetworkConfig) -> int:
+    """How many parameters the network has."""
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
+
+
+def call_network(
+    network: nn.Module, call: Callable[..., Any], images: Tensor, uniforms: Tensor | None, form: Any = True
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of images (m, 3, H, W), and a LaViT's diagonality loss.
+
+    ``network`` is what ``call``, itself or DeepSpeed's engine, runs; ``uniforms`` (branches, m) decide which residual
+    branches of a LaViT are skipped; ``form`` of the loss is as ``LaViT.forward`` takes it.
+    """
+    if not isinstance(network, LaViT):
+        return call(images), None
+    logits, diagonality = call(images, drop_path_uniforms=uniforms, with_diagonality=form)
+    return logits, diagonality
+
+
+def drawn_branches(network: Any) -> int:
+    """How many residual branches are skipped by numbers that are drawn for it: a LaViT's, with drop path on."""
+    return network.num_drop_paths if isinstance(network, LaViT) and network.config.drop_path else 0
 
 
 @contextmanager
@@ -126,7 +169,7 @@ def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: b
         )
 
 
-def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device: torch.device) -> int:
+def try_network(network: nn.Module, config: NetworkConfig, device: torch.device) -> int:
     """Pass two blank images through a network of a factory, in evaluation mode; it is moved to the device.
 
     Returns:
@@ -175,6 +218,8 @@ def seed_generators(seed: int, step: int, row: int) -> None:
 
 def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator[str]:
     """Lines about what is other for a network of a factory; ``dtype`` is that of its weights."""
+    if isinstance(network, LaViT):
+        return
     yield (
         "random numbers that the network draws (dropout, drop path) are seeded from (seed, step, micro-batch, rank): "
         "resuming is exact with as many ranks and the same micro-batch"

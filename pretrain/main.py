@@ -26,8 +26,7 @@ from data_pipeline.errors import DataError, without_secrets  # noqa: E402
 from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import parse_arguments  # noqa: E402
 from pretrain.build import build_trainer  # noqa: E402
-from pretrain.check import resolve_for  # noqa: E402
-from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_for  # noqa: E402
 from pretrain.engine.distributed import (  # noqa: E402
     Rank,
     choose_device,

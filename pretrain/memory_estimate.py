@@ -12,7 +12,6 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,15 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from models import LaViT
-from models.config import STAGES, LaViTConfig
+from models.config import STAGES
 from pretrain.check import COPIES
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.deepspeed_config import Precision, ResolvedDeepSpeed, input_dtype
 from pretrain.engine.deepspeed_keys import FLOATS
-from pretrain.engine.precision import Precision, input_dtype
-from pretrain.factory import FactoryConfig, recompute_activations, users_code
+from pretrain.factory import NetworkConfig, call_network, drawn_branches, on_meta, recompute_activations, users_code
 from pretrain.recipe import Recipe
 
-NetworkConfig = LaViTConfig | FactoryConfig
 Ints = NDArray[np.int64]
 Policy = Literal["none", "all"] | Sequence[bool]
 """Stages whose activations are recomputed, as ``LaViT.set_activation_checkpointing`` takes it."""
@@ -126,12 +123,9 @@ def trace(
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
     forward: list[int] = []
     arrived: list[tuple[int, int]] = []
-    own = isinstance(config, LaViTConfig)
-    with torch.device("meta"):
-        model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
-    model.to(dtype)
-    stages = model.stages if own else ()
-    unknown = f"model.factory: the memory of {config.name} is not known: it cannot be traced without computing"
+    model = copy.deepcopy(on_meta(config)).to(dtype)
+    stages = model.stages if isinstance(model, LaViT) else ()
+    unknown = f"the memory of {config.name} is not known: it cannot be traced without computing"
     recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -143,18 +137,18 @@ def trace(
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
                 module.forward = functools.partial(_as_on_gpu, module.forward)
-        with nullcontext() if own else users_code(unknown), tracker:
+        with users_code(unknown), tracker:
             batch = torch.empty(micro_batch, 3, *config.image_size)
             images = batch.clone() if mixed else batch
             targets = torch.empty(micro_batch, config.num_classes)
-            options: dict[str, Any] = {"with_diagonality": True} if own else {}
-            if own and config.drop_path > 0:
-                options["drop_path_uniforms"] = torch.empty(model.num_drop_paths, micro_batch)
+            branches = drawn_branches(model)
+            uniforms = torch.empty(branches, micro_batch) if branches else None
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output = model(images.to(dtype), **options)
-            logits, diagonality = output if own else (output, torch.zeros(()))
-            loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
-            del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
+                logits, diagonality = call_network(model, model, images.to(dtype), uniforms)
+            loss = F.cross_entropy(logits.float(), targets)
+            if diagonality is not None:
+                loss = loss + diagonality.float()
+            del images, targets, uniforms, logits, diagonality  # the loader's batch stays until the next one
             forward.append(tracker.read_peak())
             kept = tracker.live
             loss.backward()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -190,17 +191,12 @@ class ProbesSection(Section):
 class WatchSection(Section):
     """What is shown of a run besides its metrics, and where."""
 
-    attention_images: int = Field(default=4, ge=0, le=8)
+    attention_images: int = Field(
+        default=4, ge=0, le=8, validation_alias=AliasChoices("attention_images", "attention_pictures")
+    )
     """Images of the validation split whose attention is measured and drawn after each evaluation."""
     sinks: tuple[Literal["wandb"], ...] = ()
     """Where measurements and images go besides metrics.jsonl and TensorBoard; the package must be installed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_name(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "attention_pictures" in fields:
-            return {name.replace("attention_pictures", "attention_images"): fields[name] for name in fields}
-        return fields
 
 
 class CheckpointSection(Section):

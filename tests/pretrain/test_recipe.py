@@ -7,8 +7,9 @@ import pytest
 
 from data_pipeline.errors import without_secrets
 from pretrain.arguments import parse_arguments
-from pretrain.check import check_recipe_here, resolve_for
+from pretrain.check import check_recipe_here
 from pretrain.console import RunConsole
+from pretrain.engine.deepspeed_config import resolve_for
 from pretrain.engine.schedule import Schedule
 from pretrain.fields import describe_fields
 from pretrain.files import lock
@@ -108,7 +109,7 @@ def test_a_learning_rate_that_would_rise_to_its_end_is_refused() -> None:
     for batch, fails in ((64, True), (640, False)):
         config = {"train_batch_size": batch, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
         with pytest.raises(UserError, match=r"schedule.min_lr .0.01. is above the peak") if fails else nullcontext():
-            resolve_for(recipe, config, world_size=1, has_gpu=False, has_bf16_gpu=False)
+            resolve_for(recipe, config, world_size=1)
 
 
 @pytest.mark.parametrize(("steps", "log", "checkpoint"), [(1, 1, 10), (336, 3, 33), (9000, 50, 900), (10**6, 50, 1000)])
