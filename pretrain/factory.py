@@ -196,11 +196,7 @@ def try_network(network: nn.Module, config: NetworkConfig, device: torch.device)
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Fill a network with all of its parameters and buffers; of tied ones, one name is enough.
-
-    Raises:
-        RuntimeError: names are missing or unknown, or shapes differ.
-    """
+    """Fill a network with all of its parameters and buffers; of tied ones, one name is enough; else RuntimeError."""
     found = network.load_state_dict(state, strict=False)
     own = {name for names in (network.named_parameters(), network.named_buffers()) for name, _ in names}
     if wrong := [*found.unexpected_keys, *own.intersection(found.missing_keys)]:
@@ -246,11 +242,7 @@ def spared_names(network: Any) -> set[str]:
 
 
 def layers_of(network: Any) -> Sequence[Sequence[str]]:
-    """Names of all parameters in the order of depth.
-
-    Raises:
-        UserError: the network does not tell.
-    """
+    """Names of all parameters in the order of depth; UserError where the network does not know them."""
     if hasattr(network, "layer_groups"):
         return network.layer_groups()
     if hasattr(network, "group_matcher"):

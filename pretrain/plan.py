@@ -39,6 +39,10 @@ nor measured is an option, and is printed as an assumption.
 """
 
 
+BYTES_PER_IMAGE = 115_000
+"""Assumed where the dataset is not there: ImageNet-1k's training archive has 147.9 GB for 1,281,167 images."""
+
+
 def _number(kind: Callable[[str], float], below: float = math.inf) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
@@ -127,7 +131,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    images, classes, source = options.images, options.classes, "given"
+    images, classes, size, source = options.images, options.classes, BYTES_PER_IMAGE, "given; bytes per image assumed"
     if not (images and classes):
         try:
             split = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
@@ -135,7 +139,8 @@ def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             without = "or plan without it: --images N --classes N"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
         images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
-    return {"images": images, "classes": classes, "source": source}
+        size = round(sum(shard.tar.bytes for shard in split.shards) / len(split))
+    return {"images": images, "classes": classes, "bytes_per_image": size, "source": source}
 
 
 def _policies(recipe: Recipe, config: NetworkConfig) -> dict[str, Policy]:
@@ -222,11 +227,12 @@ def _time(plan: dict[str, Any]) -> list[str]:
     if not rate:
         return [f"not measured; at 100 % of the peak no less than {_duration(3600 * plan['hours_at_peak'])}"]
     source = "measured: {file}; {device}; {conditions}".format(**measured) if measured else "ASSUMED"
+    reading = plan["batch"]["global_batch"] * plan["data"]["bytes_per_image"] / step
     compute = f"compute {1e3 * plan['compute']:.1f} ms + communication {1e3 * plan['communication']:.1f} ms per step"
     return [
         f"{_duration(3600 * plan['hours'])}, {plan['hours'] * plan['batch']['world_size']:,.1f} GPU-hours",
         f"{rate:,.0f} images/s per GPU, {rate / plan['images_per_s_per_gpu_at_peak']:.0%} of the peak ({source})",
-        f"{compute}, efficiency {plan['compute'] / step:.0%}",
+        f"{compute}, efficiency {plan['compute'] / step:.0%}; reading {reading / 1e9:.2f} GB/s",
     ]
 
 

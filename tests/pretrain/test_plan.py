@@ -129,6 +129,8 @@ def test_a_dataset_that_is_there_is_counted(digits: Path) -> None:
     words = ["--recipe", str(RECIPE), "--gpus", "2", "--set", f"data.path={digits}"]
     data = make_plan(parse_arguments(words))["data"]
     assert (data["images"], data["classes"]) == (1437, 10)
+    shards = sum(file.stat().st_size for file in digits.glob("*-train-*.tar"))
+    assert data["bytes_per_image"] == round(shards / 1437)
 
 
 def test_it_is_counted_what_a_run_will_have(digits: Path) -> None:
