@@ -197,14 +197,10 @@ class Engine:
         self.contiguous = bool(zero.get("contiguous_gradients", True))
         self.persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))  # elements; not partitioned
         self.prefetch = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))  # elements that are gathered ahead
-        self.optimizer_on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-        self.weights_on_host = (zero.get("offload_param") or {}).get("device") == "cpu"
         # Whether gradients are reduced during the backward pass. DeepSpeed's BF16_Optimizer does not read overlap_comm.
         bf16_optimizer = self.stage == 1 and resolved.precision == "bf16" and self.wide_gradients
         given = zero.get("overlap_comm")
-        self.overlap = self.stage > 0 and (
-            self.stage == 3 if given is None else bool(given) and not (bf16_optimizer and not self.optimizer_on_host)
-        )
+        self.overlap = self.stage > 0 and (self.stage == 3 if given is None else bool(given) and not bf16_optimizer)
 
 
 @dataclass(frozen=True)
@@ -217,7 +213,6 @@ class Memory:
     ema: int
     activations: int  # with temporary tensors of operators and the batches of the loader
     buffers: int  # flattened copies of gradients, gathered weights
-    host: int  # offloaded to the CPU's memory; not part of the total
     peak: str  # when it occurs: "forward", "backward", "reduce" (gradients), "step"
 
     @property
@@ -253,14 +248,11 @@ class MemoryEstimate:
         gradients = 4 * share * (engine.wide_gradients and engine.stage == 2)  # those that exist between steps, too
         if engine.stage == 3:
             whole = int(elements[elements <= engine.persistent].sum())
-            weights = engine.element * (whole + share * (not engine.weights_on_host))
-            gradients = share * (4 if engine.wide_gradients else engine.element) * (not engine.optimizer_on_host)
-        host = engine.element * share * engine.weights_on_host
-        if engine.optimizer_on_host:
-            host, optimizer, ema = host + optimizer + ema + 4 * share, 0, 0
+            weights = engine.element * (whole + share)
+            gradients = share * (4 if engine.wide_gradients else engine.element)
         phase, live, arrived, buffers = max(_peaks(engine, network), key=lambda peak: sum(peak[1:]))
         live += self._loader * micro_batch
-        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, host, phase)
+        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, phase)
 
     def largest_micro_batch(self, policy: Policy, capacity: float) -> int:
         """The largest micro-batch up to a rank's share of the global batch that fits in ``capacity`` bytes; or 0."""

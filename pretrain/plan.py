@@ -37,8 +37,6 @@ nor measured is an option, and is printed as an assumption.
   python -m pretrain.plan --recipe recipes/demo.yaml --gpus 32
   python -m pretrain.plan --recipe recipes/demo.yaml --gpus 8 --gpu a100 --mfu 0.3
 """
-
-
 BYTES_PER_IMAGE = 115_000
 """Assumed where the dataset is not there: ImageNet-1k's training archive has 147.9 GB for 1,281,167 images."""
 
@@ -184,6 +182,7 @@ def _assumptions(options: argparse.Namespace, measured: dict[str, Any] | None) -
         f"Failures: one in {options.mtbf_hours_per_gpu:,.0f} GPU-hours (--mtbf-hours-per-gpu; Llama 3 on 16,384 H100: "
         f"one in 50,700), {options.save_seconds:g} s of training lost to a checkpoint (--save-seconds)."
     )
+    yield "Offloading (offload_optimizer, offload_param) is not counted: what it moves to the host is shown on the GPU."
     if measured:
         yield "Speed: that of the benchmark's micro-batch; recomputing activations takes up to a third more time."
     elif options.mfu:
@@ -215,7 +214,6 @@ def show(plan: dict[str, Any], console: Console) -> None:
     table = Table("ZeRO", "recomputed", "in", *numbers, "", title=title, title_justify="left", box=None)
     for row in plan["memory"]:
         mark = "<- recipe" * row["chosen"] + " too much" * (not row["fits"])
-        mark += f" + {row['host'] / gib:.2f} on the host" if row["host"] else ""
         total, largest = f"{row['total'] / gib:.2f}", str(row["largest_micro_batch"])
         table.add_row(str(row["zero_stage"]), row["recomputed"], row["precision"], total, largest, mark)
     console.print(table, *map(Text, plan["refused"]), sep="\n")

@@ -33,6 +33,7 @@ def refusal(*assignments: str, path: Path = DEMO) -> str:
 def test_set_changes_fields_and_reads_values_as_yaml() -> None:
     recipe = load_recipe(DEMO, ["optimizer.lr=1e-3", "name=other", "data.augment.affine=null"])
     assert (recipe.optimizer.lr, recipe.name, recipe.data.augment.affine) == (1e-3, "other", None)
+    assert load_recipe(DEMO, ["watch.attention_pictures=3"]).watch.attention_images == 3, "an older name"
 
 
 @pytest.mark.parametrize(
@@ -118,10 +119,6 @@ def test_intervals_follow_from_the_length_of_the_run_unless_given(steps: int, lo
         intervals = [f"log_every_steps={given[0]}", f"checkpoint.every_steps={given[1]}"]
         schedule = Schedule(load_recipe(DEMO, ["schedule={epochs: 1}", *intervals]), steps, 1)
         assert (schedule.log_every, schedule.checkpoint_every) == expected
-
-
-def test_the_older_name_of_a_field_is_read() -> None:
-    assert load_recipe(DEMO, ["watch.attention_pictures=3"]).watch.attention_images == 3
 
 
 @pytest.mark.parametrize("password", ["hunter2", "hun@ter2"])
