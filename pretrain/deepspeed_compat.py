@@ -16,11 +16,7 @@ SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def check_version() -> None:
-    """Refuse another version of DeepSpeed than the one whose internals are used here.
-
-    Raises:
-        UserError: another one is installed.
-    """
+    """Raise a UserError for another version of DeepSpeed than the one whose internals are used here."""
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
     installed = deepspeed.__version__.split("+")[0]

@@ -85,11 +85,7 @@ NetworkConfig = LaViTConfig | FactoryConfig
 
 
 def architecture(recipe: Recipe, num_classes: int) -> NetworkConfig:
-    """Configuration of the recipe's network.
-
-    Raises:
-        UserError: the variant does not exist, or a field of it makes no sense.
-    """
+    """Configuration of the recipe's network; UserError where the variant does not exist or a field makes no sense."""
     model = recipe.model
     if model.factory is not None:
         return FactoryConfig(model.factory, model.arguments, num_classes, recipe.data.size)
@@ -157,11 +153,7 @@ def _import(name: str) -> Factory:
 
 
 def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: bool) -> None:
-    """Refuse to import what a file names, unless the user said to.
-
-    Raises:
-        UserError: names the ways to say so.
-    """
+    """Raise a UserError for a network whose callable a file names, unless the user trusts the file."""
     if "factory" in architecture and not trusted:
         raise UserError(
             f"{source}: its network is built by {architecture['factory']}, which is not imported just because a "
@@ -255,12 +247,7 @@ def layers_of(network: Any) -> Sequence[Sequence[str]]:
 
 
 def recompute_activations(network: Any, policy: Any) -> None:
-    """Set ``model.activation_checkpointing``.
-
-    Raises:
-        UserError: the network cannot.
-        ValueError: a policy that a LaViT does not know.
-    """
+    """Set ``model.activation_checkpointing``; UserError or, by a LaViT, ValueError where the network cannot."""
     if hasattr(network, "set_activation_checkpointing"):
         network.set_activation_checkpointing(policy)
     elif policy == "all" and hasattr(network, "set_grad_checkpointing"):
@@ -273,11 +260,7 @@ def recompute_activations(network: Any, policy: Any) -> None:
 
 
 def classifier_of(network: Any) -> nn.Linear:
-    """The layer that makes logits of features: timm's ``get_classifier()``, else what is called head.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The layer that makes logits of features: timm's ``get_classifier()``, else ``head``; or UserError."""
     found = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
     if not isinstance(found, nn.Linear):
         raise UserError("probes need get_classifier(), as timm's networks have, or a linear head: leave them out")

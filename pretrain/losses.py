@@ -18,11 +18,7 @@ from pretrain.state import TrainState
 
 
 class Classification:
-    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels.
-
-    Raises:
-        UserError: the class tree cannot be used.
-    """
+    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels."""
 
     def __init__(
         self, section: LossSection, mixing: MixingConfig, class_ids: Sequence[str], device: torch.device
@@ -75,11 +71,7 @@ class TrainingLoss:
         self._device, self._dtype, self._epoch_size = device, dtype, epoch_size
 
     def __call__(self, batch: Batch, state: TrainState) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss of ``batch`` at ``state``.
-
-        Returns:
-            the scalar to minimize, and its unweighted parts by name.
-        """
+        """The scalar to minimize of ``batch`` at ``state``, and its unweighted parts by name."""
         _, targets, logits, diagonality = self.predict(batch, state)
         loss = classification = self.classification(logits, targets)
         parts: dict[str, torch.Tensor] = {self.classification.name: classification}

@@ -70,10 +70,7 @@ def activations(
     """Activations of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first.
 
     ``mixed``: whether mixup or CutMix allocate a second batch. ``gpu``: count what autocast keeps on a GPU, otherwise
-    on a CPU.
-
-    Raises:
-        UserError: a network of a factory cannot be traced.
+    on a CPU. UserError where a network of a factory cannot be traced.
     """
     policy, gpu = policy if isinstance(policy, str) else tuple(policy), gpu and precision == "bf16 autocast"
     traces = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)

@@ -30,10 +30,7 @@ from pretrain.recipe import Recipe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> Any:
-    """The recipe's network with weights drawn from its seed: equal on every rank.
-
-    Returns:
-        a ``LaViT``, or the ``torch.nn.Module`` of ``model.factory``.
+    """The recipe's network, a ``LaViT`` or that of ``model.factory``, with weights drawn from its seed on every rank.
 
     Raises:
         UserError: the variant or factory does not exist, a field or argument of it makes no sense, or the network has

@@ -28,9 +28,6 @@ def build_optimizer(
     Returns:
         the optimizer, whose groups have ``lr_scale`` and torch's own keys (the learning rate is set before every
         step; the one given here is never used), and lines about what was chosen.
-
-    Raises:
-        ValueError: ``no_decay`` or ``layers`` do not fit the model.
     """
     groups = parameter_groups(model, section, no_decay=no_decay, layers=layers)
     notes = []
