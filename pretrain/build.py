@@ -129,16 +129,7 @@ def build_trainer(
     }
     if profiler is not None and (line := profiler.check(state.step, schedule.total_steps)):
         console.say(line)
-    metrics = None
-    if rank.is_first:  # what is behind the checkpoint is cut off
-        metrics = MetricsWriter(
-            folder.metrics,
-            folder.tensorboard,
-            samples_seen=state.samples_seen,
-            done=state.measured_until(),
-            trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
-            say=console.say,
-        )
+    metrics = _open_metrics(recipe, folder, state, console) if rank.is_first else None
     log = RunLog(folder, status, console, metrics, len(train_set))
     log.start(state, warnings, describe_setup(resolved, device, compiled=recipe.model.compile))
     dtype = input_dtype(resolved.precision)
@@ -227,3 +218,15 @@ def _describe_dataset(train_set: Dataset, classification: Classification) -> dic
         "class_ids": list(train_set.class_ids),
         "class_levels": None if classification.levels is None else classification.levels.tolist(),
     }
+
+
+def _open_metrics(recipe: Recipe, folder: RunFolder, state: TrainState, console: RunConsole) -> MetricsWriter:
+    """Continue the metrics behind what the checkpoint has seen."""
+    return MetricsWriter(
+        folder.metrics,
+        folder.tensorboard,
+        samples_seen=state.samples_seen,
+        done=state.measured_until(),
+        trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
+        say=console.say,
+    )
