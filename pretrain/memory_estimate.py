@@ -73,13 +73,11 @@ def activations(
     on a CPU. UserError where a network of a factory cannot be traced.
     """
     policy, gpu = policy if isinstance(policy, str) else tuple(policy), gpu and precision == "bf16 autocast"
-    traces = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
-    (elements, *small), (_, *large) = traces
+    small, large = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
     more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
-    kept, forward, live = (
-        np.round(one + more * (other - one)).astype(np.int64) for one, other in zip(small, large, strict=True)
-    )
-    return Activations(elements, int(kept), int(forward.max()), live)
+    kept, forward = (round(one + more * (other - one)) for one, other in zip(small[1:3], large[1:3], strict=True))
+    live = np.round(small.live + more * (large.live - small.live)).astype(np.int64)
+    return Activations(small.elements, kept, forward, live)
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -110,15 +108,9 @@ class _Tracker(MemTracker):
 @functools.cache
 def trace(
     config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """Trace one micro-batch as ``Trainer.train_step`` runs it.
-
-    Returns:
-        as in ``Activations``, but the peak of the forward pass for each part of it: (parts,) four stages; batch, head
-        and loss.
-    """
+) -> Activations:
+    """Trace one micro-batch as ``Trainer.train_step`` runs it."""
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
-    forward: list[int] = []
     arrived: list[tuple[int, int]] = []
     model = copy.deepcopy(on_meta(config)).to(dtype)
     stages = model.stages if isinstance(model, LaViT) else ()
@@ -128,8 +120,6 @@ def trace(
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: arrived.append((one.numel(), tracker.read_peak())))
-        for stage in stages:
-            stage.register_forward_hook(lambda *_: forward.append(tracker.read_peak()))
         if gpu:
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
@@ -146,11 +136,10 @@ def trace(
             if diagonality is not None:
                 loss = loss + diagonality.float()
             del images, targets, uniforms, logits, diagonality  # the loader's batch stays until the next one
-            forward.append(tracker.read_peak())
-            kept = tracker.live
+            forward, kept = tracker.read_peak(), tracker.live
             loss.backward()
-    elements, live = zip(*arrived, strict=True)
-    return np.array(elements), np.array(kept), np.array(forward), np.array(live)
+    elements, live = map(np.array, zip(*arrived, strict=True))
+    return Activations(elements, kept, forward, live)
 
 
 class GpuAutocast(TorchFunctionMode):
