@@ -107,7 +107,7 @@ def test_lamb_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.init.constant_(model[0].weight, 9.0)  # of norm 35: pytorch_optimizer would take it for 10
         return model
 
-    section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-9)
     model, expected, random = long(), [], torch.Generator().manual_seed(1)
     optimizer = build(model, section)
     gradients = [
@@ -122,7 +122,7 @@ def test_lamb_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
         for step in gradients:
             first = 0.8 * first + 0.2 * step[index]
             second = 0.9 * second + 0.1 * step[index] ** 2
-            update = first / (second.sqrt() + 1e-6)
+            update = first / (second.sqrt() + 1e-9)
             if name in SPARED:
                 weight = weight - 0.05 * update
             else:
