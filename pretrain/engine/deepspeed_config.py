@@ -104,8 +104,7 @@ def resolve_for(
         resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     if offloaded:
         notes.append(f"{' and '.join(offloaded)}: in the CPU's memory")
-    enabled, reason = _enabled_precisions(resolved, stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
-    chosen = enabled[0] if enabled else "fp32"
+    precision, reason = _choose_precision(resolved, stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
     peak, lowest = peak_learning_rate(recipe.optimizer, batch.global_batch)[0], recipe.schedule.min_lr
     if lowest > peak:
         raise UserError(f"schedule.min_lr ({lowest:g}) is above the peak learning rate ({peak:g}): lower it")
@@ -118,28 +117,6 @@ def resolve_for(
         raise UserError("offload_optimizer needs ZeRO stage 1 or more: set zero_optimization.stage, or leave it out")
     if "offload_param" in offloaded and stage != 3:
         raise UserError("offload_param needs ZeRO stage 3: set zero_optimization.stage to 3, or leave it out")
-    if len(enabled) > 1:
-        raise UserError(f"{' and '.join(enabled)} are both enabled, and each computes in 16 bits: enable one")
-    if chosen == "torch_autocast":
-        _check_autocast(resolved["torch_autocast"])
-    if chosen == "bf16" and stage == 0:
-        raise UserError(
-            "bf16 at ZeRO stage 0 starts with a spurious optimizer step in DeepSpeed: enable torch_autocast with dtype "
-            "bfloat16 instead, or use zero_optimization.stage 1 or more"
-        )
-    if chosen == "fp16" and not has_gpu:
-        raise UserError("fp16 needs a GPU, DeepSpeed refuses it on a CPU: use bf16, torch_autocast or fp32 here")
-    if chosen == "fp16" and stage == 0:
-        raise UserError(
-            "fp16 at ZeRO stage 0 keeps fp32 weights where checkpoints cannot find them: use zero_optimization.stage 1 "
-            "or more"
-        )
-    if chosen in ("bf16", "torch_autocast") and has_gpu and not has_bf16_gpu:
-        raise UserError(f"{chosen}: this GPU does not compute in bfloat16: enable fp16 instead, or train in fp32")
-    summed, own = resolved.get("data_types", {}).get("grad_accum_dtype"), {"bf16": "bfloat16", "fp16": "float16"}
-    if summed is not None and FLOATS.get(summed, summed) not in ("float32", own.get(chosen)):
-        raise UserError(f"data_types.grad_accum_dtype {summed!r} does not go with {chosen}: use fp32, or leave it out")
-    precision: Any = "bf16 autocast" if chosen == "torch_autocast" else chosen
     return ResolvedDeepSpeed(resolved, batch, stage, precision, (*notes, *reason))
 
 
@@ -156,10 +133,40 @@ def _check_autocast(section: dict[str, Any]) -> None:
     section["dtype"] = "bfloat16"
 
 
-def _enabled_precisions(
+def _choose_precision(
+    config: dict[str, Any], stage: int, *, has_gpu: bool, has_bf16_gpu: bool
+) -> tuple[Precision, list[str]]:
+    """The precision, and a line about what ``"auto"`` of bf16 became, which is replaced in ``config``."""
+    enabled, reason = _enabled_sections(config, stage, has_gpu=has_gpu, has_bf16_gpu=has_bf16_gpu)
+    chosen = enabled[0] if enabled else "fp32"
+    if len(enabled) > 1:
+        raise UserError(f"{' and '.join(enabled)} are both enabled, and each computes in 16 bits: enable one")
+    if chosen == "torch_autocast":
+        _check_autocast(config["torch_autocast"])
+    if chosen == "bf16" and stage == 0:
+        raise UserError(
+            "bf16 at ZeRO stage 0 starts with a spurious optimizer step in DeepSpeed: enable torch_autocast with dtype "
+            "bfloat16 instead, or use zero_optimization.stage 1 or more"
+        )
+    if chosen == "fp16" and not has_gpu:
+        raise UserError("fp16 needs a GPU, DeepSpeed refuses it on a CPU: use bf16, torch_autocast or fp32 here")
+    if chosen == "fp16" and stage == 0:
+        raise UserError(
+            "fp16 at ZeRO stage 0 keeps fp32 weights where checkpoints cannot find them: use zero_optimization.stage 1 "
+            "or more"
+        )
+    if chosen in ("bf16", "torch_autocast") and has_gpu and not has_bf16_gpu:
+        raise UserError(f"{chosen}: this GPU does not compute in bfloat16: enable fp16 instead, or train in fp32")
+    summed, own = config.get("data_types", {}).get("grad_accum_dtype"), {"bf16": "bfloat16", "fp16": "float16"}
+    if summed is not None and FLOATS.get(summed, summed) not in ("float32", own.get(chosen)):
+        raise UserError(f"data_types.grad_accum_dtype {summed!r} does not go with {chosen}: use fp32, or leave it out")
+    precision: Any = "bf16 autocast" if chosen == "torch_autocast" else chosen
+    return precision, reason
+
+
+def _enabled_sections(
     config: dict[str, Any], stage: int, *, has_gpu: bool, has_bf16_gpu: bool
 ) -> tuple[list[str], list[str]]:
-    """Names of the enabled sections, and a line about what became of ``"auto"`` of bf16, which is replaced."""
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
     enabled = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled") is True]
     if bf16.get("enabled") != "auto":
