@@ -8,19 +8,18 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, TrainLoader
-from pretrain.check import architecture
+from models import LaViT
 from pretrain.checkpoints.checkpoint import load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
 from pretrain.deepspeed_compat import count_parameters
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, input_dtype
 from pretrain.engine.distributed import Rank, first_of_node_checks, first_rank_decides, new_cpu_group
 from pretrain.engine.engine import build_engine, build_model
-from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import Schedule, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
-from pretrain.factory import try_network
+from pretrain.factory import architecture, try_network
 from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
 from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.spikes import LossLevel
@@ -88,8 +87,7 @@ def build_trainer(
 
     run_state, beginning = first_rank_decides(control, claim_folder)
     status.run_state, folder.locked = run_state, True
-    if beginning.initialized or recipe.model.factory is not None:  # a factory may draw its weights as it likes
-        share_weights(model, device)
+    share_weights(model, device)  # one rank has read a hand-off, and a factory may draw weights as it likes
     engine, engine_notes = build_engine(model, recipe, resolved, device, verbose=verbose)
     startup.end("engine")
     watchdog.beat("loading a checkpoint", startup=True)
@@ -141,7 +139,7 @@ def build_trainer(
         shards,
         device=device,
         precision=resolved.precision,
-        attention_images=recipe.watch.attention_images if recipe.model.factory is None else 0,
+        attention_images=recipe.watch.attention_images if isinstance(model, LaViT) else 0,
         data=recipe.data,
         class_names=train_set.class_names,
         show_batch=rank.is_first and not state.step,

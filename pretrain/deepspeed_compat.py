@@ -1,13 +1,4 @@
-"""Every use of DeepSpeed's private attributes, and every function of it that is replaced, for the pinned version.
-
-- ``check_version``: what follows is written for one version.
-- ``skip_op_compilation``: none of DeepSpeed's own kernels is used, but it would compile some on every rank.
-- ``record_gradient_norm``: at stage 0 DeepSpeed does not keep the norm, which decides whether a step is skipped.
-- ``skip_on_device``: DeepSpeed asks the device for the norm in every step, and the host waits for the answer.
-- ``gradient_norm``, ``loss_scaler``: their values, for that decision and for checkpoints.
-- ``list_shards``, ``flat_partitions``, ``update_weights``: checkpoints keyed by parameter name need views of the fp32
-  partitions; DeepSpeed has no public way to them for all stages.
-"""
+"""Every use of DeepSpeed's private attributes, and every function of it that is replaced, for the pinned version."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,11 +16,7 @@ SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def check_version() -> None:
-    """Refuse another version of DeepSpeed than the one whose internals are used here.
-
-    Raises:
-        UserError: another one is installed.
-    """
+    """Raise a UserError for another version of DeepSpeed than the one whose internals are used here."""
     import deepspeed  # noqa: PLC0415 - slow to import, and reads the environment that distributed.py sets
 
     installed = deepspeed.__version__.split("+")[0]
@@ -67,7 +54,7 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def record_gradient_norm(engine: Any) -> None:
-    """At stage 0, let clipping keep the norm of the gradient where ``get_global_grad_norm`` looks for it.
+    """At stage 0, let clipping keep the norm of the gradient, which decides whether a step is skipped.
 
     DeepSpeed's own clips parameter by parameter and forgets the norm.
     """
@@ -116,7 +103,7 @@ def clip_tensors_by_global_norm(
 
 
 def skip_on_device(engine: Any) -> None:
-    """Keep a ZeRO optimizer from asking the device whether the norm is finite, and how large it is."""
+    """Keep a ZeRO optimizer from asking the device in every step whether the norm is finite, and how large it is."""
     zero = zero_optimizer(engine)
     module = sys.modules[type(zero).__module__]
     for own in (mask_nan_or_inf_with_val_inplace, clip_tensors_by_global_norm):
@@ -140,6 +127,8 @@ def list_shards(
     engine: Any, names: Mapping[torch.nn.Parameter, str]
 ) -> Iterator[tuple[str, tuple[int, ...], int, int, torch.Tensor, int]]:
     """What this rank owns of each parameter at ZeRO stages 1 to 3, in the order of ``names``.
+
+    For checkpoints keyed by name; DeepSpeed has no public way to its fp32 partitions for all stages.
 
     Yields:
         the fields of ``OptimizerShard``: name, shape, offset, length, flat partition, offset in the partition.

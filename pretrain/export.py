@@ -6,7 +6,6 @@ from pathlib import Path
 
 from data_pipeline.errors import without_secrets
 from pretrain.arguments import add_trust_argument
-from pretrain.check import architecture
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
     list_checkpoints,
@@ -15,7 +14,7 @@ from pretrain.checkpoints.checkpoint import (
     step_of,
     verify,
 )
-from pretrain.factory import require_trust
+from pretrain.factory import architecture, require_trust
 from pretrain.handoff.folder import HandoffInput, load_handoff, write_handoff
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import ExitCode, UserError

@@ -1,4 +1,4 @@
-"""Networks of any package, built by a callable that the recipe names, and the methods of theirs that are used.
+"""The network of a recipe: a LaViT, or what a callable of any package builds. What differs between both is here.
 
 A network maps images (batch, 3, height, width) to logits (batch, classes). Used where it has them:
 ``no_weight_decay()``; ``layer_groups()`` as ``LaViT`` has it, or timm's ``group_matcher()``; timm's
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import LaViTConfig
+from models import LaViT, LaViTConfig, model_config
 from models.cost import count_macs
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
@@ -46,16 +46,6 @@ class FactoryConfig:
         """What a hand-off records as its architecture."""
         own = {"arguments": self.arguments, "num_classes": self.num_classes, "image_size": list(self.image_size)}
         return {"name": self.name, "factory": self.name, **own}
-
-    @cached_property
-    def on_meta(self) -> nn.Module:
-        """The network on torch's meta device, without memory."""
-        return self.build().to("meta")
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the network has."""
-        return sum(parameter.numel() for parameter in self.on_meta.parameters())
 
     def build(self, factory: Factory | None = None) -> nn.Module:
         """The network on the CPU, in training mode.
@@ -91,6 +81,55 @@ class FactoryConfig:
         return network.train()
 
 
+NetworkConfig = LaViTConfig | FactoryConfig
+
+
+def architecture(recipe: Recipe, num_classes: int) -> NetworkConfig:
+    """Configuration of the recipe's network; UserError where the variant does not exist or a field makes no sense."""
+    model = recipe.model
+    if model.factory is not None:
+        return FactoryConfig(model.factory, model.arguments, num_classes, recipe.data.size)
+    try:
+        return model_config(model.title, num_classes=num_classes, image_size=recipe.data.size, **model.overrides)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model: {' '.join(str(error).split())}") from None
+
+
+def build_network(config: NetworkConfig) -> Any:
+    """The network on the CPU, in training mode; errors are those of ``LaViT`` or ``FactoryConfig.build``."""
+    return LaViT(config) if isinstance(config, LaViTConfig) else config.build()
+
+
+@cache
+def on_meta(config: NetworkConfig) -> Any:
+    """The network on torch's meta device, without memory."""
+    return build_network(config).to("meta")
+
+
+def count_parameters(config: NetworkConfig) -> int:
+    """How many parameters the network has."""
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
+
+
+def call_network(
+    network: nn.Module, call: Callable[..., Any], images: Tensor, uniforms: Tensor | None, form: Any = True
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of images (m, 3, H, W), and a LaViT's diagonality loss.
+
+    ``network`` is what ``call``, itself or DeepSpeed's engine, runs; ``uniforms`` (branches, m) decide which residual
+    branches of a LaViT are skipped; ``form`` of the loss is as ``LaViT.forward`` takes it.
+    """
+    if not isinstance(network, LaViT):
+        return call(images), None
+    logits, diagonality = call(images, drop_path_uniforms=uniforms, with_diagonality=form)
+    return logits, diagonality
+
+
+def drawn_branches(network: Any) -> int:
+    """How many residual branches are skipped by numbers that are drawn for it: a LaViT's, with drop path on."""
+    return network.num_drop_paths if isinstance(network, LaViT) and network.config.drop_path else 0
+
+
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
     """Turn whatever the user's own code raises within the block into one line that begins with ``what``."""
@@ -114,11 +153,7 @@ def _import(name: str) -> Factory:
 
 
 def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: bool) -> None:
-    """Refuse to import what a file names, unless the user said to.
-
-    Raises:
-        UserError: names the ways to say so.
-    """
+    """Raise a UserError for a network whose callable a file names, unless the user trusts the file."""
     if "factory" in architecture and not trusted:
         raise UserError(
             f"{source}: its network is built by {architecture['factory']}, which is not imported just because a "
@@ -126,7 +161,7 @@ def require_trust(architecture: Mapping[str, Any], source: object, *, trusted: b
         )
 
 
-def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device: torch.device) -> int:
+def try_network(network: nn.Module, config: NetworkConfig, device: torch.device) -> int:
     """Pass two blank images through a network of a factory, in evaluation mode; it is moved to the device.
 
     Returns:
@@ -153,11 +188,7 @@ def try_network(network: nn.Module, config: LaViTConfig | FactoryConfig, device:
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Fill a network with all of its parameters and buffers; of tied ones, one name is enough.
-
-    Raises:
-        RuntimeError: names are missing or unknown, or shapes differ.
-    """
+    """Fill a network with all of its parameters and buffers; of tied ones, one name is enough; else RuntimeError."""
     found = network.load_state_dict(state, strict=False)
     own = {name for names in (network.named_parameters(), network.named_buffers()) for name, _ in names}
     if wrong := [*found.unexpected_keys, *own.intersection(found.missing_keys)]:
@@ -175,6 +206,8 @@ def seed_generators(seed: int, step: int, row: int) -> None:
 
 def notes_on(network: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Iterator[str]:
     """Lines about what is other for a network of a factory; ``dtype`` is that of its weights."""
+    if isinstance(network, LaViT):
+        return
     yield (
         "random numbers that the network draws (dropout, drop path) are seeded from (seed, step, micro-batch, rank): "
         "resuming is exact with as many ranks and the same micro-batch"
@@ -201,11 +234,7 @@ def spared_names(network: Any) -> set[str]:
 
 
 def layers_of(network: Any) -> Sequence[Sequence[str]]:
-    """Names of all parameters in the order of depth.
-
-    Raises:
-        UserError: the network does not tell.
-    """
+    """Names of all parameters in the order of depth; UserError where the network does not know them."""
     if hasattr(network, "layer_groups"):
         return network.layer_groups()
     if hasattr(network, "group_matcher"):
@@ -218,12 +247,7 @@ def layers_of(network: Any) -> Sequence[Sequence[str]]:
 
 
 def recompute_activations(network: Any, policy: Any) -> None:
-    """Set ``model.activation_checkpointing``.
-
-    Raises:
-        UserError: the network cannot.
-        ValueError: a policy that a LaViT does not know.
-    """
+    """Set ``model.activation_checkpointing``; UserError or, by a LaViT, ValueError where the network cannot."""
     if hasattr(network, "set_activation_checkpointing"):
         network.set_activation_checkpointing(policy)
     elif policy == "all" and hasattr(network, "set_grad_checkpointing"):
@@ -236,11 +260,7 @@ def recompute_activations(network: Any, policy: Any) -> None:
 
 
 def classifier_of(network: Any) -> nn.Linear:
-    """The layer that makes logits of features: timm's ``get_classifier()``, else what is called head.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The layer that makes logits of features: timm's ``get_classifier()``, else ``head``; or UserError."""
     found = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
     if not isinstance(found, nn.Linear):
         raise UserError("probes need get_classifier(), as timm's networks have, or a linear head: leave them out")

@@ -5,10 +5,9 @@ import shutil
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -85,10 +84,11 @@ def describe(kind: Any, metadata: Iterable[Any] = ()) -> str:
     if _is_union(kind):
         inner = [describe(member, metadata) for member in members if member is not types.NoneType]
         return " or ".join([*inner, *(["null"] if types.NoneType in members else [])])
-    if origin is Literal:
-        return _either([repr(member) for member in members])
+    choices = members if origin is Literal else ()
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return _either([repr(member.value) for member in kind])
+        choices = tuple(member.value for member in kind)
+    if choices:
+        return " or ".join(filter(None, [", ".join(map(repr, choices[:-1])), repr(choices[-1])]))
     if origin is tuple and members[-1] is not Ellipsis:
         return f"{len(members)} values, each {describe(members[0])}"
     if origin in (tuple, list):
@@ -96,13 +96,13 @@ def describe(kind: Any, metadata: Iterable[Any] = ()) -> str:
     if kind not in _KINDS:
         return "a section of fields"
     bounds = [
-        f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}"
+        f"{sign} {limit:g}" if isinstance(limit, float) else f"{sign} {limit}"
         for entry in metadata
         for each in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
         for name, sign in _BOUNDS.items()
         if (limit := getattr(each, name, None)) is not None
     ]
-    return _KINDS[kind] + "".join(f" {bound}" for bound in [" and ".join(bounds)] if bound)
+    return f"{_KINDS[kind]} {' and '.join(bounds)}".rstrip()
 
 
 def shown(value: Any) -> str:
@@ -112,16 +112,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-@dataclass(frozen=True)
-class FieldHelp:
+class FieldHelp(NamedTuple):
     """A field of a model as text."""
 
-    name: str
-    """Dotted."""
-    takes: str
-    """Such as "a number > 0"."""
-    default: str
-    """Such as "required" or "default: 1"; "" for a section that is off unless it is given."""
+    name: str  # dotted
+    takes: str  # such as "a number > 0"
+    default: str  # such as "required" or "default: 1"; "" for a section that is off unless it is given
     meaning: str
 
 
@@ -173,7 +169,3 @@ def _locate(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list
 
 def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (types.UnionType, Union)
-
-
-def _either(values: list[str]) -> str:
-    return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))

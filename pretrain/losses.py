@@ -12,17 +12,13 @@ from data_pipeline.transforms import MixingConfig
 from models import SemanticSoftmax
 from pretrain.class_tree import read_ancestors
 from pretrain.engine.schedule import draw_step
-from pretrain.factory import seed_generators
+from pretrain.factory import call_network, seed_generators
 from pretrain.recipe import LossSection, Recipe
 from pretrain.state import TrainState
 
 
 class Classification:
-    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels.
-
-    Raises:
-        UserError: the class tree cannot be used.
-    """
+    """The loss of the logits against soft targets; ``class_ids`` are the dataset's, in the order of its labels."""
 
     def __init__(
         self, section: LossSection, mixing: MixingConfig, class_ids: Sequence[str], device: torch.device
@@ -75,11 +71,7 @@ class TrainingLoss:
         self._device, self._dtype, self._epoch_size = device, dtype, epoch_size
 
     def __call__(self, batch: Batch, state: TrainState) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss of ``batch`` at ``state``.
-
-        Returns:
-            the scalar to minimize, and its unweighted parts by name.
-        """
+        """The scalar to minimize of ``batch`` at ``state``, and its unweighted parts by name."""
         _, targets, logits, diagonality = self.predict(batch, state)
         loss = classification = self.classification(logits, targets)
         parts: dict[str, torch.Tensor] = {self.classification.name: classification}
@@ -96,7 +88,7 @@ class TrainingLoss:
         Returns:
             mixed images (m, 3, H, W), targets and logits (m, classes), and a LaViT's diagonality loss, a scalar.
         """
-        recipe, model, own = self._recipe, self._engine.module, self._recipe.model.factory is None
+        recipe, model = self._recipe, self._engine.module
         drawn = batch.drawn or draw_step(recipe, model, state.step, batch.rows)
         uniforms = None if drawn.drop_path is None else to_device(drawn.drop_path, self._device)
         images, targets = mix(
@@ -104,15 +96,12 @@ class TrainingLoss:
             batch.labels,
             batch.rows,
             config=self.classification.mixing,
-            num_classes=model.config.num_classes if own else self.classification.num_classes,
+            num_classes=self.classification.num_classes,
             seed=recipe.seed,
             step=state.step,
             drawn=drawn.mixing,
         )
         images = images.to(self._dtype)
-        if not own:
-            seed_generators(recipe.seed, state.step, int(batch.rows[0]))
-            return images, targets, self._engine(images), None
+        seed_generators(recipe.seed, state.step, int(batch.rows[0]))
         form = "as_printed" if recipe.loss.diagonality_form == "as_printed" else True
-        logits, diagonality = self._engine(images, drop_path_uniforms=uniforms, with_diagonality=form)
-        return images, targets, logits, diagonality
+        return images, targets, *call_network(model, self._engine, images, uniforms, form)

@@ -26,8 +26,7 @@ from data_pipeline.errors import DataError, without_secrets  # noqa: E402
 from data_pipeline.gpu_memory import gpu_memory_is_full  # noqa: E402
 from pretrain.arguments import parse_arguments  # noqa: E402
 from pretrain.build import build_trainer  # noqa: E402
-from pretrain.check import resolve_for  # noqa: E402
-from pretrain.engine.deepspeed_config import read_deepspeed_config  # noqa: E402
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_for  # noqa: E402
 from pretrain.engine.distributed import (  # noqa: E402
     Rank,
     choose_device,
@@ -118,13 +117,11 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         _give_up(trainer, status, str(error), exit_code(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must be reported and end this rank
-        where = f"rank {rank.rank if rank else '?'}"
-        explained = _explain(error, trainer)
-        if explained is None:
-            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
-            _give_up(trainer, status, f"{where}: {type(error).__name__}: {error}", ExitCode.RETRY)
-        print(f"error: {where}: {explained[0]}", file=sys.stderr)  # noqa: T201
-        _give_up(trainer, status, f"{where}: {explained[0]}", explained[1])
+        explained, code = _explain(error, trainer)
+        reason = f"rank {rank.rank if rank else '?'}: {explained or f'{type(error).__name__}: {error}'}"
+        report = f"error: {reason}\n" if explained else without_secrets(traceback.format_exc())
+        print(report, end="", file=sys.stderr)  # noqa: T201
+        _give_up(trainer, status, reason, code)
     if code is ExitCode.FINISHED and rank.is_first:
         print("\n".join(summary_lines(folder)))  # noqa: T201
     dist.barrier(control)  # the launcher ends the others as soon as one is gone
@@ -132,13 +129,13 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
     return code
 
 
-def _explain(error: Exception, trainer: Trainer | None) -> tuple[str, ExitCode] | None:
-    """One line and the exit status for what users may meet on their GPUs; None for any other error."""
+def _explain(error: Exception, trainer: Trainer | None) -> tuple[str, ExitCode]:
+    """One line for what users may meet on their GPUs, "" for any other error; and the exit status."""
     if gpu_memory_is_full(error):
         phase, state = (trainer.watchdog.phase, trainer.state) if trainer else ("starting", None)
         return explain_full_memory(error, phase, state)
     refused = compilation_error(error)
-    return None if refused is None else (str(refused), refused.code)
+    return ("", ExitCode.RETRY) if refused is None else (str(refused), refused.code)
 
 
 def _already_finished(folder: RunFolder, rank: Rank) -> bool:

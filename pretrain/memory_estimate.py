@@ -12,7 +12,6 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,15 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from models import LaViT
-from models.config import STAGES, LaViTConfig
+from models.config import STAGES
 from pretrain.check import COPIES
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.deepspeed_config import Precision, ResolvedDeepSpeed, input_dtype
 from pretrain.engine.deepspeed_keys import FLOATS
-from pretrain.engine.precision import Precision, input_dtype
-from pretrain.factory import FactoryConfig, recompute_activations, users_code
+from pretrain.factory import NetworkConfig, call_network, drawn_branches, on_meta, recompute_activations, users_code
 from pretrain.recipe import Recipe
 
-NetworkConfig = LaViTConfig | FactoryConfig
 Ints = NDArray[np.int64]
 Policy = Literal["none", "all"] | Sequence[bool]
 """Stages whose activations are recomputed, as ``LaViT.set_activation_checkpointing`` takes it."""
@@ -73,19 +70,14 @@ def activations(
     """Activations of so many images, where the stages of ``policy`` are recomputed. Takes seconds at first.
 
     ``mixed``: whether mixup or CutMix allocate a second batch. ``gpu``: count what autocast keeps on a GPU, otherwise
-    on a CPU.
-
-    Raises:
-        UserError: a network of a factory cannot be traced.
+    on a CPU. UserError where a network of a factory cannot be traced.
     """
     policy, gpu = policy if isinstance(policy, str) else tuple(policy), gpu and precision == "bf16 autocast"
-    traces = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
-    (elements, *small), (_, *large) = traces
+    small, large = (trace(config, precision, policy, size, mixed=mixed, gpu=gpu) for size in TRACED)
     more = (micro_batch - TRACED[0]) / (TRACED[1] - TRACED[0])
-    kept, forward, live = (
-        np.round(one + more * (other - one)).astype(np.int64) for one, other in zip(small, large, strict=True)
-    )
-    return Activations(elements, int(kept), int(forward.max()), live)
+    kept, forward = (round(one + more * (other - one)) for one, other in zip(small[1:3], large[1:3], strict=True))
+    live = np.round(small.live + more * (large.live - small.live)).astype(np.int64)
+    return Activations(small.elements, kept, forward, live)
 
 
 def as_booleans(policy: Policy) -> tuple[bool, ...]:
@@ -116,50 +108,38 @@ class _Tracker(MemTracker):
 @functools.cache
 def trace(
     config: Any, precision: Precision, policy: Policy, micro_batch: int, *, mixed: bool, gpu: bool
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """Trace one micro-batch as ``Trainer.train_step`` runs it.
-
-    Returns:
-        as in ``Activations``, but the peak of the forward pass for each part of it: (parts,) four stages; batch, head
-        and loss.
-    """
+) -> Activations:
+    """Trace one micro-batch as ``Trainer.train_step`` runs it."""
     dtype, autocast, tracker = input_dtype(precision), precision == "bf16 autocast", _Tracker()
-    forward: list[int] = []
     arrived: list[tuple[int, int]] = []
-    own = isinstance(config, LaViTConfig)
-    with torch.device("meta"):
-        model: Any = LaViT(config) if own else copy.deepcopy(config.on_meta)
-    model.to(dtype)
-    stages = model.stages if own else ()
-    unknown = f"model.factory: the memory of {config.name} is not known: it cannot be traced without computing"
+    model = copy.deepcopy(on_meta(config)).to(dtype)
+    stages = model.stages if isinstance(model, LaViT) else ()
+    unknown = f"the memory of {config.name} is not known: it cannot be traced without computing"
     recompute_activations(model, policy)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda one: arrived.append((one.numel(), tracker.read_peak())))
-        for stage in stages:
-            stage.register_forward_hook(lambda *_: forward.append(tracker.read_peak()))
         if gpu:
             for module in (model, *(block for stage in stages for block in stage.blocks)):
                 # Blocks, too: the backward pass calls them to recompute.
                 module.forward = functools.partial(_as_on_gpu, module.forward)
-        with nullcontext() if own else users_code(unknown), tracker:
+        with users_code(unknown), tracker:
             batch = torch.empty(micro_batch, 3, *config.image_size)
             images = batch.clone() if mixed else batch
             targets = torch.empty(micro_batch, config.num_classes)
-            options: dict[str, Any] = {"with_diagonality": True} if own else {}
-            if own and config.drop_path > 0:
-                options["drop_path_uniforms"] = torch.empty(model.num_drop_paths, micro_batch)
+            branches = drawn_branches(model)
+            uniforms = torch.empty(branches, micro_batch) if branches else None
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output = model(images.to(dtype), **options)
-            logits, diagonality = output if own else (output, torch.zeros(()))
-            loss = F.cross_entropy(logits.float(), targets) + diagonality.float()
-            del images, targets, options, output, logits, diagonality  # the loader's batch stays until the next one
-            forward.append(tracker.read_peak())
-            kept = tracker.live
+                logits, diagonality = call_network(model, model, images.to(dtype), uniforms)
+            loss = F.cross_entropy(logits.float(), targets)
+            if diagonality is not None:
+                loss = loss + diagonality.float()
+            del images, targets, uniforms, logits, diagonality  # the loader's batch stays until the next one
+            forward, kept = tracker.read_peak(), tracker.live
             loss.backward()
-    elements, live = zip(*arrived, strict=True)
-    return np.array(elements), np.array(kept), np.array(forward), np.array(live)
+    elements, live = map(np.array, zip(*arrived, strict=True))
+    return Activations(elements, kept, forward, live)
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -203,14 +183,10 @@ class Engine:
         self.contiguous = bool(zero.get("contiguous_gradients", True))
         self.persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))  # elements; not partitioned
         self.prefetch = int(zero.get("stage3_prefetch_bucket_size", PREFETCH))  # elements that are gathered ahead
-        self.optimizer_on_host = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-        self.weights_on_host = (zero.get("offload_param") or {}).get("device") == "cpu"
         # Whether gradients are reduced during the backward pass. DeepSpeed's BF16_Optimizer does not read overlap_comm.
         bf16_optimizer = self.stage == 1 and resolved.precision == "bf16" and self.wide_gradients
         given = zero.get("overlap_comm")
-        self.overlap = self.stage > 0 and (
-            self.stage == 3 if given is None else bool(given) and not (bf16_optimizer and not self.optimizer_on_host)
-        )
+        self.overlap = self.stage > 0 and (self.stage == 3 if given is None else bool(given) and not bf16_optimizer)
 
 
 @dataclass(frozen=True)
@@ -223,7 +199,6 @@ class Memory:
     ema: int
     activations: int  # with temporary tensors of operators and the batches of the loader
     buffers: int  # flattened copies of gradients, gathered weights
-    host: int  # offloaded to the CPU's memory; not part of the total
     peak: str  # when it occurs: "forward", "backward", "reduce" (gradients), "step"
 
     @property
@@ -259,14 +234,11 @@ class MemoryEstimate:
         gradients = 4 * share * (engine.wide_gradients and engine.stage == 2)  # those that exist between steps, too
         if engine.stage == 3:
             whole = int(elements[elements <= engine.persistent].sum())
-            weights = engine.element * (whole + share * (not engine.weights_on_host))
-            gradients = share * (4 if engine.wide_gradients else engine.element) * (not engine.optimizer_on_host)
-        host = engine.element * share * engine.weights_on_host
-        if engine.optimizer_on_host:
-            host, optimizer, ema = host + optimizer + ema + 4 * share, 0, 0
+            weights = engine.element * (whole + share)
+            gradients = share * (4 if engine.wide_gradients else engine.element)
         phase, live, arrived, buffers = max(_peaks(engine, network), key=lambda peak: sum(peak[1:]))
         live += self._loader * micro_batch
-        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, host, phase)
+        return Memory(weights, gradients + arrived, optimizer, ema, live, buffers, phase)
 
     def largest_micro_batch(self, policy: Policy, capacity: float) -> int:
         """The largest micro-batch up to a rank's share of the global batch that fits in ``capacity`` bytes; or 0."""

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,15 +18,13 @@ from rich.text import Text
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, without_secrets
-from models.cost import count_macs, count_parameters
 from pretrain.arguments import add_run_arguments
-from pretrain.check import architecture, checkpoint_bytes, resolve_for
+from pretrain.check import checkpoint_bytes
 from pretrain.devices import DEVICES
-from pretrain.engine.deepspeed_config import read_deepspeed_config
-from pretrain.engine.precision import input_dtype
-from pretrain.engine.schedule import checkpoint_interval, count_steps
-from pretrain.factory import FactoryConfig, try_network
-from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, NetworkConfig, Policy, as_booleans
+from pretrain.engine.deepspeed_config import input_dtype, read_deepspeed_config, resolve_for
+from pretrain.engine.schedule import Schedule
+from pretrain.factory import NetworkConfig, architecture, build_network, count_parameters, on_meta, try_network
+from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, Policy, as_booleans
 from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
@@ -43,11 +41,6 @@ BYTES_PER_IMAGE = 115_000
 """Assumed where the dataset is not there: ImageNet-1k's training archive has 147.9 GB for 1,281,167 images."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _number(kind: Callable[[str], float], below: float = math.inf) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
@@ -59,12 +52,8 @@ def _number(kind: Callable[[str], float], below: float = math.inf) -> Callable[[
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-        UserError: an option is unknown, missing, or out of its range.
-    """
-    parser = _Parser(
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
         prog="python -m pretrain.plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     count, number, share = _number(int), _number(float), _number(float, below=1)
@@ -78,7 +67,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data, where the dataset is not there").add_argument
     add("--images", type=count, help="number of images in the training split")
     add("--classes", type=count, help="number of classes")
-    add("--bytes-per-image", type=number, help="mean size on disk")
     add = parser.add_argument_group("time").add_argument
     add("--benchmark", type=Path, metavar="FILE", help="result of python -m benchmarks.model on this kind of GPU")
     add("--mfu", type=share, help="assume this share of the GPU's peak where nothing was measured")
@@ -99,11 +87,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     recipe, device, gpus = load_recipe(options.recipe, options.assignments), DEVICES[options.gpu], options.gpus
     data = without_secrets(_data(recipe, options))
     config = architecture(recipe, data["classes"])
-    if isinstance(config, FactoryConfig):
-        parameters = config.parameters
-        macs = try_network(config.build(), config, torch.device("cpu"))
-    else:
-        parameters, macs = count_parameters(config), count_macs(config)
+    parameters, macs = count_parameters(config), try_network(build_network(config), config, torch.device("cpu"))
     deepspeed = read_deepspeed_config(options.deepspeed_config, recipe.deepspeed)
     of_gpus = {"world_size": gpus, "has_gpu": True, "has_bf16_gpu": True}
     resolved = resolve_for(recipe, deepspeed, **of_gpus)
@@ -123,7 +107,8 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
     peak = device.peak(dtype) / model_flops_per_image(macs)
     rate = measured["images_per_s"] if measured else options.mfu and options.mfu * peak
-    steps = count_steps(recipe.schedule, epoch_size=data["images"], global_batch=batch.global_batch)
+    schedule = Schedule(recipe, data["images"], batch.global_batch)
+    steps = schedule.total_steps
     link = device.link if gpus <= options.gpus_per_node else min(device.link, options.node_gbit * 1e9 / 8)
     communication = communicated_bytes(Engine(recipe, resolved), parameters) / link
     compute = rate and batch.global_batch / gpus / rate
@@ -137,31 +122,30 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         "images_per_s_per_gpu": rate, "images_per_s_per_gpu_at_peak": peak, "compute": compute,
         "communication": communication, "step": step, "hours": step and steps * step / 3600,
         "hours_at_peak": steps * batch.global_batch / gpus / peak / 3600,
-        "checkpoint_bytes": checkpoint_bytes(recipe, parameters), "every_steps": checkpoint_interval(recipe, steps),
+        "checkpoint_bytes": checkpoint_bytes(recipe, parameters), "every_steps": schedule.checkpoint_every,
         "mtbf": mtbf, "best_interval": interval, "best_steps": step and max(1, round(interval / step)),
         "assumptions": [*_assumptions(options, measured)],
     }  # fmt: skip
 
 
 def _data(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    images, classes, size = options.images, options.classes, options.bytes_per_image
-    source = f"given; bytes per image {'given' if size else 'assumed'}"
+    images, classes, size, source = options.images, options.classes, BYTES_PER_IMAGE, "given; bytes per image assumed"
     if not (images and classes):
         try:
             split = Dataset.open(recipe.data.path, recipe.data.train_split, recipe.data.cache)
         except DataError as error:
-            without = "or plan without it: --images N --classes N [--bytes-per-image N]"
+            without = "or plan without it: --images N --classes N"
             raise UserError(f"{error}; {without}", exit_code(error)) from None
         images, classes, source = images or len(split), classes or split.num_classes, str(recipe.data.path)
-        size = size or sum(shard.tar.bytes for shard in split.shards) / len(split)
-    return {"images": images, "classes": classes, "bytes_per_image": size or BYTES_PER_IMAGE, "source": source}
+        size = round(sum(shard.tar.bytes for shard in split.shards) / len(split))
+    return {"images": images, "classes": classes, "bytes_per_image": size, "source": source}
 
 
 def _policies(recipe: Recipe, config: NetworkConfig) -> dict[str, Policy]:
     """What can be recomputed, by name, and what the recipe says."""
     policies, own = dict(PREFIXES), recipe.model.activation_checkpointing
-    if isinstance(config, FactoryConfig):
-        names = ("none", "all") if hasattr(config.on_meta, "set_grad_checkpointing") else ("none",)
+    if not hasattr(on_meta(config), "set_activation_checkpointing"):
+        names = ("none", "all") if hasattr(on_meta(config), "set_grad_checkpointing") else ("none",)
         policies = {name: PREFIXES[name] for name in names}
     if as_booleans(own) not in map(as_booleans, policies.values()):
         policies["the recipe's"] = own
@@ -198,13 +182,12 @@ def _assumptions(options: argparse.Namespace, measured: dict[str, Any] | None) -
         f"Failures: one in {options.mtbf_hours_per_gpu:,.0f} GPU-hours (--mtbf-hours-per-gpu; Llama 3 on 16,384 H100: "
         f"one in 50,700), {options.save_seconds:g} s of training lost to a checkpoint (--save-seconds)."
     )
-    if options.benchmark and not measured:
-        yield f"--benchmark {options.benchmark}: was measured on another device, and is not used."
-    if measured and measured["differs"]:
-        yield f"Speed: not measured as planned: {', '.join(measured['differs'])}."
-    elif not measured and options.mfu:
+    yield "Offloading (offload_optimizer, offload_param) is not counted: what it moves to the host is shown on the GPU."
+    if measured:
+        yield "Speed: that of the benchmark's micro-batch; recomputing activations takes up to a third more time."
+    elif options.mfu:
         yield f"Speed: ASSUMED, an MFU of {options.mfu:.0%} (--mfu), not measured on this GPU."
-    elif not measured:
+    else:
         yield "Speed: not measured on this GPU. No run reaches the peak. Give --benchmark FILE, or assume --mfu."
 
 
@@ -231,7 +214,6 @@ def show(plan: dict[str, Any], console: Console) -> None:
     table = Table("ZeRO", "recomputed", "in", *numbers, "", title=title, title_justify="left", box=None)
     for row in plan["memory"]:
         mark = "<- recipe" * row["chosen"] + " too much" * (not row["fits"])
-        mark += f" + {row['host'] / gib:.2f} on the host" if row["host"] else ""
         total, largest = f"{row['total'] / gib:.2f}", str(row["largest_micro_batch"])
         table.add_row(str(row["zero_stage"]), row["recomputed"], row["precision"], total, largest, mark)
     console.print(table, *map(Text, plan["refused"]), sep="\n")
@@ -242,12 +224,9 @@ def _time(plan: dict[str, Any]) -> list[str]:
     measured, rate, step = plan["measured"], plan["images_per_s_per_gpu"], plan["step"]
     if not rate:
         return [f"not measured; at 100 % of the peak no less than {_duration(3600 * plan['hours_at_peak'])}"]
-    source = "ASSUMED"
-    if measured:
-        source = "measured, but not as planned: " if measured["differs"] else "measured: "
-        source += "{file}; {device}; {conditions}".format(**measured)
-    compute = f"compute {1e3 * plan['compute']:.1f} ms + communication {1e3 * plan['communication']:.1f} ms per step"
+    source = "measured: {file}; {device}; {conditions}".format(**measured) if measured else "ASSUMED"
     reading = plan["batch"]["global_batch"] * plan["data"]["bytes_per_image"] / step
+    compute = f"compute {1e3 * plan['compute']:.1f} ms + communication {1e3 * plan['communication']:.1f} ms per step"
     return [
         f"{_duration(3600 * plan['hours'])}, {plan['hours'] * plan['batch']['world_size']:,.1f} GPU-hours",
         f"{rate:,.0f} images/s per GPU, {rate / plan['images_per_s_per_gpu_at_peak']:.0%} of the peak ({source})",

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -190,17 +191,12 @@ class ProbesSection(Section):
 class WatchSection(Section):
     """What is shown of a run besides its metrics, and where."""
 
-    attention_images: int = Field(default=4, ge=0, le=8)
+    attention_images: int = Field(
+        default=4, ge=0, le=8, validation_alias=AliasChoices("attention_images", "attention_pictures")
+    )
     """Images of the validation split whose attention is measured and drawn after each evaluation."""
     sinks: tuple[Literal["wandb"], ...] = ()
     """Where measurements and images go besides metrics.jsonl and TensorBoard; the package must be installed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_name(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "attention_pictures" in fields:
-            return {name.replace("attention_pictures", "attention_images"): fields[name] for name in fields}
-        return fields
 
 
 class CheckpointSection(Section):
@@ -346,12 +342,14 @@ def load_recipe(path: Path, assignments: Sequence[str] = ()) -> Recipe:
     changed = copy.deepcopy(content)
     for assignment in assignments:
         _assign(changed, assignment)
-    recipe, wrong = _validate(changed)
-    if recipe is not None:
-        wrong = [*_impossible(recipe)]
-    if recipe is None or wrong:
-        lines = [f"{to_blame}: {'; '.join(texts)}" for to_blame, texts in _blame(wrong, content, path, assignments)]
-        raise UserError("; ".join(lines))
+    recipe, wrong = _validate(changed, new=True)
+    if recipe is None:
+        by_source: dict[str, list[str]] = {}
+        own = _validate(content, new=True)[1]
+        for key, text in wrong:
+            source = str(path) if (key, text) in own else _blamed(key, assignments) or str(path)
+            by_source.setdefault(source, []).append(text)
+        raise UserError("; ".join(f"{source}: {'; '.join(texts)}" for source, texts in by_source.items()))
     return recipe
 
 
@@ -388,13 +386,13 @@ def fixed_fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _validate(content: dict[str, Any]) -> tuple[Recipe | None, list[tuple[str, str]]]:
-    """The recipe, or all that is wrong, as dotted keys and texts."""
+def _validate(content: dict[str, Any], *, new: bool = False) -> tuple[Recipe | None, list[tuple[str, str]]]:
+    """The recipe, or all that is wrong, as dotted keys and texts; ``new``: also with what older runs may have had."""
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         return None, explain(Recipe, content, error, _hint)
-    wrong = [*_misread(content, recipe)]
+    wrong = [*_misread(content, recipe)] or [*(_impossible(recipe) if new else ())]
     return (None, wrong) if wrong else (recipe, [])
 
 
@@ -416,7 +414,7 @@ def _misread(content: dict[str, Any], section: BaseModel, prefix: str = "") -> I
 
 
 def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What no run should be started with, though older ones may have been."""
+    """What no run should be started with."""
     schedule = recipe.schedule
     if schedule.warmup_epochs > schedule.epochs:
         lengths = f"schedule.warmup_epochs is {schedule.warmup_epochs:g}, schedule.epochs {schedule.epochs:g}"
@@ -429,21 +427,11 @@ def _impossible(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "deepspeed", str(error)
 
 
-def _blame(
-    wrong: list[tuple[str, str]], content: dict[str, Any], path: Path, assignments: Sequence[str]
-) -> Iterable[tuple[str, list[str]]]:
-    """The file, where it is wrong by itself, and the assignments that brought the rest about, each with its texts."""
-    found: dict[str, list[str]] = {}
-    recipe, own = _validate(content)
-    own += [] if recipe is None else _impossible(recipe)
-    for key, text in wrong:
-        to_blame = []
-        if (key, text) not in own:
-            names = {f"{assignment.partition('=')[0]}.": f"--set {assignment}" for assignment in assignments}
-            related = [name for name in names if name.startswith(f"{key}.") or f"{key}.".startswith(name)]
-            to_blame = [names[name] for name in related or names]
-        found.setdefault(" ".join(to_blame) or str(path), []).append(text)
-    return found.items()
+def _blamed(key: str, assignments: Sequence[str]) -> str:
+    """The assignments to a field that is wrong or to its sections, or else all of them, as they were given."""
+    fields = {assignment: f"{assignment.partition('=')[0]}." for assignment in assignments}
+    related = [one for one, name in fields.items() if name.startswith(f"{key}.") or f"{key}.".startswith(name)]
+    return " ".join(f"--set {assignment}" for assignment in related or assignments)
 
 
 def _assign(content: dict[str, Any], assignment: str) -> None:

@@ -29,7 +29,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.preview import draw_grid, to_pixels
 from pretrain.arguments import add_device_argument, add_set_argument, add_trust_argument
 from pretrain.build import build_trainer
-from pretrain.check import resolve_for
 from pretrain.checkpoints.checkpoint import (
     CheckpointDamagedError,
     list_checkpoints,
@@ -38,6 +37,7 @@ from pretrain.checkpoints.checkpoint import (
     step_of,
     verify,
 )
+from pretrain.engine.deepspeed_config import resolve_for
 from pretrain.engine.distributed import (
     Rank,
     choose_device,

@@ -6,33 +6,31 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from models import LaViTConfig, model_config
+from models import model_config
 from pretrain.devices import Device
 from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
-from pretrain.factory import FactoryConfig
-from pretrain.memory_estimate import Engine, as_booleans
+from pretrain.factory import NetworkConfig
+from pretrain.memory_estimate import Engine
 from pretrain.outcome import UserError
 from pretrain.recipe import Recipe
 
-SAME_NETWORK = ("num_classes", "drop_path", "norm")
-"""Fields of a network that change its speed little, so that a measurement without them is still of use."""
+SAME_NETWORK = {"num_classes", "drop_path", "norm"}
+"""Fields of a network that change its speed little, so that a measurement with others is still of use."""
 
 
 def read_benchmark(
-    path: Path, device: Device, config: LaViTConfig | FactoryConfig, recipe: Recipe, resolved: ResolvedDeepSpeed
-) -> dict[str, Any] | None:
-    """Find training images per second in a result of ``benchmarks.model``; None where it is of another device.
+    path: Path, device: Device, config: NetworkConfig, recipe: Recipe, resolved: ResolvedDeepSpeed
+) -> dict[str, Any]:
+    """Find training images per second in a result of ``benchmarks.model``.
 
     A benchmark's "bf16" are weights stored in bf16, as by DeepSpeed's ``bf16``; ``torch_autocast`` was never measured.
 
     Returns:
-        "images_per_s"; "device", "conditions" and "file" that it was measured with; and as "differs" a list of what the
-        plan has otherwise, each with both values.
+        "images_per_s"; "device", "conditions" and "file" that it was measured with.
 
     Raises:
-        UserError: the file cannot be read, is no such result, or holds no measurement of this model at this image
-            size and mode; or it was measured in another precision, or of another network than ``model.overrides`` make
-            of it.
+        UserError: the file cannot be read or is no such result, or was measured on another device, in another
+            precision, or not of this network at this image size and mode.
     """
     wanted = (config.name, "compiled" if recipe.model.compile else "eager")
     try:
@@ -41,35 +39,24 @@ def read_benchmark(
         batch, size, precision = conditions["batch"], conditions["size"], conditions["precision"]
         seconds = [row["training_s"] for row in section["rows"] if (row["model"], row["mode"]) == wanted]
         rates = [batch / statistics.median(times) for times in seconds]
-    except OSError as error:
-        raise UserError(f"--benchmark {path}: cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"--benchmark {path}: has no complete section of benchmarks.model ({why})") from None
-    if re.search(device.pattern, machine) is None:
-        return None
-    if not rates or config.image_size != (size, size):
-        at = f"{config.image_size[0]} x {config.image_size[1]} pixels"
-        what = f"{' '.join(wanted)}, at {at}; measure: python -m benchmarks.model"
-        raise UserError(f"--benchmark {path}: holds no training images/s of {what}")
-    if precision != resolved.precision:
-        why = f"was measured in {precision}, and the plan trains in {resolved.precision}: assume a speed with --mfu"
-        raise UserError(f"--benchmark {path}: {why}")
-    here, there = config.to_dict(), model_config(config.name, image_size=config.image_size).to_dict()
-    changed = {name: (here[name], there[name]) for name in here if here[name] != there[name]}
-    if foreign := changed.keys() - {*SAME_NETWORK}:
-        why = f"was measured of {config.name} with another {', '.join(sorted(foreign))}: assume a speed with --mfu"
-        raise UserError(f"--benchmark {path}: {why}")
-    differs = [f"{name} {planned} (measured: {measured})" for name, (planned, measured) in changed.items()]
-    if any(stages := as_booleans(recipe.model.activation_checkpointing)):
-        listed = ", ".join(str(stage) for stage, again in enumerate(stages, 1) if again)
-        differs.append(f"activation_checkpointing in stages {listed} (measured: none; up to a third more time)")
-    if resolved.batch.micro_batch != batch:
-        differs.append(f"micro-batch {resolved.batch.micro_batch} (measured: {batch})")
+    other: set[str] = set()
+    if rates:
+        here, there = config.to_dict(), model_config(config.name, image_size=config.image_size).to_dict()
+        other = {name for name in here if here[name] != there[name]} - SAME_NETWORK
+    height, width = config.image_size
+    for differs, measured in (
+        (re.search(device.pattern, machine) is None, f"was measured on {machine}, and the plan is for {device.name}"),
+        (not rates or {height, width} != {size}, f"lacks training of {' '.join(wanted)}, at {height} x {width} pixels"),
+        (precision != resolved.precision, f"was measured in {precision}, and the plan trains in {resolved.precision}"),
+        (other, f"was measured of {config.name} with another {', '.join(sorted(other))}"),
+    ):
+        if differs:
+            raise UserError(f"--benchmark {path}: {measured}: run python -m benchmarks.model, or assume --mfu")
     described = ", ".join(f"{condition} {value}" for condition, value in conditions.items())
-    return {
-        "images_per_s": rates[0], "device": machine, "conditions": described, "file": str(path), "differs": differs,
-    }  # fmt: skip
+    return {"images_per_s": rates[0], "device": machine, "conditions": described, "file": str(path)}
 
 
 def communicated_bytes(engine: Engine, parameters: int) -> float:

@@ -19,9 +19,9 @@ import yaml
 
 from data_pipeline.errors import without_secrets
 from pretrain.arguments import add_device_argument, add_run_arguments
-from pretrain.check import check_recipe_here, resolve_for
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config
-from pretrain.engine.schedule import checkpoint_interval, count_steps
+from pretrain.check import check_recipe_here
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, read_deepspeed_config, resolve_for
+from pretrain.engine.schedule import Schedule
 from pretrain.files import write_json
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe, load_recipe
@@ -118,8 +118,8 @@ def make_plan(options: argparse.Namespace) -> tuple[SlurmFolder, Recipe, dict[st
             f"{folder.run} is job {job.id} already ({job.state.lower()}): `python -m slurm.stop {folder.run}` ends "
             "it; or choose another name with --set name=..."
         )
-    steps = count_steps(recipe.schedule, epoch_size=run_size.train_samples, global_batch=batch.global_batch)
-    interval = checkpoint_interval(recipe, steps)
+    schedule = Schedule(recipe, run_size.train_samples, batch.global_batch)
+    steps, interval = schedule.total_steps, schedule.checkpoint_every
     lines = [
         f"run           {run.path}" + (f", resumes from step {folder.saved_step()}" if folder.saved_step() else ""),
         f"model         {recipe.model.title}, {run_size.parameters:,} parameters, {run_size.classes} classes",

@@ -50,11 +50,7 @@ class Rank:
 
 
 def read_rank() -> Rank:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK as ``deepspeed`` and ``torchrun`` set them; alone without them.
-
-    Raises:
-        UserError: some are set and others are not.
-    """
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as ``deepspeed`` and ``torchrun`` set them; alone where none is set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if len(missing) == len(names):

@@ -11,23 +11,26 @@ from typing import Any
 
 import torch
 
-from models import LaViT, LaViTConfig
-from pretrain.check import architecture
 from pretrain.deepspeed_compat import record_gradient_norm
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, input_dtype
 from pretrain.engine.distributed import use_deterministic_algorithms
 from pretrain.engine.optimizers import build_optimizer, peak_learning_rate
-from pretrain.engine.precision import input_dtype
-from pretrain.factory import cast_statistics, classifier_of, layers_of, notes_on, recompute_activations, spared_names
+from pretrain.factory import (
+    architecture,
+    build_network,
+    cast_statistics,
+    classifier_of,
+    layers_of,
+    notes_on,
+    recompute_activations,
+    spared_names,
+)
 from pretrain.outcome import ExitCode, UserError, storage_code
 from pretrain.recipe import Recipe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> Any:
-    """The recipe's network with weights drawn from its seed: equal on every rank.
-
-    Returns:
-        a ``LaViT``, or the ``torch.nn.Module`` of ``model.factory``.
+    """The recipe's network, a ``LaViT`` or that of ``model.factory``, with weights drawn from its seed on every rank.
 
     Raises:
         UserError: the variant or factory does not exist, a field or argument of it makes no sense, or the network has
@@ -38,7 +41,7 @@ def build_model(recipe: Recipe, num_classes: int) -> Any:
         logging.getLogger("models").setLevel(logging.ERROR)  # rank 0 logs warnings about the recipe's model
     config = architecture(recipe, num_classes)
     try:
-        model = LaViT(config) if isinstance(config, LaViTConfig) else config.build()
+        model = build_network(config)
         recompute_activations(model, recipe.model.activation_checkpointing)
         if recipe.probes is not None:
             classifier_of(model)
@@ -69,11 +72,10 @@ def build_engine(
     layers = layers_of(model) if section.layer_decay < 1 else ()
     optimizer, more = build_optimizer(model, section, no_decay=spared_names(model), layers=layers)
     notes += more
-    if recipe.model.factory is not None:
-        notes += notes_on(model, recipe, input_dtype(resolved.precision))
-        cast_statistics(model, input_dtype(resolved.precision))
+    notes += notes_on(model, recipe, input_dtype(resolved.precision))
+    cast_statistics(model, input_dtype(resolved.precision))
     if recipe.model.compile:
-        notes.append(_compile(model, resolved.stage, device))
+        notes.append(_compile(model, resolved.stage))
     try:
         with start_up_noise(wanted=verbose, first=torch.distributed.get_rank() == 0):
             engine, *_ = deepspeed.initialize(
@@ -111,14 +113,15 @@ def start_up_noise(*, wanted: bool, first: bool) -> Iterator[None]:
             logger.setLevel(logging.WARNING)
 
 
-def _compile(model: torch.nn.Module, stage: int, device: torch.device) -> str:
+def _compile(model: torch.nn.Module, stage: int) -> str:
     """Compile the network in place: its parameters keep their names, and checkpoints fit either way."""
     if stage == 3:
         raise UserError(
             "model.compile does not go with ZeRO stage 3, which gathers parameters between layers: use "
             "zero_optimization.stage 2 or less, or model.compile=false"
         )
-    _require_compilers(device)
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        raise UserError("model.compile needs a C compiler and finds none: install gcc, or set model.compile=false")
     compile_forward(model)
     return "compiled by torch.compile: the first steps take minutes"
 
@@ -141,30 +144,3 @@ def compilation_error(error: Exception) -> UserError | None:
     code = storage_code(cause) if isinstance(cause, OSError) else ExitCode.WILL_FAIL_AGAIN
     reason = " ".join(str(error).split("\n\n")[0].split())[:300]  # without advice for torch's developers
     return UserError(f"model.compile: the network cannot be compiled here: {reason}; try model.compile=false", code)
-
-
-def _require_compilers(device: torch.device) -> None:
-    """Check that inductor's compiler is there; else every rank would raise a long error in the first step.
-
-    On a GPU Triton compiles launchers of its kernels, on each node, with the compiler that CC names, or gcc or clang.
-    """
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton_package  # noqa: PLC0415 - slow to import
-
-        compiler = any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
-        if not has_triton_package() or not compiler:
-            lacking = "C compiler" if has_triton_package() else "Triton"
-            raise UserError(
-                f"model.compile needs Triton and a C compiler on a GPU and finds no {lacking}: install it (gcc, or "
-                "triton, which torch's builds for CUDA bring along), or set model.compile=false"
-            )
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
-        from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise UserError(
-                "model.compile needs a C++ compiler on a CPU and finds none: install g++, or set model.compile=false"
-            ) from None

@@ -1,6 +1,5 @@
 """AdamW, LAMB and SGD over the parameter groups of a network."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,9 +28,6 @@ def build_optimizer(
     Returns:
         the optimizer, whose groups have ``lr_scale`` and torch's own keys (the learning rate is set before every
         step; the one given here is never used), and lines about what was chosen.
-
-    Raises:
-        ValueError: ``no_decay`` or ``layers`` do not fit the model.
     """
     groups = parameter_groups(model, section, no_decay=no_decay, layers=layers)
     notes = []
@@ -98,15 +94,15 @@ def peak_learning_rate(section: OptimizerSection, global_batch: int) -> tuple[fl
 
 def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torch.optim.Optimizer, str]:
     options: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
-    fused, problem = _apex_lamb()
-    if fused is not None:
-        try:
-            # It clips by itself at 1.0 unless set otherwise; clipping is set once, in ds_config.json.
-            optimizer = fused(groups, bias_correction=False, max_grad_norm=math.inf, **options)
-        except (ImportError, RuntimeError) as error:  # apex raises only when the optimizer is constructed
-            problem = f"NVIDIA's apex is installed without its CUDA extensions ({' '.join(str(error).split())})"
-        else:
-            return optimizer, "LAMB: FusedLAMB of NVIDIA's apex (it is installed)"
+    try:
+        from apex.optimizers import FusedLAMB  # noqa: PLC0415 - NVIDIA's; PyPI's apex is another package
+
+        # It clips by itself at 1.0 unless set otherwise; clipping is set once, in ds_config.json.
+        optimizer = FusedLAMB(groups, bias_correction=False, max_grad_norm=math.inf, **options)
+    except Exception as error:  # noqa: BLE001 - without CUDA extensions it raises here; another package may raise anything
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+    else:
+        return optimizer, "LAMB: FusedLAMB of NVIDIA's apex (it is installed)"
     from pytorch_optimizer import Lamb  # noqa: PLC0415 - imports a hundred optimizers
 
     for group in groups:
@@ -115,15 +111,4 @@ def _lamb(groups: list[dict[str, Any]], section: OptimizerSection) -> tuple[torc
     # correcting, and limit the norm of weights to 10, which those of wide layers exceed.
     library = Lamb(groups, weight_decouple=False, adam_debias=True, **options)
     library.clamp = math.inf
-    return library, f"LAMB: pytorch_optimizer's, slower than apex's fused one ({problem})"
-
-
-def _apex_lamb() -> tuple[Any, str]:
-    try:
-        importlib.import_module("apex")
-        return importlib.import_module("apex.optimizers").FusedLAMB, ""
-    except ModuleNotFoundError as error:
-        other = "the 'apex' that is installed is not NVIDIA's but PyPI's web toolkit of that name"
-        return None, "NVIDIA's apex is not installed" if error.name == "apex" else other
-    except Exception as error:  # noqa: BLE001 - an unrelated package may raise anything
-        return None, f"'apex' cannot be imported: {type(error).__name__}"
+    return library, f"LAMB: pytorch_optimizer's, slower than the fused one of NVIDIA's apex ({problem})"

@@ -9,18 +9,9 @@ import torch
 
 from data_pipeline.mixing import MixingDraw, draw_mixing
 from pretrain.engine.optimizers import peak_learning_rate
+from pretrain.factory import drawn_branches
 from pretrain.recipe import Recipe, ScheduleSection
 from pretrain.state import TrainState
-
-
-def count_steps(schedule: ScheduleSection, *, epoch_size: int, global_batch: int) -> int:
-    """Optimizer steps of a run: whole global batches that fit into its epochs, at least one."""
-    return max(1, int(schedule.epochs * epoch_size) // global_batch)
-
-
-def checkpoint_interval(recipe: Recipe, total_steps: int) -> int:
-    """Optimizer steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
-    return recipe.checkpoint.every_steps or min(max(total_steps // 10, 10), 1000)
 
 
 def learning_rate(samples: int, *, peak: float, schedule: ScheduleSection, epoch_size: int) -> float:
@@ -73,9 +64,8 @@ def draw_step(recipe: Recipe, model: Any, step: int, rows: np.ndarray) -> StepDr
 
     Only a LaViT's residual branches are drawn here; another network draws its random numbers itself.
     """
-    uniforms = None
-    if recipe.model.factory is None and model.config.drop_path > 0:
-        uniforms = drop_path_uniforms(recipe.seed, step, rows, branches=model.num_drop_paths)
+    branches = drawn_branches(model)
+    uniforms = drop_path_uniforms(recipe.seed, step, rows, branches=branches) if branches else None
     mixing = draw_mixing(recipe.mixing, seed=recipe.seed, step=step, rows=rows, size=recipe.data.size)
     return StepDraw(mixing, uniforms)
 
@@ -91,8 +81,8 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return count_steps(self.recipe.schedule, epoch_size=self.epoch_size, global_batch=self.global_batch)
+        """Optimizer steps of the run: whole global batches that fit into its epochs, at least one."""
+        return max(1, int(self.recipe.schedule.epochs * self.epoch_size) // self.global_batch)
 
     @property
     def log_every(self) -> int:
@@ -101,8 +91,8 @@ class Schedule:
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between checkpoints."""
-        return checkpoint_interval(self.recipe, self.total_steps)
+        """Steps between checkpoints: ``checkpoint.every_steps``, or what follows from the length of the run."""
+        return self.recipe.checkpoint.every_steps or min(max(self.total_steps // 10, 10), 1000)
 
     def learning_rate(self, samples_seen: int) -> float:
         """Of the step that begins at so many samples seen."""

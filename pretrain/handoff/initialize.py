@@ -11,6 +11,7 @@ import torch.distributed as dist
 from data_pipeline.dataset import Dataset
 from models import LaViT, LaViTConfig, load_weights
 from pretrain.checkpoints.checkpoint import list_checkpoints
+from pretrain.factory import NetworkConfig
 from pretrain.handoff.folder import HandoffConfig, read_handoff
 from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
@@ -109,7 +110,7 @@ def share_weights(model: torch.nn.Module, device: torch.device) -> None:
         tensor.copy_(there)
 
 
-def check_architecture(section: InitializeSection, config: HandoffConfig, wanted: LaViTConfig) -> None:
+def check_architecture(section: InitializeSection, config: HandoffConfig, wanted: NetworkConfig) -> None:
     """Refuse a hand-off whose weights are those of another network.
 
     Raises:

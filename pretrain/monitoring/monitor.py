@@ -15,7 +15,7 @@ from data_pipeline.preview import Pixels, draw_grid, to_pixels
 from data_pipeline.transforms import InputConfig
 from models.cost import count_macs
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
-from pretrain.engine.precision import Precision, input_dtype
+from pretrain.engine.deepspeed_config import Precision, input_dtype
 from pretrain.ledger import StepRecorder
 from pretrain.monitoring.attention import draw_attention, measure_attention
 from pretrain.monitoring.efficiency import model_flops_per_image, peak_of

@@ -19,7 +19,7 @@ from data_pipeline.errors import DataError
 from pretrain import evaluate
 from pretrain.checkpoints.checkpoint import CheckpointDamagedError, load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import resolve_for
 from pretrain.engine.engine import build_engine, build_model
 from pretrain.export import export_run
 from pretrain.files import read_sealed, write_sealed
@@ -70,7 +70,7 @@ class Readers:
         self.control, self.intact = control, set[bytes]()
         self.recipe = load_recipe(run / "recipe.yaml")
         self.config = read_sealed(run / "ds_config.json")
-        resolved = resolve_deepspeed_config(self.config, world_size=1, has_bf16_gpu=False)
+        resolved = resolve_for(self.recipe, self.config, world_size=1)
         engine, _ = build_engine(build_model(self.recipe, 10), self.recipe, resolved, torch.device("cpu"))
         self.shards = OptimizerShards(engine, average=True)
 

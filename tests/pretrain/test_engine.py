@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import re
 import time
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from pretrain import devices
 from pretrain.engine.distributed import limit_collectives, new_cpu_group
-from pretrain.engine.engine import _require_compilers, compilation_error
+from pretrain.engine.engine import compilation_error
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from tests.pretrain.ranks import run_ranks, start_ranks
@@ -58,13 +59,11 @@ def test_a_compiled_networks_shapes_are_static_whatever_came_first() -> None:
 
 
 def compiling_is_refused(control: dist.ProcessGroup) -> None:
-    from torch._inductor import config
-
     compiled = compiling()
     with pytest.raises(UserError, match=r"model\.compile does not go with ZeRO stage 3"):
         training(compiled, zero_optimization=zero(3))
-    config.cpp.cxx = ("no-such-compiler",)
-    with pytest.raises(UserError, match="install g\\+\\+"):
+    os.environ["CC"] = "no-such-compiler"
+    with pytest.raises(UserError, match="install gcc"):
         training(compiled, zero_optimization=zero(1))
 
 
@@ -85,21 +84,6 @@ def test_a_network_that_cannot_be_compiled_is_one_line(failure: Exception, code:
     assert refused.code == code
     assert re.fullmatch(r"model\.compile: .*; try model\.compile=false", str(refused))
     assert compilation_error(failure) is None
-
-
-def test_a_gpu_without_triton_or_a_compiler_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils import _triton
-
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(_triton, "has_triton_package", lambda: False)
-    with pytest.raises(UserError, match=r"model\.compile needs .* finds no Triton"):
-        _require_compilers(gpu)
-    monkeypatch.setattr(_triton, "has_triton_package", lambda: True)
-    monkeypatch.setenv("CC", "true")
-    _require_compilers(gpu)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"model\.compile needs .* finds no C compiler"):
-        _require_compilers(gpu)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.mixing import mix
 from models import LaViT
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import input_dtype, resolve_for
 from pretrain.engine.engine import build_engine, build_model
-from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import Schedule, drop_path_uniforms, learning_rate
 from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
 from pretrain.losses import Classification, TrainingLoss
@@ -107,12 +106,10 @@ def plain_loop(
 def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CPU, **deepspeed: Any) -> Any:
     """A trainer as far as its step needs one: without loaders, log and checkpoints. Collective."""
     config = {"train_batch_size": BATCH, "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0}
-    resolved = resolve_deepspeed_config(
-        config | deepspeed, world_size=dist.get_world_size(), has_bf16_gpu=False, optimizer=recipe.optimizer.kind
-    )
+    resolved = resolve_for(recipe, config | deepspeed, world_size=dist.get_world_size())
     engine, _ = build_engine(build_model(recipe, CLASSES), recipe, resolved, device)
     shards, dtype = OptimizerShards(engine, average=recipe.ema is not None), input_dtype(resolved.precision)
-    classification = Classification(recipe.loss, recipe.mixing, (), device)
+    classification = Classification(recipe.loss, recipe.mixing, [*map(str, range(CLASSES))], device)
     monitor = Monitor(
         engine, shards, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
         class_names=tuple("abcdefghij"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from models import LaViT, create_model
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
-from pretrain.engine.deepspeed_config import resolve_deepspeed_config
+from pretrain.engine.deepspeed_config import resolve_for
 from pretrain.engine.engine import build_engine, build_model
 from pretrain.handoff.folder import CONFIG, read_handoff
 from pretrain.handoff.initialize import begin, share_weights
@@ -167,7 +167,7 @@ def every_rank_begins_with_them(control: dist.ProcessGroup, handoff: str, folder
             model, _ = started(folder / str(stage), chosen, KNOWN)
         share_weights(model, torch.device("cpu"))
         config = {"train_batch_size": BATCH, "gradient_clipping": 1.0, "zero_optimization": zero(stage)}
-        resolved = resolve_deepspeed_config(config, world_size=2, has_bf16_gpu=False)
+        resolved = resolve_for(chosen, config, world_size=2)
         engine, _ = build_engine(model, chosen, resolved, torch.device("cpu"))
         shards = OptimizerShards(engine, average=True)
         found = whole_weights(engine)

@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from torch import nn
 from pretrain.engine.optimizers import build_optimizer, parameter_groups, peak_learning_rate
 from pretrain.engine.schedule import drop_path_uniforms, learning_rate
 from pretrain.recipe import OptimizerSection, ScheduleSection
-from tests.rounding import allowed_error, relative_error
 
 SPARED = {"0.bias", "1.weight", "1.bias"}
 SCHEDULE = ScheduleSection(epochs=10, warmup_epochs=2, min_lr=0.1)
@@ -45,13 +45,9 @@ def test_what_must_not_decay_is_spared_and_each_layer_learns_slower_than_the_one
     }  # fmt: skip
     assert list(by_name(model, groups, "lr_scale").values()) == scales
     assert len(groups) == count
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    model = network()
     model[0].requires_grad_(False)
-    groups = parameter_groups(model, OptimizerSection(lr=1.0, layer_decay=0.5), no_decay=SPARED, layers=LAYERS)
-    assert sum(len(group["params"]) for group in groups) == 4
+    groups = parameter_groups(model, section, no_decay=SPARED, layers=LAYERS)
+    assert sum(len(group["params"]) for group in groups) == 4, "frozen parameters are left out"
 
 
 @pytest.mark.parametrize(
@@ -98,74 +94,42 @@ def test_drop_path_draws_are_the_rows_of_one_stream_for_the_global_batch() -> No
             assert np.array_equal(drop_path_uniforms(seed, step, rows, branches=branches), whole[:, rows])
 
 
-def test_drop_path_draws_differ_between_steps_and_seeds_and_are_uniform() -> None:
-    draws = drop_path_uniforms(7, 3, np.arange(1000), branches=20)
-    for other in (drop_path_uniforms(7, 4, np.arange(1000), branches=20),
-                  drop_path_uniforms(8, 3, np.arange(1000), branches=20)):  # fmt: skip
-        assert not torch.equal(draws, other)
-        assert abs(torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1]) < 0.03
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    assert draws.mean() == pytest.approx(0.5, abs=0.01)
-
-
-def take_five_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
-    """Steps on fixed gradients, which it gives back."""
-    generator = torch.Generator().manual_seed(1)
-    like = {"generator": generator, "dtype": torch.float64}
-    gradients = [[torch.randn(p.shape, **like) for p in model.parameters()] for _ in range(5)]
-    for step in gradients:
-        for parameter, gradient in zip(model.parameters(), step, strict=True):
-            parameter.grad = gradient.to(parameter, copy=True)
-        optimizer.step()
-    return gradients
-
-
 def build(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     return build_optimizer(model, section, no_decay=SPARED, layers=LAYERS)[0]
 
 
-def assert_equal_weights(model: nn.Module, expected: list[torch.Tensor]) -> None:
-    torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], expected)
-
-
-@pytest.fixture
-def no_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lamb_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """You et al. 2020, algorithm 2: the update with its decay is given the length of the weights, however long."""
     monkeypatch.setitem(sys.modules, "apex", None)
 
+    def long() -> nn.Module:
+        model = network()
+        nn.init.constant_(model[0].weight, 9.0)  # of norm 35: pytorch_optimizer would take it for 10
+        return model
 
-@pytest.mark.usefixtures("no_apex")
-def test_lamb_is_the_papers() -> None:
-    # You et al. 2020, algorithm 2: the update with its decay is given the length of the weights.
-    section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
-    model, expected = network(), []
-    gradients = take_five_steps(model, build(model, section))
-    for index, (name, start) in enumerate(network().named_parameters()):
+    section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-9)
+    model, expected, random = long(), [], torch.Generator().manual_seed(1)
+    optimizer = build(model, section)
+    gradients = [
+        [torch.randn(one.shape, generator=random, dtype=torch.float64) for one in model.parameters()] for _ in range(5)
+    ]
+    for step in gradients:
+        for parameter, gradient in zip(model.parameters(), step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for index, (name, start) in enumerate(long().named_parameters()):
         weight, first, second = start.detach().clone(), torch.zeros_like(start), torch.zeros_like(start)
         for step in gradients:
             first = 0.8 * first + 0.2 * step[index]
             second = 0.9 * second + 0.1 * step[index] ** 2
-            update = first / (second.sqrt() + 1e-6)
+            update = first / (second.sqrt() + 1e-9)
             if name in SPARED:
                 weight = weight - 0.05 * update
             else:
                 update = update + 0.1 * weight
                 weight = weight - 0.05 * weight.norm() / update.norm() * update
         expected.append(weight)
-    assert_equal_weights(model, expected)
-
-
-@pytest.mark.usefixtures("no_apex")
-def test_lamb_gives_the_update_the_length_of_the_weights_however_long_they_are() -> None:
-    model = nn.Linear(64, 64, bias=False, dtype=torch.float64)
-    nn.init.constant_(model.weight, 1.0)  # of norm 64: pytorch_optimizer would take it for 10
-    optimizer, _ = build_optimizer(
-        model, OptimizerSection(kind="lamb", lr=0.01, weight_decay=1e-9), no_decay=set(), layers=[]
-    )
-    model.weight.grad = torch.randn(64, 64, dtype=torch.float64)
-    before = model.weight.detach().clone()
-    optimizer.step()
-    assert (model.weight - before).norm().item() == pytest.approx(0.01 * 64)
+    torch.testing.assert_close([parameter.detach() for parameter in model.parameters()], expected)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +140,10 @@ def test_lamb_gives_the_update_the_length_of_the_weights_however_long_they_are()
     ],
 )
 def test_sgd_and_adamw_are_torchs_fused_ones(kind: Any, settings: dict[str, Any], plain: Any) -> None:
-    model, other = network(), network()
-    fused = build(model, OptimizerSection(kind=kind, lr=0.05, weight_decay=0.1, **settings))
-    assert fused.defaults["fused"] is True
-    groups = [
-        {"params": [parameter], "weight_decay": 0.0 if name in SPARED else 0.1}
-        for name, parameter in other.named_parameters()
-    ]
-    take_five_steps(model, fused)
-    take_five_steps(other, plain(groups, lr=0.05, fused=False, **settings))
-    assert_equal_weights(model, [parameter.detach() for parameter in other.parameters()])
+    """With the recipe's settings; ``test_equality`` compares their steps."""
+    optimizer = build(network(), OptimizerSection(kind=kind, lr=0.05, **settings))
+    assert type(optimizer) is plain
+    assert optimizer.defaults.items() >= {"fused": True, **settings}.items()
 
 
 class FusedLAMB(torch.optim.SGD):
@@ -201,22 +159,19 @@ def without_extensions(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("apex", "fused", "said"),
+    ("fused", "said"),
     [
-        (types.ModuleType("apex"), FusedLAMB, "apex (it is installed)"),
-        (types.ModuleType("apex"), None, "web toolkit"),  # PyPI's, which is not NVIDIA's
-        (types.ModuleType("apex"), without_extensions, "without its CUDA extensions"),
-        (None, None, "NVIDIA's apex is not installed"),
+        (FusedLAMB, "apex (it is installed)"),
+        (without_extensions, "RuntimeError: apex.optimizers.FusedLAMB requires cuda extensions"),
+        (None, "No module named 'apex.optimizers'"),  # as of PyPI's apex, which is not NVIDIA's
     ],
 )
 def test_lamb_is_nvidias_where_its_apex_works_and_leaves_clipping_to_deepspeed(
-    apex: Any, fused: Any, said: str, monkeypatch: pytest.MonkeyPatch
+    fused: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     if fused is not None:
-        optimizers = types.ModuleType("apex.optimizers")
-        optimizers.FusedLAMB = fused
-        monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+        monkeypatch.setitem(sys.modules, "apex.optimizers", mock.Mock(FusedLAMB=fused))
     section = OptimizerSection(kind="lamb", lr=0.1)
     optimizer, (note,) = build_optimizer(network(), section, no_decay=SPARED, layers=LAYERS)
     assert said in note
@@ -226,20 +181,3 @@ def test_lamb_is_nvidias_where_its_apex_works_and_leaves_clipping_to_deepspeed(
         assert optimizer.told["bias_correction"] is False
     else:
         assert type(optimizer).__module__.startswith("pytorch_optimizer")
-
-
-@pytest.mark.gpu
-def test_apexs_lamb_steps_as_the_librarys() -> None:
-    pytest.importorskip("apex.optimizers", reason="NVIDIA's apex is not installed")
-    section = OptimizerSection(kind="lamb", lr=0.05, weight_decay=0.1)
-    weights = []
-    for hidden in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            if hidden:
-                patch.setitem(sys.modules, "apex", None)
-            model = network().float().cuda()
-            take_five_steps(model, build(model, section))
-            weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    # Five steps of some ten operations each; the longest sums are the norms of 15 weights. Both are rounded.
-    allowed = 2 * allowed_error(operations=50, terms=15)
-    assert all(relative_error(a, b.double()) < allowed for a, b in zip(*weights, strict=True))

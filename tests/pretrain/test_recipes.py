@@ -8,10 +8,9 @@ import torch
 
 from models import create_model
 from models.cost import count_macs, count_parameters
-from pretrain.check import resolve_for
-from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_for
 from pretrain.engine.optimizers import parameter_groups, peak_learning_rate
-from pretrain.engine.schedule import count_steps
+from pretrain.engine.schedule import Schedule
 from pretrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +61,7 @@ def test_a_shipped_recipe_can_be_started(name: str) -> None:
         assert (resolved.precision, resolved.stage) == ("bf16", 1)
 
     schedule, total = recipe.schedule, resolved.batch.global_batch
-    steps = count_steps(schedule, epoch_size=images, global_batch=total)
+    steps = Schedule(recipe, images, total).total_steps
     assert steps * total <= schedule.epochs * images < (steps + 1) * total
     peak = peak_learning_rate(recipe.optimizer, total)[0]
     assert schedule.min_lr < peak
@@ -96,7 +95,7 @@ def test_the_example_with_a_network_of_timm_can_be_started_and_its_head_is_true(
     config = read_deepspeed_config(ROOT / "ds_config.json", recipe.deepspeed)
     resolved = resolve_for(recipe, config, world_size=8, has_gpu=True, has_bf16_gpu=True)
     assert resolved.precision == "bf16 autocast", "its running statistics are to stay in fp32"
-    steps = count_steps(recipe.schedule, epoch_size=1_281_167, global_batch=1024)
+    steps = Schedule(recipe, 1_281_167, 1024).total_steps
     head = re.sub(r"\n#\s+", " ", path.read_text().split("\nname:")[0])
     for fact in (f"{steps:,} steps", f"their {1024 * steps:,} images", "not run", f"--recipe recipes/{TIMM}.yaml"):
         assert fact in head

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import evaluate, export
+from pretrain import convert, evaluate, export
 from pretrain.checkpoints.checkpoint import list_checkpoints, read_manifest
 from pretrain.metrics import read_metrics
 from pretrain.outcome import ExitCode
@@ -40,12 +40,18 @@ def test_the_demo_trains_a_cnn_that_is_killed_resumed_on_one_rank_handed_off_and
 
     trained = read_metrics(folder / "metrics.jsonl", "eval")[-1]
     assert trained["top1"] > 90, "running statistics that are lost would leave it at chance"
-    command = [str(folder), "--data", str(digits)]
-    for refused in (lambda: evaluate.main(command), lambda: export.main([str(folder)])):
-        assert refused() == ExitCode.WILL_FAIL_AGAIN
+    command, conversion = [str(folder), "--data", str(digits)], [str(folder / "handoff"), str(tmp_path / "net.onnx")]
+    for refused, arguments in (
+        (evaluate, command),
+        (export, [str(folder)]),
+        (convert, conversion),
+        (convert, [conversion[0], str(tmp_path / "net.pt2"), "--image-size", "48"]),
+    ):
+        assert refused.main(arguments) == ExitCode.WILL_FAIL_AGAIN
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "--trust-factory" in error
+    assert convert.main([*conversion, "--trust-factory"]) == ExitCode.FINISHED
     card = (folder / "handoff/README.md").read_text()
     assert r"examples.networks\:CNN" in card
     assert not [word for word in ("LaViT", "lavit\n", "trust_remote_code", "diagonality") if word in card]

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.batch import Batch
-from pretrain.check import architecture, resolve_for
-from pretrain.engine.deepspeed_config import read_deepspeed_config
+from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_for
 from pretrain.engine.engine import build_model
+from pretrain.factory import architecture
 from pretrain.memory_estimate import MemoryEstimate
 from pretrain.recipe import Recipe, validate_recipe
 from tests.pretrain import test_equality
@@ -80,6 +80,7 @@ CONFIGURATIONS = (
     Configuration("lavit_tiny", 96, 8, 2, accumulation=2),
     Configuration("lavit_tiny", 96, 16, 2, "bf16", FIRST),
     Configuration("lavit_tiny", 96, 16, 0, "bf16 autocast"),
+    Configuration("lavit_tiny", 96, 8, 2, "bf16 autocast", ema=True),
     Configuration("lavit_small", 128, 2, 1, ema=True),
     Configuration("lavit_small", 128, 4, 1, "bf16 autocast", FIRST, accumulation=2),
     Configuration("lavit_small", 128, 4, 2, "bf16", "all"),
@@ -93,10 +94,7 @@ CONFIGURATIONS = (
 def estimate(configuration: Configuration) -> int:
     recipe = configuration.recipe()
     config = architecture(recipe, CLASSES)
-    resolved = resolve_for(
-        recipe, configuration.deepspeed(), world_size=RANKS, has_gpu=False,
-        has_bf16_gpu=False,
-    )  # fmt: skip
+    resolved = resolve_for(recipe, configuration.deepspeed(), world_size=RANKS)
     return MemoryEstimate(recipe, resolved, config, gpu=False).memory().total
 
 

@@ -1,4 +1,4 @@
-"""What main.py does before the first step, and what it makes of a GPU that is full."""
+"""main.py before the first step, and when a GPU's memory is full."""
 
 import json
 import os
@@ -21,14 +21,14 @@ from tests.pretrain.ranks import start_ranks
 from tests.system.launching import RECIPE, ROOT, changes
 
 
-def through_the_door(folder: Path, *fields: str) -> None:
+def run_main(folder: Path, *fields: str) -> None:
     from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.main import main
 
     main(StopFlag(), ["--recipe", str(RECIPE), "--runs", str(folder), *fields])
 
 
-def preflight_is_witnessed(folder: Path, digits: Path) -> None:
+def until_the_preflight(folder: Path, digits: Path) -> None:
     from pretrain import main
 
     def measure(*_: object) -> None:
@@ -37,32 +37,32 @@ def preflight_is_witnessed(folder: Path, digits: Path) -> None:
         raise UserError("far enough")
 
     main.measure = measure
-    through_the_door(folder, *changes(deterministic="true", data__path=digits))
+    run_main(folder, *changes(deterministic="true", data__path=digits))
 
 
 def test_torch_is_deterministic_before_its_first_product(tmp_path: Path, digits: Path) -> None:
     with pytest.raises(ProcessExitedException) as ended:
-        start_ranks(1, preflight_is_witnessed, tmp_path, digits)
+        start_ranks(1, until_the_preflight, tmp_path, digits)
     assert ended.value.exit_code == ExitCode.WILL_FAIL_AGAIN
     assert (tmp_path / "seen").read_text() == ":4096:8"
 
 
-def first_step_is_witnessed(folder: Path, digits: Path) -> None:
+def until_the_first_step(folder: Path, digits: Path) -> None:
     from pretrain import main
 
-    class Witness(main.StartUp):
+    class Times(main.StartUp):
         def table(self) -> str:
             (folder / "seen.json").write_text(json.dumps([super().table(), self.seconds, [*sys.modules]]))
             os._exit(3)
 
-    main.StartUp = Witness
-    through_the_door(folder, *changes(data__path=digits))
+    main.StartUp = Times
+    run_main(folder, *changes(data__path=digits))
 
 
 def test_a_start_is_timed_and_imports_only_what_the_first_step_needs(tmp_path: Path, digits: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ProcessExitedException):
-        start_ranks(1, first_step_is_witnessed, tmp_path, digits)
+        start_ranks(1, until_the_first_step, tmp_path, digits)
     table, seconds, modules = json.loads((tmp_path / "seen.json").read_text())
     assert [*seconds] == ["imports", "rendezvous", "data", "engine", "checkpoint", "first step"]
     assert 0 < sum(seconds.values()) < time.monotonic() - began
@@ -85,9 +85,9 @@ def test_help_and_wrong_usage_wait_for_no_slow_import(
     command = [sys.executable, "-X", "importtime", "pretrain/main.py", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     imported: list[str] = []
-    told = re.sub(r"import time: .*\|\s*(.+)\n", lambda line: imported.append(line[1]) or "", ended.stderr)
+    errors = re.sub(r"import time: .*\|\s*(.+)\n", lambda line: imported.append(line[1]) or "", ended.stderr)
     assert (ended.returncode, ended.stdout[:7]) == (code, printed)
-    assert told.endswith(error) if error else not told
+    assert errors.endswith(error) if error else not errors
     assert not {"torch", "deepspeed"} & {*imported}
 
 
@@ -101,33 +101,33 @@ def test_a_gpu_that_torch_does_not_find_ends_the_run_in_one_line(tmp_path: Path)
     assert (ended.stdout, ended.stderr.count("\n")) == ("", 1)
 
 
-def meets_an_error(door: str, who: str, folder: Path, digits: Path) -> None:
+def meets_an_error(command: str, who: str, folder: Path, digits: Path) -> None:
     from pretrain import evaluate
     from pretrain.fault_tolerance import signals
 
     signals.REPORT_WAIT_S = 20.0 if who == "all" else 1.0
-    sys.stderr = (folder / f"told-{os.environ['RANK']}").open("w")
+    sys.stderr = (folder / f"errors-{os.environ['RANK']}").open("w")
     first = os.environ["RANK"] == "0"
     if first:
         time.sleep(3)  # it is slow to start
     if who == "all" or not first:
-        if door == "evaluate":
+        if command == "evaluate":
             evaluate.main(["there/is/none", "--data", str(digits)])
-        through_the_door(folder, *changes(seed="no number", data__path=digits))
+        run_main(folder, *changes(seed="no number", data__path=digits))
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("door", "told"), [("main", "--set seed=no number: seed: "), ("evaluate", "there/is/none")])
+@pytest.mark.parametrize(("command", "reason"), [("main", "--set seed=no number: seed: "), ("evaluate", "there/is/")])
 @pytest.mark.parametrize(("who", "rank"), [("all", 0), ("the other one", 1)])
-def test_an_error_while_starting_is_told_once_whoever_meets_it_first(
-    who: str, rank: int, door: str, told: str, *, tmp_path: Path, digits: Path
+def test_an_error_while_starting_is_printed_once_whoever_meets_it_first(
+    who: str, rank: int, command: str, reason: str, *, tmp_path: Path, digits: Path
 ) -> None:
     with pytest.raises(ProcessExitedException) as ended:
-        start_ranks(2, meets_an_error, door, who, tmp_path, digits)
+        start_ranks(2, meets_an_error, command, who, tmp_path, digits)
     assert (ended.value.exit_code, ended.value.error_index) == (ExitCode.WILL_FAIL_AGAIN, rank)
-    ((teller, line),) = [(path.name, path.read_text()) for path in tmp_path.glob("told-*") if path.read_text()]
-    assert teller == f"told-{rank}"
-    assert line.startswith(f"error: {told}")
+    ((file, line),) = [(path.name, path.read_text()) for path in tmp_path.glob("errors-*") if path.read_text()]
+    assert file == f"errors-{rank}"
+    assert line.startswith(f"error: {reason}")
     assert line.count("\n") == 1
 
 
@@ -157,11 +157,11 @@ def full_once(where: str, folder: Path, *fields: str) -> None:
 
     losses.TrainingLoss.__call__, main.time = compute, types.SimpleNamespace(sleep=sleep)
     trainer.evaluate = mock.Mock(side_effect=torch.AcceleratorError(DRIVER))
-    through_the_door(folder, *fields)
+    run_main(folder, *fields)
 
 
 @pytest.mark.parametrize(
-    ("where", "ranks", "code", "told"),
+    ("where", "ranks", "code", "reason"),
     [
         ("step 1", 2, ExitCode.WILL_FAIL_AGAIN, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
         ("step 3", 1, ExitCode.RETRY, f"{COMPUTING}: lower train_micro_batch_size_per_gpu"),
@@ -169,14 +169,14 @@ def full_once(where: str, folder: Path, *fields: str) -> None:
     ],
     ids=["step 1", "step 3", "evaluation"],
 )
-def test_a_full_gpu_is_told_in_one_line_and_is_hopeless_at_what_was_never_done_before(
-    where: str, ranks: int, code: ExitCode, told: str, *, tmp_path: Path, digits: Path
+def test_a_full_gpu_is_one_line_and_will_fail_again_at_what_was_never_done_before(
+    where: str, ranks: int, code: ExitCode, reason: str, *, tmp_path: Path, digits: Path
 ) -> None:
     with pytest.raises(ProcessExitedException) as ended:
         start_ranks(ranks, full_once, where, tmp_path, *changes(data__path=digits, evaluation__every_epochs=0.2))
     assert (ended.value.exit_code, ended.value.error_index) == (code, ranks - 1)
-    reason = json.loads((tmp_path / "demo/run.json").read_text())["reason"]
-    assert reason.startswith(f"rank {ranks - 1}: the GPU's memory is full, {told}")
+    recorded = json.loads((tmp_path / "demo/run.json").read_text())["reason"]
+    assert recorded.startswith(f"rank {ranks - 1}: the GPU's memory is full, {reason}")
     assert [path.name for path in tmp_path.glob("waits-*")] == [f"waits-{rank}" for rank in range(ranks - 1)]
 
 
