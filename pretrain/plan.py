@@ -21,13 +21,12 @@ from data_pipeline.errors import DataError, without_secrets
 from models.cost import count_macs, count_parameters
 from pretrain.arguments import add_run_arguments
 from pretrain.check import architecture, checkpoint_bytes, resolve_for
-from pretrain.devices import DEVICES
+from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.engine.deepspeed_config import read_deepspeed_config
 from pretrain.engine.precision import input_dtype
 from pretrain.engine.schedule import checkpoint_interval, count_steps
 from pretrain.factory import FactoryConfig, try_network
 from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, NetworkConfig, Policy, as_booleans
-from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.time_estimate import communicated_bytes, read_benchmark
@@ -121,7 +120,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         estimate = MemoryEstimate(recipe, at_stage, config, gpu=True, loader_batches=recipe.data.prefetch)
         rows += _rows(estimate, recipe, policies, capacity, chosen=stage == resolved.stage)
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
-    peak = device.peak(dtype) / model_flops_per_image(macs)
+    peak = device.peak(dtype) / (FLOPS_PER_MAC * macs)
     rate = measured["images_per_s"] if measured else options.mfu and options.mfu * peak
     steps = count_steps(recipe.schedule, epoch_size=data["images"], global_batch=batch.global_batch)
     link = device.link if gpus <= options.gpus_per_node else min(device.link, options.node_gbit * 1e9 / 8)

@@ -256,7 +256,8 @@ class RunFolder:
             if any(old.get(split, fingerprint) != fingerprint for old in recorded):
                 raise UserError(
                     f"{recipe.data.path} holds other images or labels for '{split}' than when {self.path} was "
-                    "started: give the run another name with --set name=..., or put the old dataset back"
+                    "started: name the place of the old dataset with --set data.path=..., put it back, or give the run "
+                    "another name with --set name=..."
                 )
 
     def start_attempt(self) -> None:

@@ -15,8 +15,8 @@ from pretrain.console import RunConsole
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
-from pretrain.files import fsync, lock
-from pretrain.ledger import Row, cut_rows, write_rows
+from pretrain.files import cut_lines, fsync, lock
+from pretrain.ledger import Row, is_row, write_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
@@ -101,7 +101,10 @@ class RunLog:
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
-            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen, self.say))
+            seen = state.samples_seen
+            self._guarded(
+                lambda _: cut_lines(self.folder.ledger, is_row, lambda row: row["samples_seen"] <= seen, self.say)
+            )
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
                 self.event("checkpoint passed over", warning, state)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from data_pipeline.preview import CELL, LINE, draw_grid, to_pixels
 from models import create_model
 from models.cost import count_macs
-from pretrain.devices import DEVICES
+from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.monitoring.attention import drawn_blocks
 from pretrain.monitoring.bad_samples import BadSampleCount
-from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
+from pretrain.monitoring.monitor import peak_of
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunLog
@@ -51,7 +51,7 @@ def test_mfu_counts_six_flop_a_mac_and_is_left_out_where_no_peak_is_known() -> N
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 32, 32)).sum().backward()
     # Autograd needs no gradient of the picture itself, so a little less than three times the forward pass.
-    assert counter.get_total_flops() == pytest.approx(model_flops_per_image(count_macs(model.config)), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(FLOPS_PER_MAC * count_macs(model.config), rel=0.03)
     assert peak_of(CPU, "fp32") is None
     assert DEVICES["h100"].peak(torch.bfloat16) == 989e12
 
@@ -107,10 +107,10 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
         results = []
         for watched in (False, True):
             run = training(recipe(), zero_optimization=zero(stage))
-            losses = go_on(run, 2, measure_norms=watched)
+            losses = go_on(run, 2)
             if watched:
                 show_everything(run, Path(folder) / str(stage))
-            losses += go_on(run, 2, measure_norms=watched)
+            losses += go_on(run, 2)
             results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
@@ -124,7 +124,7 @@ def show_everything(run: Any, folder: Path) -> None:
     log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), None, 100)
     if first:
         folder.mkdir()
-        metrics = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=0)
+        metrics = MetricsWriter(folder, TrainState())
         log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, 100)
         log.folder.show.touch()
     run.log = log
@@ -135,12 +135,12 @@ def show_everything(run: Any, folder: Path) -> None:
     run.monitor.see_evaluation(batch, batch.labels)
     run.engine(batch.images)
     run.engine.train()
-    run.monitor.step_done()
-    interval = run.monitor.measure(global_batch=8, images_requested=log.images_requested())
-    assert interval.images_requested, "a rank does not know that images were requested"
-    assert interval.mfu is None
-    assert interval.memory_gib > 0.05
-    assert interval.seconds["total"] == pytest.approx(sum(interval.seconds[phase] for phase in PHASES), rel=1e-4)
+    run.monitor.end_step(skipped=True)
+    rows, images_requested = run.monitor.measure(global_batch=8, images_requested=log.images_requested())
+    assert images_requested, "a rank does not know that images were requested"
+    assert "mfu" not in rows["train"]
+    assert rows["train"]["memory_gib"] > 0.05
+    assert rows["time"]["total"] == pytest.approx(sum(rows["time"][phase] for phase in PHASES), rel=1e-4)
     attention = run.monitor.attention()
     assert (attention is not None) is first
     run._show_images()
@@ -155,7 +155,7 @@ def show_everything(run: Any, folder: Path) -> None:
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
-    assert not run.monitor.measure(global_batch=8, images_requested=log.images_requested()).images_requested
+    assert not run.monitor.measure(global_batch=8, images_requested=log.images_requested())[1]
     assert torch.equal(before, torch.get_rng_state())
     run.monitor.reset()
 
