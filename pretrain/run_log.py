@@ -101,9 +101,8 @@ class RunLog:
         self.status.train_state, run_state = state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
-            seen = state.samples_seen
             self._guarded(
-                lambda _: cut_lines(self.folder.ledger, is_row, lambda row: row["samples_seen"] <= seen, self.say)
+                lambda _: cut_lines(self.folder.ledger, is_row, lambda row: row["step"] <= state.step, self.say)
             )
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
@@ -161,15 +160,13 @@ class RunLog:
 
         self._guarded(write)
 
-    def images_requested(self) -> bool:
-        """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
+    def take_image_request(self) -> bool:
+        """Whether a user asked for images by a file of the run folder, which is removed; on rank 0 only."""
         with suppress(OSError):
-            return self._metrics is not None and self.folder.show.exists()
+            if self._metrics is not None:
+                self.folder.show.unlink()
+                return True
         return False
-
-    def clear_image_request(self) -> None:
-        """Remove that file."""
-        self._guarded(lambda _: self.folder.show.unlink(missing_ok=True))
 
     def event(self, name: EventName, text: str, state: TrainState) -> None:
         """Add a line to ``events.jsonl``."""

@@ -316,7 +316,9 @@ class Trainer:
         """Measure the interval since the last one, and write it. Collective."""
         self.record_steps()
         state, batch = self.state, self.batch.global_batch
-        rows, images_requested = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
+        rows, images_requested = self.monitor.measure(
+            global_batch=batch, images_requested=self.log.take_image_request()
+        )
         losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
         if "grad_norm" in rows["train"]:
             losses["grad_norm"] = rows["train"]["grad_norm"]
@@ -332,7 +334,6 @@ class Trainer:
             attention = self.monitor.attention()
         if attention is not None:
             self.log.attention(None, attention[1], self.state)
-        self.log.clear_image_request()
         self.monitor.show_batch = dist.get_rank() == 0
 
     def _end_startup(self) -> None:

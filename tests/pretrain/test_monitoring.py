@@ -136,7 +136,7 @@ def show_everything(run: Any, folder: Path) -> None:
     run.engine(batch.images)
     run.engine.train()
     run.monitor.end_step(skipped=True)
-    rows, images_requested = run.monitor.measure(global_batch=8, images_requested=log.images_requested())
+    rows, images_requested = run.monitor.measure(global_batch=8, images_requested=log.take_image_request())
     assert images_requested, "a rank does not know that images were requested"
     assert "mfu" not in rows["train"]
     assert rows["train"]["memory_gib"] > 0.05
@@ -155,7 +155,7 @@ def show_everything(run: Any, folder: Path) -> None:
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
-    assert not run.monitor.measure(global_batch=8, images_requested=log.images_requested())[1]
+    assert not run.monitor.measure(global_batch=8, images_requested=log.take_image_request())[1]
     assert torch.equal(before, torch.get_rng_state())
     run.monitor.reset()
 
