@@ -50,7 +50,7 @@ def measure_attention(model: Any, images: torch.Tensor, dtype: torch.dtype) -> t
             middle = by_key[..., grid[0] // 2 * grid[1] + grid[1] // 2]
             seen[stage, block] = torch.stack([by_key.mean(-1), middle], 1), key_grid
 
-    numbers = {}
+    numbers: dict[str, float] = {}
     for row in attention_diagnostics(model, images.to(dtype), look):
         where = f"stage{row.stage + 1}_{'va' if row.kind == 'vanilla' else 'la'}{row.block + 1}"
         named = {"diagonality": row.diagonality, "symmetry": row.symmetry, "saturation": row.saturation}
