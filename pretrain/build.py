@@ -147,7 +147,7 @@ def build_trainer(
         attention_images=recipe.watch.attention_images if recipe.model.factory is None else 0,
         data=recipe.data,
         class_names=train_set.class_names,
-        show_batch=rank.is_first and not state.step,
+        show_batch=rank.is_first,
         macs=macs,
     )
     writer = CheckpointWriter(

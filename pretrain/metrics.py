@@ -5,7 +5,6 @@ The x axis is samples seen. A kind of measurement ("train", "eval") is a line's 
 
 import json
 import os
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import cut_lines, is_measurement, json_lines, read_sealed
+from pretrain.files import cut_lines, is_measurement, json_lines
 from pretrain.monitoring.sinks import Sink, TensorBoard
 from pretrain.outcome import UserError, storage_code
 from pretrain.state import TrainState
@@ -44,7 +43,7 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._run, self._say, jsonl = run, say, run / "metrics.jsonl"
+        self._say, jsonl = say, run / "metrics.jsonl"
         self._sent: dict[str, int] = {}
         """Samples seen by the newest line of each kind that the previous attempt wrote."""
         samples_seen, done = state.samples_seen, state.measured_until()
@@ -93,23 +92,6 @@ class MetricsWriter:
         """Send an image, (height, width, 3), to the sinks."""
         again = samples_seen <= max(self._sent.values(), default=-1)
         self._send(lambda sink: sink.image(name, samples_seen, pixels), again=again)
-
-    def describe_run(self, samples_seen: int) -> None:
-        """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
-        try:
-            environment = read_sealed(self._run / "environment.json")
-            recipe = (self._run / "recipe.yaml").read_text(errors="replace")
-        except (OSError, UserError):
-            return  # the next start refuses what is damaged; this one does without
-        facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
-        texts = {
-            "recipe": recipe,
-            "environment": json.dumps(facts, indent=2),
-            "git": json.dumps(environment.get("git"), indent=2),
-        }
-        for name, text in texts.items():
-            markdown = textwrap.indent(text, "    ")
-            self._send(lambda sink: sink.text(f"run/{name}", samples_seen, markdown))  # noqa: B023 - called at once
 
     def flush(self) -> None:
         """Bring all to disk."""

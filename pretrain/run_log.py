@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,8 +91,6 @@ class RunLog:
         """What ``describe_setup`` returned for this attempt."""
         self._metrics, self._epoch_size = metrics, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
-        self._described = False
-        """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
 
     def start(self, state: TrainState, passed_over: Iterable[str], setup: Row) -> None:
         """Record the start of this attempt: where, the damaged checkpoints that were passed over, and its setup."""
@@ -129,9 +126,6 @@ class RunLog:
                 metrics.write(kind, state.samples_seen, self._position(state) | values)
             if image is not None:
                 metrics.image("images/training", state.samples_seen, image)
-            if not self._described:
-                metrics.describe_run(state.samples_seen)
-                self._described = True
             self.status.write("running")
 
         self._guarded(write)
@@ -150,23 +144,11 @@ class RunLog:
         values = self._position(state) | asdict(result) | {"seconds": round(seconds, 3)}
         self._guarded(lambda metrics: metrics.write(kind, state.samples_seen, values))
 
-    def attention(self, numbers: dict[str, float] | None, drawing: NDArray[np.uint8], state: TrainState) -> None:
-        """Write the drawn attention, and its numbers where they belong to an evaluation."""
-
-        def write(metrics: MetricsWriter) -> None:
-            if numbers is not None:
-                metrics.write("attention", state.samples_seen, self._position(state) | numbers)
-            metrics.image("images/attention", state.samples_seen, drawing)
-
-        self._guarded(write)
-
-    def take_image_request(self) -> bool:
-        """Whether a user asked for images by a file of the run folder, which is removed; on rank 0 only."""
-        with suppress(OSError):
-            if self._metrics is not None:
-                self.folder.show.unlink()
-                return True
-        return False
+    def attention(self, numbers: dict[str, float], drawing: NDArray[np.uint8], state: TrainState) -> None:
+        """Write the numbers of attention, and its drawing."""
+        values = self._position(state) | numbers
+        self._guarded(lambda metrics: metrics.write("attention", state.samples_seen, values))
+        self._guarded(lambda metrics: metrics.image("images/attention", state.samples_seen, drawing))
 
     def event(self, name: EventName, text: str, state: TrainState) -> None:
         """Add a line to ``events.jsonl``."""

@@ -315,26 +315,13 @@ class Trainer:
     def log_interval(self, learning_rate: float) -> None:
         """Measure the interval since the last one, and write it. Collective."""
         self.record_steps()
-        state, batch = self.state, self.batch.global_batch
-        rows, images_requested = self.monitor.measure(
-            global_batch=batch, images_requested=self.log.take_image_request()
-        )
-        losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
+        rows = self.monitor.measure(self.batch.global_batch)
+        losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": self.state.skipped_steps}
         if "grad_norm" in rows["train"]:
             losses["grad_norm"] = rows["train"]["grad_norm"]
-        self.log.interval(state, losses, rows, self.monitor.training_images())
-        if images_requested:
-            self._show_images()
+        self.log.interval(self.state, losses, rows, self.monitor.training_images())
         gc.collect()
         self.monitor.reset()
-
-    def _show_images(self) -> None:
-        """Draw attention now, and the next training batch with the next interval."""
-        with self._outside_training():
-            attention = self.monitor.attention()
-        if attention is not None:
-            self.log.attention(None, attention[1], self.state)
-        self.monitor.show_batch = dist.get_rank() == 0
 
     def _end_startup(self) -> None:
         """Compilation is over: shorten the limits of the watchdog and of collectives."""

@@ -39,7 +39,7 @@ class Monitor:
         data: how the images were made, to show them as they were.
         class_names: captions of the training images, by label.
         macs: multiply-accumulates of one image.
-        show_batch: keep the next training batch, to show it.
+        show_batch: keep the first training batch, to show it.
     """
 
     def __init__(
@@ -60,8 +60,7 @@ class Monitor:
         self._evaluated: torch.Tensor | None = None
         """(m, 3, H, W) normalized images whose attention is shown; None before the first evaluation."""
         self.timer = StepTimer(device)
-        self.show_batch = show_batch
-        """Whether the next training batch is kept for ``training_images``."""
+        self._show_batch = show_batch
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._digest = 0
         self._losses: list[torch.Tensor] = []
@@ -89,10 +88,10 @@ class Monitor:
             self._began += time.monotonic() - began
 
     def see_batch(self, batch: Batch) -> None:
-        """Note what a training batch holds; keep its first images, on the device, where they are wanted."""
+        """Note what a training batch holds; keep the first images of the first one, on the device."""
         self._digest += batch.digest
-        if self.show_batch:
-            self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
+        if self._show_batch:
+            self._batch, self._show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
 
     def see_evaluation(self, batch: Batch, _: torch.Tensor) -> None:
         """Keep the first images of the first evaluation batch, for ``attention``."""
@@ -149,24 +148,20 @@ class Monitor:
         finite = [losses for losses in self._taken if all(map(math.isfinite, losses))]
         return dict(zip(self._names, map(fmean, zip(*finite, strict=True)), strict=True)) if finite else {}
 
-    def measure(self, *, global_batch: int, images_requested: bool) -> tuple[dict[str, dict[str, float]], bool]:
-        """Measure the interval so far. Collective; waits for the device.
-
-        Args:
-            global_batch: images of a step, over all ranks.
-            images_requested: whether images are asked for, on rank 0.
+    def measure(self, global_batch: int) -> dict[str, dict[str, float]]:
+        """Measure the interval so far, with so many images in a step over all ranks. Collective; waits for the device.
 
         Returns:
-            measurements by kind, rounded, and whether images were asked for. "train": the norm of the gradient before
-            clipping in the last step, images per second over all ranks, the share of the time that waits for data, MFU,
-            GiB of the rank that has most (on a GPU the most that was allocated so far, else what the process occupies
-            now); without what is not known. "time": seconds of a step, as means over the ranks, "total" and each phase;
-            "slowest_data": of the rank that waits longest.
+            measurements by kind, rounded. "train": the norm of the gradient before clipping in the last step, images
+            per second over all ranks, the share of the time that waits for data, MFU, GiB of the rank that has most (on
+            a GPU the most that was allocated so far, else what the process occupies now); without what is not known.
+            "time": seconds of a step, as means over the ranks, "total" and each phase; "slowest_data": of the rank that
+            waits longest.
         """
         ranks, rate = dist.get_world_size(), self._steps * global_batch / (time.monotonic() - self._began)
-        split, by_rank = self.timer.split(), torch.zeros(ranks, len(PHASES) + 2)
+        split, by_rank = self.timer.split(), torch.zeros(ranks, len(PHASES) + 1)
         own = [*(split[phase] / self._steps for phase in PHASES), self._memory() / GIB]
-        by_rank[dist.get_rank()] = torch.tensor([*own, images_requested and dist.get_rank() == 0])
+        by_rank[dist.get_rank()] = torch.tensor(own)
         by_rank = by_rank.to(self._device)
         dist.all_reduce(by_rank)
         mean, most = by_rank.mean(0).tolist(), by_rank.amax(0).tolist()
@@ -177,7 +172,7 @@ class Monitor:
         if self._peak is not None:
             train["mfu"] = round(rate * self._flops / (ranks * self._peak), 4)
         time_rows = {"total": total, **seconds, "slowest_data": most[PHASES.index("data")]}
-        return {"train": train | {"memory_gib": round(most[-2], 3)}, "time": _rounded(time_rows)}, bool(most[-1])
+        return {"train": train | {"memory_gib": round(most[-1], 3)}, "time": _rounded(time_rows)}
 
     def training_images(self) -> Pixels | None:
         """Draw the training images that were kept, once; None where there are none."""

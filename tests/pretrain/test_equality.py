@@ -115,7 +115,7 @@ def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CP
     classification = Classification(recipe.loss, recipe.mixing, (), device)
     monitor = Monitor(
         engine, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
-        class_names=tuple("abcdefghij"), macs=1,
+        class_names=tuple("abcdefghij"), macs=1, show_batch=True,
     )  # fmt: skip
     parts = ("train_loader", "eval_loader", "probes", "writer", "loss_level", "log", "stop", "watchdog", "startup")
     return Trainer(

@@ -38,7 +38,7 @@ def no_step_waits() -> None:
         run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE, zero_optimization=zero, **sections)
         assert not run.nonfinite.waits
         steps = iter(batches_on_device(steps=4))
-        run.monitor.show_batch = True
+        run.monitor._show_batch = True
         for _ in range(3):  # DeepSpeed's own timers begin with the third
             run.train_step(steps)
         with HostWaits() as waits:
