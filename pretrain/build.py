@@ -105,14 +105,12 @@ def build_trainer(
     loaded = load_newest(folder.checkpoints, shards, group=control)
     state, warnings = loaded or (TrainState(), [])
     startup.end("checkpoint")
-    nonfinite = NonFiniteSteps(engine)
-    nonfinite.set_loss_scale(state.loss_scale)
+    nonfinite = NonFiniteSteps(engine, state.loss_scale)
     schedule = Schedule(recipe, len(train_set), resolved.batch.global_batch)
-    batch, total = resolved.batch, schedule.total_steps
-    run_state.total_steps = total
+    batch = resolved.batch
+    run_state.total_steps = total = schedule.total_steps
     console = RunConsole(rank.is_first, total, state.step, batch.global_batch)
-    for line in (*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {warning}" for warning in warnings)):
-        console.say(line)
+    console.say("\n".join([*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {one}" for one in warnings)]))
     console.say(
         f"{recipe.model.title}: {count_parameters(model):,} parameters; {recipe.data.path}: {len(train_set):,} train, "
         f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
@@ -136,10 +134,11 @@ def build_trainer(
     if rank.is_first:
         trackers = open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say)
         metrics = MetricsWriter(folder.path, state, trackers=trackers, say=console.say)
-    log = RunLog(folder, status, console, metrics, len(train_set))
-    log.start(state, warnings, describe_setup(resolved, device, compiled=recipe.model.compile))
+    setup, size = describe_setup(resolved, device, compiled=recipe.model.compile), len(train_set)
+    log = RunLog(folder, status, console, metrics, state=state, epoch_size=size, setup=setup)
+    log.start(warnings)
     dtype = input_dtype(resolved.precision)
-    loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=len(train_set))
+    loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=size)
     monitor = Monitor(
         engine,
         device=device,

@@ -171,9 +171,9 @@ class Trainer:
                 results[kind] = result, time.monotonic() - began
             attention = self.monitor.attention()
         for kind, (result, seconds) in results.items():
-            self.log.result(kind, result, seconds, self.state)
+            self.log.result(kind, result, seconds)
         if attention is not None:
-            self.log.attention(*attention, self.state)
+            self.log.attention(*attention)
         self.state.record_evaluation(asdict([*results.values()][-1][0]))
 
     def _evaluate(self) -> Evaluation | None:
@@ -206,7 +206,7 @@ class Trainer:
             limit = self.probes.section.time_limit_minutes
             self.log.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
         else:
-            self.log.result("probe", result, time.monotonic() - began, self.state)
+            self.log.result("probe", result, time.monotonic() - began)
         self.state.probed_at = self.state.samples_seen
 
     def _stopped_while(self, phase: str) -> bool:
@@ -248,7 +248,7 @@ class Trainer:
             state.saved_at, state.failed_saves = state.save_tried_at, 0
             return
         state.failed_saves += 1
-        self.log.event("checkpoint failed", problem, state)
+        self.log.event("checkpoint failed", problem)
         last = self.done and state.save_tried_at == state.samples_seen
         if state.failed_saves > 1 or last:  # by the next one there may be space again
             raise UserError(
@@ -297,13 +297,13 @@ class Trainer:
             raise UserError(f"{why}, and there is no checkpoint to roll back to: {advice}")
         for warning in loaded[1]:
             self.log.say(f"WARNING {warning}")
-            self.log.event("checkpoint passed over", warning, state)
+            self.log.event("checkpoint passed over", warning)
         self.nonfinite.set_loss_scale(loaded[0].loss_scale)
         state.skipped_steps += sum(self.nonfinite.skipped())  # of steps that the old weights took meanwhile
         state.rollbacks += 1
         state.skipped_in_a_row = 0
         what = f"{why}: rolled back to the weights of step {loaded[0].step}, continuing after these images"
-        self.log.event("went back", what, state)
+        self.log.event("went back", what)
         self.log.say(f"WARNING {what} ({state.rollbacks} of {allowed} times)")
 
     def record_steps(self) -> None:
@@ -319,7 +319,7 @@ class Trainer:
         losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": self.state.skipped_steps}
         if "grad_norm" in rows["train"]:
             losses["grad_norm"] = rows["train"]["grad_norm"]
-        self.log.interval(self.state, losses, rows, self.monitor.training_images())
+        self.log.interval(losses, rows, self.monitor.training_images())
         gc.collect()
         self.monitor.reset()
 

@@ -26,7 +26,7 @@ class NonFiniteSteps:
       - LAMB, at stage 0: the host reads the gradient's norm and drops the gradients.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, loss_scale: dict[str, float] | None = None) -> None:
         self._engine = engine
         self._stage: int = engine.zero_optimization_stage()
         self._optimizer = torch_optimizer(engine)
@@ -38,6 +38,7 @@ class NonFiniteSteps:
         self._dropped = self._reported = 0
         self._flags: deque[bool | tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self._scaler = loss_scaler(engine)
+        self.set_loss_scale(loss_scale or {})
         if not self.waits:
             self._optimizer.register_step_pre_hook(self._pass_to_kernel)
             if self._stage:

@@ -123,7 +123,8 @@ class Readers:
         writer = MetricsWriter(folder.path, everything, trackers={"book": mock.Mock()}, say=said.append)
         status = RunStatus(folder, first=True)
         status.run_state = RunState("running")
-        RunLog(folder, status, mock.Mock(say=said.append), writer, 100).start(progress, (), {})
+        console = mock.Mock(say=said.append)
+        RunLog(folder, status, console, writer, state=progress, epoch_size=100, setup={}).start(())
         writer.close()
         assert warnings or self.intact <= lines(folder.metrics), "intact lines are gone"
         BadSampleCount(folder.bad_samples)()

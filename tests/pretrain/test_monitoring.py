@@ -138,7 +138,9 @@ def show_everything(run: Any, folder: Path) -> None:
     if attention is not None:
         folder.mkdir()
         metrics = MetricsWriter(folder, TrainState())
-        RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, 100).attention(*attention, TrainState(step=2))
+        log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, state=TrainState(step=2), epoch_size=100,
+                     setup={})  # fmt: skip
+        log.attention(*attention)
         assert run.monitor.training_images() is not None
         assert run.monitor.training_images() is None
         metrics.close()
