@@ -44,31 +44,28 @@ def test_the_phases_of_a_step_add_up_to_its_time_without_what_was_left_out(monke
     assert len(timer._marks) <= MARKS
 
 
-def test_mfu_counts_six_flop_a_mac_and_is_left_out_where_no_peak_is_known() -> None:
+def test_mfu_counts_six_flop_a_mac_against_the_peak_of_tf32_whichever_setting_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model("lavit_micro", num_classes=10, image_size=32)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 32, 32)).sum().backward()
-    # Autograd needs no gradient of the picture itself, so a little less than three times the forward pass.
+    # Autograd needs no gradient of the image itself, so a little less than three times the forward pass.
     assert counter.get_total_flops() == pytest.approx(FLOPS_PER_MAC * count_macs(model.config), rel=0.03)
     assert peak_of(CPU, "fp32") is None
-    assert DEVICES["h100"].peak(torch.bfloat16) == 989e12
-
-
-@pytest.mark.parametrize(("setting", "off", "on"), [("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)])
-def test_the_peak_is_that_of_tf32_whichever_setting_says_so(
-    setting: str, off: object, on: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     device, h100 = torch.device("cuda"), DEVICES["h100"]
-    try:
-        assert peak_of(device, "fp32") == h100.fp32_flops
-        setattr(torch.backends.cuda.matmul, setting, on)
-        assert peak_of(device, "fp32") == h100.tf32_flops
-        assert peak_of(device, "bf16 autocast") == h100.tensor_flops
-    finally:
-        setattr(torch.backends.cuda.matmul, setting, off)
+    assert h100.peak(torch.bfloat16) == 989e12
+    for setting, off, on in (("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)):
+        try:
+            assert peak_of(device, "fp32") == h100.fp32_flops
+            setattr(torch.backends.cuda.matmul, setting, on)
+            assert peak_of(device, "fp32") == h100.tf32_flops
+            assert peak_of(device, "bf16 autocast") == h100.tensor_flops
+        finally:
+            setattr(torch.backends.cuda.matmul, setting, off)
 
 
 def test_bad_samples_are_counted_once_each_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
