@@ -228,12 +228,8 @@ class Replay:
     def _compare_state(self, path: Path) -> None:
         """Compare weights, moments and average with a checkpoint, and continue from it."""
         shards, group = self._trainer.optimizer_shards, self._trainer.stop.group
-        owned = {
-            f"{shard.name} ({kind})": shard.view(kind, shards.optimizer)
-            for shard in shards.shards
-            for kind in shards.kinds
-        }
-        before = {name: view.to("cpu", copy=True) for name, view in owned.items()}
+        owned = [(shard, kind) for shard in shards.shards for kind in shards.kinds]
+        before = [shard.view(kind, shards.optimizer).to("cpu", copy=True) for shard, kind in owned]
         folder = self._trainer.log.folder.path / path.name  # with no other checkpoint, to which loading could go back
         link(path, folder)
         try:
@@ -243,12 +239,12 @@ class Replay:
             return
         changed: list[tuple[float, str]] = []
         squares = torch.zeros(2, dtype=torch.float64)
-        for name, view in owned.items():
-            here, there = before[name], view.cpu()
+        for (shard, kind), here in zip(owned, before, strict=True):
+            there = shard.view(kind, shards.optimizer).cpu()
             difference = (here - there).double()
             if not torch.equal(here.view(torch.int32), there.view(torch.int32)):
-                changed.append((float(difference.abs().max()), name))
-            if name.endswith("(parameter)"):
+                changed.append((float(difference.abs().max()), f"{shard.name} ({kind})"))
+            if kind == "parameter":
                 squares += torch.stack([difference.square().sum(), there.double().square().sum()])
         parts: list[list[tuple[float, str]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, changed, group=group)
