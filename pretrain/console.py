@@ -10,7 +10,6 @@ from datetime import timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from data_pipeline.errors import printable, without_secrets
@@ -74,10 +73,11 @@ class RunConsole:
                 self.say(f"step {self._step}/{self._total}  {self._metrics}")
 
     def _view(self) -> Group:
-        progress = f"step {self._step}/{self._total}  {self._rate()}"
-        lines = [progress, *filter(None, [self._metrics]), *(f"· {event}" for event in self._events)]
-        bar = ProgressBar(max(self._total, 1), self._step, width=min(BAR, self._console.width))
-        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+        columns = min(BAR, self._console.width)
+        bar = "━" * (columns * self._step // max(self._total, 1))
+        lines = [bar.ljust(columns, "╌"), f"step {self._step}/{self._total}  {self._rate()}"]
+        lines += [*filter(None, [self._metrics]), *(f"· {event}" for event in self._events)]
+        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
     def _rate(self) -> str:
         if self._clock is None or self._step <= self._clock[0]:
