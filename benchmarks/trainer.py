@@ -31,13 +31,13 @@ from benchmarks import timing
 from benchmarks.data import build_shards, pillow
 from data_pipeline.batch import Batch
 from models import LaViT
+from pretrain.build import open_trainer
 from pretrain.devices import use_gpu
 from pretrain.engine.deepspeed_config import read_deepspeed_config, resolve_for
 from pretrain.engine.distributed import choose_device, has_bf16, init_distributed, read_rank
 from pretrain.engine.engine import build_model, compile_forward
 from pretrain.ports import free_port
 from pretrain.recipe import Recipe, validate_recipe
-from pretrain.replay import open_trainer
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
 

@@ -14,8 +14,15 @@ from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
 from pretrain.console import RunConsole
 from pretrain.deepspeed_compat import count_parameters
-from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, input_dtype
-from pretrain.engine.distributed import Rank, first_of_node_checks, first_rank_decides, new_cpu_group
+from pretrain.engine.deepspeed_config import ResolvedDeepSpeed, input_dtype, resolve_for
+from pretrain.engine.distributed import (
+    Rank,
+    first_of_node_checks,
+    first_rank_decides,
+    has_bf16,
+    new_cpu_group,
+    read_rank,
+)
 from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.schedule import Schedule, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
@@ -30,7 +37,7 @@ from pretrain.ledger import describe_setup
 from pretrain.losses import Classification, TrainingLoss
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.monitoring.profile import StepProfiler
+from pretrain.monitoring.profile import step_profile
 from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder, checkpoint_facts
@@ -52,13 +59,14 @@ def build_trainer(
     watchdog: Watchdog,
     status: RunStatus,
     startup: StartUp,
-    profiler: StepProfiler | None = None,
+    profiled: tuple[int, int] | None = None,
     verbose: bool = False,
 ) -> Trainer:
     """Open the data, build network and engine, load the newest checkpoint, start the loaders. Collective.
 
-    ``flag`` is set when the run shall stop, ``control`` a CPU group of all ranks for small objects; ``verbose`` lets
-    DeepSpeed print what it wants. This attempt owns ``status`` as soon as the folder is claimed.
+    ``flag`` is set when the run shall stop, ``control`` a CPU group of all ranks for small objects; ``profiled`` are
+    the first and the last step to profile here; ``verbose`` lets DeepSpeed print what it wants. This attempt owns
+    ``status`` as soon as the folder is claimed.
 
     Raises:
         UserError: recipe, run folder or checkpoints do not fit together.
@@ -94,22 +102,13 @@ def build_trainer(
     shards = OptimizerShards(engine, average=recipe.ema is not None)
     loaded = load_newest(folder.checkpoints, shards, group=control)
     state, warnings = loaded or (TrainState(), [])
-    if loaded:
-        state.reset_saves()
     startup.end("checkpoint")
-    nonfinite = NonFiniteSteps(engine)
-    nonfinite.set_loss_scale(state.loss_scale)
+    nonfinite = NonFiniteSteps(engine, state.loss_scale)
     schedule = Schedule(recipe, len(train_set), resolved.batch.global_batch)
-    run_state.total_steps = schedule.total_steps
-    console = RunConsole(
-        enabled=rank.is_first,
-        total_steps=schedule.total_steps,
-        first_step=state.step,
-        global_batch=resolved.batch.global_batch,
-    )
-    for line in (*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {warning}" for warning in warnings)):
-        console.say(line)
     batch = resolved.batch
+    run_state.total_steps = total = schedule.total_steps
+    console = RunConsole(rank.is_first, total, state.step, batch.global_batch)
+    console.say("\n".join([*resolved.notes, *engine_notes, *beginning.notes, *(f"WARNING {one}" for one in warnings)]))
     console.say(
         f"{recipe.model.title}: {count_parameters(model):,} parameters; {recipe.data.path}: {len(train_set):,} train, "
         f"{len(val_set):,} val, {train_set.num_classes} classes; global batch {batch.global_batch} = "
@@ -117,9 +116,8 @@ def build_trainer(
         f"{resolved.precision}, {device.type}"
     )
     if loaded:
-        console.say(
-            f"resuming {folder.path} at step {state.step} of {schedule.total_steps}, {state.samples_seen:,} images seen"
-        )
+        state.reset_saves()
+        console.say(f"resuming {folder.path} at step {state.step} of {total}, {state.samples_seen:,} images seen")
     place: dict[str, Any] = {
         "rank": rank.rank,
         "world_size": rank.world_size,
@@ -127,22 +125,26 @@ def build_trainer(
         "local_ranks": rank.local_world_size,
         "on_bad_sample": partial(folder.append_bad_sample, rank=rank.rank),
     }
-    if profiler is not None and (line := profiler.check(state.step, schedule.total_steps)):
-        console.say(line)
-    metrics = _open_metrics(recipe, folder, state, console) if rank.is_first else None
-    log = RunLog(folder, status, console, metrics, len(train_set))
-    log.start(state, warnings, describe_setup(resolved, device, compiled=recipe.model.compile))
+    profiler = profiled and step_profile(
+        profiled, range(state.step, total), folder.profile / f"rank-{rank.rank:05d}", console.say
+    )
+    metrics = None
+    if rank.is_first:
+        trackers = open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say)
+        metrics = MetricsWriter(folder.path, state, trackers=trackers, say=console.say)
+    setup, size = describe_setup(resolved, device, compiled=recipe.model.compile), len(train_set)
+    log = RunLog(folder, status, console, metrics, state=state, epoch_size=size, setup=setup)
+    log.start(warnings)
     dtype = input_dtype(resolved.precision)
-    loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=len(train_set))
+    loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=size)
     monitor = Monitor(
         engine,
-        shards,
         device=device,
         precision=resolved.precision,
         attention_images=recipe.watch.attention_images if isinstance(model, LaViT) else 0,
         data=recipe.data,
         class_names=train_set.class_names,
-        show_batch=rank.is_first and not state.step,
+        show_batch=rank.is_first,
         macs=macs,
     )
     writer = CheckpointWriter(
@@ -159,7 +161,7 @@ def build_trainer(
     trainer = Trainer(
         recipe=recipe,
         schedule=schedule,
-        batch=resolved.batch,
+        batch=batch,
         engine=engine,
         dtype=dtype,
         optimizer_shards=shards,
@@ -169,8 +171,8 @@ def build_trainer(
             train_set,
             recipe.data,
             seed=recipe.seed,
-            global_batch=resolved.batch.global_batch,
-            micro_batch=resolved.batch.micro_batch,
+            global_batch=batch.global_batch,
+            micro_batch=batch.micro_batch,
             start_sample=state.samples_seen,
             start_step=state.step,
             draw=partial(draw_step, recipe, model),
@@ -220,13 +222,26 @@ def _describe_dataset(train_set: Dataset, classification: Classification) -> dic
     }
 
 
-def _open_metrics(recipe: Recipe, folder: RunFolder, state: TrainState, console: RunConsole) -> MetricsWriter:
-    """Continue the metrics behind what the checkpoint has seen."""
-    return MetricsWriter(
-        folder.metrics,
-        folder.tensorboard,
-        samples_seen=state.samples_seen,
-        done=state.measured_until(),
-        trackers=open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say),
-        say=console.say,
+def open_trainer(
+    recipe: Recipe,
+    deepspeed: dict[str, Any],
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    flag: StopFlag | None = None,
+) -> Trainer:
+    """``build_trainer`` as ``pretrain.main`` calls it; ``deepspeed`` is DeepSpeed's configuration as it was merged."""
+    rank, gpu, limits = read_rank(), device.type == "cuda", recipe.watchdog
+    return build_trainer(
+        recipe,
+        resolve_for(recipe, deepspeed, world_size=rank.world_size, has_gpu=gpu, has_bf16_gpu=has_bf16(device)),
+        folder,
+        rank=rank,
+        device=device,
+        flag=StopFlag() if flag is None else flag,  # one that is not set is false
+        control=control,
+        watchdog=Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
+        status=RunStatus(folder, first=rank.is_first),
+        startup=StartUp("imports"),
     )

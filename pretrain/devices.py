@@ -15,6 +15,9 @@ import torch
 
 from pretrain.outcome import UserError
 
+FLOPS_PER_MAC = 6
+"""Of training: a MAC is two FLOP, and a backward pass computes twice the products of a forward pass, 2 * (1 + 2). What
+activation checkpointing recomputes is not counted (PaLM, arXiv 2204.02311, appendix B)."""
 DEVICE_FILES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 _HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's."""

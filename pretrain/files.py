@@ -4,21 +4,17 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 import yaml
 
-from data_pipeline.files import replacing, write_atomically
+from data_pipeline.files import replacing
+from data_pipeline.files import write_atomically as write_atomically  # noqa: PLC0414 - slurm/ takes it from here
 from pretrain.outcome import UserError, storage_code
-
-# slurm/ imports them from here
-__all__ = [
-    "SEAL", "aside", "digest", "digest_of_fields", "digest_of_file", "fsync", "is_measurement", "json_lines",
-    "json_object", "lock", "read_sealed", "replacing", "write_atomically", "write_json", "write_sealed",
-]  # fmt: skip
 
 SEAL = "blake2"
 """Key of a file's digest of its own content."""
@@ -90,11 +86,39 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def json_lines(path: Path, offset: int = 0) -> Iterator[dict[str, Any] | None]:
-    """Read a file of JSON objects line by line, from a byte offset: ``json_object`` of each line."""
+def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Read a file of JSON objects line by line: ``json_object`` of each line."""
     with path.open("rb") as handle:
-        handle.seek(offset)
         yield from map(json_object, handle)
+
+
+def cut_lines(
+    path: Path,
+    intact: Callable[[dict[str, Any] | None], bool],
+    keep: Callable[[dict[str, Any]], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Take lines that are damaged, or not to ``keep``, out of a file of JSON objects, which may be missing.
+
+    Only a line at a time is held. A last line that a crash has cut is no damage; of others ``say`` is told, and the
+    file that had them is kept.
+
+    Raises:
+        OSError: the file cannot be read or replaced.
+    """
+    if not path.exists():
+        return
+    damaged = 0
+    with path.open("rb") as old, replacing(path) as new:
+        for line in old:
+            row = json_object(line)
+            if not intact(row):
+                damaged += line.endswith(b"\n")
+            elif row is not None and keep(row):
+                new.write(line.removesuffix(b"\n") + b"\n")
+        if damaged:
+            shutil.copy2(path, kept := aside(path))
+            say(f"WARNING {path}: {damaged:,} damaged lines are dropped; the file that had them is {kept}")
 
 
 def is_measurement(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:

@@ -38,7 +38,7 @@ from pretrain.engine.distributed import (  # noqa: E402
 from pretrain.engine.engine import compilation_error  # noqa: E402
 from pretrain.fault_tolerance.preflight import measure, meet  # noqa: E402
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog  # noqa: E402
-from pretrain.monitoring.profile import StepProfiler, parse_steps  # noqa: E402
+from pretrain.monitoring.profile import parse_steps  # noqa: E402
 from pretrain.outcome import ExitCode, UserError, exit_code, explain_full_memory, record_exit  # noqa: E402
 from pretrain.recipe import load_recipe  # noqa: E402
 from pretrain.run_folder import RunFolder, summary_lines  # noqa: E402
@@ -93,9 +93,6 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
         for line in filter(None, (late, *measure(rank, device, control))):
             print(line, flush=True)  # noqa: T201
         startup.end("rendezvous")
-        profiler = None
-        if steps is not None and (rank.is_first or options.profile_ranks == "all"):
-            profiler = StepProfiler(steps, folder=folder.profile, rank=rank.rank, device=device)
         trainer = build_trainer(
             recipe,
             resolved,
@@ -106,7 +103,7 @@ def main(flag: StopFlag, arguments: list[str] | None = None) -> ExitCode:
             control=control,
             watchdog=watchdog,
             status=status,
-            profiler=profiler,
+            profiled=steps if rank.is_first or options.profile_ranks == "all" else None,
             startup=startup,
             verbose=options.verbose,
         )

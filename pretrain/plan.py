@@ -20,12 +20,11 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError, without_secrets
 from pretrain.arguments import add_run_arguments
 from pretrain.check import checkpoint_bytes
-from pretrain.devices import DEVICES
+from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.engine.deepspeed_config import input_dtype, read_deepspeed_config, resolve_for
 from pretrain.engine.schedule import Schedule
 from pretrain.factory import NetworkConfig, architecture, build_network, count_parameters, on_meta, try_network
 from pretrain.memory_estimate import PREFIXES, Engine, MemoryEstimate, Policy, as_booleans
-from pretrain.monitoring.efficiency import model_flops_per_image
 from pretrain.outcome import ExitCode, UserError, exit_code
 from pretrain.recipe import Recipe, load_recipe
 from pretrain.time_estimate import communicated_bytes, read_benchmark
@@ -105,7 +104,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
         estimate = MemoryEstimate(recipe, at_stage, config, gpu=True, loader_batches=recipe.data.prefetch)
         rows += _rows(estimate, recipe, policies, capacity, chosen=stage == resolved.stage)
     dtype = torch.bfloat16 if resolved.precision == "bf16 autocast" else input_dtype(resolved.precision)
-    peak = device.peak(dtype) / model_flops_per_image(macs)
+    peak = device.peak(dtype) / (FLOPS_PER_MAC * macs)
     rate = measured["images_per_s"] if measured else options.mfu and options.mfu * peak
     schedule = Schedule(recipe, data["images"], batch.global_batch)
     steps = schedule.total_steps

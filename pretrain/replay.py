@@ -13,9 +13,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +27,19 @@ import torch.distributed as dist
 from PIL import Image
 
 from data_pipeline.batch import Batch
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.preview import draw_grid, to_pixels
+from data_pipeline.preview import Pixels, draw_grid, to_pixels
 from pretrain.arguments import add_device_argument, add_set_argument, add_trust_argument
-from pretrain.build import build_trainer
-from pretrain.checkpoints.checkpoint import (
-    CheckpointDamagedError,
-    list_checkpoints,
-    load_newest,
-    pairs,
-    step_of,
-    verify,
-)
-from pretrain.engine.deepspeed_config import resolve_for
-from pretrain.engine.distributed import (
-    Rank,
-    choose_device,
-    fail,
-    first_rank_decides,
-    has_bf16,
-    init_distributed,
-    read_rank,
-)
+from pretrain.build import open_trainer
+from pretrain.checkpoints.checkpoint import list_checkpoints, load_newest, step_of
+from pretrain.engine.distributed import Rank, choose_device, fail, first_rank_decides, init_distributed, read_rank
 from pretrain.factory import require_trust
 from pretrain.fault_tolerance.preflight import meet
-from pretrain.fault_tolerance.signals import StopFlag
-from pretrain.fault_tolerance.watchdog import Watchdog
 from pretrain.files import json_lines, read_sealed
 from pretrain.ledger import SETUP, Row, read_rows
 from pretrain.outcome import ExitCode, UserError, exit_code, storage_code
 from pretrain.recipe import Recipe, WatchSection, load_recipe, recipe_differences
 from pretrain.run_folder import RunFolder
-from pretrain.run_log import RunStatus, StartUp
 from pretrain.trainer import Trainer
 
 DIFFERS = 3
@@ -69,6 +52,8 @@ is for 16 bits, and for kinds of devices that decode to other pixels."""
 MEET_WITHIN_S = 600.0
 SHEET = 128
 """Images of a contact sheet at most."""
+Cell = tuple[float, str, Pixels]
+"""An image of a contact sheet: loss, caption, pixels."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +69,6 @@ class Plan:
     """Checkpoints to start from, the newest first; none for the first weights."""
     checkpoints: dict[int, Path]
     """All of them, by step."""
-    classes: list[str]
-    """Their names, by label."""
 
 
 def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trust_factory: bool = False) -> Plan:
@@ -94,13 +77,13 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trus
     Raises:
         UserError: it is not.
     """
-    folder, file, (first, last) = RunFolder(run), run / "recipe.yaml", steps
+    folder, (first, last) = RunFolder(run), steps
     if folder.read_recipe() is None:
         raise UserError(f"{run} is no run folder: it has no recipe.yaml; give runs/NAME")
-    recipe = load_recipe(file, assignments)
+    recorded, recipe = (load_recipe(run / "recipe.yaml", changes) for changes in ([], assignments))
     if recipe.model.factory is not None:
         require_trust({"factory": recipe.model.factory}, run, trusted=trust_factory)
-    if lines := recipe_differences(load_recipe(file).model_dump(mode="json"), recipe.model_dump(mode="json")):
+    if lines := recipe_differences(recorded.model_dump(mode="json"), recipe.model_dump(mode="json")):
         raise UserError(f"--set changes what {run} computes ({'; '.join(lines)}): set only what a resume may change")
     checkpoints = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
     starts = [step for step in checkpoints if step <= first][:2] or [0]  # the newest first, and one if it is damaged
@@ -126,78 +109,54 @@ def make_plan(run: Path, steps: tuple[int, int], assignments: list[str], *, trus
             )
     if max(ledger, default=0) < last:
         raise UserError(f"{folder.ledger} ends before step {last}, at step {max(ledger, default=0)}")
-    data, dataset = recipe.data, folder.read_dataset()
-    try:
-        fingerprint = Dataset.open(data.path, data.train_split, data.cache, check_files=False).fingerprint
-    except DataError as error:
-        raise UserError(str(error), exit_code(error)) from None
-    if fingerprint != dataset["fingerprint"]:
-        raise UserError(f"{data.path} is not the dataset of {run}: name that with --set data.path=...")
     row = ledger.get(starts[0] + 1, ledger[last])
     deepspeed["zero_optimization"] = deepspeed.get("zero_optimization", {}) | {"stage": row["stage"]}
     deepspeed |= {"train_micro_batch_size_per_gpu": row["micro_batch"], "gradient_accumulation_steps": "auto"}
     recipe = recipe.model_copy(update={"probes": None, "watch": WatchSection(attention_images=0)})
-    paths = [checkpoints[step] for step in starts if step]
-    return Plan(recipe, deepspeed, ledger, paths, checkpoints, list(dataset["class_names"]))
+    return Plan(recipe, deepspeed, ledger, [checkpoints[step] for step in starts if step], checkpoints)
 
 
-def open_trainer(
-    recipe: Recipe,
-    deepspeed: dict[str, Any],
-    folder: RunFolder,
-    *,
-    device: torch.device,
-    control: dist.ProcessGroup,
-    flag: StopFlag | None = None,
-) -> Trainer:
-    """Build a trainer as ``pretrain.main`` does, from DeepSpeed's configuration as it was merged. Collective."""
-    rank, gpu, limits = read_rank(), device.type == "cuda", recipe.watchdog
-    return build_trainer(
-        recipe,
-        resolve_for(recipe, deepspeed, world_size=rank.world_size, has_gpu=gpu, has_bf16_gpu=has_bf16(device)),
-        folder,
-        rank=rank,
-        device=device,
-        flag=StopFlag() if flag is None else flag,  # one that is not set is false
-        control=control,
-        watchdog=Watchdog(folder.hangs, rank.rank, start_s=60 * limits.start_minutes, step_s=60 * limits.step_minutes),
-        status=RunStatus(folder, first=rank.is_first),
-        startup=StartUp("imports"),
-    )
+def copy_description(run: Path) -> Path:
+    """Make a temporary run folder with what describes a run. For rank 0."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"replay-{run.resolve().name}-"))
+    for name in ("recipe.yaml", "ds_config.json", "environment.json"):
+        shutil.copy(run / name, scratch)
+    return scratch
 
 
-def start(plan: Plan, scratch: RunFolder, device: torch.device, control: dist.ProcessGroup) -> Trainer:
-    """Build a trainer in a folder of its own, at the newest of the checkpoints to start from that is intact."""
-    deepspeed = dict(plan.deepspeed)
-    if device.type != "cuda" and "fp16" in deepspeed:
-        deepspeed["fp16"] = deepspeed["fp16"] | {"enabled": False}  # there is none; the report names the precision
-    scratch.checkpoints.mkdir(parents=True, exist_ok=True)
+def start(plan: Plan, scratch: Path, device: torch.device, control: dist.ProcessGroup) -> Trainer:
+    """Build a trainer in a temporary run folder, at the newest of the checkpoints to start from that is intact."""
+    if device.type != "cuda" and "fp16" in plan.deepspeed:
+        plan.deepspeed["fp16"]["enabled"] = False  # there is none; the report names the precision
+    folder = RunFolder(scratch)
     for path in plan.starts:
-        link(path, scratch)
-    return open_trainer(plan.recipe, deepspeed, scratch, device=device, control=control)
+        link(path, folder.checkpoints)
+    return open_trainer(plan.recipe, plan.deepspeed, folder, device=device, control=control)
 
 
-def link(checkpoint: Path, scratch: RunFolder) -> None:
+def link(checkpoint: Path, folder: Path) -> None:
     """Let a checkpoint appear in a folder of this node, for every rank of it."""
+    folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
-        (scratch.checkpoints / checkpoint.name).symlink_to(checkpoint.resolve())
+        (folder / checkpoint.name).symlink_to(checkpoint.resolve())
 
 
 class Replay:
     """Takes steps again and compares them with the run's.
 
     Args:
-        trainer: at the state to start from.
+        trainer: at the state to start from, in a temporary run folder.
         plan: of the run.
-        sheets: draws the images of each step, if they are wanted.
+        images: folder for contact sheets of the steps' images, ``step-00000041-1.png`` and following, if wanted.
     """
 
-    def __init__(self, trainer: Trainer, plan: Plan, sheets: "Sheets | None" = None) -> None:
-        self._trainer, self._plan, self._sheets = trainer, plan, sheets
+    def __init__(self, trainer: Trainer, plan: Plan, images: Path | None = None) -> None:
+        self._trainer, self._plan, self._images = trainer, plan, images
         self._start, self._bound = trainer.state.step, 0.0
         """Step, and largest relative difference; 0 where all bits must agree."""
         self._distances: list[float] = []
-        self._unknown = self._far = 0
+        self._notes: Counter[str] = Counter()
+        """Why steps were not, or not wholly, compared, and how many."""
         self._why: set[str] = set()
         self._states: list[str] = []
         self.difference = ""
@@ -205,17 +164,20 @@ class Replay:
 
     def run(self, last: int) -> None:
         """Take the steps up to ``last``, or to the first difference where no images are wanted. Collective."""
-        trainer, state, sheets = self._trainer, self._trainer.state, self._sheets
-        batches = iter(trainer.train_loader) if sheets is None else sheets.watch(iter(trainer.train_loader))
-        while state.step < last and (sheets is not None or not self.difference):
+        trainer, state, images, cells = self._trainer, self._trainer.state, self._images, list[Cell]()
+        batches = iter(trainer.train_loader)
+        if images is not None:
+            batches = watched(batches, trainer, trainer.monitor.class_names, cells)
+        while state.step < last and (images is not None or not self.difference):
             trainer.train_step(batches)
             state.step += 1
             state.samples_seen += trainer.batch.global_batch
             trainer.log.console.step_done(state.step)
-            (row,) = trainer.monitor.steps.take(state)
+            (row,) = trainer.monitor.take(state)
             trainer.monitor.reset()
-            if sheets is not None:
-                sheets.write(state.step)
+            if images is not None:
+                draw_sheets(cells, images / f"step-{state.step:08d}", trainer.stop.group)
+                cells.clear()
             if not self.difference:
                 self._compare(row | trainer.log.setup, self._plan.ledger.get(state.step))
             if not self.difference and state.step in self._plan.checkpoints:
@@ -227,10 +189,7 @@ class Replay:
         count = len(self._distances)
         how = "bit for bit" if exact == count else f"{exact} bit for bit, the others within bounds, {close:.1e} at most"
         yield f"{count} step{'s' * (count != 1)} reproduced after step {self._start}" + (f": {how}" if count else "")
-        if self._unknown:
-            yield f"WARNING {self._unknown} more steps are not in the ledger and were not compared"
-        if self._far:
-            yield f"WARNING of {self._far} more steps only the batches were compared: too far from an equal state"
+        yield from (f"WARNING {number} more steps {note}" for note, number in self._notes.items())
         if self._why:
             yield f"bits need not agree: {'; '.join(sorted(self._why))}"
         yield from self._states
@@ -243,7 +202,7 @@ class Replay:
     def _compare(self, here: Row, there: Row | None) -> None:
         """Compare a step with its row of the ledger."""
         if there is None:
-            self._unknown += 1
+            self._notes["are not in the ledger and were not compared"] += 1
             self._widen(BOUND)
             return
         why = {f"{name} was {there[name]}, is {here[name]}" for name in SETUP if there[name] != here[name]}
@@ -264,85 +223,75 @@ class Replay:
         elif self._bound < 1:
             self._distances.append(max(distances.values()))
         else:
-            self._far += 1
+            self._notes["are too far from an equal state: only their batches were compared"] += 1
 
     def _compare_state(self, path: Path) -> None:
-        """Compare weights, moments and average with a checkpoint; continue from it where they are only close."""
-        trainer, group = self._trainer, self._trainer.stop.group
-        if problem := first_rank_decides(group, lambda: damage(path)):
-            self._states.append(f"WARNING {path.name} was not compared: {problem}")
+        """Compare weights, moments and average with a checkpoint, and continue from it."""
+        shards, group = self._trainer.optimizer_shards, self._trainer.stop.group
+        owned = [(shard, kind) for shard in shards.shards for kind in shards.kinds]
+        before = [shard.view(kind, shards.optimizer).to("cpu", copy=True) for shard, kind in owned]
+        folder = self._trainer.log.folder.path / path.name  # with no other checkpoint, to which loading could go back
+        link(path, folder)
+        try:
+            load_newest(folder, shards, group=group)
+        except UserError as error:  # on all ranks alike
+            self._states.append(f"WARNING {path.name} was not compared: {error}")
             return
-        changed, squares = [], torch.zeros(2, dtype=torch.float64)
-        for name, kind, here, there in pairs(path, trainer.optimizer_shards):
+        changed: list[tuple[float, str]] = []
+        squares = torch.zeros(2, dtype=torch.float64)
+        for (shard, kind), here in zip(owned, before, strict=True):
+            there = shard.view(kind, shards.optimizer).cpu()
             difference = (here - there).double()
             if not torch.equal(here.view(torch.int32), there.view(torch.int32)):
-                changed.append((float(difference.abs().max()), f"{name} ({kind})"))
+                changed.append((float(difference.abs().max()), f"{shard.name} ({kind})"))
             if kind == "parameter":
                 squares += torch.stack([difference.square().sum(), there.double().square().sum()])
         parts: list[list[tuple[float, str]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, changed, group=group)
         dist.all_reduce(squares, group=group)
-        changed, distance = [one for part in parts for one in part], math.sqrt(squares[0] / squares[1])
-        text = ", ".join(f"{name} by {largest:.2e}" for largest, name in sorted(changed, reverse=True)[:3])
+        changed, distance = sorted(chain(*parts), reverse=True), math.sqrt(squares[0] / squares[1])
         bound, how = self._bound, "agrees bit for bit"
         if changed and (not bound or (bound < 1 and not distance <= 10 * bound)):
-            self.difference = f"{path.name} (state): {len(changed)} tensors differ, most {text}"
+            most = ", ".join(f"{name} by {largest:.2e}" for largest, name in changed[:3])
+            self.difference = f"{path.name} (state): {len(changed)} tensors differ, most {most}"
             return
         if changed:
             how = f"agrees within bounds: {distance:.1e}" if bound < 1 else "was not compared, but continued from"
-            link(path, trainer.log.folder)
-            dist.barrier(group)
-            load_newest(trainer.log.folder.checkpoints, trainer.optimizer_shards, group=group)
         self._states.append(f"{path.name} {how}")
         self._bound = 0.0
 
 
-class Sheets:
-    """Contact sheets of global batches as the network saw them, the highest loss first.
+def watched(batches: Iterator[Batch], trainer: Trainer, classes: Sequence[str], cells: list[Cell]) -> Iterator[Batch]:
+    """Pass micro-batches on, and add to ``cells`` their images as the network is fed them, by a forward pass more."""
+    loss, data, buffers = trainer.loss, trainer.recipe.data, trainer.optimizer_shards.buffers
+    for batch in batches:
+        before = {name: buffer.clone() for name, buffer in buffers.tensors().items()}
+        with torch.no_grad():
+            images, targets, logits, _ = loss.predict(batch, trainer.state)
+        buffers.fill(before)
+        pixels = to_pixels(images, data.mean, data.std)
+        for row, (sample, label) in enumerate(zip(batch.sample_ids.tolist(), batch.labels.tolist(), strict=True)):
+            value = float(loss.classification(logits[row : row + 1], targets[row : row + 1]))
+            cells.append((value, f"{sample}: {classes[label]}\nloss {value:.4g}", pixels[row]))
+        yield batch
 
-    Args:
-        trainer: takes the steps.
-        folder: for ``step-00000041-1.png`` and following.
-        classes: names, by label.
+
+def draw_sheets(cells: list[Cell], file: Path, group: dist.ProcessGroup) -> None:
+    """Draw the images of a global batch, the highest loss first, to ``file-1.png`` and following. Collective.
+
+    Raises:
+        UserError: it cannot be written.
     """
-
-    def __init__(self, trainer: Trainer, folder: Path, classes: list[str]) -> None:
-        self._trainer, self._folder, self._classes = trainer, folder, classes
-        self._cells: list[tuple[float, str, Any]] = []
-
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass micro-batches on, after a forward pass of its own."""
-        loss, data = self._trainer.loss, self._trainer.recipe.data
-        buffers = self._trainer.optimizer_shards.buffers
-        for batch in batches:
-            before = {name: buffer.clone() for name, buffer in buffers.tensors().items()}
-            with torch.no_grad():
-                images, targets, logits, _ = loss.predict(batch, self._trainer.state)
-            buffers.fill(before)
-            pixels = to_pixels(images, data.mean, data.std)
-            for row, (sample, label) in enumerate(zip(batch.sample_ids.tolist(), batch.labels.tolist(), strict=True)):
-                value = float(loss.classification(logits[row : row + 1], targets[row : row + 1]))
-                self._cells.append((value, f"{sample}: {self._classes[label]}\nloss {value:.4g}", pixels[row]))
-            yield batch
-
-    def write(self, step: int) -> None:
-        """Draw what was seen since the last call. Collective.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self._cells, parts, dst=0, group=self._trainer.stop.group)
-        self._cells = []
-        cells = sorted((cell for part in parts or () for cell in part), key=lambda cell: -cell[0])
-        for page, start in enumerate(range(0, len(cells), SHEET), 1):
-            _, captions, images = zip(*cells[start : start + SHEET], strict=True)
-            file = self._folder / f"step-{step:08d}-{page}.png"
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(draw_grid(images, captions)).save(file)
-            except OSError as error:
-                raise UserError(f"{file} cannot be written ({error}): name another folder with --images") from None
+    parts: list[list[Cell]] = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(cells, parts if dist.get_rank() == 0 else None, dst=0, group=group)
+    worst_first = sorted(chain(*parts), key=itemgetter(0), reverse=True)
+    for page, start in enumerate(range(0, len(worst_first), SHEET), 1):
+        _, captions, images = zip(*worst_first[start : start + SHEET], strict=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw_grid(images, captions)).save(f"{file}-{page}.png")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error}): name another folder with --images") from None
 
 
 def relative(there: Any, here: Any) -> float:
@@ -352,26 +301,12 @@ def relative(there: Any, here: Any) -> float:
     return abs(there - here) / max(abs(there), abs(here))
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or ""."""
-    try:
-        verify(checkpoint)
-    except CheckpointDamagedError as error:
-        return str(error)
-    return ""
-
-
-def source(git: dict[str, Any] | None) -> str:
-    """Describe the state of the source that ``environment.json`` records."""
-    return "no known commit" if git is None else git["commit"][:12] + " with changes" * git["changed"]
-
-
-def copy_description(run: Path) -> Path:
-    """Make a temporary run folder with what describes a run. For rank 0."""
-    scratch = Path(tempfile.mkdtemp(prefix=f"replay-{run.resolve().name}-"))
-    for name in ("recipe.yaml", "ds_config.json", "environment.json"):
-        shutil.copy(run / name, scratch)
-    return scratch
+def parse_steps(text: str) -> tuple[int, int]:
+    """Read "40:41"."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError("write A:B with A below B, for example 40:41 to take step 41 again")
+    return int(found[1]), int(found[2])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -388,18 +323,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def parse_steps(text: str) -> tuple[int, int]:
-    """Read "40:41"."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError("write A:B with A below B, for example 40:41 to take step 41 again")
-    return int(found[1]), int(found[2])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Recompute past steps of a run, compare them with its ledger and its checkpoints, and name what differs first."""
     options = parse_arguments(arguments)
-    run, steps, trust = options.run, options.steps, options.trust_factory
+    run, steps, changes, trust = options.run, options.steps, options.assignments, options.trust_factory
     rank: Rank | None = None
     trainer: Trainer | None = None
     scratch: Path | None = None
@@ -408,21 +335,20 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(rank, options.device)
         meet(rank, MEET_WITHIN_S)
         control = init_distributed(device)
-        plan = first_rank_decides(control, lambda: make_plan(run, steps, options.assignments, trust_factory=trust))
+        plan = first_rank_decides(control, lambda: make_plan(run, steps, changes, trust_factory=trust))
         scratch = first_rank_decides(control, lambda: copy_description(run))
-        trainer = start(plan, RunFolder(scratch), device, control)
+        trainer = start(plan, scratch, device, control)
         if rank.is_first:
             there, here = (read_sealed(folder / "environment.json").get("git") for folder in (run, scratch))
             if there != here:
-                trainer.log.say(f"WARNING this is {source(here)}, the last attempt of the run had {source(there)}")
-        sheets = None if options.images is None else Sheets(trainer, options.images, plan.classes)
-        replay = Replay(trainer, plan, sheets)
+                trainer.log.say(f"WARNING the code is another than at the run's last start: {there} then, {here} now")
+        replay = Replay(trainer, plan, options.images)
         replay.run(steps[1])
         trainer.log.say("\n".join(replay.report()))
         trainer.close()
         dist.barrier(control)  # the launcher ends the others as soon as one is gone
         dist.destroy_process_group()
-    except (UserError, DataError, CheckpointDamagedError) as error:
+    except (UserError, DataError) as error:
         return fail(str(error), rank, started=trainer is not None, code=exit_code(error))
     finally:
         if scratch is not None:

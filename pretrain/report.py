@@ -28,20 +28,15 @@ COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", 
 """Fields of run.json and summary.json in the table of runs."""
 
 
-class Curve:
-    """One measurement against images seen, in bounded memory: of every four points the lowest and the highest stay."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
-        """Images seen and value, in the order of the file."""
+class Curve(list[tuple[float, float]]):
+    """Images seen and value, in bounded memory: of every four points the lowest and the highest stay."""
 
     def add(self, x: float, y: float) -> None:
         """Add a point."""
-        self.points.append((x, y))
-        if len(self.points) == POINTS:
-            fours = [self.points[at : at + 4] for at in range(0, POINTS, 4)]
-            value = itemgetter(1)
-            self.points = [one for four in fours for one in sorted({min(four, key=value), max(four, key=value)})]
+        self.append((x, y))
+        if len(self) == POINTS:
+            fours, value = [self[at : at + 4] for at in range(0, POINTS, 4)], itemgetter(1)
+            self[:] = [one for four in fours for one in sorted({min(four, key=value), max(four, key=value)})]
 
 
 @dataclass
@@ -105,30 +100,26 @@ def read_run(path: Path) -> Run:
     read_events(run)
     for file in sorted((path / "evaluation").glob("*.json")):
         run.evaluations[file.stem] = run.mapping(f"evaluation/{file.name}")
-    for read in (board_images, plots):
-        try:
-            run.images |= {name: base64.b64encode(png).decode() for name, png in read(path).items()}
-        except OSError as error:
-            run.notes.append(f"images are left out: {error}")
+    try:
+        for name, png in read_images(path):
+            run.images[name] = base64.b64encode(png).decode()
+    except OSError as error:
+        run.notes.append(f"images are left out: {error}")
     return run
 
 
-def board_images(path: Path) -> dict[str, bytes]:
-    """The newest image of each tag in TensorBoard's files."""
-    newest = dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1)
-    board = EventAccumulator(str(path / "tensorboard"), size_guidance=newest)
-    tags = board.Reload().Tags()["images"] if (path / "tensorboard").is_dir() else ()
-    return {tag: board.Images(tag)[0].encoded_image_string for tag in tags}
-
-
-def plots(path: Path) -> dict[str, bytes]:
-    """The plots of evaluations."""
-    return {file.stem: file.read_bytes() for file in sorted((path / "evaluation").glob("*.png"))}
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The newest image of each tag in TensorBoard's files, and the plots of evaluations."""
+    board = EventAccumulator(str(path / "tensorboard"), size_guidance=dict.fromkeys(DEFAULT_SIZE_GUIDANCE, 1))
+    for tag in board.Reload().Tags()["images"] if (path / "tensorboard").is_dir() else ():
+        yield tag, board.Images(tag)[0].encoded_image_string
+    for file in sorted((path / "evaluation").glob("*.png")):
+        yield file.stem, file.read_bytes()
 
 
 def read_events(run: Run) -> None:
     """Collect restarts, rollbacks, loss spikes, bad samples and what else happened."""
-    clock = run.curves[("train", "time")].points if ("train", "time") in run.curves else [(0.0, 0.0)]
+    clock = run.curves.get(("train", "time"), [(0.0, 0.0)])
     seen_then, times = zip(*clock, strict=True)
     counts: Counter[str] = Counter()
 
@@ -140,12 +131,10 @@ def read_events(run: Run) -> None:
         if counts[kind] <= MARKS:
             run.events.append((kind, float(seen), text[:300]))
 
-    starts = 0
     for row in run.rows("events.jsonl"):
-        kind = {"went back": "rollback", "start": "restart"}.get(str(row.get("event")), str(row.get("event")))
-        starts += kind == "restart"
-        if kind != "restart" or starts > 1:
-            before = row["after"] if isinstance(row.get("after"), dict) else {}
+        event, before = str(row.get("event")), row["after"] if isinstance(row.get("after"), dict) else {}
+        if event != "start" or before:  # the first start is no restart
+            kind = {"went back": "rollback", "start": "restart"}.get(event, event)
             add(kind, row, f"{row.get('text')} {before.get('state', '')} {before.get('reason', '')}")
     for row in run.rows("slurm/history.jsonl"):
         if row.get("event") == "end" and row.get("cause") != "finished":
@@ -201,7 +190,7 @@ def render(runs: list[Run]) -> str:
         raise UserError(f"{error}: pip install --constraint constraints.txt plotly") from None
     palette = colors.qualitative.D3
     restarts = [place for run in runs for kind, place, _ in run.events if kind in ("restart", "rollback")][:MARKS]
-    last = max((curve.points[-1][0] for run in runs for curve in run.curves.values()), default=1.0)
+    last = max((curve[-1][0] for run in runs for curve in run.curves.values()), default=1.0)
 
     def plain(content: Any) -> str:  # plotly takes some HTML in texts
         return html.escape(show(content))
@@ -221,7 +210,7 @@ def render(runs: list[Run]) -> str:
     for title, lines in panels(runs).items():
         traces = []
         for place, (number, label, curve) in enumerate(lines):
-            x, y = zip(*curve.points, strict=True)
+            x, y = zip(*curve, strict=True)
             color = palette[(number if len(runs) > 1 else place) % len(palette)]
             dash = "dash" if len(runs) > 1 and place and lines[place - 1][0] == number else "solid"
             traces.append(graph_objects.Scatter(x=x, y=y, name=plain(label), line={"color": color, "dash": dash}))

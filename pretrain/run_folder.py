@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -59,8 +58,6 @@ class RunFolder:
         self.loss_spikes = path / "loss_spikes.jsonl"
         self.events = path / "events.jsonl"
         self.profile = path / "profile"
-        self.show = path / "show"
-        """A user creates this file to see training images and attention; the run removes it."""
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run.
@@ -82,12 +79,12 @@ class RunFolder:
         return stage if isinstance(stage, int) else None
 
     def read_dataset(self) -> dict[str, Any]:
-        """Name, fingerprint, size, class names and class ids of the training split, as in ``environment.json``.
+        """Name, fingerprint, size, class names and ids of the training split, as ``environment.json`` has them.
 
         Raises:
             UserError: it is not there or damaged.
         """
-        content = self._environment().get("dataset")
+        content = self._read_required("environment.json").get("dataset")
         if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
             raise UserError(f"{self.path / 'environment.json'} has no fingerprint of the dataset: put it back")
         return content
@@ -98,17 +95,16 @@ class RunFolder:
         Raises:
             UserError: ``environment.json`` is not there or damaged.
         """
-        origin = self._environment().get("initialized_from")
+        origin = self._read_required("environment.json").get("initialized_from")
         if origin is not None and not (isinstance(origin, dict) and {"handoff", "weights_blake2"} <= origin.keys()):
             raise UserError(f"{self.path / 'environment.json'} has no valid initialized_from: put it back")
         return origin
 
-    def _environment(self) -> dict[str, Any]:
-        path = self.path / "environment.json"
+    def _read_required(self, name: str) -> dict[str, Any]:
         try:
-            return read_sealed(path)
+            return read_sealed(self.path / name)
         except FileNotFoundError as error:
-            raise UserError(f"{path} cannot be read ({error}): it belongs to every run, put it back") from None
+            raise UserError(f"{self.path / name} cannot be read ({error}): put it back") from None
 
     def read_state(self) -> RunState | None:
         """``run.json``; None for a new run, or where it is damaged: a run can do without it."""
@@ -135,11 +131,7 @@ class RunFolder:
         # Read as a recipe, so that a field which is newer than the run has its default on both sides.
         old = validate_recipe(old, where=str(self.path / "recipe.yaml")).model_dump(mode="json")
         lines = recipe_differences(old | {"name": recipe.name}, recipe.model_dump(mode="json"))  # it may be renamed
-        path = self.path / "ds_config.json"
-        try:
-            before = read_sealed(path)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} cannot be read ({error}): put it back") from None
+        before = self._read_required("ds_config.json")
         batch = deepspeed.get("train_batch_size")
         if not isinstance(batch, int):
             raise UserError(
@@ -213,8 +205,7 @@ class RunFolder:
             self._check_content(recipe, fingerprints, previous)
             if previous is not None and previous.state == "finished":
                 raise UserError(
-                    f"{self.path} was finished by another process; nothing is left to do",
-                    ExitCode.FINISHED,
+                    f"{self.path} was finished by another process; nothing is left to do", ExitCode.FINISHED
                 )
             beginning = begin()
             self.write_description(recipe, deepspeed, facts | {"initialized_from": beginning.origin})
@@ -256,31 +247,30 @@ class RunFolder:
             if any(old.get(split, fingerprint) != fingerprint for old in recorded):
                 raise UserError(
                     f"{recipe.data.path} holds other images or labels for '{split}' than when {self.path} was "
-                    "started: give the run another name with --set name=..., or put the old dataset back"
+                    "started: name the place of the old dataset with --set data.path=..., put it back, or give the run "
+                    "another name with --set name=..."
                 )
 
     def start_attempt(self) -> None:
-        """Prepare the folder for an attempt, which has its lock: no obstacles, no failure of the previous attempt."""
-        self._move_obstacles()
-        self.failure.unlink(missing_ok=True)
-        self.locked = True
+        """Prepare the folder for an attempt, which has its lock: no failure of the previous attempt, no obstacles.
 
-    def _move_obstacles(self) -> None:
-        """Move aside what a run can do without and cannot write: a damaged ``run.json``, files that are folders."""
+        What a run can do without and cannot write is moved aside: a damaged ``run.json``, files that are folders.
+        """
         damaged = {}
         try:
             read_state(self.path)
         except UserError as error:
             damaged[self.path / "run.json"] = str(error)
-        names = ("run.json", "trackers.json", "tracker_id.txt")
-        files = [*(self.path / name for name in names), self.metrics, self.bad_samples, self.summary, self.failure]
-        files += [self.loss_spikes, self.events, self.ledger]
+        files = [self.path / "run.json", self.path / "tracker_id.txt", self.metrics, self.ledger, self.events]
+        files += [self.bad_samples, self.loss_spikes, self.summary, self.failure]
         damaged |= {path: f"{path} is a folder" for path in files if path.is_dir()}
         folders = [self.handoff, self.tensorboard, self.hangs, self.profile, self.path / "evaluation"]
         damaged |= {path: f"{path} is no folder" for path in folders if path.exists() and not path.is_dir()}
         for path, why in damaged.items():
             moved = path.rename(aside(path))
             print(f"WARNING {why}; the run continues without it, it is now {moved}", file=sys.stderr)  # noqa: T201
+        self.failure.unlink(missing_ok=True)
+        self.locked = True
 
     def append_bad_sample(self, bad: BadSample, *, rank: int) -> None:
         """Add a line to ``bad_samples.jsonl``; any rank may. A disk that refuses it is only reported."""
@@ -304,15 +294,9 @@ def checkpoint_facts(recipe: Recipe, fingerprints: dict[str, str], origin: dict[
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and source state, to repeat the run with."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-dali-cuda130")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "user": os.environ.get("USER", str(os.getuid())),
@@ -324,13 +308,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    root = Path(__file__).parent
-
     def ask(*words: str) -> str:
-        return subprocess.run([git, *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        root = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
@@ -365,9 +345,9 @@ def summary_lines(folder: RunFolder) -> list[str]:
     """The summary as lines for the terminal; a missing or damaged one is named in them."""
     try:
         summary = read_sealed(folder.summary)
-        handoff = summary["handoff_top1"]
+        handoff = "" if summary["handoff_top1"] is None else f" (hand-off: {summary['handoff_top1']:.2f} %)"
         results = [
-            f"top-1         {summary['top1']:.2f} %" + (f" (hand-off: {handoff:.2f} %)" if handoff is not None else ""),
+            f"top-1         {summary['top1']:.2f} %{handoff}",
             (
                 f"trained on    {summary['train_images']:,} images in {summary['seconds']:.0f} s "
                 f"({summary['images_per_second']:.0f} images/s, evaluations included)"
@@ -376,11 +356,7 @@ def summary_lines(folder: RunFolder) -> list[str]:
     except (OSError, UserError, KeyError, ValueError, TypeError, OverflowError) as error:
         why = error if isinstance(error, UserError) else f"{folder.summary} is missing or damaged"
         results = [f"WARNING       {why}; metrics.jsonl has the results"]
-    lines = [
-        f"run           {folder.path}",
-        *results,
-        f"hand-off      {folder.handoff}",
-        f"curves        tensorboard --logdir {folder.path.parent}",
-    ]
-    width = max(len(line) for line in lines)
-    return ["-" * width, *lines, "-" * width]
+    curves = f"curves        tensorboard --logdir {folder.path.parent}"
+    lines = [f"run           {folder.path}", *results, f"hand-off      {folder.handoff}", curves]
+    rule = "-" * max(map(len, lines))
+    return [rule, *lines, rule]

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from pretrain.console import RunConsole
 from pretrain.evaluation.accuracy import Evaluation
 from pretrain.evaluation.probes import Probed
 from pretrain.fault_tolerance.spikes import Spike, write_spikes
-from pretrain.files import fsync, lock
-from pretrain.ledger import Row, cut_rows, write_rows
+from pretrain.files import cut_lines, fsync, lock
+from pretrain.ledger import Row, is_row, write_rows
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.bad_samples import BadSampleCount
 from pretrain.run_folder import RunFolder
@@ -80,59 +79,55 @@ class RunStatus:
 class RunLog:
     """Writes rank 0's record of a run; on other ranks ``metrics`` is None and it does nothing.
 
-    A full disk stops no training. ``epoch_size`` is the number of images in the training split.
+    A full disk stops no training. ``state`` is that of the run, ``epoch_size`` the number of images in the training
+    split, and ``setup`` what ``describe_setup`` returned.
     """
 
     def __init__(
-        self, folder: RunFolder, status: RunStatus, console: RunConsole, metrics: MetricsWriter | None, epoch_size: int
+        self,
+        folder: RunFolder,
+        status: RunStatus,
+        console: RunConsole,
+        metrics: MetricsWriter | None,
+        *,
+        state: TrainState,
+        epoch_size: int,
+        setup: Row,
     ) -> None:
-        self.folder, self.status, self.console = folder, status, console
-        self.say = console.say
-        self.setup: Row = {}
-        """What ``describe_setup`` returned for this attempt."""
-        self._metrics, self._epoch_size = metrics, epoch_size
+        self.folder, self.status, self.console, self.say, self.setup = folder, status, console, console.say, setup
+        self._metrics, self._state, self._epoch_size = metrics, state, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
-        self._described = False
-        """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
+        status.train_state = state
 
-    def start(self, state: TrainState, passed_over: Iterable[str], setup: Row) -> None:
-        """Record the start of this attempt: where, the damaged checkpoints that were passed over, and its setup."""
-        self.setup = setup
-        self.status.train_state, run_state = state, self.status.run_state
+    def start(self, passed_over: Iterable[str]) -> None:
+        """Record the start of this attempt, and the damaged checkpoints that were passed over."""
+        state, run_state = self._state, self.status.run_state
         if self._metrics is not None and run_state is not None:
             run_state.step, run_state.samples_seen = state.step, state.samples_seen
-            self._guarded(lambda _: cut_rows(self.folder.ledger, state.samples_seen, self.say))
+            self._guarded(
+                lambda _: cut_lines(self.folder.ledger, is_row, lambda row: row["step"] <= state.step, self.say)
+            )
             write_start(self.folder.events, run_state, self.folder.read_state())
             for warning in passed_over:
-                self.event("checkpoint passed over", warning, state)
+                self.event("checkpoint passed over", warning)
             self.status.write("running")
 
-    def interval(
-        self, state: TrainState, losses: dict[str, float], rows: dict[str, dict[str, float]], image: NDArray | None
-    ) -> None:
+    def interval(self, losses: dict[str, float], rows: dict[str, dict[str, float]], image: NDArray | None) -> None:
         """Write an interval of training.
 
         Args:
-            state: after it.
             losses: shown on the console and written as "train" with counters of the run.
             rows: further measurements by kind; those of "train" are added to the losses.
             image: the training images of the interval, drawn, if there are any.
         """
-        self.console.log_metrics(state.step, state.samples_seen / self._epoch_size, losses)
-
-        def write(metrics: MetricsWriter) -> None:
-            restarts = self.status.run_state.restarts if self.status.run_state else 0
-            counts = {"bad_samples": self._bad_samples(), "restarts": restarts}
-            for kind, values in (rows | {"train": losses | rows.get("train", {}) | counts}).items():
-                metrics.write(kind, state.samples_seen, self._position(state) | values)
-            if image is not None:
-                metrics.image("images/training", state.samples_seen, image)
-            if not self._described:
-                metrics.describe_run(state.samples_seen)
-                self._described = True
-            self.status.write("running")
-
-        self._guarded(write)
+        self.console.log_metrics(self._state.step, self._state.samples_seen / self._epoch_size, losses)
+        restarts = self.status.run_state.restarts if self.status.run_state else 0
+        counts = {"bad_samples": self._bad_samples(), "restarts": restarts}
+        for kind, values in (rows | {"train": losses | rows.get("train", {}) | counts}).items():
+            self._write(kind, values)
+        if image is not None:
+            self._image("images/training", image)
+        self._guarded(lambda _: self.status.write("running"))
 
     def steps(
         self, rows: list[Row], spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]
@@ -142,36 +137,22 @@ class RunLog:
         if self._metrics is not None:
             write_spikes(self.folder.loss_spikes, spikes, samples, self.say)
 
-    def result(self, kind: str, result: Evaluation | Probed, seconds: float, state: TrainState) -> None:
+    def result(self, kind: str, result: Evaluation | Probed, seconds: float) -> None:
         """Write the result of an evaluation or of probes, and how long they took."""
-        self.say(f"{kind}  epoch {state.samples_seen / self._epoch_size:.2f}  {result}")
-        values = self._position(state) | asdict(result) | {"seconds": round(seconds, 3)}
-        self._guarded(lambda metrics: metrics.write(kind, state.samples_seen, values))
+        self.say(f"{kind}  epoch {self._state.samples_seen / self._epoch_size:.2f}  {result}")
+        self._write(kind, asdict(result) | {"seconds": round(seconds, 3)})
 
-    def attention(self, numbers: dict[str, float] | None, drawing: NDArray[np.uint8], state: TrainState) -> None:
-        """Write the drawn attention, and its numbers where they belong to an evaluation."""
+    def attention(self, numbers: dict[str, float], drawing: NDArray[np.uint8]) -> None:
+        """Write the numbers of attention, and its drawing."""
+        self._write("attention", numbers)
+        self._image("images/attention", drawing)
 
-        def write(metrics: MetricsWriter) -> None:
-            if numbers is not None:
-                metrics.write("attention", state.samples_seen, self._position(state) | numbers)
-            metrics.image("images/attention", state.samples_seen, drawing)
-
-        self._guarded(write)
-
-    def images_requested(self) -> bool:
-        """Whether a user asked for images, by a file of the run folder; on rank 0 only."""
-        with suppress(OSError):
-            return self._metrics is not None and self.folder.show.exists()
-        return False
-
-    def clear_image_request(self) -> None:
-        """Remove that file."""
-        self._guarded(lambda _: self.folder.show.unlink(missing_ok=True))
-
-    def event(self, name: EventName, text: str, state: TrainState) -> None:
+    def event(self, name: EventName, text: str) -> None:
         """Add a line to ``events.jsonl``."""
-        position = {"step": state.step, "samples_seen": state.samples_seen}
-        self._guarded(lambda _: write_event(self.folder.events, name, text=text, **position))
+        state = self._state
+        self._guarded(
+            lambda _: write_event(self.folder.events, name, step=state.step, samples_seen=state.samples_seen, text=text)
+        )
 
     def flush(self) -> None:
         """Bring to disk what was written so far."""
@@ -183,8 +164,13 @@ class RunLog:
         self.console.close()
         self._guarded(lambda metrics: metrics.close())
 
-    def _position(self, state: TrainState) -> dict[str, float]:
-        return {"step": state.step, "epoch": round(state.samples_seen / self._epoch_size, 4)}
+    def _write(self, kind: str, values: dict[str, float]) -> None:
+        seen = self._state.samples_seen
+        position = {"step": self._state.step, "epoch": round(seen / self._epoch_size, 4)}
+        self._guarded(lambda metrics: metrics.write(kind, seen, position | values))
+
+    def _image(self, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._guarded(lambda metrics: metrics.image(name, self._state.samples_seen, pixels))
 
     def _guarded(self, write: Callable[[MetricsWriter], None]) -> None:
         if self._metrics is not None:

@@ -86,14 +86,8 @@ def write_start(file: Path, state: RunState, previous: RunState | None) -> None:
     """The start of an attempt, and how the ``previous`` one left ``run.json``; None for the first."""
     after = None
     if previous is not None:
-        after = {
-            "state": previous.state,
-            "reason": previous.reason,
-            "step": previous.step,
-            "samples_seen": previous.samples_seen,
-            "time": previous.updated,
-        }
-    text = f"{state.world_size} rank{'s' * (state.world_size != 1)}, host {state.host}" + (
-        f", job {state.job_id}" if state.job_id else ""
-    )
+        names = ("state", "reason", "step", "samples_seen")
+        after = {name: getattr(previous, name) for name in names} | {"time": previous.updated}
+    job = f", job {state.job_id}" if state.job_id else ""
+    text = f"{state.world_size} rank{'s' * (state.world_size != 1)}, host {state.host}{job}"
     write_event(file, "start", step=state.step, samples_seen=state.samples_seen, text=text, after=after)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import EvalLoader, TrainLoader
@@ -27,7 +28,6 @@ from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog
 from pretrain.losses import TrainingLoss
 from pretrain.monitoring.monitor import Monitor
-from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import write_summary
@@ -59,7 +59,7 @@ class Trainer:
     stop: StopAgreement
     watchdog: Watchdog
     startup: StartUp
-    profiler: StepProfiler | None
+    profiler: profile | None
     state: TrainState
 
     def train(self) -> ExitCode:
@@ -68,9 +68,9 @@ class Trainer:
         What is due is derived from ``state``: a run resumed at a boundary does there what was not reached before.
         """
         batches, self._clock = iter(self.train_loader), time.monotonic()
+        if self.profiler is not None:
+            self.profiler.start()
         while True:
-            if self.profiler is not None and (line := self.profiler.after_step(self.state.step, self.monitor.timer)):
-                self.log.say(line)
             if self.evaluation_due():
                 self.evaluate()
             if self.probes_due():
@@ -81,11 +81,11 @@ class Trainer:
                     self.save()
             if self.done or self.stop.at_step_boundary():
                 break
-            if self.profiler is not None:
-                self.profiler.before_step(self.state.step, self.monitor.timer)
-            learning_rate = self.train_step(batches, measure_norms=self.log_due(ahead=1))
+            learning_rate = self.train_step(batches)
             self.state.step += 1
             self.state.samples_seen += self.batch.global_batch
+            if self.profiler is not None:
+                self.profiler.step()
             if self.watchdog.starting:
                 self._end_startup()
             self.log.console.step_done(self.state.step)
@@ -97,7 +97,7 @@ class Trainer:
             return ExitCode.FINISHED
         return self._stop()
 
-    def train_step(self, batches: Iterator[Batch], *, measure_norms: bool = False) -> float:
+    def train_step(self, batches: Iterator[Batch]) -> float:
         """One optimizer step over the global batch, in micro-batches.
 
         A step with non-finite gradients changes nothing, on all ranks alike. The host waits for nothing but the data.
@@ -109,7 +109,6 @@ class Trainer:
         learning_rate = self.schedule.learning_rate(self.state.samples_seen)
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        monitor.norms.wanted = measure_norms
         for _ in range(self.batch.accumulation):
             monitor.timer.enter("data")
             watchdog.beat("waiting for data")
@@ -125,11 +124,10 @@ class Trainer:
             monitor.add({"loss": loss, **parts})
         skipped = self.nonfinite.note_step()
         self.optimizer_shards.buffers.step_done(skipped=skipped)
-        monitor.steps.end_step(skipped)
         if self.recipe.ema is not None:
             step = self.state.step
             self.optimizer_shards.update_average(min(self.recipe.ema.decay, (1 + step) / (10 + step)))
-        monitor.step_done()
+        monitor.end_step(skipped)
         return learning_rate
 
     @property
@@ -156,10 +154,9 @@ class Trainer:
         evaluated = state.evaluated_at == state.samples_seen > state.evaluation_saved_at
         return (state.samples_seen > newest and (self.done or due or best)) or (evaluated and (self.done or best))
 
-    def log_due(self, ahead: int = 0) -> bool:
-        """Whether measurements are written after this step, or after the one that is so many steps ahead."""
-        step = self.state.step + ahead
-        return step == 1 or step % self.schedule.log_every == 0 or step >= self.schedule.total_steps
+    def log_due(self) -> bool:
+        """Whether measurements are written after this step."""
+        return self.state.step == 1 or self.state.step % self.schedule.log_every == 0 or self.done
 
     def evaluate(self) -> None:
         """Evaluate the weights and, where it is kept, their moving average. A stop leaves nothing of either."""
@@ -174,9 +171,9 @@ class Trainer:
                 results[kind] = result, time.monotonic() - began
             attention = self.monitor.attention()
         for kind, (result, seconds) in results.items():
-            self.log.result(kind, result, seconds, self.state)
+            self.log.result(kind, result, seconds)
         if attention is not None:
-            self.log.attention(*attention, self.state)
+            self.log.attention(*attention)
         self.state.record_evaluation(asdict([*results.values()][-1][0]))
 
     def _evaluate(self) -> Evaluation | None:
@@ -209,7 +206,7 @@ class Trainer:
             limit = self.probes.section.time_limit_minutes
             self.log.say(f"WARNING probes abandoned after {limit:g} minutes (probes.time_limit_minutes)")
         else:
-            self.log.result("probe", result, time.monotonic() - began, self.state)
+            self.log.result("probe", result, time.monotonic() - began)
         self.state.probed_at = self.state.samples_seen
 
     def _stopped_while(self, phase: str) -> bool:
@@ -251,7 +248,7 @@ class Trainer:
             state.saved_at, state.failed_saves = state.save_tried_at, 0
             return
         state.failed_saves += 1
-        self.log.event("checkpoint failed", problem, state)
+        self.log.event("checkpoint failed", problem)
         last = self.done and state.save_tried_at == state.samples_seen
         if state.failed_saves > 1 or last:  # by the next one there may be space again
             raise UserError(
@@ -300,43 +297,31 @@ class Trainer:
             raise UserError(f"{why}, and there is no checkpoint to roll back to: {advice}")
         for warning in loaded[1]:
             self.log.say(f"WARNING {warning}")
-            self.log.event("checkpoint passed over", warning, state)
+            self.log.event("checkpoint passed over", warning)
         self.nonfinite.set_loss_scale(loaded[0].loss_scale)
         state.skipped_steps += sum(self.nonfinite.skipped())  # of steps that the old weights took meanwhile
         state.rollbacks += 1
         state.skipped_in_a_row = 0
         what = f"{why}: rolled back to the weights of step {loaded[0].step}, continuing after these images"
-        self.log.event("went back", what, state)
+        self.log.event("went back", what)
         self.log.say(f"WARNING {what} ({state.rollbacks} of {allowed} times)")
 
     def record_steps(self) -> None:
         """Write all steps since the last call into the ledger, and losses far above their level. Collective."""
         self.handle_skipped_steps()
-        rows = self.monitor.steps.take(self.state)
+        rows = self.monitor.take(self.state)
         self.log.steps(rows, self.loss_level.spikes(rows, self.batch.global_batch), self.train_loader.samples)
 
     def log_interval(self, learning_rate: float) -> None:
         """Measure the interval since the last one, and write it. Collective."""
         self.record_steps()
-        state, batch = self.state, self.batch.global_batch
-        interval = self.monitor.measure(global_batch=batch, images_requested=self.log.images_requested())
-        losses = interval.losses | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
-        losses |= {} if interval.grad_norm is None else {"grad_norm": interval.grad_norm}
-        rows = {"train": interval.rates(), "norms": interval.norms, "time": interval.seconds}
-        self.log.interval(state, losses, rows, self.monitor.training_images())
-        if interval.images_requested:
-            self._show_images()
+        rows = self.monitor.measure(self.batch.global_batch)
+        losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": self.state.skipped_steps}
+        if "grad_norm" in rows["train"]:
+            losses["grad_norm"] = rows["train"]["grad_norm"]
+        self.log.interval(losses, rows, self.monitor.training_images())
         gc.collect()
         self.monitor.reset()
-
-    def _show_images(self) -> None:
-        """Draw attention now, and the next training batch with the next interval."""
-        with self._outside_training():
-            attention = self.monitor.attention()
-        if attention is not None:
-            self.log.attention(None, attention[1], self.state)
-        self.log.clear_image_request()
-        self.monitor.show_batch = dist.get_rank() == 0
 
     def _end_startup(self) -> None:
         """Compilation is over: shorten the limits of the watchdog and of collectives."""
@@ -376,8 +361,8 @@ class Trainer:
     def close(self) -> None:
         """Free the loaders, flush metrics, restore the terminal."""
         self.watchdog.close()
-        if self.profiler is not None and (line := self.profiler.abandon()):
-            self.log.say(line)
+        if self.profiler is not None:
+            self.profiler.stop()
         self.train_loader.close()
         self.eval_loader.close()
         self.log.close()

@@ -175,18 +175,6 @@ def _fill(path: Path, shards: OptimizerShards) -> None:
     shards.refresh_model()
 
 
-def pairs(path: Path, shards: OptimizerShards) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-    """Name and kind of what this rank owns, its elements, and those that a checkpoint of the same model has for them.
-
-    Both are flat, fp32 and on the CPU. Nothing is verified.
-    """
-    index = _ShardIndex(path)
-    for shard in shards.shards:
-        for kind in shards.kinds:
-            there = index.read(shard.name, kind, shard.offset, shard.length)
-            yield shard.name, kind, shard.view(kind, shards.optimizer).cpu(), there
-
-
 def check_pieces(pieces: Sequence[Sequence[Any]], where: Path) -> None:
     """Check that pieces, (name, shape, offset, length, step) each, cover every parameter exactly once.
 

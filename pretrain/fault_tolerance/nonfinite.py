@@ -26,18 +26,19 @@ class NonFiniteSteps:
       - LAMB, at stage 0: the host reads the gradient's norm and drops the gradients.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, loss_scale: dict[str, float] | None = None) -> None:
         self._engine = engine
         self._stage: int = engine.zero_optimization_stage()
         self._optimizer = torch_optimizer(engine)
-        sections = (engine.zero_offload_optimizer(), engine.zero_offload_param())
-        offloads = any(section is not None and section.device == "cpu" for section in sections)
+        sections = filter(None, (engine.zero_offload_optimizer(), engine.zero_offload_param()))
+        offloads = any(section.device == "cpu" for section in sections)
         self.waits = engine.fp16_enabled() or offloads or not self._optimizer.defaults.get("fused")
         """Whether the host waits for the device in every step to learn of a skipped one."""
         self._nonfinite: torch.Tensor | None = None
         self._dropped = self._reported = 0
         self._flags: deque[bool | tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self._scaler = loss_scaler(engine)
+        self.set_loss_scale(loss_scale or {})
         if not self.waits:
             self._optimizer.register_step_pre_hook(self._pass_to_kernel)
             if self._stage:
@@ -96,24 +97,21 @@ class NonFiniteSteps:
     def _pass_to_kernel(self, *_: Any) -> None:
         """Before the optimizer steps, at ZeRO once for each partition: pass to its kernel whether to skip."""
         if self._nonfinite is None:
-            norm = self._norm()
+            clips = self._stage or self._engine.gradient_clipping() != 0
+            norm = gradient_norm(self._engine) if clips else self._norm()
             self._nonfinite = (~(norm.isfinite() & (norm >= 0))).float()  # DeepSpeed writes -1 for a non-finite norm
         self._optimizer.found_inf = self._nonfinite  # type: ignore[attr-defined]
-
-    def _norm(self) -> torch.Tensor:
-        if self._stage == 0 and self._engine.gradient_clipping() == 0:
-            return torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
-        return gradient_norm(self._engine)
 
     def _drop_gradients(self, *_: Any) -> None:
         """Before a step at stage 0: drop the gradients if one is not finite, so that the optimizer does nothing.
 
         They are reduced at this point, so all ranks decide alike.
         """
-        if not torch.nn.utils.get_total_norm(self._gradients(), foreach=True).isfinite():
+        if not self._norm().isfinite():
             self._dropped += 1
             for parameter in self._engine.module.parameters():
                 parameter.grad = None
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+    def _norm(self) -> torch.Tensor:
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)

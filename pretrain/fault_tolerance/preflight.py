@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import socket
 import statistics
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -64,7 +66,7 @@ def meet(rank: Rank, timeout_s: float) -> str:
     """
     serves = rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else `torchrun` does
     listening = _listen(rank) if serves else None
-    port = int(os.environ["MASTER_PORT"])
+    port, problem, nodes = int(os.environ["MASTER_PORT"]), "", [rank.node_of(0)]
     try:
         store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -76,28 +78,21 @@ def meet(rank: Rank, timeout_s: float) -> str:
             multi_tenant=True,
             master_listen_fd=listening.detach() if listening else None,
         )
+        _stores.append(store)
+        if rank.world_size == 1:
+            return ""
+        store.set(f"preflight/{rank.rank}", str(time.time()))
+        if rank.is_first:
+            return _wait_for_all(rank, store, timeout_s)
+        problem, nodes = json.loads(_read(store, "preflight/problem", 2 * timeout_s))
     except dist.DistError as error:
         text = str(error).splitlines()[0]
         if serves and "EADDRINUSE" in text:
             raise BusyError(TAKEN.format(port)) from None
-        raise _missing_first(rank, f"did not arrive at port {port}: {text}") from None
-    _stores.append(store)
-    if rank.world_size == 1:
-        return ""
-    store.set(f"preflight/{rank.rank}", str(time.time()))
-    if rank.is_first:
-        return _wait_for_all(rank, store, timeout_s)
-    try:
-        problem, nodes = json.loads(_read(store, "preflight/problem", 2 * timeout_s))
-    except dist.DistError:
-        raise _missing_first(rank, "did not arrive or is gone") from None
+        problem = f"{nodes[0]} (rank 0) did not arrive at port {port} or is gone: {text}"
     if problem:
         raise PeersMissingError(problem, nodes)
     return ""
-
-
-def _missing_first(rank: Rank, what: str) -> PeersMissingError:
-    return PeersMissingError(f"{rank.node_of(0)} (rank 0) {what}", [rank.node_of(0)])
 
 
 def _listen(rank: Rank) -> socket.socket | None:
@@ -125,9 +120,8 @@ def _wait_for_all(rank: Rank, store: TCPStore, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     arrived, missing = {}, []
     for other in range(rank.world_size):
-        left = max(0.1, deadline - time.monotonic())
         try:
-            arrived[other] = float(_read(store, f"preflight/{other}", left))
+            arrived[other] = float(_read(store, f"preflight/{other}", max(0.1, deadline - time.monotonic())))
         except dist.DistError:
             missing.append(other)
     problem, nodes = "", sorted({rank.node_of(other) for other in missing})
@@ -162,16 +156,15 @@ def measure(rank: Rank, device: torch.device, control: dist.ProcessGroup) -> lis
     side = MATRIX[device.type]
     matrix = torch.ones(side, side, device=device)
     compute = _timed(lambda: matrix @ matrix, device)
-    gathered: list[Measured | None] = [None] * rank.world_size
-    dist.all_gather_object(gathered, Measured(rank.node_of(rank.rank), link, compute), group=control)
+    found = [Measured(rank.node_of(rank.rank), link, compute)] * rank.world_size
+    dist.all_gather_object(found, found[0], group=control)
     if not rank.is_first:
         return []
-    found = [one for one in gathered if one is not None]
-    size = MESSAGE[device.type] / 2**20
     nodes = len({one.node for one in found})
     who = f"{len(found)} ranks on {nodes} node{'s' if nodes > 1 else ''}"
     warnings, slow = slow_ones(found)
     record(slow=slow)
+    size = MESSAGE[device.type] / 2**20
     return [f"preflight: all-reduce of {size:.0f} MiB among {who} in {1e3 * reduced:.1f} ms", *warnings]
 
 
@@ -185,27 +178,21 @@ def slow_ones(measured: list[Measured]) -> tuple[list[str], list[str]]:
         warnings, and the slow nodes: those that compute slowly, or whose links to both neighbors are slow. A single
         slow link does not show which of its ends is slow.
     """
-    links: list[tuple[str, str, float]] = []
-    crossing = [
-        (measured[index - 1].node, one.node, one.link)
-        for index, one in enumerate(measured)
-        if one.node != measured[index - 1].node
-    ]
-    if len(crossing) >= 3:
-        usual = statistics.median(seconds for _, _, seconds in crossing)
-        links = [link for link in crossing if link[2] > SLOW * usual]
+    crossing = [(a, b) for a, b in pairwise([measured[-1], *measured]) if a.node != b.node]
+    usual = statistics.median(one.link for _, one in crossing) if len(crossing) >= 3 else math.inf
+    links = [(a.node, b.node, b.link) for a, b in crossing if b.link > SLOW * usual]
     lines = [
         f"WARNING preflight: {source} -> {target} took {1e3 * seconds:.1f} ms, the median is {1e3 * usual:.1f} ms"
         for source, target, seconds in links
     ]
     both = {source for source, _, _ in links} & {target for _, target, _ in links}
     usual = statistics.median(one.compute for one in measured)
+    slow = [(index, one) for index, one in enumerate(measured) if one.compute > SLOW * usual]
     lines += [
         f"WARNING preflight: rank {index} on {one.node} computes {one.compute / usual:.1f} times slower than the median"
-        for index, one in enumerate(measured)
-        if one.compute > SLOW * usual
+        for index, one in slow
     ]
-    return lines, sorted(both | {one.node for one in measured if one.compute > SLOW * usual})
+    return lines, sorted(both | {one.node for _, one in slow})
 
 
 def _pass_on(rank: Rank, buffer: torch.Tensor) -> None:

@@ -27,16 +27,16 @@ the small batches of a network that has learned all others, is no spike."""
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss was far above the level of those before it."""
+    """A step whose loss was far above the ``level`` of those before it, their median, and above a ``limit``.
+
+    Positions are those of its global batch in the order of training.
+    """
 
     step: int
     loss: float
     level: float
-    """Median of the losses before it."""
     limit: float
-    """Above this it is a spike."""
     first_position: int
-    """Where its global batch begins in the order of training."""
     last_position: int
 
 

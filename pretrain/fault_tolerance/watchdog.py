@@ -49,8 +49,7 @@ class Watchdog:
         """Whether the long limit holds for every phase: until the first step, which may compile, is over."""
         self._beat = (time.monotonic(), "starting", start_s)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, phase: str, *, startup: bool = False) -> None:
         """Record that this rank proceeds to ``phase``; the limit of the start holds for it where ``startup``."""
@@ -64,7 +63,6 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
-        self._thread.join()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._step_s / 10)):

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.preview import CELL, LINE, Pixels, thumbnail, write_line
 from models.config import Grid, LaViTConfig
-from models.diagnostics import BlockDiagnostics, attention_diagnostics
+from models.diagnostics import attention_diagnostics
 
 SHADES = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float32)
 """From little to much attention: five colors of matplotlib's "plasma", whose brightness rises evenly."""
@@ -50,12 +50,16 @@ def measure_attention(model: Any, images: torch.Tensor, dtype: torch.dtype) -> t
             middle = by_key[..., grid[0] // 2 * grid[1] + grid[1] // 2]
             seen[stage, block] = torch.stack([by_key.mean(-1), middle], 1), key_grid
 
-    numbers = attention_diagnostics(model, images.to(dtype), look)
+    numbers: dict[str, float] = {}
+    for row in attention_diagnostics(model, images.to(dtype), look):
+        where = f"stage{row.stage + 1}_{'va' if row.kind == 'vanilla' else 'la'}{row.block + 1}"
+        named = {"diagonality": row.diagonality, "symmetry": row.symmetry, "saturation": row.saturation}
+        numbers |= {f"{name}/{where}": value for name, value in named.items() if value is not None}
     maps = []
     for place, (both, key_grid) in seen.items():
         everywhere, middle = both.view(len(both), 2, *key_grid).cpu().numpy().swapaxes(0, 1)
         maps.append(BlockMap(f"stage {place[0] + 1}, {drawn[place]} {place[1] + 1}", everywhere, middle))
-    return _by_name(numbers), maps
+    return numbers, maps
 
 
 def drawn_blocks(config: LaViTConfig) -> dict[tuple[int, int], str]:
@@ -65,18 +69,6 @@ def drawn_blocks(config: LaViTConfig) -> dict[tuple[int, int], str]:
         for block in sorted({vanilla - 1, min(vanilla, depth - 1), depth - 1}):
             blocks[stage, block] = "VA" if block < vanilla else "LA"
     return blocks
-
-
-def _by_name(rows: list[BlockDiagnostics]) -> dict[str, float]:
-    values = {}
-    for row in rows:
-        kind = "va" if row.kind == "vanilla" else "la"
-        where = f"stage{row.stage + 1}_{kind}{row.block + 1}"
-        values[f"diagonality/{where}"] = row.diagonality
-        values[f"symmetry/{where}"] = row.symmetry
-        if row.saturation is not None:
-            values[f"saturation/{where}"] = row.saturation
-    return values
 
 
 def draw_attention(images: Sequence[Pixels], maps: Sequence[BlockMap]) -> Pixels:

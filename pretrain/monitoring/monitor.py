@@ -1,11 +1,14 @@
 """Measures a run and returns plain values and images; nothing of it changes what is trained, and it writes nothing."""
 
+import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -13,99 +16,65 @@ import torch.distributed as dist
 from data_pipeline.batch import Batch
 from data_pipeline.preview import Pixels, draw_grid, to_pixels
 from data_pipeline.transforms import InputConfig
-from models.cost import count_macs
-from pretrain.checkpoints.optimizer_shards import OptimizerShards
+from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.engine.deepspeed_config import Precision, input_dtype
-from pretrain.ledger import StepRecorder
+from pretrain.ledger import Row
 from pretrain.monitoring.attention import draw_attention, measure_attention
-from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
-from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.step_timer import PHASES, StepTimer
+from pretrain.state import TrainState
 
 GRID = 32
 """Training images that are drawn at a time."""
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An interval of training: means over the ranks, equal on all of them; rates by this rank's clock."""
-
-    losses: dict[str, float]
-    """Means of the loss and its parts; empty where nothing was finite."""
-    grad_norm: float | None
-    """Of the whole gradient before clipping, in the last step; None where it is not known."""
-    norms: dict[str, float]
-    """Of each part of the network: of the gradient before clipping, in the last step, and of the weights."""
-    seconds: dict[str, float]
-    """Of a step, as the mean over the ranks: "total" and each phase; "slowest_data": of the rank that waits longest."""
-    images_per_second: float
-    """Over all ranks."""
-    data_wait: float
-    """Share of the step's time that went into waiting for data."""
-    mfu: float | None
-    """Model FLOPs utilization; None where the device's peak is not known."""
-    memory_gib: float
-    """Of the rank that has most: on a GPU the most that was allocated so far, else what the process occupies now."""
-    images_requested: bool
-    """Whether images were asked for on rank 0."""
-
-    def rates(self) -> dict[str, float]:
-        """Throughput and memory, rounded, as they are logged."""
-        values = {"images_per_second": round(self.images_per_second, 2), "data_wait": round(self.data_wait, 4)}
-        if self.mfu is not None:
-            values["mfu"] = round(self.mfu, 4)
-        return values | {"memory_gib": round(self.memory_gib, 3)}
-
-
 class Monitor:
-    """Measures one rank. Losses are summed on the device, so that no step waits for it.
+    """Measures one rank. What steps computed stays on the device until it is asked for, so that no step waits for it.
 
     Args:
         engine: ``deepspeed.DeepSpeedEngine``.
-        shards: of the engine.
         device: of this rank.
         precision: what the engine computes in.
         attention_images: images whose attention is measured and drawn; 0 for none, as for other networks than LaViT.
         data: how the images were made, to show them as they were.
         class_names: captions of the training images, by label.
-        show_batch: keep the next training batch, to show it.
-        macs: multiply-accumulates of one image; None counts those of a LaViT.
+        macs: multiply-accumulates of one image.
+        show_batch: keep the first training batch, to show it.
     """
 
     def __init__(
         self,
         engine: Any,
-        shards: OptimizerShards,
         *,
         device: torch.device,
         precision: Precision,
         attention_images: int,
         data: InputConfig,
         class_names: tuple[str, ...],
+        macs: int,
         show_batch: bool = False,
-        macs: int | None = None,
     ) -> None:
         self._engine, self._device, self._dtype, self._data = engine, device, input_dtype(precision), data
-        self._flops = model_flops_per_image(count_macs(engine.module.config) if macs is None else macs)
-        self._peak = peak_of(device, precision)
-        self._attention_images, self._names = attention_images, class_names
+        self._flops, self._peak = FLOPS_PER_MAC * macs, peak_of(device, precision)
+        self._attention_images, self.class_names = attention_images, class_names
         self._evaluated: torch.Tensor | None = None
         """(m, 3, H, W) normalized images whose attention is shown; None before the first evaluation."""
-        self.norms = PartNorms(shards)
         self.timer = StepTimer(device)
-        self.steps = StepRecorder(engine, device)
-        self.show_batch = show_batch
-        """Whether the next training batch is kept for ``training_images``."""
+        self._show_batch = show_batch
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._digest = 0
+        self._losses: list[torch.Tensor] = []
+        """Of each micro-batch since the last ``take``, (losses,) fp32 on the device."""
+        self._ends: list[tuple[Any, torch.Tensor | bool, int]] = []
+        """Of each step since then: gradient norm, whether it was skipped, digest of this rank's images."""
+        self._names: tuple[str, ...] = ()
         self.reset()
 
     def reset(self) -> None:
         """Begin a new interval."""
-        self._sums: dict[str, torch.Tensor] = {}
-        self._finite = torch.zeros((), device=self._device)
-        self._steps = 0
-        self._began = time.monotonic()
+        self._taken: list[list[float]] = []
+        """Losses of each step of the interval, over all ranks."""
+        self._steps, self._began = 0, time.monotonic()
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -119,10 +88,10 @@ class Monitor:
             self._began += time.monotonic() - began
 
     def see_batch(self, batch: Batch) -> None:
-        """Note what a training batch holds; keep its first images, on the device, where they are wanted."""
-        self.steps.add_batch(batch.digest)
-        if self.show_batch:
-            self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
+        """Note what a training batch holds; keep the first images of the first one, on the device."""
+        self._digest += batch.digest
+        if self._show_batch:
+            self._batch, self._show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
 
     def see_evaluation(self, batch: Batch, _: torch.Tensor) -> None:
         """Keep the first images of the first evaluation batch, for ``attention``."""
@@ -130,80 +99,87 @@ class Monitor:
             self._evaluated = batch.images[: self._attention_images].clone()
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """Add the losses of a micro-batch, scalars on the device; left out of the means where one is not finite.
+        """Add the losses of a micro-batch, scalars on the device; the first is the one that is minimized."""
+        self._names = tuple(losses)
+        self._losses.append(torch.stack([value.detach().float() for value in losses.values()]))
 
-        The first is the loss that is minimized; it is also kept for the ledger.
-        """
-        stacked = torch.stack([value.detach().float() for value in losses.values()])
-        self.steps.add_loss(stacked[0])
-        finite = stacked.isfinite().all()
-        self._finite = self._finite + finite
-        for name, value in zip(losses, torch.where(finite, stacked, 0.0), strict=True):
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-
-    def step_done(self) -> None:
-        """Count a step of the optimizer."""
-        self.timer.enter("other")
-        self._steps += 1
-
-    def means(self) -> tuple[dict[str, float], float]:
-        """``losses`` of the interval so far, and over how many micro-batches. Collective; waits for the device."""
-        if not self._sums:
-            return {}, 0
-        stacked = torch.stack([*self._sums.values(), self._finite])
-        dist.all_reduce(stacked)
-        *sums, count = stacked.tolist()
-        return {name: total / count for name, total in zip(self._sums, sums, strict=True)} if count else {}, count
-
-    @torch.no_grad()
-    def measure(self, *, global_batch: int, images_requested: bool) -> Interval:
-        """Measure the interval so far. Collective; waits for the device.
-
-        Args:
-            global_batch: images of a step, over all ranks.
-            images_requested: whether images are asked for, on rank 0.
-        """
-        ranks, parts = dist.get_world_size(), self.norms.parts
-        losses, _ = self.means()
+    def end_step(self, skipped: torch.Tensor | bool) -> None:
+        """End a step of the optimizer, with what ``NonFiniteSteps.note_step`` returned."""
         norm = self._engine.get_global_grad_norm()
-        norm = None if norm is None or norm < 0 else float(norm)  # DeepSpeed writes -1 for a non-finite norm
-        rate = self._steps * global_batch / (time.monotonic() - self._began)
-        gradients, weights = self.norms.squares(self._device)
-        split = self.timer.split()
-        by_rank = torch.zeros(ranks, len(PHASES) + 1)
-        by_rank[dist.get_rank()] = torch.tensor(
-            [*(split[phase] / self._steps for phase in PHASES), self._memory() / GIB]
-        )
-        requested = torch.tensor([float(images_requested and dist.get_rank() == 0)])
-        shared = torch.cat([gradients.cpu(), weights.cpu(), requested, by_rank.flatten()]).to(self._device)
-        dist.all_reduce(shared)
-        values = shared.tolist()
-        of_gradients = norms_of(parts, values[: len(parts)], norm)
-        of_weights = norms_of(parts, values[len(parts) : 2 * len(parts)], None)
-        by_rank = torch.tensor(values[2 * len(parts) + 1 :]).view(ranks, -1)
-        mean, most = by_rank.mean(0).tolist(), by_rank.max(0).values.tolist()
+        self._ends.append((math.nan if norm is None else norm, skipped, self._digest % 2**64))
+        self._digest = 0
+        self._steps += 1
+        self.timer.enter("other")
+
+    def take(self, state: TrainState) -> list[Row]:
+        """Rows of the ledger, without the setup, of the steps since the last call; the last one led to ``state``.
+
+        Collective; waits for the device.
+        """
+        ends, losses, count = self._ends, self._losses, len(self._ends)
+        self._ends, self._losses = [], []
+        if not ends:
+            return []
+        # Sums in fp64 of losses in fp32 are exact, in any order, while the losses differ by less than 2**29 together.
+        by_step = torch.stack(losses).double().view(count, -1, len(self._names))
+        sums, micro_batches = by_step.sum(1), by_step.shape[1] * dist.get_world_size()
+        digests = torch.from_numpy(np.array([digest for *_, digest in ends], np.uint64).view(np.int64)).to(self._device)
+        dist.all_reduce(sums)
+        dist.all_reduce(digests)  # modulo 2**64
+        means = (sums / micro_batches).tolist()
+        self._taken += means
+        own = [torch.as_tensor(x, dtype=torch.float64, device=self._device) for end in ends for x in end[:2]]
+        rows = zip(means, torch.stack(own).view(count, 2).tolist(), digests.tolist(), strict=True)
+        batch = self._engine.train_batch_size()
+        return [
+            {
+                "step": state.step - left,
+                "samples_seen": state.samples_seen - left * batch,
+                "loss": loss,
+                "grad_norm": None if skipped or math.isnan(norm) else norm,
+                "skipped": bool(skipped),
+                "batch": f"{digest % 2**64:016x}",
+            }
+            for left, ((loss, *_), (norm, skipped), digest) in zip(reversed(range(count)), rows, strict=True)
+        ]
+
+    def means(self) -> dict[str, float]:
+        """Means of the losses over the steps of the interval that were taken, without those that are not finite."""
+        finite = [losses for losses in self._taken if all(map(math.isfinite, losses))]
+        return dict(zip(self._names, map(fmean, zip(*finite, strict=True)), strict=True)) if finite else {}
+
+    def measure(self, global_batch: int) -> dict[str, dict[str, float]]:
+        """Measure the interval so far, with so many images in a step over all ranks. Collective; waits for the device.
+
+        Returns:
+            measurements by kind, rounded. "train": the norm of the gradient before clipping in the last step, images
+            per second over all ranks, the share of the time that waits for data, MFU, GiB of the rank that has most (on
+            a GPU the most that was allocated so far, else what the process occupies now); without what is not known.
+            "time": seconds of a step, as means over the ranks, "total" and each phase; "slowest_data": of the rank that
+            waits longest.
+        """
+        ranks, rate = dist.get_world_size(), self._steps * global_batch / (time.monotonic() - self._began)
+        split, by_rank = self.timer.split(), torch.zeros(ranks, len(PHASES) + 1)
+        own = [*(split[phase] / self._steps for phase in PHASES), self._memory() / GIB]
+        by_rank[dist.get_rank()] = torch.tensor(own)
+        by_rank = by_rank.to(self._device)
+        dist.all_reduce(by_rank)
+        mean, most = by_rank.mean(0).tolist(), by_rank.amax(0).tolist()
         seconds = dict(zip(PHASES, mean, strict=False))
-        return Interval(
-            losses=losses,
-            grad_norm=norm,
-            norms=_rounded(
-                {f"gradient/{part}": value for part, value in of_gradients.items()}
-                | {f"weight/{part}": value for part, value in of_weights.items()}
-            ),
-            seconds=_rounded({"total": sum(mean[:-1]), **seconds, "slowest_data": most[PHASES.index("data")]}),
-            images_per_second=rate,
-            data_wait=seconds["data"] / max(sum(mean[:-1]), 1e-9),
-            mfu=None if self._peak is None else rate * self._flops / (ranks * self._peak),
-            memory_gib=most[-1],
-            images_requested=bool(values[2 * len(parts)]),
-        )
+        total, norm = sum(seconds.values()), self._engine.get_global_grad_norm()
+        train = {} if norm is None or norm < 0 else {"grad_norm": float(norm)}  # DeepSpeed writes -1 where not finite
+        train |= {"images_per_second": round(rate, 2), "data_wait": round(seconds["data"] / max(total, 1e-9), 4)}
+        if self._peak is not None:
+            train["mfu"] = round(rate * self._flops / (ranks * self._peak), 4)
+        time_rows = {"total": total, **seconds, "slowest_data": most[PHASES.index("data")]}
+        return {"train": train | {"memory_gib": round(most[-1], 3)}, "time": _rounded(time_rows)}
 
     def training_images(self) -> Pixels | None:
         """Draw the training images that were kept, once; None where there are none."""
         if self._batch is None:
             return None
         (images, labels), self._batch = self._batch, None
-        captions = [self._names[label] for label in labels.tolist()]
+        captions = [self.class_names[label] for label in labels.tolist()]
         return draw_grid(to_pixels(images, self._data.mean, self._data.std), captions)
 
     def attention(self) -> tuple[dict[str, float], Pixels] | None:
@@ -226,6 +202,19 @@ class Monitor:
             return torch.cuda.max_memory_allocated(self._device)
         rss: int = psutil.Process().memory_info().rss
         return rss
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device in what a run multiplies in; None on a CPU and on a GPU whose peak is not known here.
+
+    ``precision`` is as ``pretrain.engine.precision`` names it.
+    """
+    if device.type != "cuda":
+        return None
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # of float16 it is the same
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # `allow_tf32` cannot be read once this one was set
+    name = torch.cuda.get_device_name(device)
+    return next((known.peak(dtype, tf32=tf32) for known in DEVICES.values() if re.search(known.pattern, name)), None)
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -6,8 +6,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import without_secrets
-from pretrain.files import write_atomically
+from data_pipeline.files import write_atomically
 from pretrain.outcome import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 Tracker = Literal["wandb"]
 AXIS = "samples_seen"
-TOKEN = "tracker_id.txt"  # noqa: S105 - no secret
+EVENT_FILE = "events.out.tfevents."
 
 
 class Sink:
@@ -36,9 +35,6 @@ class Sink:
 
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Take an image, (height, width, 3)."""
-
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """Take a text."""
 
     def flush(self) -> None:
         """Bring to disk what was taken."""
@@ -78,10 +74,6 @@ class TensorBoard(Sink):
         """An image."""
         self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
 
-    def text(self, name: str, samples_seen: int, markdown: str) -> None:
-        """A text."""
-        self._writer.add_text(name, without_secrets(markdown), samples_seen)
-
     def flush(self) -> None:
         """Bring the event file up to date."""
         self._writer.flush()
@@ -97,38 +89,42 @@ def _date_back(folder: Path, now: int) -> None:
     TensorBoard reads a folder in the order of names, which begin with the clock of their writer: after a clock
     that was ahead, what a resumed run adds would not be shown.
     """
-    prefix = "events.out.tfevents."
-    files = sorted(folder.glob(f"{prefix}*"))
-    dates = [file.name.removeprefix(prefix).partition(".")[0] for file in files]
+    files = sorted(folder.glob(f"{EVENT_FILE}*"))
+    dates = [file.name.removeprefix(EVENT_FILE).partition(".")[0] for file in files]
     if any(date >= f"{now:010d}" for date in dates):
         for index, (file, date) in enumerate(zip(files, dates, strict=True)):
-            rest = file.name.removeprefix(prefix + date)
-            file.rename(folder / f"{prefix}{now - len(files) + index:010d}{rest}")
+            rest = file.name.removeprefix(EVENT_FILE + date)
+            file.rename(folder / f"{EVENT_FILE}{now - len(files) + index:010d}{rest}")
 
 
 class Wandb(Sink):
-    """Weights & Biases. Texts are left out: the recipe is the configuration.
+    """Weights & Biases; the recipe is the configuration.
 
     wandb holds a row back until one with a higher step comes, and refuses a lower step after a restart. So it is given
     samples seen as a metric of its own, which is the x axis of all others, and each row is complete at once.
 
     Args:
-        name: of the run.
-        folder: of its own files, and of the run's identity with it.
+        run: its folder, which also has wandb's own files and an id that distinguishes it from another of its name.
         configuration: shown with the run.
     """
 
-    def __init__(self, *, name: str, folder: Path, configuration: dict[str, Any]) -> None:
+    def __init__(self, run: Path, configuration: dict[str, Any]) -> None:
         self._library: Any = importlib.import_module("wandb")
+        token = run / "tracker_id.txt"
+        if not token.exists():
+            write_atomically(token, secrets.token_hex(4).encode())
         # The console stays ours, and what a killed process sent is on disk after a second, not after fifteen.
         wanted = {"console": "off", "x_transaction_log_flush_interval": 1.0}
-        known = self._library.Settings.model_fields
-        settings = self._library.Settings(**{name: value for name, value in wanted.items() if name in known})
-        with _no_terminal():
+        settings = {name: wanted[name] for name in wanted.keys() & self._library.Settings.model_fields.keys()}
+        stdin, sys.stdin = sys.stdin, Path(os.devnull).open()  # noqa: SIM115
+        try:  # on a terminal it would ask for an account, and all ranks would wait for the answer: let it fail instead
             self._library.init(
-                project="lavit-pretrain", resume="allow", config=without_secrets(configuration), name=name,
-                dir=str(folder), id=f"{name}-{_token(folder / TOKEN)}", settings=settings,
+                project="lavit-pretrain", resume="allow", config=without_secrets(configuration), name=run.name,
+                dir=str(run), id=f"{run.name}-{token.read_text()}", settings=self._library.Settings(**settings),
             )  # fmt: skip
+        finally:
+            sys.stdin.close()
+            sys.stdin = stdin
         self._library.define_metric(AXIS)
         self._library.define_metric("*", step_metric=AXIS)
 
@@ -143,25 +139,6 @@ class Wandb(Sink):
     def close(self) -> None:
         """Send the rest."""
         self._library.finish()
-
-
-def _token(file: Path) -> str:
-    """What distinguishes this run from another one of its name, which may have been removed."""
-    if not file.exists():
-        write_atomically(file, secrets.token_hex(4).encode())
-    return file.read_text()
-
-
-@contextmanager
-def _no_terminal() -> Iterator[None]:
-    """On a terminal wandb would ask for an account, and all ranks would wait for the answer: let it fail instead."""
-    stdin = sys.stdin
-    with open(os.devnull) as nothing:  # noqa: PTH123 - a device
-        sys.stdin = nothing
-        try:
-            yield
-        finally:
-            sys.stdin = stdin
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
@@ -182,7 +159,7 @@ def open_trackers(
     sinks: dict[str, Sink] = {}
     for name in names:
         try:
-            sinks[name] = Wandb(name=run.name, folder=run, configuration=configuration)
+            sinks[name] = Wandb(run, configuration)
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             say(f"WARNING {name} takes no measurements until the next start ({type(error).__name__}: {error})")
     return sinks

@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,8 +28,6 @@ class StepTimer:
         self._marks: deque[tuple[Phase | None, Any]] = deque()
         """Phases with their beginning: an event of the device's stream, or seconds of the host's clock."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self.listeners: list[Callable[[Phase | None], None]] = []
-        """Called at every change of phase."""
 
     def enter(self, phase: Phase | None) -> None:
         """From here on time is of this phase; None: of none, as during an evaluation."""
@@ -41,8 +38,6 @@ class StepTimer:
         self._marks.append((phase, mark))
         while len(self._marks) > MARKS and (not self._cuda or self._marks[1][1].query()):
             self._sum_oldest()
-        for listener in self.listeners:
-            listener(phase)
 
     def split(self) -> dict[Phase, float]:
         """Seconds of each phase since the last call. The host waits for the device, up to here."""

@@ -84,7 +84,7 @@ class Operators(TorchDispatchMode):
         self.counts: Counter[str | None] = Counter()
 
     def enter(self, phase: str | None) -> None:
-        """From here on operators are of this phase; a listener of ``StepTimer``."""
+        """From here on operators are of this phase; in the place of ``StepTimer.enter``."""
         self.phase = phase
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,7 +5,7 @@ import hashlib
 import random
 import shutil
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,11 @@ READ_BY = {
     "recipe.yaml": ("export", "report", "resume"), "ds_config.json": ("report", "resume"),
     "environment.json": ("export", "report", "resume"), "run.json": ("page", "report", "status", "resume"),
     "summary.json": ("page", "report", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
-    "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"), "trackers.json": ("resume",),
+    "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"),
     "loss_spikes.jsonl": ("page", "resume"), "tensorboard": ("report", "resume"), "evaluation": ("page",),
     "ledger.jsonl": ("replay", "resume"),
 }  # fmt: skip
-MEASURED = (".jsonl", "trackers.json", "tfevents", "evaluation/")
+MEASURED = (".jsonl", "tfevents", "evaluation/")
 """In files that have no digest a changed number cannot be seen; a line that is intact must stay."""
 
 
@@ -119,13 +119,12 @@ class Readers:
         loaded = load_newest(folder.checkpoints, self.shards, group=self.control)
         assert loaded is not None
         progress, warnings = loaded
-        writer = MetricsWriter(
-            folder.metrics, folder.tensorboard, samples_seen=progress.samples_seen, trackers={"book": mock.Mock()},
-            done=dict.fromkeys(("eval", "eval_average", "attention", "probe"), progress.samples_seen), say=said.append,
-        )  # fmt: skip
+        everything = replace(progress, evaluated_at=progress.samples_seen, probed_at=progress.samples_seen)
+        writer = MetricsWriter(folder.path, everything, trackers={"book": mock.Mock()}, say=said.append)
         status = RunStatus(folder, first=True)
         status.run_state = RunState("running")
-        RunLog(folder, status, mock.Mock(say=said.append), writer, 100).start(progress, (), {})
+        console = mock.Mock(say=said.append)
+        RunLog(folder, status, console, writer, state=progress, epoch_size=100, setup={}).start(())
         writer.close()
         assert warnings or self.intact <= lines(folder.metrics), "intact lines are gone"
         BadSampleCount(folder.bad_samples)()
@@ -185,7 +184,6 @@ def survives(control: dist.ProcessGroup, run: Path) -> None:
 def test_no_damage_of_300_is_silent_or_a_traceback(tmp_path: Path, digits: Path) -> None:
     run = train(tmp_path, digits, 1, stage=1, checkpoint__every_steps=8, log_every_steps=1)
     assert evaluate.main([str(run), "--data", str(digits)]) == ExitCode.FINISHED
-    write_sealed(run / "trackers.json", {"train": 5})
     (run / "bad_samples.jsonl").write_text(
         '{"id": 3, "name": "a", "shard": "b", "reason": "c", "time": 1.5, "rank": 0}\n'
     )

@@ -13,10 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.monitoring.sinks import check_trackers
 from pretrain.outcome import UserError
+from pretrain.state import TrainState
 
 
-def opened(folder: Path, samples_seen: int, **options: Any) -> MetricsWriter:
-    return MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=samples_seen, **options)
+def opened(
+    folder: Path, samples_seen: int, *, evaluated: int | None = None, probed: int | None = None, **options: Any
+) -> MetricsWriter:
+    places = (samples_seen if place is None else place for place in (evaluated, probed))
+    state = TrainState(samples_seen, **dict(zip(("evaluated_at", "probed_at"), places, strict=True)))
+    return MetricsWriter(folder, state, **options)
 
 
 def write(folder: Path, first: int, last: int, *, resumed_at: int) -> None:
@@ -33,18 +38,6 @@ def board_points(folder: Path) -> dict[str, list[int]]:
 
 def seen(folder: Path, *kinds: str) -> list[int]:
     return [row["samples_seen"] for row in read_metrics(folder / "metrics.jsonl", *kinds)]
-
-
-def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) -> None:
-    write(tmp_path, 1, 8, resumed_at=0)
-    jsonl = tmp_path / "metrics.jsonl"
-    content, inode = jsonl.read_bytes(), jsonl.stat().st_ino
-    write(tmp_path, 9, 8, resumed_at=8)
-    assert (jsonl.read_bytes(), jsonl.stat().st_ino) == (content, inode)
-    jsonl.write_bytes(content[:-1])  # cut between the line and its end
-    write(tmp_path, 9, 9, resumed_at=8)
-    assert seen(tmp_path) == [*range(1, 10)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
 def test_damaged_lines_are_dropped_and_counted_and_the_file_that_had_them_is_kept(tmp_path: Path) -> None:
@@ -65,17 +58,6 @@ def test_damaged_lines_are_dropped_and_counted_and_the_file_that_had_them_is_kep
     assert said == [f"WARNING {jsonl}: {len(damage)} damaged lines are dropped; the file that had them is {aside}"]
 
 
-def test_what_cannot_be_written_beside_the_lines_is_given_up_with_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard").write_text("")
-    (tmp_path / "trackers.json").mkdir()
-    said: list[str] = []
-    writer = opened(tmp_path, 0, trackers={"book": mock.Mock()}, say=said.append)
-    writer.write("train", 1, {"loss": 1.0})
-    writer.close()
-    assert seen(tmp_path) == [1]
-    assert "but in metrics.jsonl: TensorBoard, book (" in said[0]
-
-
 def test_tensorboard_shows_all_points_whatever_the_clocks_of_the_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +72,7 @@ def test_a_resume_holds_no_more_than_a_line(tmp_path: Path) -> None:
     jsonl = tmp_path / "metrics.jsonl"
     jsonl.write_text("".join(f'{{"kind": "train", "samples_seen": {n}, "loss": {n / 7}}}\n' for n in range(200_000)))
     tracemalloc.start()
-    opened(tmp_path, 150_000, done={"eval": 0}).close()
+    opened(tmp_path, 150_000, evaluated=0).close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2e6  # bytes; the file has 12e6
@@ -119,7 +101,7 @@ def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once(
     # The second start dies likewise; where the third one begins, nothing is measured again.
     for done in ({"eval": 4, "probe": 2}, {"eval": 8, "probe": 8}):
         time.sleep(1.1)  # as above
-        writer = opened(tmp_path, 8, done=done)
+        writer = opened(tmp_path, 8, evaluated=done["eval"], probed=done["probe"])
         again = [kind for kind, last in done.items() if last < 8]
         assert seen(tmp_path, "train") == [4, 8]
         assert [seen(tmp_path, kind) for kind in done] == ([[4], [2]] if again else [[4, 8], [2, 8]])
@@ -129,9 +111,9 @@ def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once(
         assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8], "probe/loss": [2, 8]}
 
 
-def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_path: Path) -> None:
+def test_a_sink_that_cannot_forget_is_told_each_point_once_though_a_run_was_killed(tmp_path: Path) -> None:
     book = mock.Mock()
-    for start, end in ((0, 8), (5, 6), (4, 9)):  # killed after 8, after 6, then finished
+    for start, end in ((0, 8), (5, 9)):  # killed after 8, then finished
         writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
@@ -142,6 +124,7 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_
 
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
     said: list[str] = []
     broken, whole = mock.Mock(flush=mock.Mock(side_effect=RuntimeError("no connection"))), mock.Mock()
     writer = opened(tmp_path, 0, trackers={"broken": broken, "whole": whole}, say=said.append)
@@ -150,9 +133,9 @@ def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Pat
         writer.flush()
     writer.close()
     assert [len(sink.scalars.mock_calls) for sink in (broken, whole)] == [1, 2]
-    (line,) = said
-    assert "WARNING broken takes no more measurements" in line
-    assert "no connection" in line
+    assert [line.split()[1] for line in said] == ["TensorBoard", "broken"]
+    assert "takes no more measurements until the next start, metrics.jsonl does (RuntimeError: no connection" in said[1]
+    assert seen(tmp_path) == [1, 2]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:

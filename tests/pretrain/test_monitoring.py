@@ -14,11 +14,11 @@ import torch.distributed as dist
 from data_pipeline.preview import CELL, LINE, draw_grid, to_pixels
 from models import create_model
 from models.cost import count_macs
-from pretrain.devices import DEVICES
+from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.metrics import MetricsWriter, read_metrics
 from pretrain.monitoring.attention import drawn_blocks
 from pretrain.monitoring.bad_samples import BadSampleCount
-from pretrain.monitoring.efficiency import model_flops_per_image, peak_of
+from pretrain.monitoring.monitor import peak_of
 from pretrain.monitoring.step_timer import MARKS, PHASES, StepTimer
 from pretrain.run_folder import RunFolder
 from pretrain.run_log import RunLog
@@ -44,31 +44,28 @@ def test_the_phases_of_a_step_add_up_to_its_time_without_what_was_left_out(monke
     assert len(timer._marks) <= MARKS
 
 
-def test_mfu_counts_six_flop_a_mac_and_is_left_out_where_no_peak_is_known() -> None:
+def test_mfu_counts_six_flop_a_mac_against_the_peak_of_tf32_whichever_setting_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model("lavit_micro", num_classes=10, image_size=32)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 32, 32)).sum().backward()
-    # Autograd needs no gradient of the picture itself, so a little less than three times the forward pass.
-    assert counter.get_total_flops() == pytest.approx(model_flops_per_image(count_macs(model.config)), rel=0.03)
+    # Autograd needs no gradient of the image itself, so a little less than three times the forward pass.
+    assert counter.get_total_flops() == pytest.approx(FLOPS_PER_MAC * count_macs(model.config), rel=0.03)
     assert peak_of(CPU, "fp32") is None
-    assert DEVICES["h100"].peak(torch.bfloat16) == 989e12
-
-
-@pytest.mark.parametrize(("setting", "off", "on"), [("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)])
-def test_the_peak_is_that_of_tf32_whichever_setting_says_so(
-    setting: str, off: object, on: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     device, h100 = torch.device("cuda"), DEVICES["h100"]
-    try:
-        assert peak_of(device, "fp32") == h100.fp32_flops
-        setattr(torch.backends.cuda.matmul, setting, on)
-        assert peak_of(device, "fp32") == h100.tf32_flops
-        assert peak_of(device, "bf16 autocast") == h100.tensor_flops
-    finally:
-        setattr(torch.backends.cuda.matmul, setting, off)
+    assert h100.peak(torch.bfloat16) == 989e12
+    for setting, off, on in (("fp32_precision", "none", "tf32"), ("allow_tf32", False, True)):
+        try:
+            assert peak_of(device, "fp32") == h100.fp32_flops
+            setattr(torch.backends.cuda.matmul, setting, on)
+            assert peak_of(device, "fp32") == h100.tf32_flops
+            assert peak_of(device, "bf16 autocast") == h100.tensor_flops
+        finally:
+            setattr(torch.backends.cuda.matmul, setting, off)
 
 
 def test_bad_samples_are_counted_once_each_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
@@ -107,10 +104,10 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
         results = []
         for watched in (False, True):
             run = training(recipe(), zero_optimization=zero(stage))
-            losses = go_on(run, 2, measure_norms=watched)
+            losses = go_on(run, 2)
             if watched:
                 show_everything(run, Path(folder) / str(stage))
-            losses += go_on(run, 2, measure_norms=watched)
+            losses += go_on(run, 2)
             results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
@@ -121,13 +118,6 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
 def show_everything(run: Any, folder: Path) -> None:
     """All that a run shows at a time, as its log and its evaluation ask for it."""
     first = dist.get_rank() == 0
-    log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), None, 100)
-    if first:
-        folder.mkdir()
-        metrics = MetricsWriter(folder / "metrics.jsonl", folder / "tensorboard", samples_seen=0)
-        log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, 100)
-        log.folder.show.touch()
-    run.log = log
     before = torch.get_rng_state()
     batch = next(micro_batches(run.batch.micro_batch))
     assert run.monitor.attention() is None, "nothing was evaluated yet"
@@ -135,27 +125,25 @@ def show_everything(run: Any, folder: Path) -> None:
     run.monitor.see_evaluation(batch, batch.labels)
     run.engine(batch.images)
     run.engine.train()
-    run.monitor.step_done()
-    interval = run.monitor.measure(global_batch=8, images_requested=log.images_requested())
-    assert interval.images_requested, "a rank does not know that images were requested"
-    assert interval.mfu is None
-    assert interval.memory_gib > 0.05
-    assert interval.seconds["total"] == pytest.approx(sum(interval.seconds[phase] for phase in PHASES), rel=1e-4)
+    run.monitor._steps = 1
+    rows = run.monitor.measure(8)
+    assert "mfu" not in rows["train"]
+    assert rows["train"]["memory_gib"] > 0.05
+    assert rows["time"]["total"] == pytest.approx(sum(rows["time"][phase] for phase in PHASES), rel=1e-4)
     attention = run.monitor.attention()
     assert (attention is not None) is first
-    run._show_images()
-    assert not (first and log.folder.show.exists())
-    assert run.monitor.show_batch is first
     if attention is not None:
-        log.attention(*attention, TrainState(step=2))
-        run.monitor.see_batch(batch)
+        folder.mkdir()
+        metrics = MetricsWriter(folder, TrainState())
+        log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, state=TrainState(step=2), epoch_size=100,
+                     setup={})  # fmt: skip
+        log.attention(*attention)
         assert run.monitor.training_images() is not None
         assert run.monitor.training_images() is None
         metrics.close()
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
-    assert not run.monitor.measure(global_batch=8, images_requested=log.images_requested()).images_requested
     assert torch.equal(before, torch.get_rng_state())
     run.monitor.reset()
 

@@ -1,4 +1,4 @@
-"""A step with gradients that are not finite changes nothing at any stage; test_norms.py has that no host waits."""
+"""A step with gradients that are not finite changes nothing at any stage; no host waits: test_on_stand_in.py."""
 
 import collections
 import dataclasses

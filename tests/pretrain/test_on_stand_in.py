@@ -38,7 +38,7 @@ def no_step_waits() -> None:
         run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE, zero_optimization=zero, **sections)
         assert not run.nonfinite.waits
         steps = iter(batches_on_device(steps=4))
-        run.monitor.show_batch = True
+        run.monitor._show_batch = True
         for _ in range(3):  # DeepSpeed's own timers begin with the third
             run.train_step(steps)
         with HostWaits() as waits:
@@ -83,8 +83,7 @@ def a_step_has_few_operators() -> None:
         steps = itertools.repeat(Batch(images, labels, rows, rows * 0, rows, rows >= 0))
         run.train_step(steps)
         operators = Operators()
-        run.monitor.timer.listeners.append(operators.enter)
-        with operators:
+        with operators, mock.patch.object(run.monitor.timer, "enter", operators.enter):
             run.train_step(steps)
         found = {phase: operators.counts[phase] for phase in most}
         assert all(most[phase] / 2 < found[phase] <= most[phase] for phase in most), (precision, stage, found)
@@ -133,7 +132,7 @@ def the_loop_does_not_wait() -> None:
     run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE)
     for due in ("evaluation_due", "probes_due", "checkpoint_due"):
         setattr(run, due, lambda: False)
-    run.log_due = lambda ahead=0: False
+    run.log_due = lambda: False
     asked: list[int] = []
     run.handle_skipped_steps = lambda *, skip_last: asked.append(skip_last)
     run.train_loader, run.profiler, run.watchdog.starting = batches_on_device(steps=3), None, False

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from pretrain.fault_tolerance.spikes import NEEDED, LossLevel, write_spikes
-from pretrain.ledger import StepRecorder
 from pretrain.monitoring.monitor import Monitor
 from pretrain.state import TrainState
 from tests.pretrain.ranks import run_ranks
@@ -91,29 +90,28 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
 
 
 def losses_are_global(control: dist.ProcessGroup) -> None:
-    monitor, rank, engine = Monitor.__new__(Monitor), dist.get_rank(), mock.Mock()
+    rank, engine = dist.get_rank(), mock.Mock()
     engine.train_batch_size.return_value, engine.get_global_grad_norm.side_effect = BATCH, [2.5, 0.1, None, 7.0]
-    monitor._device, monitor.timer = torch.device("cpu"), mock.Mock()
-    monitor.steps = StepRecorder(engine, monitor._device)
-    monitor.reset()
+    monitor = Monitor(engine, device=torch.device("cpu"), precision="fp32", attention_images=0, data=mock.Mock(),
+                      class_names=(), macs=1)  # fmt: skip
     for step in range(3):
         for part in range(2):
-            monitor.add({"loss": torch.tensor(float(10 * step + 4 * part + rank))})
-            monitor.steps.add_batch(2**63 + step)
-        monitor.steps.end_step(torch.tensor(float(step == 1)))
-    found = monitor.steps.take(TrainState(step=12, samples_seen=12 * BATCH))
+            monitor.see_batch(mock.Mock(digest=2**63 + step))
+            monitor.add({"loss": torch.tensor(float(10 * step + 4 * part + rank)), "part": torch.tensor(1.0)})
+        monitor.end_step(torch.tensor(float(step == 1)))
+    found = monitor.take(TrainState(step=12, samples_seen=12 * BATCH))
     assert [row["loss"] for row in found] == [2.5, 12.5, 22.5]  # over two micro-batches and two ranks
     assert [(row["step"], row["samples_seen"]) for row in found] == [(10, 80), (11, 88), (12, 96)]
     assert [(row["grad_norm"], row["skipped"]) for row in found] == [(2.5, False), (None, True), (None, False)]
     assert [row["batch"] for row in found] == [f"{4 * step:016x}" for step in range(3)]  # modulo 2**64
-    assert monitor.means() == ({"loss": 12.5}, 12)
-    assert monitor.steps.take(TrainState()) == []
-    monitor.reset()
-    monitor.add({"loss": torch.tensor(math.nan if rank else 1.0)})
-    monitor.steps.end_step(skipped=True)
-    assert monitor.means() == ({"loss": 1.0}, 1)
-    (row,) = monitor.steps.take(TrainState())
+    assert monitor.take(TrainState()) == []
+    monitor.add({"loss": torch.tensor(math.nan if rank else 1.0), "part": torch.tensor(1.0)})
+    monitor.end_step(skipped=True)
+    (row,) = monitor.take(TrainState())
     assert math.isnan(row["loss"])
+    assert monitor.means() == {"loss": 12.5, "part": 1.0}, "of the steps whose losses are finite"
+    monitor.reset()
+    assert monitor.means() == {}
 
 
 def test_every_steps_loss_norm_and_digest_are_those_of_the_global_batch() -> None:

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.sinks import open_trackers
+from pretrain.state import TrainState
 
 run, start, end, dies = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "dies"
 trackers = open_trackers(sys.argv[5:], run, {"name": "demo", "data": {"mean": [0.5, 0.5, 0.5]}}, print)
-writer = MetricsWriter(run / "metrics.jsonl", run / "tensorboard", samples_seen=start, trackers=trackers, say=print)
+writer = MetricsWriter(run, TrainState(start), trackers=trackers, say=print)
 for samples in range(start + 1, end + 1):
     writer.write("train", samples, {"loss": 1 / samples, "grad_norm": float("nan")})
-    writer.write("norms", samples, {"gradient/stage1": 2.0})
+    writer.write("time", samples, {"total": 2.0})
 writer.image("images/training", end, np.full((20, 30, 3), 100, np.uint8))
 writer.flush()
 if dies:
@@ -76,7 +77,7 @@ def test_wandb_has_each_point_and_picture_once_though_the_run_was_killed(
     start(run, 0, 8, "dies", "wandb")
     start(run, 5, 12, "ends", "wandb")
     rows = list(rows_of_wandb(run))
-    for name in ("train/loss", "norms/gradient/stage1"):
+    for name in ("train/loss", "time/total"):
         assert [int(row["samples_seen"]) for row in rows if name in row] == [*range(1, 13)]
     assert [float(row["train/loss"]) for row in rows if "train/loss" in row] == [1 / n for n in range(1, 13)]
     assert [int(row["samples_seen"]) for row in rows if "images/training.path" in row] == [8, 12]

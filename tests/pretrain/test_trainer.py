@@ -25,20 +25,7 @@ def trainer() -> Any:
         evaluation=EvaluationSection(every_epochs=1), checkpoint=CheckpointSection(every_steps=10), log_every_steps=4,
     )  # fmt: skip
     made: Any = object.__new__(Trainer)
-    parts = (
-        "engine",
-        "eval_loader",
-        "loss",
-        "log",
-        "watchdog",
-        "writer",
-        "probes",
-        "stop",
-        "nonfinite",
-        "loss_level",
-        "train_loader",
-    )
-    made.__dict__ |= {part: mock.Mock() for part in parts} | {
+    made.__dict__ |= {part: mock.Mock() for part in Trainer.__dataclass_fields__} | {
         "recipe": recipe, "schedule": Schedule(recipe, 100, 100), "batch": SimpleNamespace(global_batch=100),
         "state": TrainState(), "dtype": None,
         "optimizer_shards": mock.Mock(averaged_weights=nullcontext, buffers=mock.Mock(averaged=nullcontext)),

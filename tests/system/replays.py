@@ -187,10 +187,10 @@ class Fault:
 
 def resumed(control: dist.ProcessGroup, folder: Path, data: Path, stage: int, prepare: Callable[[Any], Any]) -> Any:
     """Take a run from where it is to its end, in this process. ``prepare`` is called with the trainer."""
+    from pretrain.build import open_trainer
     from pretrain.engine.deepspeed_config import read_deepspeed_config
     from pretrain.fault_tolerance.signals import StopFlag
     from pretrain.recipe import load_recipe
-    from pretrain.replay import open_trainer
 
     words = [word for word in (*fields(data, 2 * HALF), *at_stage(stage)) if word != "--set"]
     recipe, flag = load_recipe(RECIPE, words), StopFlag()
@@ -215,7 +215,7 @@ def replay_here(control: dist.ProcessGroup, run: Path) -> str:
     from pretrain.replay import Replay, copy_description, make_plan, start
 
     plan, scratch = make_plan(run, (HALF, 2 * HALF), []), copy_description(run)
-    trainer = start(plan, RunFolder(scratch), CPU, control)
+    trainer = start(plan, scratch, CPU, control)
     replay = Replay(trainer, plan)
     replay.run(2 * HALF)
     trainer.close()

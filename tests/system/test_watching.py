@@ -2,16 +2,14 @@
 
 import gzip
 import json
-import re
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from pretrain.metrics import read_metrics
-from pretrain.monitoring.profile import StepProfiler, parse_steps
+from pretrain.monitoring.profile import parse_steps, step_profile
 from pretrain.outcome import ExitCode, UserError
 from tests.system.launching import INJECT, changes, launched, trained
 
@@ -23,11 +21,8 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
                      checkpoint__every_steps=3, evaluation__every_epochs=0.2, ema__decay=0.9)  # fmt: skip
     code, output = trained(tmp_path / "runs", *fields, program=(INJECT, "kill=9"))
     assert code == -signal.SIGKILL, output
-    (folder / "show").touch()
     code, output = trained(tmp_path / "runs", *fields)
     assert code == ExitCode.FINISHED, output
-    assert not (folder / "show").exists(), "the requested images were not drawn"
-
     board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
     (name,) = board.Runs()
     for kind, field in (("train", "loss"), ("eval", "top1"), ("eval_average", "top1"), ("attention", "step")):
@@ -38,11 +33,6 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
         assert len({row["samples_seen"] for row in rows}) == len(rows) > 1
     for image in ("training", "attention"):
         assert board.Images(name, f"images/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
-    for title, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
-        events = board.Tensors(name, f"run/{title}/text_summary")
-        texts = [event.tensor_proto.string_val[0].decode() for event in events]
-        assert len(texts) == 2, "one per attempt"
-        assert all(content in text for text in texts)
     restarts = [row["restarts"] for row in read_metrics(folder / "metrics.jsonl", "train")]
     assert restarts == sorted(restarts)
     assert set(restarts) == {0, 1}
@@ -61,25 +51,20 @@ def test_chosen_steps_of_all_ranks_are_profiled_and_the_summary_says_where_their
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     for rank in (0, 1):
         events = json.loads(gzip.decompress((folder / f"rank-0000{rank}-steps-2-3.trace.json.gz").read_bytes()))
-        spans = [event["name"] for event in events["traceEvents"] if event.get("name", "").startswith("phase: ")]
-        assert {spans.count(f"phase: {phase}") for phase in ("data", "forward", "backward", "optimizer")} == {2}
-    summary = (folder / "rank-00000-steps-2-3.txt").read_text()
-    shares = dict(re.findall(r"^(\w+) +[\d.]+ ms +([\d.]+)%$", summary, re.MULTILINE))
-    assert shares.keys() == {"data", "forward", "backward", "optimizer", "other"}
-    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
-    assert "aten::" in summary
+        names = {event.get("name") for event in events["traceEvents"]}
+        assert {"ProfilerStep#1", "ProfilerStep#2"} <= names
+        assert "ProfilerStep#3" not in names
+    assert "aten::" in (folder / "rank-00000-steps-2-3.txt").read_text()
     assert len(read_metrics(tmp_path / "demo/metrics.jsonl", "train")) == 4
 
 
 def test_steps_that_the_run_does_not_have_are_refused_and_past_ones_reported(tmp_path: Path) -> None:
-    def profiler(first: int, last: int) -> StepProfiler:
-        return StepProfiler((first, last), folder=tmp_path, rank=0, device=torch.device("cpu"))
-
+    said: list[str] = []
     with pytest.raises(UserError, match="--profile 3:9: the run has 8 steps; choose steps that it takes"):
-        profiler(3, 9).check(2, 8)
-    assert profiler(2, 3).check(2, 8) == "WARNING --profile 2:3: the run is at step 2; nothing is profiled"
-    assert profiler(3, 8).check(2, 8) == ""
-    assert "was not written" not in profiler(3, 8).abandon()
+        step_profile((3, 9), range(2, 8), tmp_path / "rank", said.append)
+    assert step_profile((2, 3), range(2, 8), tmp_path / "rank", said.append) is None
+    assert said == ["WARNING --profile 2:3: the run is at step 2; nothing is profiled"]
+    assert step_profile((3, 8), range(2, 8), tmp_path / "rank", said.append) is not None
 
 
 def test_steps_are_read_or_refused_with_an_example() -> None:
