@@ -139,12 +139,13 @@ def build_trainer(
     loss = TrainingLoss(recipe, engine, classification, device=device, dtype=dtype, epoch_size=size)
     monitor = Monitor(
         engine,
+        shards,
         device=device,
         precision=resolved.precision,
         attention_images=recipe.watch.attention_images if isinstance(model, LaViT) else 0,
         data=recipe.data,
         class_names=train_set.class_names,
-        show_batch=rank.is_first,
+        show_batch=rank.is_first and not state.step,
         macs=macs,
     )
     writer = CheckpointWriter(

@@ -5,15 +5,17 @@ The x axis is samples seen. A kind of measurement ("train", "eval") is a line's 
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.files import cut_lines, is_measurement, json_lines
+from pretrain.files import cut_lines, is_measurement, json_lines, read_sealed, write_sealed
 from pretrain.monitoring.sinks import Sink, TensorBoard
 from pretrain.outcome import UserError, storage_code
 from pretrain.state import TrainState
@@ -43,7 +45,7 @@ class MetricsWriter:
         trackers: Mapping[str, Sink] | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._say, jsonl = say, run / "metrics.jsonl"
+        self._run, self._say, jsonl = run, say, run / "metrics.jsonl"
         self._sent: dict[str, int] = {}
         """Samples seen by the newest line of each kind that the previous attempt wrote."""
         samples_seen, done = state.samples_seen, state.measured_until()
@@ -63,6 +65,8 @@ class MetricsWriter:
             self._lines = jsonl.open("a")
         except OSError as error:
             raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
+        if trackers:
+            self._sent = _sent_to_trackers(run / "trackers.json", self._sent)
         board = TensorBoard(run / "tensorboard", purge_from=purge_from)
         self._sinks: dict[str, Sink] = {"TensorBoard": board, **(trackers or {})}
         # TensorBoard purges all kinds alike: those that are not measured again are sent again.
@@ -75,7 +79,7 @@ class MetricsWriter:
         """Write one line, with the time (Unix), and send it to the sinks.
 
         Args:
-            kind: "train", "time", "eval", "eval_average", "probe", "attention".
+            kind: "train", "norms", "time", "eval", "eval_average", "probe", "attention".
             samples_seen: the x axis.
             values: finite or not, they are written as they are.
 
@@ -92,6 +96,23 @@ class MetricsWriter:
         """Send an image, (height, width, 3), to the sinks."""
         again = samples_seen <= max(self._sent.values(), default=-1)
         self._send(lambda sink: sink.image(name, samples_seen, pixels), again=again)
+
+    def describe_run(self, samples_seen: int) -> None:
+        """Send recipe, environment and state of the source, as the run's folder has them, to the sinks."""
+        try:
+            environment = read_sealed(self._run / "environment.json")
+            recipe = (self._run / "recipe.yaml").read_text(errors="replace")
+        except (OSError, UserError):
+            return  # the next start refuses what is damaged; this one does without
+        facts = {key: value for key, value in environment.items() if key not in ("git", "dataset")}
+        texts = {
+            "recipe": recipe,
+            "environment": json.dumps(facts, indent=2),
+            "git": json.dumps(environment.get("git"), indent=2),
+        }
+        for name, text in texts.items():
+            markdown = textwrap.indent(text, "    ")
+            self._send(lambda sink: sink.text(f"run/{name}", samples_seen, markdown))  # noqa: B023 - called at once
 
     def flush(self) -> None:
         """Bring all to disk."""
@@ -117,6 +138,21 @@ class MetricsWriter:
                     f"WARNING {name} takes no more measurements until the next start, metrics.jsonl does "
                     f"({type(error).__name__}: {error})"
                 )
+
+
+def _sent_to_trackers(marks: Path, newest: Mapping[str, int]) -> dict[str, int]:
+    """Up to how many samples seen each kind was sent to trackers, which cannot delete; kept in a file over attempts.
+
+    ``newest``: the same as far as ``metrics.jsonl`` has it.
+    """
+    try:
+        known = {kind: int(seen) for kind, seen in read_sealed(marks).items()}
+    except (OSError, UserError, ValueError, TypeError, OverflowError):
+        known = {}  # then what metrics.jsonl holds is all that is known to have been sent
+    sent = {kind: max(known.get(kind, -1), newest.get(kind, -1)) for kind in {*known, *newest}}
+    with suppress(OSError):  # no reason to stop
+        write_sealed(marks, sent)
+    return sent
 
 
 def read_metrics(jsonl: Path, kind: str | None = None) -> list[dict[str, Any]]:

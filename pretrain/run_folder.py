@@ -37,7 +37,7 @@ class RunFolder:
     """``runs/NAME``. Rank 0 writes it.
 
     Other ranks write their files of checkpoints, ``bad_samples.jsonl``, ``hangs/``, ``profile/`` and, where they fail
-    first, ``failure.txt`` and ``run.json``.
+    first, ``failure.txt`` and ``run.json``. A user creates ``show`` to see training images and attention.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +58,7 @@ class RunFolder:
         self.loss_spikes = path / "loss_spikes.jsonl"
         self.events = path / "events.jsonl"
         self.profile = path / "profile"
+        self.show = path / "show"
 
     def read_recipe(self) -> dict[str, Any] | None:
         """The recipe as it was resolved when the run was started last; None for a new run.

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,6 +99,8 @@ class RunLog:
         self._metrics, self._state, self._epoch_size = metrics, state, epoch_size
         self._bad_samples = BadSampleCount(folder.bad_samples)
         status.train_state = state
+        self._described = False
+        """Whether the sinks have the recipe: with the first interval, as opening TensorBoard takes a second."""
 
     def start(self, passed_over: Iterable[str]) -> None:
         """Record the start of this attempt, and the damaged checkpoints that were passed over."""
@@ -127,6 +130,9 @@ class RunLog:
             self._write(kind, values)
         if image is not None:
             self._image("images/training", image)
+        if not self._described:
+            self._guarded(lambda metrics: metrics.describe_run(self._state.samples_seen))
+            self._described = True
         self._guarded(lambda _: self.status.write("running"))
 
     def steps(
@@ -142,10 +148,19 @@ class RunLog:
         self.say(f"{kind}  epoch {self._state.samples_seen / self._epoch_size:.2f}  {result}")
         self._write(kind, asdict(result) | {"seconds": round(seconds, 3)})
 
-    def attention(self, numbers: dict[str, float], drawing: NDArray[np.uint8]) -> None:
-        """Write the numbers of attention, and its drawing."""
-        self._write("attention", numbers)
+    def attention(self, numbers: dict[str, float] | None, drawing: NDArray[np.uint8]) -> None:
+        """Write the drawn attention, and its numbers where they belong to an evaluation."""
+        if numbers is not None:
+            self._write("attention", numbers)
         self._image("images/attention", drawing)
+
+    def take_image_request(self) -> bool:
+        """Whether a user asked for images by a file of the run folder, which is removed; on rank 0 only."""
+        with suppress(OSError):
+            if self._metrics is not None:
+                self.folder.show.unlink()
+                return True
+        return False
 
     def event(self, name: EventName, text: str) -> None:
         """Add a line to ``events.jsonl``."""

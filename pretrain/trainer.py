@@ -81,7 +81,7 @@ class Trainer:
                     self.save()
             if self.done or self.stop.at_step_boundary():
                 break
-            learning_rate = self.train_step(batches)
+            learning_rate = self.train_step(batches, measure_norms=self.log_due(ahead=1))
             self.state.step += 1
             self.state.samples_seen += self.batch.global_batch
             if self.profiler is not None:
@@ -97,7 +97,7 @@ class Trainer:
             return ExitCode.FINISHED
         return self._stop()
 
-    def train_step(self, batches: Iterator[Batch]) -> float:
+    def train_step(self, batches: Iterator[Batch], *, measure_norms: bool = False) -> float:
         """One optimizer step over the global batch, in micro-batches.
 
         A step with non-finite gradients changes nothing, on all ranks alike. The host waits for nothing but the data.
@@ -107,6 +107,7 @@ class Trainer:
         """
         monitor, watchdog, engine = self.monitor, self.watchdog, self.engine
         learning_rate = self.schedule.learning_rate(self.state.samples_seen)
+        monitor.norms.wanted = measure_norms
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         for _ in range(self.batch.accumulation):
@@ -154,9 +155,10 @@ class Trainer:
         evaluated = state.evaluated_at == state.samples_seen > state.evaluation_saved_at
         return (state.samples_seen > newest and (self.done or due or best)) or (evaluated and (self.done or best))
 
-    def log_due(self) -> bool:
-        """Whether measurements are written after this step."""
-        return self.state.step == 1 or self.state.step % self.schedule.log_every == 0 or self.done
+    def log_due(self, ahead: int = 0) -> bool:
+        """Whether measurements are written after this step, or after the one that is so many steps ahead."""
+        step = self.state.step + ahead
+        return step == 1 or step % self.schedule.log_every == 0 or step >= self.schedule.total_steps
 
     def evaluate(self) -> None:
         """Evaluate the weights and, where it is kept, their moving average. A stop leaves nothing of either."""
@@ -315,13 +317,26 @@ class Trainer:
     def log_interval(self, learning_rate: float) -> None:
         """Measure the interval since the last one, and write it. Collective."""
         self.record_steps()
-        rows = self.monitor.measure(self.batch.global_batch)
-        losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": self.state.skipped_steps}
+        state, batch = self.state, self.batch.global_batch
+        rows, images_requested = self.monitor.measure(
+            global_batch=batch, images_requested=self.log.take_image_request()
+        )
+        losses = self.monitor.means() | {"lr": learning_rate, "skipped_steps": state.skipped_steps}
         if "grad_norm" in rows["train"]:
             losses["grad_norm"] = rows["train"]["grad_norm"]
         self.log.interval(losses, rows, self.monitor.training_images())
+        if images_requested:
+            self._show_images()
         gc.collect()
         self.monitor.reset()
+
+    def _show_images(self) -> None:
+        """Draw attention now, and the next training batch with the next interval."""
+        with self._outside_training():
+            attention = self.monitor.attention()
+        if attention is not None:
+            self.log.attention(None, attention[1])
+        self.monitor.show_batch = dist.get_rank() == 0
 
     def _end_startup(self) -> None:
         """Compilation is over: shorten the limits of the watchdog and of collectives."""

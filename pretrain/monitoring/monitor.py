@@ -16,10 +16,12 @@ import torch.distributed as dist
 from data_pipeline.batch import Batch
 from data_pipeline.preview import Pixels, draw_grid, to_pixels
 from data_pipeline.transforms import InputConfig
+from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.devices import DEVICES, FLOPS_PER_MAC
 from pretrain.engine.deepspeed_config import Precision, input_dtype
 from pretrain.ledger import Row
 from pretrain.monitoring.attention import draw_attention, measure_attention
+from pretrain.monitoring.norms import PartNorms, norms_of
 from pretrain.monitoring.step_timer import PHASES, StepTimer
 from pretrain.state import TrainState
 
@@ -33,18 +35,20 @@ class Monitor:
 
     Args:
         engine: ``deepspeed.DeepSpeedEngine``.
+        shards: of the engine.
         device: of this rank.
         precision: what the engine computes in.
         attention_images: images whose attention is measured and drawn; 0 for none, as for other networks than LaViT.
         data: how the images were made, to show them as they were.
         class_names: captions of the training images, by label.
         macs: multiply-accumulates of one image.
-        show_batch: keep the first training batch, to show it.
+        show_batch: keep the next training batch, to show it.
     """
 
     def __init__(
         self,
         engine: Any,
+        shards: OptimizerShards,
         *,
         device: torch.device,
         precision: Precision,
@@ -59,8 +63,9 @@ class Monitor:
         self._attention_images, self.class_names = attention_images, class_names
         self._evaluated: torch.Tensor | None = None
         """(m, 3, H, W) normalized images whose attention is shown; None before the first evaluation."""
-        self.timer = StepTimer(device)
-        self._show_batch = show_batch
+        self.timer, self.norms = StepTimer(device), PartNorms(shards)
+        self.show_batch = show_batch
+        """Whether the next training batch is kept for ``training_images``."""
         self._batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._digest = 0
         self._losses: list[torch.Tensor] = []
@@ -88,10 +93,10 @@ class Monitor:
             self._began += time.monotonic() - began
 
     def see_batch(self, batch: Batch) -> None:
-        """Note what a training batch holds; keep the first images of the first one, on the device."""
+        """Note what a training batch holds; keep its first images, on the device, where they are wanted."""
         self._digest += batch.digest
-        if self._show_batch:
-            self._batch, self._show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
+        if self.show_batch:
+            self._batch, self.show_batch = (batch.images[:GRID].clone(), batch.labels[:GRID].clone()), False
 
     def see_evaluation(self, batch: Batch, _: torch.Tensor) -> None:
         """Keep the first images of the first evaluation batch, for ``attention``."""
@@ -148,31 +153,43 @@ class Monitor:
         finite = [losses for losses in self._taken if all(map(math.isfinite, losses))]
         return dict(zip(self._names, map(fmean, zip(*finite, strict=True)), strict=True)) if finite else {}
 
-    def measure(self, global_batch: int) -> dict[str, dict[str, float]]:
-        """Measure the interval so far, with so many images in a step over all ranks. Collective; waits for the device.
+    def measure(self, *, global_batch: int, images_requested: bool) -> tuple[dict[str, dict[str, float]], bool]:
+        """Measure the interval so far. Collective; waits for the device.
+
+        Args:
+            global_batch: images of a step, over all ranks.
+            images_requested: whether images are asked for, on rank 0.
 
         Returns:
-            measurements by kind, rounded. "train": the norm of the gradient before clipping in the last step, images
-            per second over all ranks, the share of the time that waits for data, MFU, GiB of the rank that has most (on
-            a GPU the most that was allocated so far, else what the process occupies now); without what is not known.
-            "time": seconds of a step, as means over the ranks, "total" and each phase; "slowest_data": of the rank that
-            waits longest.
+            measurements by kind, rounded, and whether images were asked for. "train": the norm of the gradient before
+            clipping in the last step, images per second over all ranks, the share of the time that waits for data, MFU,
+            GiB of the rank that has most (on a GPU the most that was allocated so far, else what the process occupies
+            now); without what is not known. "norms": of each part of the network, of the gradient before clipping in
+            the last step, and of the weights. "time": seconds of a step, as means over the ranks, "total" and each
+            phase; "slowest_data": of the rank that waits longest.
         """
         ranks, rate = dist.get_world_size(), self._steps * global_batch / (time.monotonic() - self._began)
-        split, by_rank = self.timer.split(), torch.zeros(ranks, len(PHASES) + 1)
+        split, by_rank = self.timer.split(), torch.zeros(ranks, len(PHASES) + 2)
         own = [*(split[phase] / self._steps for phase in PHASES), self._memory() / GIB]
-        by_rank[dist.get_rank()] = torch.tensor(own)
-        by_rank = by_rank.to(self._device)
+        by_rank[dist.get_rank()] = torch.tensor([*own, images_requested and dist.get_rank() == 0])
+        by_rank, squares = by_rank.to(self._device), self.norms.squares(self._device)
         dist.all_reduce(by_rank)
+        dist.all_reduce(squares)
         mean, most = by_rank.mean(0).tolist(), by_rank.amax(0).tolist()
         seconds = dict(zip(PHASES, mean, strict=False))
         total, norm = sum(seconds.values()), self._engine.get_global_grad_norm()
-        train = {} if norm is None or norm < 0 else {"grad_norm": float(norm)}  # DeepSpeed writes -1 where not finite
+        norm = None if norm is None or norm < 0 else float(norm)  # DeepSpeed writes -1 where not finite
+        train = {} if norm is None else {"grad_norm": norm}
         train |= {"images_per_second": round(rate, 2), "data_wait": round(seconds["data"] / max(total, 1e-9), 4)}
         if self._peak is not None:
             train["mfu"] = round(rate * self._flops / (ranks * self._peak), 4)
         time_rows = {"total": total, **seconds, "slowest_data": most[PHASES.index("data")]}
-        return {"train": train | {"memory_gib": round(most[-1], 3)}, "time": _rounded(time_rows)}
+        rows = {
+            "train": train | {"memory_gib": round(most[-2], 3)},
+            "norms": _rounded(norms_of(self.norms.parts, squares, norm)),
+            "time": _rounded(time_rows),
+        }
+        return rows, bool(most[-1])
 
     def training_images(self) -> Pixels | None:
         """Draw the training images that were kept, once; None where there are none."""

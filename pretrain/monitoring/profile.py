@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.profiler import profile, schedule
 
 from pretrain.outcome import UserError
 
+SNAPSHOT_EVENTS = 200_000
+"""Allocations that a memory snapshot holds at most."""
 ROWS = 20
 """Operators in the summary."""
 
@@ -26,9 +29,10 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def step_profile(steps: tuple[int, int], ahead: range, base: Path, say: Callable[[str], None]) -> profile | None:
-    """Profile the first to the last of ``steps``; when that is over, write ``BASE-steps-10-13`` with two endings.
+    """Profile the first to the last of ``steps``; when that is over, write ``BASE-steps-10-13`` with its endings.
 
-    ``.trace.json.gz`` is for chrome://tracing or Perfetto, ``.txt`` a summary.
+    ``.trace.json.gz`` is for chrome://tracing or Perfetto, ``.txt`` a summary, and on a GPU ``.memory.pickle`` for
+    pytorch.org/memory_viz: the newest allocations.
 
     Args:
         steps: counted from 1.
@@ -54,6 +58,9 @@ def step_profile(steps: tuple[int, int], ahead: range, base: Path, say: Callable
         sort = "self_cuda_time_total" if found.use_device == "cuda" else "self_cpu_time_total"
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
+            if torch.cuda.is_initialized():
+                torch.cuda.memory._dump_snapshot(f"{base}.memory.pickle")  # noqa: SLF001 - its only interface
+                torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
             found.export_chrome_trace(f"{base}.trace.json.gz")
             Path(f"{base}.txt").write_text(found.key_averages().table(sort_by=sort, row_limit=ROWS))
         except OSError as error:
@@ -61,6 +68,8 @@ def step_profile(steps: tuple[int, int], ahead: range, base: Path, say: Callable
         else:
             say(f"profile of steps {first} to {last}: {base}.txt, .trace.json.gz")
 
+    if torch.cuda.is_initialized():
+        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)  # noqa: SLF001
     warmup = min(1, first - 1 - ahead.start)
     wait = first - 1 - ahead.start - warmup
     return profile(schedule=schedule(wait=wait, warmup=warmup, active=last - first + 1, repeat=1), on_trace_ready=write)

@@ -36,6 +36,9 @@ class Sink:
     def image(self, name: str, samples_seen: int, pixels: NDArray[np.uint8]) -> None:
         """Take an image, (height, width, 3)."""
 
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """Take a text."""
+
     def flush(self) -> None:
         """Bring to disk what was taken."""
 
@@ -74,6 +77,10 @@ class TensorBoard(Sink):
         """An image."""
         self._writer.add_image(name, pixels, samples_seen, dataformats="HWC")
 
+    def text(self, name: str, samples_seen: int, markdown: str) -> None:
+        """A text."""
+        self._writer.add_text(name, without_secrets(markdown), samples_seen)
+
     def flush(self) -> None:
         """Bring the event file up to date."""
         self._writer.flush()
@@ -98,7 +105,7 @@ def _date_back(folder: Path, now: int) -> None:
 
 
 class Wandb(Sink):
-    """Weights & Biases; the recipe is the configuration.
+    """Weights & Biases. Texts are left out: the recipe is the configuration.
 
     wandb holds a row back until one with a higher step comes, and refuses a lower step after a restart. So it is given
     samples seen as a metric of its own, which is the x axis of all others, and each row is complete at once.

@@ -111,8 +111,8 @@ def training(recipe: Recipe, *, accumulation: int = 1, device: torch.device = CP
     shards, dtype = OptimizerShards(engine, average=recipe.ema is not None), input_dtype(resolved.precision)
     classification = Classification(recipe.loss, recipe.mixing, [*map(str, range(CLASSES))], device)
     monitor = Monitor(
-        engine, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
-        class_names=tuple("abcdefghij"), macs=1, show_batch=True,
+        engine, shards, device=device, precision=resolved.precision, attention_images=2, data=recipe.data,
+        class_names=tuple("abcdefghij"), macs=1,
     )  # fmt: skip
     parts = ("train_loader", "eval_loader", "probes", "writer", "loss_level", "log", "stop", "watchdog", "startup")
     return Trainer(
@@ -129,12 +129,12 @@ def trained(recipe: Recipe, *, accumulation: int = 1, **deepspeed: Any) -> tuple
     return go_on(run, STEPS), whole_weights(run.engine)
 
 
-def go_on(run: Any, steps: int) -> list[float]:
+def go_on(run: Any, steps: int, *, measure_norms: bool = True) -> list[float]:
     """So many steps more, from where the run's state is; their losses. Collective."""
     first, losses = run.state.step, []
     batches = micro_batches(run.batch.micro_batch, first=first, last=first + steps)
     for _ in range(steps):
-        run.train_step(batches)
+        run.train_step(batches, measure_norms=measure_norms)
         run.state.step += 1
         run.state.samples_seen += BATCH
         losses.append(run.monitor.take(run.state)[0]["loss"])

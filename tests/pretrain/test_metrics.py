@@ -111,9 +111,9 @@ def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once(
         assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8], "probe/loss": [2, 8]}
 
 
-def test_a_sink_that_cannot_forget_is_told_each_point_once_though_a_run_was_killed(tmp_path: Path) -> None:
+def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_path: Path) -> None:
     book = mock.Mock()
-    for start, end in ((0, 8), (5, 9)):  # killed after 8, then finished
+    for start, end in ((0, 8), (5, 6), (4, 9)):  # killed after 8, after 6, then finished
         writer = opened(tmp_path, start, trackers={"book": book})
         for samples in range(start + 1, end + 1):
             writer.write("train", samples, {"loss": 1.0})
@@ -125,6 +125,7 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_though_a_run_was_kill
 
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
+    (tmp_path / "trackers.json").mkdir()
     said: list[str] = []
     broken, whole = mock.Mock(flush=mock.Mock(side_effect=RuntimeError("no connection"))), mock.Mock()
     writer = opened(tmp_path, 0, trackers={"broken": broken, "whole": whole}, say=said.append)

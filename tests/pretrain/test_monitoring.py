@@ -104,10 +104,10 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
         results = []
         for watched in (False, True):
             run = training(recipe(), zero_optimization=zero(stage))
-            losses = go_on(run, 2)
+            losses = go_on(run, 2, measure_norms=watched)
             if watched:
                 show_everything(run, Path(folder) / str(stage))
-            losses += go_on(run, 2)
+            losses += go_on(run, 2, measure_norms=watched)
             results.append((losses, [view.clone() for view in state(run)], whole_weights(run.engine)))
         (a, b, c), (d, e, f) = results
         assert a == d, f"stage {stage}: losses differ"
@@ -118,6 +118,15 @@ def watched_trains_the_same(control: dist.ProcessGroup, folder: str) -> None:
 def show_everything(run: Any, folder: Path) -> None:
     """All that a run shows at a time, as its log and its evaluation ask for it."""
     first = dist.get_rank() == 0
+    metrics = None
+    if first:
+        folder.mkdir()
+        metrics = MetricsWriter(folder, TrainState())
+        RunFolder(folder).show.touch()
+    log = RunLog(
+        RunFolder(folder), mock.Mock(), mock.Mock(), metrics, state=TrainState(step=2), epoch_size=100, setup={}
+    )
+    run.log = log
     before = torch.get_rng_state()
     batch = next(micro_batches(run.batch.micro_batch))
     assert run.monitor.attention() is None, "nothing was evaluated yet"
@@ -126,24 +135,26 @@ def show_everything(run: Any, folder: Path) -> None:
     run.engine(batch.images)
     run.engine.train()
     run.monitor._steps = 1
-    rows = run.monitor.measure(8)
+    rows, images_requested = run.monitor.measure(global_batch=8, images_requested=log.take_image_request())
+    assert images_requested, "a rank does not know that images were requested"
     assert "mfu" not in rows["train"]
     assert rows["train"]["memory_gib"] > 0.05
     assert rows["time"]["total"] == pytest.approx(sum(rows["time"][phase] for phase in PHASES), rel=1e-4)
     attention = run.monitor.attention()
     assert (attention is not None) is first
+    run._show_images()
+    assert not (first and log.folder.show.exists())
+    assert run.monitor.show_batch is first
     if attention is not None:
-        folder.mkdir()
-        metrics = MetricsWriter(folder, TrainState())
-        log = RunLog(RunFolder(folder), mock.Mock(), mock.Mock(), metrics, state=TrainState(step=2), epoch_size=100,
-                     setup={})  # fmt: skip
         log.attention(*attention)
+        run.monitor.see_batch(batch)
         assert run.monitor.training_images() is not None
         assert run.monitor.training_images() is None
         metrics.close()
         (row,) = read_metrics(folder / "metrics.jsonl", "attention")
         assert row["step"] == 2
         assert 0 < row["diagonality/stage1_va1"] <= 1
+    assert not run.monitor.measure(global_batch=8, images_requested=log.take_image_request())[1]
     assert torch.equal(before, torch.get_rng_state())
     run.monitor.reset()
 

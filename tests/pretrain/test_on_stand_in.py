@@ -38,7 +38,7 @@ def no_step_waits() -> None:
         run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE, zero_optimization=zero, **sections)
         assert not run.nonfinite.waits
         steps = iter(batches_on_device(steps=4))
-        run.monitor._show_batch = True
+        run.monitor.show_batch = True
         for _ in range(3):  # DeepSpeed's own timers begin with the third
             run.train_step(steps)
         with HostWaits() as waits:
@@ -132,7 +132,7 @@ def the_loop_does_not_wait() -> None:
     run = training(recipe(ema={"decay": 0.9}), accumulation=2, device=DEVICE)
     for due in ("evaluation_due", "probes_due", "checkpoint_due"):
         setattr(run, due, lambda: False)
-    run.log_due = lambda: False
+    run.log_due = lambda ahead=0: False
     asked: list[int] = []
     run.handle_skipped_steps = lambda *, skip_last: asked.append(skip_last)
     run.train_loader, run.profiler, run.watchdog.starting = batches_on_device(steps=3), None, False

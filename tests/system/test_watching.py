@@ -21,8 +21,11 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
                      checkpoint__every_steps=3, evaluation__every_epochs=0.2, ema__decay=0.9)  # fmt: skip
     code, output = trained(tmp_path / "runs", *fields, program=(INJECT, "kill=9"))
     assert code == -signal.SIGKILL, output
+    (folder / "show").touch()
     code, output = trained(tmp_path / "runs", *fields)
     assert code == ExitCode.FINISHED, output
+    assert not (folder / "show").exists(), "the requested images were not drawn"
+
     board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
     (name,) = board.Runs()
     for kind, field in (("train", "loss"), ("eval", "top1"), ("eval_average", "top1"), ("attention", "step")):
@@ -33,6 +36,11 @@ def test_tensorboard_shows_each_point_of_a_killed_and_resumed_run_once(tmp_path:
         assert len({row["samples_seen"] for row in rows}) == len(rows) > 1
     for image in ("training", "attention"):
         assert board.Images(name, f"images/{image}")[-1].encoded_image_string.startswith(b"\x89PNG")
+    for title, content in (("recipe", "name: lavit_micro"), ("environment", "deepspeed"), ("git", "commit")):
+        events = board.Tensors(name, f"run/{title}/text_summary")
+        texts = [event.tensor_proto.string_val[0].decode() for event in events]
+        assert len(texts) == 2, "one per attempt"
+        assert all(content in text for text in texts)
     restarts = [row["restarts"] for row in read_metrics(folder / "metrics.jsonl", "train")]
     assert restarts == sorted(restarts)
     assert set(restarts) == {0, 1}
