@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,15 @@ def run_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -
 def start_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call ``function(*arguments)`` on every rank as a launcher would: the ranks are named, but have not met yet."""
     port = free_port()
-    # Ranks are forked from a server that has imported DeepSpeed and all of training once, which takes seconds.
-    multiprocessing.set_forkserver_preload(["deepspeed", "pretrain.main"])
+    preload()
     mp.start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="forkserver")
+
+
+def preload() -> None:
+    """Ranks are forked from a server that has imported once what takes seconds, torch._dynamo with an optimizer."""
+    multiprocessing.set_forkserver_preload(["deepspeed", "pretrain.main", "torch._dynamo"])
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # which DeepSpeed reads when it is imported
+        forkserver.ensure_running()
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import random
 import shutil
+import tempfile
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from io import StringIO
@@ -39,6 +40,8 @@ from tests.pretrain.damage import KINDS, STRUCTURE, change_without_digest, delet
 from tests.pretrain.ranks import run_ranks
 from tests.pretrain.test_round_trip import train
 
+MEMORY = Path("/dev/shm")
+"""A file system in memory: on a disk, copying a run a thousand times takes most of the time."""
 Found = tuple[Any, list[str]]
 """What was read, and the warnings."""
 
@@ -47,11 +50,11 @@ READ_BY = {
     "recipe.yaml": ("export", "report", "resume"), "ds_config.json": ("report", "resume"),
     "environment.json": ("export", "report", "resume"), "run.json": ("page", "report", "status", "resume"),
     "summary.json": ("page", "report", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
-    "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"),
+    "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"), "trackers.json": ("resume",),
     "loss_spikes.jsonl": ("page", "resume"), "tensorboard": ("report", "resume"), "evaluation": ("page",),
     "ledger.jsonl": ("replay", "resume"),
 }  # fmt: skip
-MEASURED = (".jsonl", "tfevents", "evaluation/")
+MEASURED = (".jsonl", "trackers.json", "tfevents", "evaluation/")
 """In files that have no digest a changed number cannot be seen; a line that is intact must stay."""
 
 
@@ -91,14 +94,13 @@ class Readers:
         shown = summary_lines(RunFolder(run))
         return shown, warnings + shown
 
-    def report(self, run: Path) -> Found:
-        found = read_run(run)
-        return (found.settings, found.status), found.notes
-
-    def page(self, run: Path) -> Found:
+    def report(self, run: Path, *, draws: bool = False) -> Found:
         found = read_run(run)
         found.curves.clear()  # they are numbers by now, and slow to draw
-        return bool(render([found])), found.notes
+        return (found.settings, found.status, draws and bool(render([found]))), found.notes
+
+    def page(self, run: Path) -> Found:
+        return self.report(run, draws=True)
 
     def status(self, run: Path) -> Found:
         _last_training_row(run / "metrics.jsonl")
@@ -136,8 +138,8 @@ class Readers:
         return (digest(held), asdict(progress), dataset, origin, state), warnings + said
 
 
-def survives(control: dist.ProcessGroup, run: Path) -> None:
-    readers, copy, problems, cases = Readers(control, run), run.with_name("copy"), list[str](), 0
+def survives(control: dist.ProcessGroup, run: Path, copy: Path) -> None:
+    readers, problems, cases = Readers(control, run), list[str](), 0
 
     def read(name: str, damage: Any = None, file: Path = run) -> Found:
         """What a reader finds on a copy in which a file is damaged, an error in the place of all."""
@@ -184,11 +186,13 @@ def survives(control: dist.ProcessGroup, run: Path) -> None:
 def test_no_damage_of_300_is_silent_or_a_traceback(tmp_path: Path, digits: Path) -> None:
     run = train(tmp_path, digits, 1, stage=1, checkpoint__every_steps=8, log_every_steps=1)
     assert evaluate.main([str(run), "--data", str(digits)]) == ExitCode.FINISHED
+    write_sealed(run / "trackers.json", {"train": 5})
     (run / "bad_samples.jsonl").write_text(
         '{"id": 3, "name": "a", "shard": "b", "reason": "c", "time": 1.5, "rank": 0}\n'
     )
     (run / "loss_spikes.jsonl").write_text('{"step": 3, "loss": 9.0, "level": 1.0, "sample_ids": [1]}\n')
-    run_ranks(1, survives, run)
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        run_ranks(1, survives, run, Path(folder) / "copy")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "recipe.yaml"])

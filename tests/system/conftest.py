@@ -28,7 +28,7 @@ def straight(request: pytest.FixtureRequest, short: list[str]) -> Path:
     with shared(request, "straight") as folder:
         if not (folder / "demo/summary.json").exists():
             (folder / "digests").mkdir(parents=True)
-            with launched(folder, *short, program=(INJECT, f"digests={folder / 'digests'}")) as run:
+            with launched(folder, *short, program=(INJECT, f"digests={folder / 'digests'}"), anew=True) as run:
                 assert run.end() == ExitCode.FINISHED, run.output()
                 run.assert_no_rank_stays()
     return folder / "demo"

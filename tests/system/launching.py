@@ -18,6 +18,7 @@ from pretrain.metrics import read_metrics
 from pretrain.ports import free_port
 from tests import RANK_VARIABLES
 from tests.pretrain.ranks import start_ranks
+from tests.system.forking import Forked, write_to
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/demo.yaml"
@@ -30,16 +31,19 @@ PATIENCE_S = 180.0
 class Launched:
     """A started launcher (or bare ``python``) with the log that it writes."""
 
-    def __init__(self, command: list[str], log: Path, gpu: bool) -> None:
+    def __init__(self, command: list[str], log: Path, *, gpu: bool = False, anew: bool = False) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         if not gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         self.log = log
-        with log.open("w") as handle:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        if anew:
+            with log.open("w") as handle:
+                self.process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        else:
+            self.process = Forked(command, environment, log)
         self._seen: dict[int, psutil.Process] = {}
 
     def output(self) -> str:
@@ -103,23 +107,36 @@ def launched(
     launcher: str = "deepspeed",
     program: tuple[str, ...] = PROGRAM,
     gpu: bool = False,
+    anew: bool = False,
 ) -> Iterator[Launched]:
     """Start training with ``deepspeed`` or ``torchrun`` on so many ranks; with 0, start ``program`` bare.
 
-    Runs lie in ``folder``. Without ``gpu`` it runs on the CPU, whatever there is.
+    Args:
+        folder: that of the runs.
+        arguments: of the program.
+        ranks: training processes.
+        launcher: what starts them.
+        program: a script, with its first arguments.
+        gpu: whether it may use one; else it runs on the CPU, whatever there is.
+        anew: whether each process begins as a user's does, as with a GPU and under ``torchrun``; else they are forked
+            from one that has imported everything.
     """
-    starter = [sys.executable]
-    if ranks:
-        options = {
-            "deepspeed": ["--num_accelerators", str(ranks), "--master_port", str(free_port())],
-            "torchrun": ["--standalone", "--nproc_per_node", str(ranks)],
-        }
-        starter = [str(Path(sys.executable).parent / launcher), *options[launcher]]
-    started = Launched([*starter, *command_line(folder, program, arguments)], new_log(folder), gpu)
+    command = [*starter(launcher, ranks), *command_line(folder, program, arguments)]
+    run = Launched(command, new_log(folder), gpu=gpu, anew=anew or gpu or launcher != "deepspeed")
     try:
-        yield started
+        yield run
     finally:
-        started.kill_all()
+        run.kill_all()
+
+
+def starter(launcher: str, ranks: int) -> list[str]:
+    """The words before a program and its arguments."""
+    options = {
+        "deepspeed": ["--num_accelerators", str(ranks), "--master_port", str(free_port())],
+        "torchrun": ["--standalone", "--nproc_per_node", str(ranks)],
+    }
+    binary = str(Path(sys.executable).parent / launcher)
+    return [sys.executable, *([binary, *options[launcher]] if ranks else [])]
 
 
 def trained(
@@ -152,10 +169,7 @@ def trained(
 def _run_script(words: list[str], log: Path, file_size_limit: int | None) -> None:
     if file_size_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    with log.open("a") as handle:
-        os.dup2(handle.fileno(), 1)
-        os.dup2(handle.fileno(), 2)
-    os.chdir(ROOT)
+    write_to(log)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 

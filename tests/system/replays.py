@@ -7,12 +7,9 @@ next checkpoint; where it finds nothing, the fault must have left no trace in th
 """
 
 import argparse
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,10 +23,9 @@ import torch.distributed as dist
 from pretrain.checkpoints.checkpoint import _ShardIndex
 from pretrain.ledger import read_rows
 from pretrain.outcome import ExitCode
-from pretrain.ports import free_port
 from pretrain.run_folder import RunFolder
 from tests.pretrain.ranks import run_ranks
-from tests.system.launching import RECIPE, ROOT, changes, launched
+from tests.system.launching import RECIPE, ROOT, Launched, changes, launched, new_log, starter
 from tests.system.soak import at_stage, kill, wait_for_step
 
 HALF = 8
@@ -49,11 +45,12 @@ def fields(data: Path, steps: int) -> list[str]:
 
 def replayed(run: Path, steps: str, *more: str, ranks: int) -> tuple[int, str]:
     """Exit status and output of the command."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
-    command = [*launcher, "pretrain.replay", str(run), "--steps", steps, *more]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout + done.stderr
+    command = [*starter("deepspeed", ranks), "--module", "pretrain.replay", str(run), "--steps", steps, *more]
+    replay = Launched(command, new_log(run.parent))
+    try:
+        return replay.end(), replay.output()
+    finally:
+        replay.kill_all()
 
 
 def killed_run(folder: Path, data: Path, chance: random.Random, *, steps: int) -> list[int]:
