@@ -94,6 +94,12 @@ class _Header(tarfile.TarInfo):
             raise _DamagedError("a negative size")
         return header
 
+    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        member: tarfile.TarInfo = super()._proc_pax(archive)  # type: ignore[misc]  # not in its stubs
+        if not member.pax_headers:  # as where zeros took the place of a name: the short name would be taken for it
+            raise _DamagedError("an extended header without a record")
+        return member
+
 
 class _Part:
     """A part of a file, as a file: tarfile must not read beyond an archive inside another."""

@@ -1,9 +1,9 @@
-"""RandAugment (Cubuk et al. 2019) with DALI's operations and our draws.
+"""RandAugment (Cubuk et al. 2019) and TrivialAugment (Müller and Hutter 2021) with DALI's operations and our draws.
 
 DALI's own `rand_augment` draws inside the graph, so an image would depend on its neighbors; here which operation, how
-strongly and in which direction are inputs. Operations and strengths are those of timm's `rand-m9-mstd0.5-inc1` family,
-whose magnitude runs from 0 to 10 and which applies each operation with probability 0.5. Strength is rounded to one of
-31 steps.
+strongly and in which direction are inputs. RandAugment's operations and strengths are those of timm's
+`rand-m9-mstd0.5-inc1` family, whose magnitude runs from 0 to 10 and which applies each operation with probability 0.5;
+TrivialAugment's are those of torchvision's TrivialAugmentWide. Strength is rounded to one of 31 steps.
 """
 
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali.auto_aug import augmentations as ops
 from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 
-from data_pipeline.transforms import RandAugmentConfig
+from data_pipeline.transforms import AugmentConfig, RandAugmentConfig
 
 STEPS = 31
 _FILL = 128  # gray, where an image has been moved away
@@ -37,6 +38,7 @@ RAND_AUGMENT = [
     ops.translate_y.augmentation((0, 0.45), True),
     ops.identity,  # for the half of the images that an operation is not applied to
 ]
+TRIVIAL_AUGMENT = get_trivial_augment_wide_suite(max_translate_abs=32)
 
 
 def draw_rand_augment(config: RandAugmentConfig, u: NDArray[np.float64]) -> dict[str, NDArray[np.int32]]:
@@ -53,12 +55,26 @@ def draw_rand_augment(config: RandAugmentConfig, u: NDArray[np.float64]) -> dict
     }
 
 
-def apply(images: Any, operations: int, inputs: dict[str, Any], size: tuple[int, int]) -> Any:
-    """Apply the operations that were drawn, one after the other; images are HWC uint8 of `size`."""
-    for slot in range(operations):
-        strength = signed_bin(inputs["strength"][slot], random_sign=inputs["sign"][slot])
-        images = select(
-            RAND_AUGMENT, inputs["operation"][slot], data=images, magnitude_bin=strength, num_magnitude_bins=STEPS,
-            shape=size, fill_value=_FILL,
-        )  # fmt: skip
+def draw_trivial_augment(u: NDArray[np.float64]) -> dict[str, NDArray[np.int32]]:
+    """Turn uniform numbers (n, 3) into the graph's inputs, each (n, 1)."""
+    return {
+        "operation": np.floor(u[:, :1] * len(TRIVIAL_AUGMENT)).astype(np.int32),
+        "strength": np.floor(u[:, 1:2] * STEPS).astype(np.int32),
+        "sign": (u[:, 2:] < 0.5).astype(np.int32),
+    }
+
+
+def apply(images: Any, config: AugmentConfig, inputs: dict[str, Any], size: tuple[int, int]) -> Any:
+    """Apply the operations that were drawn; images are HWC uint8 of `size`."""
+    suite = RAND_AUGMENT if config.rand_augment is not None else TRIVIAL_AUGMENT
+    for slot in range(config.rand_augment.operations if config.rand_augment is not None else 1):
+        arguments = {
+            "data": images,
+            "magnitude_bin": signed_bin(inputs["strength"][slot], random_sign=inputs["sign"][slot]),
+            "num_magnitude_bins": STEPS,
+            "fill_value": _FILL,
+        }
+        if config.rand_augment is not None:
+            arguments["shape"] = size
+        images = select(suite, inputs["operation"][slot], **arguments)
     return images

@@ -8,7 +8,7 @@ threads or restarts.
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.auto_augment import draw_rand_augment
+from data_pipeline.auto_augment import draw_rand_augment, draw_trivial_augment
 from data_pipeline.philox import philox, uniform
 from data_pipeline.transforms import (
     AffineConfig,
@@ -51,6 +51,8 @@ def train_params(config: InputConfig, draws: Draws, widths: NDArray[np.int64], h
         params |= color_jitter(augment.color_jitter, draws)
     if augment.rand_augment is not None:
         params |= draw_rand_augment(augment.rand_augment, draws.uniform(_POLICY, 5 * augment.rand_augment.operations))
+    if augment.trivial_augment:
+        params |= draw_trivial_augment(draws.uniform(_POLICY, 3))
     if augment.random_erasing is not None:
         params |= random_erasing(augment.random_erasing, draws, config.size)
     return params

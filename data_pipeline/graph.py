@@ -119,6 +119,10 @@ def _normalise(images: Any, config: InputConfig, **arguments: Any) -> Any:
     )  # fmt: skip
 
 
+def _has_policy(config: InputConfig) -> bool:
+    return config.augment.rand_augment is not None or config.augment.trivial_augment
+
+
 def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, device_id: int | None) -> Any:
     """Return the node that gives (3, H, W) float32 training images."""
     images = _resize(_decode(inputs, config, device_id), config.size, config, threads, device_id)
@@ -129,8 +133,8 @@ def train_graph(config: InputConfig, inputs: dict[str, Any], threads: int, devic
     if config.augment.color_jitter is not None:
         jitter = {name: inputs[name] for name in ("brightness", "contrast", "saturation", "hue")}
         images = fn.color_twist(images, **jitter)
-    if config.augment.rand_augment is not None:
-        images = auto_augment.apply(images, config.augment.rand_augment.operations, inputs, config.size)
+    if _has_policy(config):
+        images = auto_augment.apply(images, config.augment, inputs, config.size)
     images = _normalise(images, config, mirror=inputs["mirror"])
     if config.augment.random_erasing is not None:
         images = fn.erase(
@@ -171,9 +175,7 @@ def pipeline(
     examples = {"jpeg": np.zeros(1, np.uint8)} | {name: values[0] for name, values in params.items()}
 
     # RandAugment's choice between operations is a condition in the graph, for which DALI must convert this function.
-    with_policy = train and config.augment.rand_augment is not None
-
-    @pipeline_def(enable_conditionals=with_policy)  # type: ignore[untyped-decorator]
+    @pipeline_def(enable_conditionals=train and _has_policy(config))  # type: ignore[untyped-decorator]
     def graph() -> Any:
         inputs = _inputs(examples, source)
         return (train_graph if train else eval_graph)(config, inputs, threads, device_id)

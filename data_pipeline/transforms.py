@@ -24,8 +24,8 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-_REMOVED = {"trivial_augment": False, "device_memory_padding": None, "preallocate_hint": None}
-"""Fields of older runs' recipes that are ignored: with this value, or, as they changed no pixel, with any (None)."""
+_REMOVED = {"device_memory_padding", "preallocate_hint"}
+"""Fields of older runs' recipes that are ignored, as they changed no pixel."""
 
 
 def as_location(value: object) -> object:
@@ -39,10 +39,7 @@ class _Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_removed(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        removed = {name for name, value in _REMOVED.items() if value in (None, fields.get(name))}
-        return {name: value for name, value in fields.items() if name not in removed}
+        return {name: fields[name] for name in fields if name not in _REMOVED} if isinstance(fields, dict) else fields
 
 
 class RandomResizedCropConfig(_Config):
@@ -112,11 +109,19 @@ class AugmentConfig(_Config):
     affine: AffineConfig | None = None
     """Meant for small images such as digits."""
     rand_augment: RandAugmentConfig | None = None
-    """Applied after color_jitter."""
+    """At most one of this and trivial_augment."""
+    trivial_augment: bool = False
+    """One operation of any strength for each image, as torchvision's TrivialAugmentWide."""
     color_jitter: ColorJitterConfig | None = None
-    """Applied before rand_augment."""
+    """Applied before RandAugment or TrivialAugment."""
     random_erasing: RandomErasingConfig | None = None
     """Applied last."""
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> "AugmentConfig":
+        if self.rand_augment is not None and self.trivial_augment:
+            raise ValueError("rand_augment and trivial_augment exclude each other; choose one")
+        return self
 
 
 class InputConfig(_Config):

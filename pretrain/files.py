@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import IO, Any, BinaryIO, TypeGuard
 
 import yaml
 
@@ -100,25 +101,34 @@ def cut_lines(
 ) -> None:
     """Take lines that are damaged, or not to ``keep``, out of a file of JSON objects, which may be missing.
 
-    Only a line at a time is held. A last line that a crash has cut is no damage; of others ``say`` is told, and the
-    file that had them is kept.
+    Only a line at a time is held, and the file is replaced only where a line goes. A last line that a crash has cut is
+    no damage; of others ``say`` is told, and the file that had them is kept.
 
     Raises:
         OSError: the file cannot be read or replaced.
     """
     if not path.exists():
         return
-    damaged = 0
-    with path.open("rb") as old, replacing(path) as new:
+    size = damaged = 0
+    with path.open("rb") as old, ExitStack() as stack:
+        new: BinaryIO | None = None
         for line in old:
             row = json_object(line)
-            if not intact(row):
-                damaged += line.endswith(b"\n")
-            elif row is not None and keep(row):
+            kept = intact(row) and row is not None and keep(row)
+            damaged += not intact(row) and line.endswith(b"\n")
+            if new is None and not (kept and line.endswith(b"\n")):
+                new = stack.enter_context(replacing(path))
+                with path.open("rb") as prefix:
+                    shutil.copyfileobj(prefix, new)
+                new.truncate(size)
+                new.seek(size)
+            if new is None:
+                size += len(line)
+            elif kept:
                 new.write(line.removesuffix(b"\n") + b"\n")
         if damaged:
-            shutil.copy2(path, kept := aside(path))
-            say(f"WARNING {path}: {damaged:,} damaged lines are dropped; the file that had them is {kept}")
+            shutil.copy2(path, copy := aside(path))
+            say(f"WARNING {path}: {damaged:,} damaged lines are dropped; the file that had them is {copy}")
 
 
 def is_measurement(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:

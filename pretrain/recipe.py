@@ -309,7 +309,6 @@ CHANGEABLE = (
     "data.cache",
     "data.threads",
     "data.prefetch",
-    "data.augment.trivial_augment",  # of older runs
     "model.activation_checkpointing",
     "model.compile",
     "model.overrides.attention_kernel",

@@ -142,6 +142,19 @@ def test_links_devices_and_names_that_are_not_utf8_are_listed_or_escaped(pack, t
     assert names[0] == "n1/caf\\udce9.jpg"
 
 
+def test_zeros_over_a_long_name_are_refused_and_headers_for_all_members_are_not(tmp_path):
+    data = tar({"café/0.jpg": jpeg(0), "café/1.jpg": jpeg(1)})
+    start = data.rindex(b"path=caf")
+    start -= start % tarfile.BLOCKSIZE
+    path = tmp_path / "x.tar"
+    path.write_bytes(data[:start] + bytes(tarfile.BLOCKSIZE) + data[start + tarfile.BLOCKSIZE :])
+    with pytest.raises(DataError, match="an extended header without a record"):
+        list(members(path))
+    common = tarfile.TarInfo.create_pax_global_header({"comment": "as git archive writes it"})
+    path.write_bytes(common + data)
+    assert [member.name for member in members(path)] == ["café/0.jpg", "café/1.jpg"]
+
+
 WHOLE = tar({f"{i}.jpg": jpeg(i) for i in range(4)})
 
 

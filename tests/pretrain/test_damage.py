@@ -48,8 +48,8 @@ Found = tuple[Any, list[str]]
 READ_BY = {
     "handoff": ("handoff", "summary"), "checkpoints": ("export", "resume"),
     "recipe.yaml": ("export", "report", "resume"), "ds_config.json": ("report", "resume"),
-    "environment.json": ("export", "report", "resume"), "run.json": ("page", "report", "status", "resume"),
-    "summary.json": ("page", "report", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
+    "environment.json": ("export", "report", "resume"), "run.json": ("page", "status", "resume"),
+    "summary.json": ("page", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
     "events.jsonl": ("page", "replay", "resume"), "bad_samples.jsonl": ("page", "resume"), "trackers.json": ("resume",),
     "loss_spikes.jsonl": ("page", "resume"), "tensorboard": ("report", "resume"), "evaluation": ("page",),
     "ledger.jsonl": ("replay", "resume"),

@@ -111,6 +111,18 @@ def test_what_is_measured_again_at_the_very_place_of_the_checkpoint_stands_once(
         assert board_points(tmp_path) == {"train/loss": [4, 8], "eval/loss": [4, 8], "probe/loss": [2, 8]}
 
 
+def test_a_resume_rewrites_the_file_only_where_a_line_has_to_go(tmp_path: Path) -> None:
+    write(tmp_path, 1, 8, resumed_at=0)
+    jsonl = tmp_path / "metrics.jsonl"
+    content, inode = jsonl.read_bytes(), jsonl.stat().st_ino
+    write(tmp_path, 9, 8, resumed_at=8)
+    assert (jsonl.read_bytes(), jsonl.stat().st_ino) == (content, inode)
+    jsonl.write_bytes(content[:-1])  # cut between the line and its end
+    write(tmp_path, 9, 9, resumed_at=8)
+    assert seen(tmp_path) == [*range(1, 10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
 def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_path: Path) -> None:
     book = mock.Mock()
     for start, end in ((0, 8), (5, 6), (4, 9)):  # killed after 8, after 6, then finished

@@ -164,9 +164,6 @@ def test_a_resume_may_change_how_it_runs_but_not_what_it_computes() -> None:
     assert recipe_differences(old, allowed.model_dump(mode="json")) == []
     removed = load_recipe(DEMO, ["model.overrides.attention_kernel=triton", "data.preallocate_hint=[375, 500]"])
     assert recipe_differences(removed.model_dump(mode="json"), old) == []
-    older = old | {"data": old["data"] | {"augment": old["data"]["augment"] | {"trivial_augment": False}}}
-    assert load_recipe(DEMO, ["data.augment.trivial_augment=false"]) == load_recipe(DEMO)
-    assert recipe_differences(older, old, known_only=True) == []
     changed = load_recipe(DEMO, ["optimizer.lr=1e-4", "data.augment.affine.degrees=3", "seed=1"])
     lines = recipe_differences(old, changed.model_dump(mode="json"))
     assert [line.split(":")[0] for line in lines] == ["data.augment.affine.degrees", "optimizer.lr", "seed"]
