@@ -1,10 +1,7 @@
 """The evaluation of a hand-off: its report, on any number of ranks, and what it refuses."""
 
-import io
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.manifest import FILE_NAME
 from data_pipeline.transforms import InputConfig
 from models import create_model
 from pretrain.evaluate import main
-from pretrain.evaluation.accuracy import Evaluation, evaluate
-from pretrain.evaluation.labels import match_classes
-from pretrain.evaluation.report import Verdicts, calibration, class_table, confusion_of_worst, draw_confusion
+from pretrain.evaluation.accuracy import Evaluation, Verdicts, evaluate
+from pretrain.evaluation.classes import match_classes
+from pretrain.evaluation.report import calibration_error, class_table
 from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff
 from pretrain.outcome import ExitCode, UserError
 from tests.pretrain import handoffs
@@ -84,7 +79,7 @@ def test_the_report_equals_plain_torch_and_names_are_printed_without_control_cha
     output = tmp_path / "out"
     found = report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, output)
     assert r"/[red]:smile:\x1b[2J on " in capsys.readouterr().out
-    assert [path.name for path in sorted(output.iterdir())] == ["digits-val-confusion.png", "digits-val.json"]
+    assert [path.name for path in output.iterdir()] == ["digits-val.json"]
     logits, labels = scores(handoff, digits)
     right = logits.argmax(1) == labels
     five = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1)
@@ -124,7 +119,7 @@ def test_a_full_gpu_is_an_error_of_one_line(
     handoff: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 79.19 GiB")
-    monkeypatch.setattr("pretrain.evaluate.examine", mock.Mock(side_effect=full))
+    monkeypatch.setattr("pretrain.evaluate.evaluate", mock.Mock(side_effect=full))
     error = error_of(capfd, handoff, "--data", digits)
     assert "the GPU's memory is full, evaluating (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0" in error
     assert error.strip().endswith("lower --batch-size")
@@ -137,7 +132,7 @@ def totals_of(logits: torch.Tensor, labels: torch.Tensor, size: int) -> Evaluati
     ]
     result = evaluate(lambda images: images, batches)
     assert result is not None
-    return result
+    return result.total()
 
 
 def test_the_loss_does_not_depend_on_the_order_of_images_to_the_last_bit() -> None:
@@ -162,8 +157,8 @@ def test_an_image_whose_scores_are_not_finite_counts_as_wrong_with_a_warning(bro
 def verdicts(labels: Any, predicted: Any, confidence: list[float] | None = None) -> Verdicts:
     count = len(labels)
     return Verdicts(
-        np.array(labels), np.array(predicted), np.ones(count, bool),
-        np.array(confidence or [1.0] * count), np.zeros(count, int),
+        np.array(labels), np.array(predicted), np.ones(count, bool), np.zeros(count),
+        np.array(confidence or [1.0] * count),
     )  # fmt: skip
 
 
@@ -174,13 +169,11 @@ def names(count: int) -> Any:
 
 def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy_of_15_bins() -> None:
     # Right: 1/15, where the second bin begins; three of four at 0.9; 0.95, in the last bin, as is 1, which is wrong.
-    found = calibration(verdicts([0] * 8, [0, 0, 0, 1, 1, 0, 0, 1], [0.9, 0.9, 0.9, 0.9, 0.42, 1 / 15, 0.95, 1.0]))
+    found = calibration_error(
+        verdicts([0] * 8, [0, 0, 0, 1, 1, 0, 0, 1], [0.9, 0.9, 0.9, 0.9, 0.42, 1 / 15, 0.95, 1.0])
+    )
     gaps = 4 * abs(0.75 - 0.9) + 0.42 + (1 - 1 / 15) + 2 * abs(0.5 - 0.975)
-    assert found["expected_calibration_error"] == pytest.approx(100 * gaps / 8)
-    assert len(found["table"]) == 15
-    assert [(row["up_to"], row["samples"], row["top1"]) for row in found["table"] if row["samples"]] == [
-        (2 / 15, 1, 100), (7 / 15, 1, 0), (14 / 15, 4, 75), (1, 2, 50),
-    ]  # fmt: skip
+    assert found == pytest.approx(100 * gaps / 8)
 
 
 def test_each_class_has_its_row_and_its_confusions_by_id() -> None:
@@ -192,37 +185,6 @@ def test_each_class_has_its_row_and_its_confusions_by_id() -> None:
     assert list(rows[0]["confused_with"].items()) == [("n1", 2), ("n2", 1)], "the most frequent first"
     assert rows[2]["confused_with"] == {"n0": 1}
     assert class_table(verdicts([99_999], [0]), names(100_000))[-1]["confused_with"] == {"n0": 1}, "80 GB if dense"
-
-
-def test_the_confusion_matrix_shows_the_worst_classes_and_all_of_their_images() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(60), 30)
-    predicted = np.where(rng.random(1800) < 0.01 * labels + 0.3, labels, rng.integers(0, 60, 1800))
-    table = class_table(verdicts(labels, predicted), names(60))
-    rows, columns, counts = confusion_of_worst(table)
-    assert counts.shape == (len(rows), len(columns)) == (20, 20 + 10 + 1)
-    assert (counts.sum(1) == 30).all()
-    assert columns[-1] == "all others"
-    assert (100 * counts.diagonal() / 30).tolist() == pytest.approx(sorted(row["top1"] for row in table)[:20])
-    shown = [int(name.split()[1]) for name in columns[:-1]]
-    matrix = np.zeros((60, 60), int)
-    np.add.at(matrix, (labels, predicted), 1)
-    assert (counts[:, :-1] == matrix[shown[:20]][:, shown]).all()
-    elsewhere = np.delete(matrix[shown[:20]].sum(0), shown[:20])
-    assert counts[:, 20:30].sum(0).tolist() == sorted(elsewhere, reverse=True)[:10]
-    with Image.open(io.BytesIO(draw_confusion(table, "costs $5 or $6"))) as image:
-        assert image.format == "PNG"
-        assert np.asarray(image.convert("L")).std() > 10
-
-
-def test_without_matplotlib_the_plot_is_left_out_with_a_warning_and_an_older_one_removed(
-    handoff: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "digits-val-confusion.png").touch()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report_of(handoff, digits, tmp_path)
-    assert "matplotlib is not installed" in capfd.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["digits-val.json"]
 
 
 def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
@@ -273,7 +235,7 @@ def test_classes_are_matched_by_id_with_a_warning_where_anything_differs() -> No
     same = match_classes(ours, data_of(["a", "b"], "AB"))
     assert (same.columns, same.warnings) == (None, ())
     reordered = match_classes(ours, data_of(["b", "a"], "BA"))
-    assert reordered.columns == (1, 0)
+    assert reordered.columns == [1, 0]
     assert "another order" in reordered.warnings[0]
     assert "'B' in the hand-off and 'X' here" in match_classes(ours, data_of(["a", "b"], "AX")).warnings[0]
     assert "by position" in match_classes(ours, data_of(["0", "1"], "01"), by_position=True).warnings[0]
@@ -283,15 +245,9 @@ def test_classes_are_matched_by_id_with_a_warning_where_anything_differs() -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "by_position", "message"),
     [
-        (
-            (["a", "b"], "AB"),
-            (["a", "c"], "AC"),
-            False,
-            "1 of the 2 classes of data/x are .*'c'.*--classes-by-position",
-        ),
+        ((["a", "b"], "AB"), (["a", "c"], "AC"), False, "1 of the 2 classes of data/x .*'c'.*--classes-by-position"),
         ((["a", "b"], "AB"), (["a", "b", "c"], "ABC"), False, "are not among the hand-off's 2"),
-        ((None, "AB"), (["a", "b"], "BA"), False, r"another order \(class 0: 'A' in the hand-off, 'B' here\)"),
-        ((None, "AB"), (["a", "b"], "AX"), False, "1 classes of data/x have other names"),
+        ((None, "AB"), (["a", "b"], "BA"), False, "class 0 is 'A' in the hand-off and 'B' in data/x, .* too old"),
         ((None, "ABC"), (["a", "b"], "AB"), False, "3 classes, data/x has 2: the hand-off is too old"),
         ((["a", "b"], "AB"), (["a"], "A"), True, "2 classes, data/x has 1"),
     ],
@@ -311,61 +267,5 @@ def test_what_cannot_be_evaluated_is_an_error_of_one_line(
     (other / WEIGHTS).write_bytes(b"")
     assert CONFIG in error_of(capfd, other, "--data", digits)
     assert "cannot be written" in error_of(capfd, handoff, "--data", digits, "--output", digits / FILE_NAME)
-    (tmp_path / "real.json").write_text(json.dumps([[0]] * 360))
-    error = error_of(capfd, handoff, "--data", digits, "--real", tmp_path / "real.json")
-    assert "is not named ILSVRC2012_val_" in error
-    for broken in (torch.nan, torch.inf):
-        folder = hand_off(tmp_path / str(broken), [str(digit) for digit in range(10)], bias=broken)
-        assert "the scores of 360 of 360 images are not finite" in error_of(capfd, folder, "--data", digits)
-
-
-@pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve images of three classes with ImageNet's names; a thirteenth file is no image and is left out."""
-    root, rng = tmp_path_factory.mktemp("named"), np.random.default_rng(0)
-    for number in range(1, 14):
-        path = root / "in" / "abc"[number % 3] / f"ILSVRC2012_val_{number:08d}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if number == 4:
-            path.write_bytes(b"no image")
-        else:
-            Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((40, 40)).save(path)
-    assert build([str(root / "in"), str(root / "val"), "--split", "val", "--workers", "1"]) == 0
-    return root / "val"
-
-
-def test_a_prediction_is_correct_if_it_is_any_of_the_images_real_labels(named: Path, tmp_path: Path) -> None:
-    model = hand_off(tmp_path / "h", list("abc"))
-    dataset = Dataset.open(named, "val")
-    best = scores(model, named)[0].argmax(1).tolist()
-    predicted = {int(dataset.sample_name(i).split("val_")[1][:8]): label for i, label in enumerate(best)}
-    assert len(predicted) == 12
-    assert len(set(predicted.values())) > 1
-    labels: list[list[int]] = [[] for _ in range(13)]
-    for number in (1, 2, 3):
-        labels[number - 1] = sorted({0, predicted[number]})
-    for number in (5, 6):
-        labels[number - 1] = [label for label in range(3) if label != predicted[number]]
-    (tmp_path / "real.json").write_text(json.dumps(labels))
-    found = report_of(model, named, tmp_path / "out", "--real", str(tmp_path / "real.json"))
-    assert found["real"] == {"top1": 60.0, "samples": 5, "without": 7}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[[0]]", "labels of 1 images, but .* was built from 13"),
-        (json.dumps([[3]] + [[0]] * 12), "image 1 has label 3, but the data's classes are 0..2"),
-        (json.dumps([[True]] + [[0]] * 12), "image 1 has label True"),
-        (json.dumps([0] * 13), "not a list with one list of labels per image"),
-        ("{}", "not a list"),
-        ("[[0", "cannot be read"),
-        (json.dumps([[]] * 13), "no label for any image"),
-    ],
-)
-def test_a_file_of_labels_that_does_not_fit_is_refused(
-    named: Path, tmp_path: Path, content: str, message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "real.json").write_text(content)
-    model = hand_off(tmp_path / "h", list("abc"))
-    assert re.search(message, error_of(capfd, model, "--data", named, "--real", tmp_path / "real.json"))
+    broken = hand_off(tmp_path / "broken", [str(digit) for digit in range(10)], bias=torch.nan)
+    assert "the scores of 360 of 360 images are not finite" in error_of(capfd, broken, "--data", digits)
