@@ -176,12 +176,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Tasks may start elsewhere than the launch does."""
     content = recipe.model_dump()
-    for section, key in (("data", "path"), ("loss", "class_tree"), ("probes", "path")):
+    for section, key in (
+        ("data", "path"), ("loss", "class_tree"), ("probes", "path"), ("initialize_from", "handoff"),
+    ):  # fmt: skip
         path = (content[section] or {}).get(key)
         if path is not None and "://" not in str(path):
             content[section][key] = str(Path(path).absolute())
-    if recipe.initialize_from is not None and Path(recipe.initialize_from.handoff).exists():  # else the Hub's id of one
-        content["initialize_from"]["handoff"] = str(Path(recipe.initialize_from.handoff).absolute())
     return Recipe.model_validate(content)
 
 

@@ -23,7 +23,6 @@ from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff import transformers_files
-from pretrain.handoff.hub import fetch
 from pretrain.outcome import ExitCode, UserError, storage_code
 
 WEIGHTS = "model.safetensors"
@@ -167,8 +166,7 @@ def load_handoff(
     """Build the model of a hand-off, in evaluation mode on the CPU: a ``LaViT``, or the network of a factory.
 
     Args:
-        source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is not a folder: a
-            repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
+        source: the folder.
         factory: the callable that builds the network, where it is no LaViT; it gets the hand-off's arguments.
         trust_factory: import the callable that the hand-off names instead.
 
@@ -201,8 +199,6 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
         UserError: as ``load_handoff``.
     """
     folder = Path(source)
-    if isinstance(source, str) and not folder.exists():
-        folder = fetch(source, [CONFIG, WEIGHTS, transformers_files.PREPROCESSOR, "*.py"]) or folder
     try:
         config = _config((folder / CONFIG).read_bytes(), folder / CONFIG)
         changed = [name for name, stated in config.files_blake2.items() if digest_of_file(folder / name) != stated]
@@ -229,14 +225,16 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
 def _config(text: bytes, path: Path) -> HandoffConfig:
     try:
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
         # A hand-off from before config.json had a digest has none; it is still checked field by field.
-        stated = fields.pop(_OWN_DIGEST, None) if isinstance(fields, dict) else None
+        stated = fields.pop(_OWN_DIGEST, None)
         if stated is not None and stated != digest_of_fields(fields):
             raise UserError(
                 f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
                 "if it was changed on purpose"
             )
-        for name in transformers_files.FIELDS if isinstance(fields, dict) else ():
+        for name in transformers_files.FIELDS:
             fields.pop(name, None)
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:

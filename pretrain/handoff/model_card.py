@@ -103,7 +103,7 @@ With the project that trained it, which checks the digests in `config.json` and 
 ```python
 from pretrain.handoff import load_handoff
 
-model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"{"" if own else ", factory=CALLABLE"})
+model, config = load_handoff("PATH/TO/THIS/FOLDER"{"" if own else ", factory=CALLABLE"})
 logits = model(images)  # (batch, 3, H, W) in 0..1, normalized by config.input.mean and std -> (batch, classes)
 ```
 """
@@ -149,25 +149,13 @@ def _lineage(origin: dict[str, Any] | None) -> str:
 
 
 def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
-    metrics, recipe, name = content["metrics"], content["recipe"], printable(content["dataset"]["name"])
-    measured = [
-        {"type": "accuracy", "name": "top-1 accuracy, percent", "value": round(metrics["top1"], 4)},
-        {"type": "accuracy", "name": "top-5 accuracy, percent", "value": round(metrics["top5"], 4)},
-        {"type": "loss", "name": "cross-entropy, nats", "value": round(metrics["loss"], 6)},
-    ]
     own = "factory" not in content["architecture"]
     of_lavit = ("custom_code", "lavit", content["architecture"]["name"], "arxiv:2406.00427") if own else ()
-    result = {
-        "task": {"type": "image-classification", "name": "Image Classification"},
-        "dataset": {"type": name, "name": name, "split": printable(recipe["data"]["val_split"])},
-        "metrics": measured,
-    }
     return {
         "library_name": "transformers" if own else "lavit-pretrain",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", *of_lavit],
         "license": license_id,
-        "datasets": [name],
+        "datasets": [printable(content["dataset"]["name"])],
         "metrics": ["accuracy"],
-        "model-index": [{"name": recipe["name"], "results": [result]}],
     }

@@ -366,8 +366,7 @@ def test_commands_want_to_be_told_that_a_hand_off_is_trusted(
     folder = str(handoff[0])
     commands = [
         (evaluate.main, [folder, "--data", str(digits), "--classes-by-position"]),
-        (convert.main, [folder, "net.onnx"]),
-        (convert.main, [folder, "net.pt2", "--image-size", "48"]),
+        (convert.main, [folder, "net.onnx", "--image-size", "48"]),
     ]
     for command, arguments in commands:
         assert command(arguments) == 2
