@@ -98,14 +98,6 @@ def test_another_size_is_resampled_and_other_classes_get_a_fresh_head(tmp_path):
     assert relative_error(kept(images), net(images.double())) < ALLOWED
 
 
-def test_other_channels_keep_the_first_convolution_as_timm_adapts_it(tmp_path):
-    net = ours()
-    overlay = {"file": state_file(tmp_path, net), "num_classes": 7}
-    model = build(num_classes=7, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
-    gray = torch.randn(2, 1, 32, 32)
-    assert relative_error(model(gray), net.double()(gray.double().expand(-1, 3, -1, -1))) < ALLOWED
-
-
 def test_pretrained_without_a_file_is_an_error_and_not_random_weights():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for lavit_micro"):
         build(pretrained=True)
