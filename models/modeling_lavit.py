@@ -49,8 +49,7 @@ class LaViTForImageClassification(PreTrainedModel):
 
     def __init__(self, config: LaViTPretrainedConfig) -> None:
         super().__init__(config)
-        # apex's LayerNorm has the same weights and outputs as torch's.
-        config.architecture = {**config.architecture, "num_classes": config.num_labels, "norm": "torch"}
+        config.architecture = {**config.architecture, "num_classes": config.num_labels}
         self.lavit = LaViT(LaViTConfig.from_dict(config.architecture))
         self.post_init()
 
