@@ -21,11 +21,6 @@ Observer = Callable[[Tensor, Grid, Grid], None]
 """Receives softmaxed attention (batch, heads, M, N), the query grid and the key grid; see `models.diagnostics`."""
 
 
-def layer_norm(width: int) -> nn.Module:
-    """LayerNorm over the last `width` channels; 1e-6 is below the variance of any live token, as in timm and PVT."""
-    return nn.LayerNorm(width, eps=1e-6)
-
-
 class _Product(torch.autograd.Function):
     """`torch.bmm`, whose gradients are computed in the memory order of their factors.
 
@@ -67,11 +62,11 @@ class SpatialReduction(nn.Module):
     convolution's, its weight is in the layout that the product wants, and so is its gradient.
     """
 
-    def __init__(self, width: int, ratio: int) -> None:
+    def __init__(self, width: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.ratio = ratio
         self.linear = nn.Linear(width * ratio**2, width)
-        self.norm = layer_norm(width)
+        self.norm = norm(width)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(batch, N, C) to (batch, M, C)."""
@@ -138,11 +133,11 @@ class Attention(nn.Module):
 
     observer: Observer | None = None
 
-    def __init__(self, width: int, heads: int, ratio: int) -> None:
+    def __init__(self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
         self.ratio = ratio
-        self.reduction = SpatialReduction(width, ratio) if ratio > 1 else None
+        self.reduction = SpatialReduction(width, ratio, norm) if ratio > 1 else None
         self.proj = nn.Linear(width, width)
 
     def key_grid(self, grid: Grid) -> Grid:
@@ -190,8 +185,10 @@ class VanillaAttention(Attention):
     which the softmax does not see, and a value's bias is a part of the output projection's, as rows sum to one.
     """
 
-    def __init__(self, width: int, heads: int, ratio: int, *, keeps_scores: bool) -> None:
-        super().__init__(width, heads, ratio)
+    def __init__(
+        self, width: int, heads: int, ratio: int, norm: Callable[[int], nn.Module], *, keeps_scores: bool
+    ) -> None:
+        super().__init__(width, heads, ratio, norm)
         self.keeps_scores = keeps_scores
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width, bias=False)
@@ -237,8 +234,17 @@ class LessAttention(Attention):
     Without `learned_maps` there is neither, and `A_l = A_{l-1}`.
     """
 
-    def __init__(self, width: int, heads: int, ratio: int, grid: Grid, *, learned_maps: bool = True) -> None:
-        super().__init__(width, heads, ratio)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ratio: int,
+        norm: Callable[[int], nn.Module],
+        grid: Grid,
+        *,
+        learned_maps: bool = True,
+    ) -> None:
+        super().__init__(width, heads, ratio, norm)
         self.v = nn.Linear(width, width, bias=False)
         self.theta = Theta(self.key_grid(grid)) if learned_maps else None
         self.psi = Psi(grid) if learned_maps else None

@@ -1,11 +1,44 @@
 """One pre-norm transformer block: attention of either kind and an MLP, each on a residual branch."""
 
+import importlib
+from collections.abc import Callable
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, layer_norm
+from .attention import Attention
 from .config import Grid
 from .diagonality import Diagonality
+
+EPSILON = 1e-6
+"""Below the variance of any live token; timm and the PVT family use the same."""
+
+
+def layer_norm(width: int, kind: Literal["torch", "apex"] = "torch") -> nn.Module:
+    """LayerNorm over the last `width` channels; both kinds have `weight` and `bias` and the same outputs.
+
+    Raises:
+        RuntimeError: 'apex' was asked for and is not there. apex says so only when the layer is constructed, not when
+            it is imported; PyPI's package of that name is an unrelated toolkit for the Pyramid web framework.
+    """
+    if kind == "torch":
+        return nn.LayerNorm(width, eps=EPSILON)
+    try:
+        fused = importlib.import_module("apex.normalization").FusedLayerNorm
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            "norm: 'apex' needs NVIDIA's apex, built from https://github.com/NVIDIA/apex with its CUDA extensions "
+            "(PyPI's 'apex' is an unrelated web toolkit); norm: 'torch' needs nothing"
+        ) from error
+    try:
+        layer: nn.Module = fused(width, eps=EPSILON)
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"norm: 'apex' is installed without its CUDA extension ({error}); build it with --cpp_ext --cuda_ext, "
+            "or use norm: 'torch'"
+        ) from error
+    return layer
 
 
 def drop_path(branch: Tensor, uniforms: Tensor, rate: float) -> Tensor:
@@ -38,12 +71,14 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, with stochastic depth on both branches."""
 
-    def __init__(self, width: int, attention: Attention, mlp_ratio: float, drop_rate: float) -> None:
+    def __init__(
+        self, width: int, attention: Attention, mlp_ratio: float, drop_rate: float, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.drop_rate = drop_rate
-        self.norm1 = layer_norm(width)
+        self.norm1 = norm(width)
         self.attention = attention
-        self.norm2 = layer_norm(width)
+        self.norm2 = norm(width)
         self.mlp = Mlp(width, round(width * mlp_ratio))
 
     def forward(

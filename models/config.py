@@ -9,7 +9,7 @@ from typing import Any, Literal
 STAGES = 4
 Grid = tuple[int, int]
 """(height, width) of a grid of tokens, or of an image in pixels."""
-REMOVED_FIELDS = ("attention_kernel", "norm")
+REMOVED_FIELDS = ("attention_kernel",)
 """Fields that recipes and hand-offs of earlier versions may name and that changed no weight: accepted and ignored."""
 
 
@@ -52,6 +52,8 @@ class LaViTConfig:
     """How the last stage's tokens become one vector. The class token never enters a score matrix (our choice)."""
     drop_path: float = 0.0
     """Stochastic depth: the rate of the last block; it grows linearly from 0 at the first."""
+    norm: Literal["torch", "apex"] = "torch"
+    """torch's LayerNorm, or the FusedLayerNorm of NVIDIA's apex."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the field."""
@@ -78,6 +80,7 @@ class LaViTConfig:
             hidden = round(width * ratios[stage])
             _require(hidden > 0, f"mlp_ratios: {ratios[stage]} of stage {stage + 1}'s width of {width} is nothing")
         _require(self.pool in {"class_attention", "mean"}, f"pool: 'class_attention' or 'mean', got {self.pool!r}")
+        _require(self.norm in {"torch", "apex"}, f"norm: 'torch' or 'apex', got {self.norm!r}")
         _require(
             _is_number(self.drop_path) and 0 <= self.drop_path < 1,
             f"drop_path: at least 0 and below 1, got {self.drop_path!r}",

@@ -7,7 +7,8 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from .attention import ClassAttention, TokenMap, layer_norm
+from .attention import ClassAttention, TokenMap
+from .block import layer_norm
 from .config import STAGES, LaViTConfig
 from .diagonality import Diagonality
 from .residual import AttentionResidual
@@ -27,7 +28,7 @@ class LaViT(nn.Module):
         self.num_drop_paths = 2 * sum(config.depths)
         """Residual branches, two a block: the rows of `drop_path_uniforms`."""
         self.stages = cast("Sequence[Stage]", nn.ModuleList(Stage(config, stage) for stage in range(STAGES)))
-        self.norm = layer_norm(config.widths[-1])
+        self.norm = layer_norm(config.widths[-1], config.norm)
         self.pool = ClassAttention(config.widths[-1], config.heads[-1]) if config.pool == "class_attention" else None
         self.head = nn.Linear(config.widths[-1], config.num_classes)
         _initialize(self)

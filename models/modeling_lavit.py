@@ -49,7 +49,8 @@ class LaViTForImageClassification(PreTrainedModel):
 
     def __init__(self, config: LaViTPretrainedConfig) -> None:
         super().__init__(config)
-        config.architecture = {**config.architecture, "num_classes": config.num_labels}
+        # apex's LayerNorm has the same weights and outputs as torch's.
+        config.architecture = {**config.architecture, "num_classes": config.num_labels, "norm": "torch"}
         self.lavit = LaViT(LaViTConfig.from_dict(config.architecture))
         self.post_init()
 

@@ -1,14 +1,15 @@
 """One stage: patch embedding, position embedding, the attention residual from the stage before, then the blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import LessAttention, VanillaAttention, layer_norm
-from .block import Block
+from .attention import LessAttention, VanillaAttention
+from .block import Block, layer_norm
 from .config import STAGES, Grid, LaViTConfig
 from .diagonality import Diagonality
 from .resample import resample_table
@@ -21,11 +22,11 @@ Scores = tuple[Tensor, Grid, Grid]
 class PatchEmbedding(nn.Module):
     """A convolution whose kernel is its stride, then LayerNorm (this project's choice, as in PVT)."""
 
-    def __init__(self, channels: int, width: int, side: int) -> None:
+    def __init__(self, channels: int, width: int, side: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.side = side
         self.conv = nn.Conv2d(channels, width, side, stride=side)
-        self.norm = layer_norm(width)
+        self.norm = norm(width)
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, side h, side w) to tokens (batch, h w, width)."""
@@ -51,13 +52,14 @@ class Stage(nn.Module):
 
     def __init__(self, config: LaViTConfig, stage: int) -> None:
         super().__init__()
+        norm = partial(layer_norm, kind=config.norm)
         width, heads, ratio = config.widths[stage], config.heads[stage], config.reduction_ratios[stage]
         depth, vanilla = config.depths[stage], config.vanilla_blocks[stage]
         grid, _ = config.grids(config.image_size)[stage]
         self.ratio = ratio
         self.checkpointed = False
         channels, side = (config.widths[stage - 1], 2) if stage else (config.in_channels, config.patch_size)
-        self.embed = PatchEmbedding(channels, width, side)
+        self.embed = PatchEmbedding(channels, width, side, norm)
         self.position = PositionEmbedding(grid, width)
         self.residual = None
         if stage and config.attention_residual:
@@ -70,12 +72,12 @@ class Stage(nn.Module):
             # Scores are materialized only by the last Vanilla Attention block, and only if anyone reads them.
             keeps = block == vanilla - 1 and (depth > vanilla or feeds_next)
             attention = (
-                VanillaAttention(width, heads, ratio, keeps_scores=keeps)
+                VanillaAttention(width, heads, ratio, norm, keeps_scores=keeps)
                 if block < vanilla
-                else LessAttention(width, heads, ratio, grid, learned_maps=config.learned_maps)
+                else LessAttention(width, heads, ratio, norm, grid, learned_maps=config.learned_maps)
             )
             rate = config.drop_path * (before + block) / max(total - 1, 1)
-            blocks.append(Block(width, attention, config.mlp_ratios[stage], rate))
+            blocks.append(Block(width, attention, config.mlp_ratios[stage], rate, norm))
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     def forward(

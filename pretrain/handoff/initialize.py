@@ -16,7 +16,7 @@ from pretrain.outcome import UserError
 from pretrain.recipe import InitializeSection, Recipe
 from pretrain.run_folder import RunFolder
 
-MAY_DIFFER = ("name", "num_classes", "image_size", "drop_path")
+MAY_DIFFER = ("name", "num_classes", "image_size", "drop_path", "norm")
 """Fields of the architecture that change no weight but the head's and those of a token grid."""
 
 

@@ -1,9 +1,12 @@
 """What cannot work is refused in one line that names the field."""
 
 import functools
+import sys
+import types
 
 import pytest
 import torch
+from torch import nn
 
 from models import LaViT, LaViTConfig, config, create_model, list_models
 from tests.models.test_lavit import small
@@ -31,6 +34,7 @@ from tests.models.test_lavit import small
         ({"num_classes": 0}, "num_classes: a positive integer"),
         ({"in_channels": "rgb"}, "in_channels: a positive integer"),
         ({"pool": "max"}, "pool: 'class_attention' or 'mean'"),
+        ({"norm": "batch"}, "norm: 'torch' or 'apex'"),
         ({"drop_path": 1.0}, "drop_path: at least 0 and below 1"),
         ({"drop_path": "0.1"}, "drop_path: at least 0 and below 1"),
     ],
@@ -78,15 +82,15 @@ def test_an_unknown_name_or_override_lists_the_near_ones():
         LaViTConfig.from_dict({"width": 3})
 
 
-@pytest.mark.parametrize(("field", "value"), [("attention_kernel", "triton"), ("norm", "apex")])
-def test_a_field_of_earlier_versions_is_ignored_with_one_logged_line(field, value, caplog, monkeypatch):
+@pytest.mark.parametrize("value", ["torch", "triton"])
+def test_a_field_of_earlier_versions_is_ignored_with_one_logged_line(value, caplog, monkeypatch):
     """Recipes name it among the overrides, hand-offs in their architecture."""
     monkeypatch.setattr(config, "_log_removed", functools.cache(config._log_removed.__wrapped__))
     expected = small().config
     for _ in range(2):
-        assert small(**{field: value}).config == expected
-        assert LaViTConfig.from_dict(expected.to_dict() | {field: value}) == expected
-    assert caplog.messages == [f"model: the field {field} was removed and is ignored: it changed no weight"]
+        assert small(attention_kernel=value).config == expected
+        assert LaViTConfig.from_dict(expected.to_dict() | {"attention_kernel": value}) == expected
+    assert caplog.messages == ["model: the field attention_kernel was removed and is ignored: it changed no weight"]
 
 
 def test_every_listed_name_has_a_vanilla_twin_without_less_attention():
@@ -96,3 +100,38 @@ def test_every_listed_name_has_a_vanilla_twin_without_less_attention():
         twin = create_model("lavit_tiny_vanilla", depths=(1, 1, 2, 1))
     assert isinstance(twin, LaViT)
     assert [n for n, _ in twin.named_parameters() if "theta" in n or "psi" in n or "residual" in n] == []
+
+
+def install_apex(monkeypatch, layer):
+    """An apex with this FusedLayerNorm; None: PyPI's, which has no apex.normalization."""
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.delitem(sys.modules, "apex.normalization", raising=False)
+    if layer is not None:
+        monkeypatch.setitem(sys.modules, "apex.normalization", types.SimpleNamespace(FusedLayerNorm=layer))
+
+
+class BrokenNorm(nn.Module):
+    def __init__(self, width, eps):
+        raise ImportError("No module named 'fused_layer_norm_cuda'")
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [(None, r"NVIDIA's apex.*PyPI's 'apex' is an unrelated"), (BrokenNorm, r"fused_layer_norm_cuda.*--cuda_ext")],
+)
+def test_an_apex_that_cannot_be_used_is_refused_with_the_way_out(layer, told, monkeypatch):
+    install_apex(monkeypatch, layer)
+    with pytest.raises(RuntimeError, match=told):
+        create_model("lavit_micro", norm="apex")
+
+
+def test_a_working_apex_is_used_for_every_norm_and_shares_weights_with_torchs(monkeypatch):
+    class Fused(nn.LayerNorm):
+        pass
+
+    install_apex(monkeypatch, Fused)
+    fused, plain = small(norm="apex"), small()
+    assert {type(m) for m in fused.modules() if isinstance(m, nn.LayerNorm)} == {Fused}
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(fused(images), plain(images))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import LessAttention, VanillaAttention
-from models.block import Block
+from models.block import Block, layer_norm
 from models.diagonality import diagonality_loss, diagonality_loss_as_printed, pool_queries
 from models.residual import AttentionResidual
 
@@ -35,7 +35,7 @@ GRIDS = [((4, 6), 1), ((4, 6), 2), ((3, 3), 1), ((8, 4), 4)]
 @pytest.mark.parametrize(("grid", "ratio"), GRIDS)
 def test_less_attention_equals_the_written_formula(grid, ratio):
     width, heads, batch = 6, 2, 3
-    attention = perturb(LessAttention(width, heads, ratio, grid))
+    attention = perturb(LessAttention(width, heads, ratio, layer_norm, grid))
     queries, keys = grid[0] * grid[1], grid[0] * grid[1] // ratio**2
     before = torch.randn(batch, heads, queries, keys)  # as in the paper: queries x keys
     tokens = torch.randn(batch, queries, width)
@@ -61,7 +61,7 @@ def test_less_attention_equals_the_written_formula(grid, ratio):
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_vanilla_attention_equals_the_written_formula_fused_or_not(grid, ratio, keeps_scores, with_residual):
     width, heads, batch = 6, 2, 2
-    attention = perturb(VanillaAttention(width, heads, ratio, keeps_scores=keeps_scores))
+    attention = perturb(VanillaAttention(width, heads, ratio, layer_norm, keeps_scores=keeps_scores))
     queries, keys = grid[0] * grid[1], grid[0] * grid[1] // ratio**2
     tokens = torch.randn(batch, queries, width)
     initial = torch.randn(batch, heads, keys, queries) if with_residual else None
@@ -123,7 +123,7 @@ def test_the_residuals_four_axis_kernel_weighs_key_offsets_and_query_offsets_apa
 
 @pytest.mark.parametrize(("grid", "ratio"), GRIDS)
 def test_a_fresh_less_attention_block_repeats_its_predecessors_attention(grid, ratio):
-    attention = LessAttention(6, 2, ratio, grid)
+    attention = LessAttention(6, 2, ratio, layer_norm, grid)
     keys = grid[0] * grid[1] // ratio**2
     before = torch.randn(2, 2, keys, grid[0] * grid[1])
     _, scores, _ = attention(torch.randn(2, grid[0] * grid[1], 6), grid, before, False)
@@ -183,8 +183,8 @@ def test_the_printed_loss_drives_a_random_matrix_away_from_the_diagonal():
 def test_gradients_are_right_through_a_vanilla_and_a_less_attention_block(ratio):
     grid, width, heads = ((2, 2), 4, 2) if ratio == 1 else ((2, 4), 4, 2)
     tokens_count = grid[0] * grid[1]
-    vanilla = Block(width, VanillaAttention(width, heads, ratio, keeps_scores=True), 1.0, 0.0)
-    less = Block(width, LessAttention(width, heads, ratio, grid), 1.0, 0.0)
+    vanilla = Block(width, VanillaAttention(width, heads, ratio, layer_norm, keeps_scores=True), 1.0, 0.0, layer_norm)
+    less = Block(width, LessAttention(width, heads, ratio, layer_norm, grid), 1.0, 0.0, layer_norm)
     residual = AttentionResidual(heads, 3, 1 if ratio == 2 else 2)
     modules = [perturb(module) for module in (vanilla, less, residual)]
     parameters = [p for module in modules for p in module.parameters()]
