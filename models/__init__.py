@@ -5,6 +5,7 @@ from .diagnostics import BlockDiagnostics, attention_diagnostics
 from .diagonality import diagonality_loss, diagonality_loss_as_printed
 from .lavit import LaViT
 from .semantic_softmax import SemanticSoftmax, within_level
+from .transplant import apply_less_attention
 from .variants import create_model, list_models, model_config
 from .weights import load_weights
 
@@ -13,6 +14,7 @@ __all__ = [
     "LaViT",
     "LaViTConfig",
     "SemanticSoftmax",
+    "apply_less_attention",
     "attention_diagnostics",
     "create_model",
     "diagonality_loss",
