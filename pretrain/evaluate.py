@@ -6,6 +6,7 @@ On several processes: ``deepspeed --module pretrain.evaluate RUN_OR_HANDOFF --da
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,12 +23,14 @@ from pretrain.arguments import add_device_argument, add_trust_argument
 from pretrain.engine.distributed import Rank, choose_device, fail, init_distributed, read_rank
 from pretrain.evaluation.accuracy import evaluate
 from pretrain.evaluation.classes import match_classes
-from pretrain.evaluation.report import report, report_lines
+from pretrain.evaluation.real_labels import RealLabels
+from pretrain.evaluation.report import draw_confusion, report, report_lines
 from pretrain.fault_tolerance.preflight import meet
 from pretrain.fields import explain
-from pretrain.files import write_json
+from pretrain.files import write_atomically, write_json
 from pretrain.handoff.folder import HandoffConfig, is_handoff, load_handoff
 from pretrain.outcome import ExitCode, UserError, exit_code, full_memory_message
+from pretrain.run_folder import RunFolder, record_handoff_evaluation, summary_lines
 
 MEET_WITHIN_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,14 +44,15 @@ def evaluate_handoff(
     All of the report but "speed" is equal for any number of ranks.
 
     Raises:
-        UserError: the hand-off is damaged, its classes are not the data's, a score is not a finite number, or the split
-            is empty.
+        UserError: the hand-off is damaged, its classes are not the data's, ``--real`` belongs to other images, a score
+            is not a finite number, or the split is empty.
         DataError: the dataset or the split does not exist or is damaged, or too many samples are.
     """
     network, config = load_handoff(source, trust_factory=options.trust_factory)
     settings = _input_of(config, options.data, source)
     dataset = Dataset.open(settings.path, options.split, settings.cache, check_files=rank.local_rank == 0)
     classes, precision = match_classes(config, dataset, by_position=options.classes_by_position), options.precision
+    real = None if options.real is None else RealLabels(options.real, dataset)
     network.to(device, DTYPES[precision])
     columns = None if classes.columns is None else torch.tensor(classes.columns, device=device)
     levels = None if config.class_levels is None else torch.tensor(config.class_levels, device=device)
@@ -77,7 +81,7 @@ def evaluate_handoff(
     )
     began = time.monotonic()
     try:
-        verdicts = evaluate(forward, loader, levels=levels)
+        verdicts = evaluate(forward, loader, levels=levels, number_of=int if real is None else real.number)
     finally:
         loader.close()
     assert verdicts is not None
@@ -101,7 +105,7 @@ def evaluate_handoff(
         },
         "precision": precision,
         "batch_size": batch_size,
-        **report(verdicts, dataset),
+        **report(verdicts, dataset, real),
         "speed": {
             "images_per_second": round(result.samples / seconds, 2),
             "seconds": round(seconds, 3),
@@ -131,7 +135,11 @@ def _print(text: str, stream: TextIO | None = None) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=main.__doc__)
-    parser.add_argument("target", metavar="RUN_OR_HANDOFF", help="runs/NAME, or the folder of a hand-off")
+    parser.add_argument(
+        "target",
+        metavar="RUN_OR_HANDOFF",
+        help="runs/NAME, a hand-off folder, or ORGANIZATION/NAME[@REVISION] of the Hugging Face Hub",
+    )
     parser.add_argument("--data", required=True, help="folder of the dataset, or its URL")
     parser.add_argument("--split", default="val", help="default: val")
     add_device_argument(parser)
@@ -142,6 +150,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="fp32",
         help="of the computation; default: fp32, the precision of the hand-off",
     )
+    parser.add_argument("--real", type=Path, metavar="FILE", help="several labels per image: ImageNet-ReaL's real.json")
     parser.add_argument(
         "--classes-by-position", action="store_true", help="match classes by index, whatever their ids and names"
     )
@@ -168,9 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(rank, options.device)
         target = Path(options.target)
         is_run = (target / "recipe.yaml").exists() and not is_handoff(target)
-        content = evaluate_handoff(target / "handoff" if is_run else target, options, rank, device)
+        content = evaluate_handoff(target / "handoff" if is_run else options.target, options, rank, device)
         if rank.is_first:
             _print_and_write(content, options.output or (target / "evaluation" if is_run else None))
+            if is_run and RunFolder(target).summary.exists():
+                _print_summary(RunFolder(target), content)
         if dist.is_initialized():
             dist.barrier()  # the launcher kills the other ranks when one exits
             dist.destroy_process_group()
@@ -195,15 +206,39 @@ def _print_and_write(content: dict[str, Any], output: Path | None) -> None:
         f"decoding: {speed['ranks']} x {speed['device']}, {content['precision']}"
     )
     if output is not None:
-        path = output / f"{data['name']}-{data['split']}.json"
+        name = f"{data['name']}-{data['split']}"
+        path, plot = output / f"{name}.json", output / f"{name}-confusion.png"
+        can_draw = find_spec("matplotlib") is not None
         try:
             output.mkdir(parents=True, exist_ok=True)
+            plot.unlink(missing_ok=True)  # that of an older report
             write_json(path, content)
+            if can_draw:
+                title = f"{name}: worst classes, top-1 {content['top1']:.2f} %"
+                write_atomically(plot, draw_confusion(content["per_class"], title))
         except OSError as error:
             raise UserError(
                 f"the report cannot be written to {output}: {error}: free some space, or give another --output"
             ) from None
         _print(f"report in {path}")
+        if can_draw:
+            _print(f"confusions of the worst classes in {plot}")
+        else:
+            install = "pip install --constraint constraints.txt matplotlib"
+            _print(f"WARNING the plot of the worst classes is left out: matplotlib is not installed ({install})")
+
+
+def _print_summary(folder: RunFolder, content: dict[str, Any]) -> None:
+    """Print the run's summary, and record top-1 there if it is of fp32 weights on the run's validation split."""
+    state = folder.read_state()
+    split = None if state is None else state.fingerprints.get("val")
+    if content["precision"] == "fp32" and content["data"]["fingerprint"] == split:
+        try:
+            record_handoff_evaluation(folder, content["top1"])
+        except UserError as error:  # the result itself is printed and written
+            _print(f"WARNING the run's summary has no evaluation of the hand-off: {error}", sys.stderr)
+    for line in summary_lines(folder):
+        _print(line)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ SETTINGS = ("recipe.yaml", "ds_config.json", "environment.json")
 POINTS, MARKS = 4_000, 1_000  # at which a curve is thinned by half; events of one kind that are drawn
 CHART = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
 FIRST_PANELS = ("train: loss", "eval: top1", "eval: loss", "train: lr", "train: grad_norm", "train: images_per_second")
-COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", "top1", "seconds", "images_per_second")
+COLUMNS = ("state", "reason", "step", "samples_seen", "restarts", "world_size", "top1", "handoff_top1", "seconds",
+           "images_per_second")  # fmt: skip
 """Fields of run.json and summary.json in the table of runs."""
 
 

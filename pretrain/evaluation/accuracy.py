@@ -55,6 +55,8 @@ class Verdicts:
     """Cross-entropy in nats. It sums over all scores that compete, so it is finite only where they are."""
     confidence: NDArray[np.float64]
     """Highest probability of the softmax over the classes that compete."""
+    number: NDArray[np.int64]
+    """Of the image, by ``number_of``."""
 
     def total(self) -> Evaluation:
         """The result over all images, the same in any order of them."""
@@ -71,6 +73,7 @@ def evaluate(
     loader: EvalLoader,
     *,
     levels: torch.Tensor | None = None,
+    number_of: Callable[[int], int] = int,
     stop: Callable[[], bool] = lambda: False,
     observe: Callable[[Batch, torch.Tensor], None] | None = None,
 ) -> Verdicts | None:
@@ -83,6 +86,7 @@ def evaluate(
         loader: this rank's share; it has equally many batches on every rank.
         levels: (classes,) int64 on the logits' device: level of each class in the hierarchy of semantic softmax. A
             label then competes with the classes of its own level only.
+        number_of: sample -> number of its image in the verdicts.
         stop: polled at each batch; must return the same on all ranks.
         observe: called with each batch and its logits (b, classes) fp32, minus infinity where they do not compete.
 
@@ -101,18 +105,20 @@ def evaluate(
             logits = within_level(logits, batch.labels, levels)
         if observe is not None:
             observe(batch, logits)
-        tables.append(_scores(batch, logits))
+        numbers = torch.tensor([number_of(sample) for sample in batch.sample_ids.tolist()], device=logits.device)
+        tables.append(torch.cat([_scores(batch, logits), numbers[None].double()]))
     if not tables:
         raise UserError("the split to evaluate is empty")
     table = gather_rows(torch.cat(tables, 1), 1)
-    valid, label, predicted, in_top5, loss, confidence = table[:, table[0] == 1].cpu().numpy()
+    valid, label, predicted, in_top5, loss, confidence, number = table[:, table[0] == 1].cpu().numpy()
     if not len(valid):
         raise UserError("no image of the split to evaluate can be read")
-    return Verdicts(label.astype(np.int64), predicted.astype(np.int64), in_top5.astype(np.bool_), loss, confidence)
+    label, predicted, number = (column.astype(np.int64) for column in (label, predicted, number))
+    return Verdicts(label, predicted, in_top5.astype(np.bool_), loss, confidence, number)
 
 
 def _scores(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Of each row: whether it counts, and the fields of ``Verdicts``; (6, b) fp64."""
+    """Of each row: whether it counts, and the fields of ``Verdicts`` but the number; (6, b) fp64."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     columns = (
         to_device(batch.valid, logits.device),

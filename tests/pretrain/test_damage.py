@@ -30,7 +30,7 @@ from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import load_recipe
 from pretrain.replay import make_plan
 from pretrain.report import read_run, render
-from pretrain.run_folder import RunFolder, summary_lines
+from pretrain.run_folder import RunFolder, record_handoff_evaluation, summary_lines
 from pretrain.run_log import RunLog, RunStatus
 from pretrain.run_state import RunState
 from slurm.folder import SlurmFolder
@@ -43,7 +43,7 @@ Found = tuple[Any, list[str]]
 """What was read, and the warnings."""
 
 READ_BY = {
-    "handoff": ("handoff",), "checkpoints": ("export", "resume"),
+    "handoff": ("handoff", "summary"), "checkpoints": ("export", "resume"),
     "recipe.yaml": ("export", "report", "resume"), "ds_config.json": ("report", "resume"),
     "environment.json": ("export", "report", "resume"), "run.json": ("page", "report", "status", "resume"),
     "summary.json": ("page", "report", "summary", "resume"), "metrics.jsonl": ("report", "status", "resume"),
@@ -83,8 +83,13 @@ class Readers:
         return self.handoff(export_run(RunFolder(run)).parent)
 
     def summary(self, run: Path) -> Found:
+        try:
+            record_handoff_evaluation(RunFolder(run), 12.5)
+            warnings = []
+        except (UserError, FileNotFoundError) as error:
+            warnings = [str(error)]
         shown = summary_lines(RunFolder(run))
-        return shown, shown
+        return shown, warnings + shown
 
     def report(self, run: Path) -> Found:
         found = read_run(run)

@@ -1,7 +1,10 @@
 """The evaluation of a hand-off: its report, on any number of ranks, and what it refuses."""
 
+import io
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from data_pipeline.build import main as build
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader
 from data_pipeline.manifest import FILE_NAME
@@ -20,7 +25,7 @@ from models import create_model
 from pretrain.evaluate import main
 from pretrain.evaluation.accuracy import Evaluation, Verdicts, evaluate
 from pretrain.evaluation.classes import match_classes
-from pretrain.evaluation.report import calibration_error, class_table
+from pretrain.evaluation.report import calibration_error, class_table, confusion_of_worst, draw_confusion
 from pretrain.handoff.folder import CONFIG, WEIGHTS, load_handoff
 from pretrain.outcome import ExitCode, UserError
 from tests.pretrain import handoffs
@@ -79,7 +84,7 @@ def test_the_report_equals_plain_torch_and_names_are_printed_without_control_cha
     output = tmp_path / "out"
     found = report_of(shutil.copytree(handoff, tmp_path / "[red]:smile:\x1b[2J"), digits, output)
     assert r"/[red]:smile:\x1b[2J on " in capsys.readouterr().out
-    assert [path.name for path in output.iterdir()] == ["digits-val.json"]
+    assert [path.name for path in sorted(output.iterdir())] == ["digits-val-confusion.png", "digits-val.json"]
     logits, labels = scores(handoff, digits)
     right = logits.argmax(1) == labels
     five = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1)
@@ -127,7 +132,7 @@ def test_a_full_gpu_is_an_error_of_one_line(
 
 def totals_of(logits: torch.Tensor, labels: torch.Tensor, size: int) -> Evaluation:
     batches: Any = [
-        SimpleNamespace(images=images, labels=of, valid=np.ones(size, bool))
+        SimpleNamespace(images=images, labels=of, valid=np.ones(size, bool), sample_ids=np.arange(size))
         for images, of in zip(logits.split(size), labels.split(size), strict=True)
     ]
     result = evaluate(lambda images: images, batches)
@@ -158,7 +163,7 @@ def verdicts(labels: Any, predicted: Any, confidence: list[float] | None = None)
     count = len(labels)
     return Verdicts(
         np.array(labels), np.array(predicted), np.ones(count, bool), np.zeros(count),
-        np.array(confidence or [1.0] * count),
+        np.array(confidence or [1.0] * count), np.zeros(count, int),
     )  # fmt: skip
 
 
@@ -185,6 +190,37 @@ def test_each_class_has_its_row_and_its_confusions_by_id() -> None:
     assert list(rows[0]["confused_with"].items()) == [("n1", 2), ("n2", 1)], "the most frequent first"
     assert rows[2]["confused_with"] == {"n0": 1}
     assert class_table(verdicts([99_999], [0]), names(100_000))[-1]["confused_with"] == {"n0": 1}, "80 GB if dense"
+
+
+def test_the_confusion_matrix_shows_the_worst_classes_and_all_of_their_images() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(60), 30)
+    predicted = np.where(rng.random(1800) < 0.01 * labels + 0.3, labels, rng.integers(0, 60, 1800))
+    table = class_table(verdicts(labels, predicted), names(60))
+    rows, columns, counts = confusion_of_worst(table)
+    assert counts.shape == (len(rows), len(columns)) == (20, 20 + 10 + 1)
+    assert (counts.sum(1) == 30).all()
+    assert columns[-1] == "all others"
+    assert (100 * counts.diagonal() / 30).tolist() == pytest.approx(sorted(row["top1"] for row in table)[:20])
+    shown = [int(name.split()[1]) for name in columns[:-1]]
+    matrix = np.zeros((60, 60), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    assert (counts[:, :-1] == matrix[shown[:20]][:, shown]).all()
+    elsewhere = np.delete(matrix[shown[:20]].sum(0), shown[:20])
+    assert counts[:, 20:30].sum(0).tolist() == sorted(elsewhere, reverse=True)[:10]
+    with Image.open(io.BytesIO(draw_confusion(table, "costs $5 or $6"))) as image:
+        assert image.format == "PNG"
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_without_matplotlib_the_plot_is_left_out_with_a_warning_and_an_older_one_removed(
+    handoff: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "digits-val-confusion.png").touch()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report_of(handoff, digits, tmp_path)
+    assert "matplotlib is not installed" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-val.json"]
 
 
 def test_an_image_that_cannot_be_read_is_left_out_with_a_warning(
@@ -267,5 +303,65 @@ def test_what_cannot_be_evaluated_is_an_error_of_one_line(
     (other / WEIGHTS).write_bytes(b"")
     assert CONFIG in error_of(capfd, other, "--data", digits)
     assert "cannot be written" in error_of(capfd, handoff, "--data", digits, "--output", digits / FILE_NAME)
+    (tmp_path / "real.json").write_text(json.dumps([[0]] * 360))
+    error = error_of(capfd, handoff, "--data", digits, "--real", tmp_path / "real.json")
+    assert "is not named ILSVRC2012_val_" in error
     broken = hand_off(tmp_path / "broken", [str(digit) for digit in range(10)], bias=torch.nan)
     assert "the scores of 360 of 360 images are not finite" in error_of(capfd, broken, "--data", digits)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of three classes with ImageNet's names; a thirteenth file is no image and is left out."""
+    root, rng = tmp_path_factory.mktemp("named"), np.random.default_rng(0)
+    for number in range(1, 14):
+        path = root / "in" / "abc"[number % 3] / f"ILSVRC2012_val_{number:08d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number == 4:
+            path.write_bytes(b"no image")
+        else:
+            Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((40, 40)).save(path)
+    assert build([str(root / "in"), str(root / "val"), "--split", "val", "--workers", "1"]) == 0
+    return root / "val"
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_prediction_is_correct_if_it_is_any_of_the_images_real_labels(
+    named: Path, tmp_path: Path, ranks: int
+) -> None:
+    model = hand_off(tmp_path / "h", list("abc"))
+    dataset = Dataset.open(named, "val")
+    best = scores(model, named)[0].argmax(1).tolist()
+    predicted = {int(dataset.sample_name(i).split("val_")[1][:8]): label for i, label in enumerate(best)}
+    assert len(predicted) == 12
+    assert len(set(predicted.values())) > 1
+    labels: list[list[int]] = [[] for _ in range(13)]
+    for number in (1, 2, 3):
+        labels[number - 1] = sorted({0, predicted[number]})
+    for number in (5, 6):
+        labels[number - 1] = [label for label in range(3) if label != predicted[number]]
+    (tmp_path / "real.json").write_text(json.dumps(labels))
+    arguments = [str(model), "--data", str(named), "--output", str(tmp_path / "out"), "--batch-size", "2"]
+    start_ranks(ranks, evaluate_on_rank, [*arguments, "--real", str(tmp_path / "real.json"), "--local_rank=0"])
+    found = json.loads((tmp_path / "out/val-val.json").read_text())
+    assert found["real"] == {"top1": 60.0, "samples": 5, "without": 7}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[0]]", "labels of 1 images, but .* was built from 13"),
+        (json.dumps([[0], [3]] + [[0]] * 11), "one list of labels from 0 to 2 per image: image 2 has 3: "),
+        (json.dumps([[True]] + [[0]] * 12), "image 1 has True: "),
+        (json.dumps([0] * 13), "not a list with one list of labels .* per image: image 1 has 0: "),
+        ("{}", "not a list"),
+        ("[[0", "not a list with .*Invalid JSON"),
+        (json.dumps([[]] * 13), "no label for any image"),
+    ],
+)
+def test_a_file_of_labels_that_does_not_fit_is_refused(
+    named: Path, tmp_path: Path, content: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real.json").write_text(content)
+    model = hand_off(tmp_path / "h", list("abc"))
+    assert re.search(message, error_of(capfd, model, "--data", named, "--real", tmp_path / "real.json"))

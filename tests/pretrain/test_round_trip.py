@@ -51,6 +51,7 @@ def test_the_evaluation_of_a_handoff_equals_that_of_the_training_exactly(
     folder = train(tmp_path, digits, ranks, stage=stage, **often)
     found, expected = evaluated(folder, digits), in_training(folder)
     assert [found[name] for name in TOTALS] == [expected[name] for name in TOTALS]
+    assert json.loads((folder / "summary.json").read_text())["handoff_top1"] == expected["top1"]
     assert 20 < expected["top1"] < 100, "a network that learned something, and makes mistakes"
     run, facts = RunFolder(folder), json.loads((folder / "environment.json").read_text())
     content = run.read_recipe()
@@ -78,6 +79,7 @@ def test_a_handoff_trained_in_bf16_equals_its_training_exactly_in_bf16_and_says_
     expected = in_training(run)
     narrow = evaluated(run, digits, "--precision", "bf16")
     assert [narrow[name] for name in TOTALS] == [expected[name] for name in TOTALS]
+    assert json.loads((run / "summary.json").read_text())["handoff_top1"] is None, "of fp32, as it is handed off"
     wide = evaluated(run, digits)
     assert (wide["precision"], narrow["precision"]) == ("fp32", "bf16")
     assert wide["loss"] != narrow["loss"]
