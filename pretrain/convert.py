@@ -1,10 +1,11 @@
-"""Turn a hand-off into one ONNX file for other runtimes: ``python -m pretrain.convert HANDOFF OUT.onnx``.
+"""Turn a hand-off into one file for other runtimes: ``python -m pretrain.convert HANDOFF OUT.onnx``, or ``OUT.pt2``.
 
-It takes normalized images (batch, 3, height, width) of one size, any batch, and gives logits (batch, classes). It
-contains what is needed to use it: class names, mean and standard deviation, and where the weights come from.
+Both take normalized images (batch, 3, height, width) of one size, any batch, and give logits (batch, classes). They
+contain what is needed to use them: class names, mean and standard deviation, and where the weights come from.
 """
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from models import LaViT, load_weights
 from pretrain.arguments import add_trust_argument
@@ -30,6 +32,8 @@ TOLERANCE = 1e-4
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 LIMIT = 2**31 - 2**24
 """Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, with a graph."""
+METADATA = "lavit.json"
+"""Name of the metadata inside a pt2 file; an ONNX file has one property for each of its fields."""
 _KEPT = {"class_names", "class_ids", "class_levels", "weights", "weights_blake2", "dataset", "metrics"}
 
 Forward = Callable[[Tensor], Tensor]
@@ -41,8 +45,8 @@ def convert(
     """Write a hand-off as one file, run the file on random and extreme images, and publish it if it is correct.
 
     Args:
-        handoff: its folder.
-        out: ends with ``.onnx``; an older file is replaced once the new one was checked.
+        handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
+        out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
         image_size: height and width in pixels; None takes the hand-off's. Parameters are resampled.
         trust_factory: as for ``load_handoff``.
 
@@ -53,18 +57,20 @@ def convert(
         UserError: no hand-off, an impossible size, missing packages, a file that cannot be written, or one whose logits
             differ from torch's by more than ``TOLERANCE``. ``out`` is untouched then.
     """
-    if out.suffix != ".onnx":
-        raise UserError(f"{out}: the name must end with .onnx")
+    if out.suffix not in {".onnx", ".pt2"}:
+        raise UserError(f"{out}: the name must end with .onnx or .pt2")
+    is_onnx = out.suffix == ".onnx"
+    kind, write, load = ("ONNX", _onnx, _load_onnx) if is_onnx else ("torch.export", _pt2, _load_pt2)
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"{out}: {'it is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}")
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+    if is_onnx and (missing := [name for name in PACKAGES if find_spec(name) is None]):
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install -c constraints.txt -e '.[onnx]'")
     reference, config = load_handoff(handoff, trust_factory=trust_factory)
     size, name = image_size or config.input.size, config.architecture["name"]
     model = _at_size(reference, size)
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if held > LIMIT:
-        raise UserError(f"{out}: {held / 2**30:.1f} GiB of weights, an ONNX file holds less than 2: use torch.export")
+    if is_onnx and held > LIMIT:
+        raise UserError(f"{out}: {held / 2**30:.1f} GiB of weights, an ONNX file holds less than 2: write a .pt2 file")
     metadata = config.model_dump(mode="json", include=_KEPT) | {
         "name": name,
         "image_size": size,
@@ -74,9 +80,9 @@ def convert(
     try:
         part.touch()  # a folder that cannot be written to is noticed before the export
         with _quiet(), users_code(f"{name} cannot be exported for images of {size}"):
-            content = _export(model, size, metadata)
+            content = write(_program(model, size), metadata)
         part.write_bytes(content)
-        difference, images = _compare(reference, _load(part), config, size)
+        difference, images = _compare(reference, load(part), config, size)
         if not difference <= TOLERANCE:  # NaN must not pass
             raise UserError(
                 f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
@@ -90,7 +96,7 @@ def convert(
         with suppress(OSError):
             part.unlink()
     return (
-        f"{out}: ONNX, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
+        f"{out}: {kind}, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
         f"differ from torch's by at most {difference:.1e}"
     )
 
@@ -108,11 +114,14 @@ def _at_size(reference: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Modu
     return model
 
 
-def _export(model: torch.nn.Module, size: tuple[int, int], metadata: dict[str, Any]) -> bytes:
-    """The content of an ONNX file with a free batch size."""
+def _program(model: torch.nn.Module, size: tuple[int, int]) -> ExportedProgram:
+    """The network as a graph with a free batch size."""
     example = torch.zeros(2, 3, *size)  # two, as torch makes constants of sizes 0 and 1
     with torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
     exported = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
     assert exported is not None
     proto = exported.model_proto
@@ -122,11 +131,22 @@ def _export(model: torch.nn.Module, size: tuple[int, int], metadata: dict[str, A
     return proto.SerializeToString()
 
 
-def _load(path: Path) -> Forward:
+def _pt2(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
+    content = io.BytesIO()  # by way of memory, as torch's writer ends the process on a full disk
+    torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
+    return content.getvalue()
+
+
+def _load_onnx(path: Path) -> Forward:
     import onnxruntime  # noqa: PLC0415 - an optional extra
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _load_pt2(path: Path) -> Forward:
+    with path.open("rb") as stream:
+        return torch.export.load(stream).module()
 
 
 @torch.no_grad()
@@ -158,10 +178,10 @@ def _quiet() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write a hand-off as one ONNX file; it is compared with torch before it is published."""
+    """Write a hand-off as one ONNX or torch.export file; it is compared with torch before it is published."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.convert", description=main.__doc__)
-    parser.add_argument("handoff", type=Path, metavar="HANDOFF", help="runs/NAME/handoff")
-    parser.add_argument("out", type=Path, metavar="OUT.onnx")
+    parser.add_argument("handoff", metavar="HANDOFF", help="runs/NAME/handoff, or a name of the Hugging Face Hub")
+    parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt2")
     parser.add_argument(
         "--image-size", type=int, nargs="+", metavar="N", help="side of the images in pixels, or height and width"
     )

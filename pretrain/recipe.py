@@ -77,7 +77,7 @@ class InitializeSection(Section):
     """Initial weights, read when a run starts for the first time: those of another run's hand-off."""
 
     handoff: str
-    """Folder of the hand-off."""
+    """Folder of the hand-off, or the Hugging Face Hub's id of one."""
     head_init_scale: float = Field(default=1.0, gt=0)
     """Factor on the classifier's fresh weights: those of classes whose ids the hand-off does not have."""
 

@@ -180,7 +180,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         ("data", "path"), ("loss", "class_tree"), ("probes", "path"), ("initialize_from", "handoff"),
     ):  # fmt: skip
         path = (content[section] or {}).get(key)
-        if path is not None and "://" not in str(path):
+        on_the_hub = section == "initialize_from" and not Path(path or ".").exists()
+        if path is not None and not on_the_hub and "://" not in str(path):
             content[section][key] = str(Path(path).absolute())
     return Recipe.model_validate(content)
 

@@ -23,6 +23,7 @@ from pretrain.factory import Factory, FactoryConfig, load_state, require_trust
 from pretrain.fields import explain
 from pretrain.files import digest, digest_of_fields, digest_of_file, fsync, write_json
 from pretrain.handoff import transformers_files
+from pretrain.handoff.hub import fetch
 from pretrain.outcome import ExitCode, UserError, storage_code
 
 WEIGHTS = "model.safetensors"
@@ -166,7 +167,8 @@ def load_handoff(
     """Build the model of a hand-off, in evaluation mode on the CPU: a ``LaViT``, or the network of a factory.
 
     Args:
-        source: the folder.
+        source: the folder; or a text ``ORGANIZATION/NAME[@REVISION]`` that is not a folder: a repository of the Hugging
+            Face Hub, and its branch, tag or commit.
         factory: the callable that builds the network, where it is no LaViT; it gets the hand-off's arguments.
         trust_factory: import the callable that the hand-off names instead.
 
@@ -199,6 +201,8 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
         UserError: as ``load_handoff``.
     """
     folder = Path(source)
+    if isinstance(source, str) and not folder.exists():
+        folder = fetch(source, [CONFIG, WEIGHTS, transformers_files.PREPROCESSOR, "*.py"]) or folder
     try:
         config = _config((folder / CONFIG).read_bytes(), folder / CONFIG)
         changed = [name for name, stated in config.files_blake2.items() if digest_of_file(folder / name) != stated]

@@ -96,7 +96,7 @@ With the project that trained it, which checks the digests in `config.json` and 
 ```python
 from pretrain.handoff import load_handoff
 
-model, config = load_handoff("PATH/TO/THIS/FOLDER"{"" if own else ", factory=CALLABLE"})
+model, config = load_handoff("PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"{"" if own else ", factory=CALLABLE"})
 logits = model(images)  # (batch, 3, H, W) in 0..1, normalized by config.input.mean and std -> (batch, classes)
 ```
 """

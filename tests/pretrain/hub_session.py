@@ -1,6 +1,7 @@
 """Uses a hand-off where this project is not installed: ``python -I hub_session.py HANDOFF REFERENCE FOLDER``.
 
-REFERENCE holds images (0.jpg and following) and tensors.safetensors: what the project itself computes of them.
+REFERENCE holds images (0.jpg and following) and tensors.safetensors: what the project itself computes of them. The
+hand-off is in the cache of huggingface_hub, too, as lab/lavit.
 """
 
 import importlib.util
@@ -45,6 +46,7 @@ with torch.no_grad():
     for stage, found in enumerate(maps):
         assert torch.equal(found, wanted[f"maps.{stage}"]), stage
     assert len(maps) == 4
+    assert torch.equal(load("lab/lavit")(wanted["native"]).logits, model(wanted["native"]).logits)
 
 processor = AutoImageProcessor.from_pretrained(handoff)
 pixels = processor(photographs, return_tensors="pt").pixel_values

@@ -1,4 +1,4 @@
-"""A hand-off as an ONNX file: the same numbers, all that is needed inside, complete or absent."""
+"""A hand-off as ONNX and torch.export files: the same numbers, all that is needed inside, complete or absent."""
 
 import json
 import re
@@ -13,8 +13,8 @@ import torch
 
 from models import LaViT, create_model
 from pretrain import convert as command
-from pretrain.convert import TOLERANCE, convert, main
-from pretrain.handoff.folder import load_handoff
+from pretrain.convert import METADATA, TOLERANCE, convert, main
+from pretrain.handoff.folder import HandoffConfig, load_handoff
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
 
@@ -73,28 +73,43 @@ def test_a_published_network_at_another_size_gives_torchs_logits_and_holds_what_
     model, config = load_handoff(folder)
     assert largest_difference(model, run_onnx(written), (64, 96)) <= TOLERANCE
     onnx.checker.check_model(written, full_check=True)
-    found = {entry.key: json.loads(entry.value) for entry in onnx.load(written).metadata_props}
+    check_metadata({entry.key: json.loads(entry.value) for entry in onnx.load(written).metadata_props}, config)
+    assert list(written.parent.iterdir()) == [written]
+
+
+def test_a_program_of_torch_export_gives_the_same_bits_and_holds_what_is_needed_around_them(
+    micro: Path, tmp_path: Path
+) -> None:
+    written = tmp_path / "model.pt2"
+    written.write_text("the file before")
+    done = convert(micro, written, image_size=(64, 96))
+    assert "torch.export, (batch, 3, 64, 96) to (batch, 3); logits of 8 images differ from torch's by at most" in done
+    model, config = load_handoff(micro)
+    extra = {METADATA: ""}
+    program = torch.export.load(written, extra_files=extra)
+    assert largest_difference(model, program.module(), (64, 96)) <= TOLERANCE
+    check_metadata(json.loads(extra[METADATA]), config)
+    assert list(tmp_path.iterdir()) == [written]
+
+
+def check_metadata(found: dict[str, Any], config: HandoffConfig) -> None:
     assert (found["class_names"], found["class_ids"]) == (NAMES, ["n1", "n2", "n3"])
     assert (found["mean"], found["std"]) == ([0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
     assert found["image_size"] == [64, 96]
     assert found["weights_blake2"] == config.weights_blake2
     assert found["interpolation"] == "bicubic"
-    assert list(written.parent.iterdir()) == [written]
 
 
-@pytest.mark.parametrize("harm", [None, 1e-3, float("nan"), 0.0], ids=["none", "other numbers", "nan", "a full disk"])
+@pytest.mark.parametrize("harm", [1e-3, float("nan"), 0.0], ids=["other numbers", "nan", "a full disk"])
 def test_what_cannot_be_written_as_it_should_leaves_the_file_before_and_nothing_unfinished(
-    harm: float | None, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: float, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a file that stands in for the export, which takes long."""
-    model, limits, out = load_handoff(micro)[0], resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "model.onnx"
-    monkeypatch.setattr(command, "_export", lambda *_: bytes(2**17))
-    monkeypatch.setattr(command, "_load", lambda path: lambda images: model(images) + (harm or 0.0))
+    model, limits, out = load_handoff(micro)[0], resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "model.pt2"
+    monkeypatch.setattr(command, "_program", lambda *_: None)
+    monkeypatch.setattr(command, "_pt2", lambda *_: bytes(2**17))
+    monkeypatch.setattr(command, "_load_pt2", lambda path: lambda images: model(images) + harm)
     out.write_text("the file before")
-    if harm is None:
-        convert(micro, out)
-        assert out.read_bytes() == bytes(2**17)
-        return
     message = "was not written: its logits would differ from torch's by" if harm else "cannot be written"
     if not harm:  # no file may grow beyond 64 KiB: what a write sees is as on a full disk, but for the error's number
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
@@ -110,7 +125,7 @@ def test_what_cannot_be_written_as_it_should_leaves_the_file_before_and_nothing_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.bin"], "must end with .onnx"),
+        (["model.bin"], "must end with .onnx or .pt2"),
         (["nowhere/model.onnx"], "the folder .*nowhere does not exist"),
         (["model.onnx", "--image-size", "50"], "each side must be a multiple of 32"),
     ],
@@ -130,7 +145,7 @@ def test_missing_packages_and_too_large_weights_are_refused_with_the_way_out(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "LIMIT", 1000)
-    with pytest.raises(UserError, match=r"an ONNX file holds less than 2: use torch\.export"):
+    with pytest.raises(UserError, match=r"an ONNX file holds less than 2: write a \.pt2 file"):
         convert(micro, tmp_path / "model.onnx")
     monkeypatch.setattr(command, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"onnx, onnxruntime, onnxscript: pip install -c constraints.txt .*\[onnx\]"):

@@ -1,6 +1,9 @@
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_hand
 from pretrain.handoff.model_card import model_card
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
+from tests.pretrain.hub_server import publish, serving
+
+ROOT = Path(__file__).parents[2]
 
 
 def model_of(seed: int) -> Any:
@@ -205,3 +211,56 @@ def test_a_handoff_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written to .*python -m pretrain\.export"):
         hand_off(tmp_path / "file", model)
+
+
+def test_without_huggingface_hub_a_name_of_the_hub_is_refused_with_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"lab/lavit is not a folder.* pip install .*huggingface_hub"):
+        load_handoff("lab/lavit")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(written, "lab/lavit")
+    load_handoff("lab/lavit")  # a folder that exists wins
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+PROGRAM = """
+import sys
+from pretrain.handoff import load_handoff
+from pretrain.outcome import UserError
+for source in sys.argv[1:]:
+    try:
+        print(load_handoff(source)[1].weights_blake2)
+    except UserError as error:
+        print(f"error {error.code:d}:", error)
+"""
+
+
+def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str], str]:
+    """Load hand-offs in a process of its own: digests of their weights or errors, and stderr."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
+    command = [sys.executable, "-c", PROGRAM, *sources]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines(), ended.stderr
+
+
+@pytest.mark.slow
+def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_it_is_gone(
+    written: Path, tmp_path: Path
+) -> None:
+    folders = {FIRST: written, SECOND: hand_off(tmp_path / "new", model_of(1))}
+    digests = [read_handoff(folder)[0].weights_blake2 for folder in folders.values()]
+    files = {commit: {path.name: path.read_bytes() for path in folder.iterdir()} for commit, folder in folders.items()}
+    publish(tmp_path / "hub", "lab/lavit", files)
+    sources = ("lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none")
+    with serving(tmp_path / "hub") as (url, asked):
+        found = load_elsewhere(url, tmp_path / "home", *sources)
+    for code, (answers, printed) in zip((2, 1), (found, load_elsewhere(url, tmp_path / "home", *sources)), strict=True):
+        assert answers[:2] == [digests[1], digests[0]]
+        for name, answer in zip(sources[2:], answers[2:], strict=True):
+            assert answer.startswith(f"error {code}: {name} is not a folder, and it cannot be fetched")
+        assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in printed
+    assert not [path for path in asked if CARD in path], "the card is not needed to load it"

@@ -23,6 +23,8 @@ from pretrain.outcome import UserError
 from tests.data_pipeline.datasets import CPU, stored
 from tests.data_pipeline.images import photographs
 from tests.pretrain import handoffs
+from tests.pretrain.hub_server import publish, serving
+from tests.pretrain.test_handoff import FIRST, load_elsewhere
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(models.__file__).parent
@@ -151,6 +153,10 @@ def test_a_handoff_is_used_and_fine_tuned_where_this_project_is_not_installed(
     tensors |= logits | maps | {"pixels": batch.images.float(), "std": torch.tensor(config.input.std)}
     save_file(tensors, tmp_path / "reference/tensors.safetensors")
 
+    publish(tmp_path / "hub", "lab/lavit", {FIRST: {path.name: path.read_bytes() for path in handoff.iterdir()}})
+    with serving(tmp_path / "hub") as (url, _):
+        answers, _ = load_elsewhere(url, tmp_path / "home", "lab/lavit")
+    assert answers == [config.weights_blake2], "downloaded, for transformers without a network"
     script = [elsewhere, "-I", Path(__file__).with_name("hub_session.py"), handoff, tmp_path / "reference", tmp_path]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}

@@ -69,4 +69,5 @@ def test_ten_steps_stopped_and_resumed_are_ten_steps_and_their_hand_off_is_the_n
         assert torch.equal(first(images), second(images))
     command = [str(handoffs[0]), "--data", str(photographs), "--trust-factory"]
     assert evaluate.main(command) == ExitCode.FINISHED
-    assert convert.main([str(handoffs[0]), str(tmp_path / "net.onnx"), "--trust-factory"]) == ExitCode.FINISHED
+    for file in ("net.onnx", "net.pt2"):
+        assert convert.main([str(handoffs[0]), str(tmp_path / file), "--trust-factory"]) == ExitCode.FINISHED
