@@ -29,9 +29,8 @@ from pretrain.outcome import ExitCode, UserError
 
 TOLERANCE = 1e-4
 """Largest difference of a logit from torch's with which a file is published."""
-OPSETS = range(18, 24)
-ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-ONNX_LIMIT = 2**31 - 2**24
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+LIMIT = 2**31 - 2**24
 """Bytes of weights that fit in one ONNX file, a protobuf message below 2 GiB, with a graph."""
 METADATA = "lavit.json"
 """Name of the metadata inside a pt2 file; an ONNX file has one property for each of its fields."""
@@ -41,12 +40,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def convert(
-    handoff: Path | str,
-    out: Path,
-    *,
-    image_size: tuple[int, int] | None = None,
-    opset: int | None = None,
-    trust_factory: bool = False,
+    handoff: Path | str, out: Path, *, image_size: tuple[int, int] | None = None, trust_factory: bool = False
 ) -> str:
     """Write a hand-off as one file, run the file on random and extreme images, and publish it if it is correct.
 
@@ -54,32 +48,29 @@ def convert(
         handoff: a folder or a name of the Hugging Face Hub, as `load_handoff` takes it.
         out: ends with ``.onnx`` or ``.pt2`` (``torch.export``); an older file is replaced once the new one was checked.
         image_size: height and width in pixels; None takes the hand-off's. Parameters are resampled.
-        opset: ONNX's version of operators; None takes the exporter's own.
         trust_factory: as for ``load_handoff``.
 
     Returns:
         a line: what was written, and by how much its logits differ from torch's.
 
     Raises:
-        UserError: no hand-off, an impossible size, format or opset, missing packages, a file that cannot be written, or
-            one whose logits differ from torch's by more than ``TOLERANCE``. ``out`` is untouched then.
+        UserError: no hand-off, an impossible size, missing packages, a file that cannot be written, or one whose logits
+            differ from torch's by more than ``TOLERANCE``. ``out`` is untouched then.
     """
     if out.suffix not in {".onnx", ".pt2"}:
         raise UserError(f"{out}: the name must end with .onnx or .pt2")
+    is_onnx = out.suffix == ".onnx"
+    kind, write, load = ("ONNX", _onnx, _load_onnx) if is_onnx else ("torch.export", _pt2, _load_pt2)
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"{out}: {'it is a folder' if out.is_dir() else f'the folder {out.parent} does not exist'}")
-    if opset is not None and (out.suffix != ".onnx" or opset not in OPSETS):
-        raise UserError(f"opset: for .onnx files, from {OPSETS.start} to {OPSETS.stop - 1}, got {opset} for {out.name}")
-    if out.suffix == ".onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+    if is_onnx and (missing := [name for name in PACKAGES if find_spec(name) is None]):
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install -c constraints.txt -e '.[onnx]'")
     reference, config = load_handoff(handoff, trust_factory=trust_factory)
     size, name = image_size or config.input.size, config.architecture["name"]
     model = _at_size(reference, size)
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if out.suffix == ".onnx" and held > ONNX_LIMIT:
-        raise UserError(
-            f"{out}: {held / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2; write a .pt2 file"
-        )
+    if is_onnx and held > LIMIT:
+        raise UserError(f"{out}: {held / 2**30:.1f} GiB of weights, an ONNX file holds less than 2: write a .pt2 file")
     metadata = config.model_dump(mode="json", include=_KEPT) | {
         "name": name,
         "image_size": size,
@@ -88,17 +79,10 @@ def convert(
     part = out.with_name(out.name + ".part")
     try:
         part.touch()  # a folder that cannot be written to is noticed before the export
-        with _quiet():
-            with users_code(f"{name} cannot be exported for images of {size}"):
-                program = _program(model, size)
-            if out.suffix == ".onnx":
-                content, what = _onnx(program, metadata, opset)
-                load = _load_onnx
-            else:
-                content, what = _pt2(program, metadata)
-                load = _load_program
-            part.write_bytes(content)
-            difference, images = _compare(reference, load(part), config, size)
+        with _quiet(), users_code(f"{name} cannot be exported for images of {size}"):
+            content = write(_program(model, size), metadata)
+        part.write_bytes(content)
+        difference, images = _compare(reference, load(part), config, size)
         if not difference <= TOLERANCE:  # NaN must not pass
             raise UserError(
                 f"{out} was not written: its logits would differ from torch's by {difference:.1e}, "
@@ -112,7 +96,7 @@ def convert(
         with suppress(OSError):
             part.unlink()
     return (
-        f"{out}: {what}, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
+        f"{out}: {kind}, (batch, 3, {size[0]}, {size[1]}) to (batch, {config.num_classes}); logits of {images} images "
         f"differ from torch's by at most {difference:.1e}"
     )
 
@@ -131,33 +115,26 @@ def _at_size(reference: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Modu
 
 
 def _program(model: torch.nn.Module, size: tuple[int, int]) -> ExportedProgram:
-    """The network as a graph with a free batch size; two example images, as torch makes constants of sizes 0 and 1."""
-    example = torch.zeros(2, 3, *size)
+    """The network as a graph with a free batch size."""
+    example = torch.zeros(2, 3, *size)  # two, as torch makes constants of sizes 0 and 1
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def _onnx(program: ExportedProgram, metadata: dict[str, Any], opset: int | None) -> tuple[bytes, str]:
-    """The file's content and what it is."""
-    exported = torch.onnx.export(
-        program, input_names=["images"], output_names=["logits"], opset_version=opset, verbose=False
-    )
+def _onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
+    exported = torch.onnx.export(program, input_names=["images"], output_names=["logits"], verbose=False)
     assert exported is not None
     proto = exported.model_proto
-    version = next(entry.version for entry in proto.opset_import if not entry.domain)
-    if opset is not None and version != opset:  # the exporter keeps its own where it cannot convert
-        raise UserError(f"opset: the exporter could not make {opset}, only {version}")
     for key, value in metadata.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, json.dumps(value)
-    return proto.SerializeToString(), f"ONNX opset {version}"
+    return proto.SerializeToString()
 
 
-def _pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[bytes, str]:
-    """The file's content and what it is; by way of memory, as torch's writer ends the process on a full disk."""
-    content = io.BytesIO()
+def _pt2(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
+    content = io.BytesIO()  # by way of memory, as torch's writer ends the process on a full disk
     torch.export.save(program, content, extra_files={METADATA: json.dumps(metadata)})
-    return content.getvalue(), f"torch.export of torch {torch.__version__.split('+')[0]}"
+    return content.getvalue()
 
 
 def _load_onnx(path: Path) -> Forward:
@@ -167,32 +144,22 @@ def _load_onnx(path: Path) -> Forward:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _load_program(path: Path) -> Forward:
+def _load_pt2(path: Path) -> Forward:
     with path.open("rb") as stream:
         return torch.export.load(stream).module()
 
 
-def trial_images(config: HandoffConfig, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Normalized batches of 1, 3 and 6 images: noise, then extremes.
-
-    The last batch is black, white, every value at one end or the other, squares of them, noise a hundred times too
-    strong, and the mean color.
-    """
-    source = torch.Generator().manual_seed(0)
-    yield torch.randn(1, 3, *size, generator=source)
-    yield torch.randn(3, 3, *size, generator=source)
-    ends = torch.randint(2, (3, *size), generator=source).float()
-    squares = ends[:, ::8, ::8].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, : size[0], : size[1]]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
-    images = (torch.stack([torch.zeros_like(ends), torch.ones_like(ends), ends, squares]) - mean) / std
-    beyond = torch.stack([100 * torch.randn(3, *size, generator=source), torch.zeros(3, *size)])
-    yield torch.cat([images, beyond])
-
-
 @torch.no_grad()
 def _compare(reference: Forward, forward: Forward, config: HandoffConfig, size: tuple[int, int]) -> tuple[float, int]:
-    """The largest difference of a logit over all trial images, and their number."""
-    differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in trial_images(config, size)]
+    """The largest difference of a logit over batches of 1, 3 and 4 images, and their number.
+
+    Noise; then black, white, the mean color, and noise a hundred times too strong.
+    """
+    noise = torch.randn(5, 3, *size, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
+    plain = [((color - mean) / std).expand(3, *size) for color in (torch.zeros(1), torch.ones(1), mean)]
+    batches = (noise[:1], noise[1:4], torch.stack([*plain, 100 * noise[4]]))
+    differences = [(forward(batch) - reference(batch)).abs().amax(1) for batch in batches]
     return torch.cat(differences).max().item(), sum(map(len, differences))
 
 
@@ -218,7 +185,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--image-size", type=int, nargs="+", metavar="N", help="side of the images in pixels, or height and width"
     )
-    parser.add_argument("--opset", type=int, metavar="N", help=f"ONNX: {OPSETS.start} to {OPSETS.stop - 1}")
     add_trust_argument(parser)
     given = parser.parse_args(arguments)
     sides = given.image_size
@@ -226,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--image-size: one or two numbers, got {len(sides)}")
     size = None if sides is None else (sides[0], sides[-1])
     try:
-        print(convert(given.handoff, given.out, image_size=size, opset=given.opset, trust_factory=given.trust_factory))  # noqa: T201
+        print(convert(given.handoff, given.out, image_size=size, trust_factory=given.trust_factory))  # noqa: T201
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return ExitCode.WILL_FAIL_AGAIN

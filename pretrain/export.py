@@ -46,21 +46,17 @@ def export_run(
         raise UserError(f"{folder.path} is not a run: it has no recipe.yaml")
     recipe = validate_recipe(content, where=str(folder.path / "recipe.yaml"))
     dataset = folder.read_dataset()
-    checkpoint, code = _newest_intact(folder.checkpoints, step)
+    checkpoint = _newest_intact(folder.checkpoints, step)
     manifest, origin = read_manifest(checkpoint), folder.read_origin()
     folder.check_checkpoint(checkpoint, manifest, recipe)
-    here, fingerprint = checkpoint_facts(recipe, {}, origin), dataset["fingerprint"]
+    here = checkpoint_facts(recipe, {"train": dataset["fingerprint"]}, origin)
     there = here | manifest  # those of older versions lack some
-    if (there["fingerprints"].get("train", fingerprint), there["initialized_from"]) != (
-        fingerprint,
-        here["initialized_from"],
-    ):
+    same_data = there["fingerprints"].get("train") in (None, dataset["fingerprint"])
+    if not same_data or there["initialized_from"] != here["initialized_from"]:
         raise UserError(f"{folder.path / 'environment.json'} is not of the run that wrote {checkpoint}: put it back")
     progress = manifest["progress"]
     if not progress["evaluation"]:
-        raise UserError(
-            f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation", code
-        )
+        raise UserError(f"{folder.path} was not evaluated before {checkpoint.name}: train to its first evaluation")
     class_names, class_levels = dataset.pop("class_names", None), dataset.pop("class_levels", None)
     class_ids = dataset.pop("class_ids", None)  # a run that ended before they were kept has none
     facts = (class_names, dataset.get("name"), dataset.get("samples"))
@@ -97,10 +93,9 @@ def export_run(
     return folder.handoff
 
 
-def _newest_intact(checkpoints: Path, step: int | None) -> tuple[Path, ExitCode]:
-    """The checkpoint, of a step if one is given, and the exit status where it was not evaluated."""
-    problems, code = [], ExitCode.WILL_FAIL_AGAIN
-    found = list_checkpoints(checkpoints)
+def _newest_intact(checkpoints: Path, step: int | None) -> Path:
+    """The newest checkpoint that is intact, or that of a step, which a run takes again where it is damaged."""
+    found, problems = list_checkpoints(checkpoints), []
     wanted = [path for path in found if step in (None, step_of(path))]
     if step is not None and not wanted:
         there = ", ".join(str(step_of(path)) for path in found) or "none"
@@ -109,14 +104,14 @@ def _newest_intact(checkpoints: Path, step: int | None) -> tuple[Path, ExitCode]
         try:
             verify(path)
         except CheckpointDamagedError as error:
+            if error.code is ExitCode.RETRY:
+                raise
             problems.append(str(error))
-            code = ExitCode.RETRY if error.code is ExitCode.RETRY else code
             print(f"WARNING skipping {path}: {error}", file=sys.stderr)  # noqa: T201
         else:
-            return path, code
-    if step is not None:
-        code = ExitCode.RETRY  # the run takes the step again
-    raise UserError(f"no usable checkpoint in {checkpoints}" + "".join(f"; {problem}" for problem in problems), code)
+            return path
+    code = ExitCode.WILL_FAIL_AGAIN if step is None else ExitCode.RETRY
+    raise UserError("; ".join([f"no usable checkpoint in {checkpoints}", *problems]), code)
 
 
 def main(arguments: list[str] | None = None) -> int:

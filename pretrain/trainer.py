@@ -181,7 +181,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         self.watchdog.beat("evaluating")
         self.engine.eval()
-        result = evaluate(
+        verdicts = evaluate(
             lambda images: self.engine(images.to(self.dtype)),
             self.eval_loader,
             levels=self.loss.classification.levels,
@@ -189,7 +189,7 @@ class Trainer:
             observe=self.monitor.see_evaluation,
         )
         self.engine.train()
-        return result
+        return None if verdicts is None else verdicts.total()
 
     def probe(self) -> None:
         """Probe the features of the weights that are handed off. A stop leaves nothing of it."""

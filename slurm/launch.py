@@ -140,12 +140,13 @@ def make_plan(options: argparse.Namespace) -> tuple[SlurmFolder, Recipe, dict[st
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Tasks may start elsewhere than the launch does."""
     content = recipe.model_dump()
-    for section, key in (("data", "path"), ("loss", "class_tree"), ("probes", "path")):
+    for section, key in (
+        ("data", "path"), ("loss", "class_tree"), ("probes", "path"), ("initialize_from", "handoff"),
+    ):  # fmt: skip
         path = (content[section] or {}).get(key)
-        if path is not None and "://" not in str(path):
+        on_the_hub = section == "initialize_from" and not Path(path or ".").exists()
+        if path is not None and not on_the_hub and "://" not in str(path):
             content[section][key] = str(Path(path).absolute())
-    if recipe.initialize_from is not None and Path(recipe.initialize_from.handoff).exists():  # else the Hub's id of one
-        content["initialize_from"]["handoff"] = str(Path(recipe.initialize_from.handoff).absolute())
     return Recipe.model_validate(content)
 
 

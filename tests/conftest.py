@@ -32,7 +32,7 @@ NEEDS = {
 
 
 LONGEST = {
-    "test_equality", "test_short_run", "test_readme", "test_published_sizes", "test_soak", "test_replay",
+    "test_equality", "test_short_run", "test_readme", "test_compiled", "test_soak", "test_replay",
     "test_trouble", "test_factory", "test_on_stand_in", "test_resume",
 }  # fmt: skip
 """Files whose slow tests take longest, which begin first."""

@@ -80,25 +80,25 @@ def load_newest(
             verify(path, part=rank, parts=world)
         except CheckpointDamagedError as error:
             problem = error
-        problems: list[CheckpointDamagedError | None] = [None] * world
-        dist.all_gather_object(problems, problem, group=group)
-        passing = next((one for one in problems if one is not None and one.code is ExitCode.RETRY), None)
-        if passing is not None:
-            raise UserError(f"{passing}; nothing was discarded: start again", ExitCode.RETRY)
-        problem = next(filter(None, problems), None)
-        if problem is None:
-            try:
-                state = TrainState(**read_manifest(path)["progress"])
-            except TypeError as error:
-                raise UserError(f"{path} was written by another version: {error}") from None
-            if not good(state):
-                continue
+        gathered: list[CheckpointDamagedError | None] = [None] * world
+        dist.all_gather_object(gathered, problem, group=group)
+        problems = [one for one in gathered if one is not None]
+        for one in problems:
+            if one.code is ExitCode.RETRY:
+                raise UserError(f"{one}; nothing was discarded: start again", ExitCode.RETRY)
+        if problems:
+            warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problems[0]}")
+            damaged.append(path)
+            continue
+        try:
+            state = TrainState(**read_manifest(path)["progress"])
+        except TypeError as error:
+            raise UserError(f"{path} was written by another version: {error}") from None
+        if good(state):
             _fill(path, shards)
             if rank == 0:
                 warnings += _put_aside(damaged)
             return state, warnings
-        warnings.append(f"checkpoint {path.name} is damaged, going back to the one before: {problem}")
-        damaged.append(path)
     if warnings:
         raise UserError(f"no usable checkpoint in {folder}: {'; '.join(warnings)}; move the folder away to start over")
     return None
@@ -145,34 +145,28 @@ def read_weights(path: Path, *, average: bool = False) -> dict[str, torch.Tensor
         CheckpointDamagedError: the shards do not cover every parameter exactly once.
     """
     index, kind = _ShardIndex(path), AVERAGE if average else "parameter"
-    weights = {name: index.read(name, kind, 0, index.numel(name)).view(index.shapes[name]) for name in index.shapes}
+    weights = {name: index.read(name, kind, 0, math.prod(shape)).view(shape) for name, shape in index.shapes.items()}
     buffers = {name: one.float() if one.is_floating_point() else one for name, one in index.buffers().items()}
     return weights | buffers
 
 
 def _fill(path: Path, shards: OptimizerShards) -> None:
     index = _ShardIndex(path)
-    wanted = {p.name: p.shape for p in shards.shards}
-    if unknown := sorted(wanted.keys() - index.shapes.keys()):
-        raise UserError(f"{path} holds another model: it has no {', '.join(unknown[:3])}; give this run another name")
-    for name, shape in wanted.items():
-        if tuple(index.shapes[name]) != shape:
+    buffers = index.buffers(dist.get_rank(), dist.get_world_size())
+    there = index.shapes | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    here = {name: tuple(buffer.shape) for name, buffer in shards.buffers.tensors().items()}
+    here |= {shard.name: shard.shape for shard in shards.shards}  # of this rank alone
+    for name in sorted(here.keys() | buffers.keys()):
+        if here.get(name) != there.get(name):
             raise UserError(
-                f"{path} holds another model: {name} is {tuple(index.shapes[name])} there and {shape} "
-                "here; give this run another name"
+                f"{path} holds another model: {name} is {there.get(name, 'missing')} there and "
+                f"{here.get(name, 'missing')} here; give this run another name"
             )
     for shard in shards.shards:
         for kind in shards.kinds:
             shard.view(kind, shards.optimizer).copy_(index.read(shard.name, kind, shard.offset, shard.length))
-    buffers = index.buffers(dist.get_rank(), dist.get_world_size())
-    if {name: one.shape for name, one in buffers.items()} != {
-        n: one.shape for n, one in shards.buffers.tensors().items()
-    }:
-        raise UserError(f"{path} holds another model: its buffers are others; give this run another name")
     shards.buffers.fill(buffers)
-    shards.set_steps(index.steps)
-    shards.share_stage0_state()
-    shards.refresh_model()
+    shards.filled(index.steps)
 
 
 def check_pieces(pieces: Sequence[Sequence[Any]], where: Path) -> None:
@@ -208,10 +202,6 @@ class _ShardIndex:
                 self._stretches[name].append((offset, length, number, at))
                 at += length
         check_pieces([*chain(*pieces)], path)
-
-    def numel(self, name: str) -> int:
-        """Elements of a parameter."""
-        return int(torch.Size(self.shapes[name]).numel())
 
     def read(self, name: str, kind: str, offset: int, length: int) -> torch.Tensor:
         """Elements ``[offset, offset + length)`` of a flattened parameter or moment, fp32."""

@@ -85,8 +85,8 @@ class OptimizerShards:
         """How many steps the optimizer has taken on this shard."""
         return float(self.optimizer.state[shard.partition]["step"])
 
-    def set_steps(self, steps: dict[str, float]) -> None:
-        """Set the step count of every partition from those of its parameters, which must agree.
+    def filled(self, steps: dict[str, float]) -> None:
+        """After all shards were filled: set step counts from those of the parameters, and update the model. Collective.
 
         Raises:
             ValueError: parameters that share a flat partition here took different numbers of steps.
@@ -99,22 +99,15 @@ class OptimizerShards:
                 raise ValueError(f"parameters of one partition have different optimizer steps: {sorted(values)}")
             self.optimizer.state[partition]["step"].fill_(values.pop())
 
-    def refresh_model(self) -> None:
-        """Bring the model's weights in line with the master weights just filled. Collective."""
         if self.stage:
             update_weights(self._engine)
-        else:  # at stage 0 each rank has filled only what it owns
-            for parameter in self._stage0_rank:
-                dist.broadcast(parameter.data, src=self._stage0_rank[parameter])
-
-    def share_stage0_state(self) -> None:
-        """At stage 0 every rank holds all state but has filled only its own shards: send them round. Collective."""
-        if self.stage == 0:
-            for parameter in self._stage0_rank:
-                for kind in (*self.kinds[1:], "step"):
-                    value = self.optimizer.state[parameter][kind].to(parameter.device)
-                    dist.broadcast(value, src=self._stage0_rank[parameter])
-                    self.optimizer.state[parameter][kind].copy_(value)
+            return
+        for parameter, rank in self._stage0_rank.items():  # every rank holds all state, and has filled what it owns
+            state = self.optimizer.state[parameter]
+            for tensor in (parameter.data, *(state[kind] for kind in (*self.kinds[1:], "step"))):
+                value = tensor.to(parameter.device)
+                dist.broadcast(value, src=rank)
+                tensor.copy_(value)
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
@@ -144,7 +137,7 @@ class OptimizerShards:
             partition.data.copy_(average)
             average.copy_(weights)
         if self.stage:  # at stage 0 the partitions are the model's parameters themselves, on every rank
-            self.refresh_model()
+            update_weights(self._engine)
 
     def _partitions(self) -> list[torch.Tensor]:
         """All that the optimizer steps on this rank, flat partitions of padding only among them."""

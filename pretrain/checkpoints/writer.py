@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,26 +80,26 @@ class CheckpointWriter:
         self.group, self._say = group, say
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._buffers: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
+        self._outcome: Future[tuple[str, bool]] | None = None
         self._hurry = threading.Event()
-        self._outcome: tuple[str, bool] | BaseException = ("", False)
         self.lasting = False
         """Whether the problem that ``finish`` returned will not pass by itself."""
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint was started whose outcome has not been read yet."""
-        return self._thread is not None
+        return self._outcome is not None
 
     def start(self, state: TrainState) -> None:
         """Copy this rank's shards and begin to write them; the one before must be finished."""
-        assert self._thread is None, "finish the checkpoint before first"
+        assert self._outcome is None, "finish the checkpoint before first"
         self._copy_shards()
         index = [(p.name, p.shape, p.offset, p.length, self._shards.step_of(p)) for p in self._shards.shards]
         self._hurry.clear()
-        arguments = (asdict(state), index)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._outcome = Future()
+        arguments = (self._outcome, asdict(state), index)
+        # Not by an executor, whose threads the interpreter waits for even where other ranks are gone.
+        threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True).start()
 
     def finish(self, *, hurry: bool = True) -> str:
         """Wait for the checkpoint that was begun. Nothing half-written is left when it failed.
@@ -112,15 +113,12 @@ class CheckpointWriter:
         Raises:
             Exception: whatever kept the ranks from agreeing, such as one that died.
         """
-        if self._thread is None:
+        if self._outcome is None:
             return ""
         if hurry:
             self._hurry.set()
-        self._thread.join()
-        self._thread = None
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        problem, self.lasting = self._outcome
+        outcome, self._outcome = self._outcome, None
+        problem, self.lasting = outcome.result()
         return problem
 
     def _copy_shards(self) -> None:
@@ -139,11 +137,11 @@ class CheckpointWriter:
         if on_gpu:
             torch.cuda.current_stream(shards[0].partition.device).synchronize()
 
-    def _run(self, progress: dict[str, Any], index: list[Any]) -> None:
+    def _run(self, outcome: Future[tuple[str, bool]], progress: dict[str, Any], index: list[Any]) -> None:
         try:
-            self._outcome = self._try(progress, index)
+            outcome.set_result(self._try(progress, index))
         except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is asked for
-            self._outcome = error
+            outcome.set_exception(error)
 
     def _try(self, progress: dict[str, Any], index: list[Any]) -> tuple[str, bool]:
         for pause in (*PAUSES_S, None):

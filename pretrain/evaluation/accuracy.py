@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch, to_device
 from data_pipeline.loader import EvalLoader
@@ -42,30 +44,54 @@ class Evaluation:
         )
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """On each evaluated image of all ranks, in an order that depends on their number; every array is (n,)."""
+
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    in_top5: NDArray[np.bool_]
+    loss: NDArray[np.float64]
+    """Cross-entropy in nats. It sums over all scores that compete, so it is finite only where they are."""
+    confidence: NDArray[np.float64]
+    """Highest probability of the softmax over the classes that compete."""
+    number: NDArray[np.int64]
+    """Of the image, by ``number_of``."""
+
+    def total(self) -> Evaluation:
+        """The result over all images, the same in any order of them."""
+        finite, count = np.isfinite(self.loss), len(self.label)
+        first = int(((self.predicted == self.label) & finite).sum())
+        five = int((self.in_top5 & finite).sum())
+        loss = math.fsum(self.loss) / count  # fsum rounds once, at the end
+        return Evaluation(100 * first / count, 100 * five / count, loss, count, count - int(finite.sum()))
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[torch.Tensor], torch.Tensor],
     loader: EvalLoader,
     *,
     levels: torch.Tensor | None = None,
+    number_of: Callable[[int], int] = int,
     stop: Callable[[], bool] = lambda: False,
     observe: Callable[[Batch, torch.Tensor], None] | None = None,
-) -> Evaluation | None:
+) -> Verdicts | None:
     """Evaluate a classifier. Collective where a process group exists.
 
-    Each image is in the same batch for any number of ranks, and losses are summed exactly before they are rounded, so
-    the result does not depend on the number of ranks.
+    Each image is in the same batch for any number of ranks, so its verdict does not depend on that.
 
     Args:
         forward: images (b, 3, H, W) fp32 -> logits (b, classes).
         loader: this rank's share; it has equally many batches on every rank.
         levels: (classes,) int64 on the logits' device: level of each class in the hierarchy of semantic softmax. A
             label then competes with the classes of its own level only.
+        number_of: sample -> number of its image in the verdicts.
         stop: polled at each batch; must return the same on all ranks.
         observe: called with each batch and its logits (b, classes) fp32, minus infinity where they do not compete.
 
     Returns:
-        the result over all ranks, equal on all of them, or None when stopped.
+        the verdicts of all ranks, on each of them; None when stopped.
 
     Raises:
         UserError: the split is empty, or none of its images can be read.
@@ -79,31 +105,27 @@ def evaluate(
             logits = within_level(logits, batch.labels, levels)
         if observe is not None:
             observe(batch, logits)
-        tables.append(_scores(batch, logits))
+        numbers = torch.tensor([number_of(sample) for sample in batch.sample_ids.tolist()], device=logits.device)
+        tables.append(torch.cat([_scores(batch, logits), numbers[None].double()]))
     if not tables:
         raise UserError("the split to evaluate is empty")
-    return _total(gather_rows(torch.cat(tables, 1), 1))
-
-
-def top5(logits: torch.Tensor) -> torch.Tensor:
-    """The classes with the highest scores, the highest first: (b, classes) -> (b, 5), all of them below five."""
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+    table = gather_rows(torch.cat(tables, 1), 1)
+    valid, label, predicted, in_top5, loss, confidence, number = table[:, table[0] == 1].cpu().numpy()
+    if not len(valid):
+        raise UserError("no image of the split to evaluate can be read")
+    label, predicted, number = (column.astype(np.int64) for column in (label, predicted, number))
+    return Verdicts(label, predicted, in_top5.astype(np.bool_), loss, confidence, number)
 
 
 def _scores(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Of each row: whether it counts, whether its loss is finite, top-1, top-5, loss; (5, b) fp64."""
-    losses = F.cross_entropy(logits, batch.labels, reduction="none")
-    finite = losses.isfinite()  # the loss sums over all scores that compete
-    hits = (top5(logits) == batch.labels[:, None]) & finite[:, None]
-    valid = to_device(batch.valid, logits.device)
-    return torch.stack([row.double() for row in (valid, finite, hits[:, 0], hits.any(1), losses)])
-
-
-def _total(table: torch.Tensor) -> Evaluation:
-    rows = table[:, table[0] == 1].cpu().numpy()
-    count = rows.shape[1]
-    if not count:
-        raise UserError("no image of the split to evaluate can be read")
-    finite, first, five = (int(row.sum()) for row in rows[1:4])
-    # fsum rounds once, at the end: the sum does not depend on the order.
-    return Evaluation(100 * first / count, 100 * five / count, math.fsum(rows[4]) / count, count, count - finite)
+    """Of each row: whether it counts, and the fields of ``Verdicts`` but the number; (6, b) fp64."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    columns = (
+        to_device(batch.valid, logits.device),
+        batch.labels,
+        best[:, 0],
+        (best == batch.labels[:, None]).any(1),
+        F.cross_entropy(logits, batch.labels, reduction="none"),
+        logits.double().softmax(1).amax(1),
+    )
+    return torch.stack([column.double() for column in columns])

@@ -167,8 +167,8 @@ def load_handoff(
     """Build the model of a hand-off, in evaluation mode on the CPU: a ``LaViT``, or the network of a factory.
 
     Args:
-        source: the folder; or a text ``ORGANIZATION/NAME`` or ``ORGANIZATION/NAME@REVISION`` that is not a folder: a
-            repository of the Hugging Face Hub, read by huggingface_hub. REVISION is a branch, tag or commit.
+        source: the folder; or a text ``ORGANIZATION/NAME[@REVISION]`` that is not a folder: a repository of the Hugging
+            Face Hub, and its branch, tag or commit.
         factory: the callable that builds the network, where it is no LaViT; it gets the hand-off's arguments.
         trust_factory: import the callable that the hand-off names instead.
 
@@ -229,14 +229,16 @@ def read_handoff(source: Path | str) -> tuple[HandoffConfig, dict[str, torch.Ten
 def _config(text: bytes, path: Path) -> HandoffConfig:
     try:
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
         # A hand-off from before config.json had a digest has none; it is still checked field by field.
-        stated = fields.pop(_OWN_DIGEST, None) if isinstance(fields, dict) else None
+        stated = fields.pop(_OWN_DIGEST, None)
         if stated is not None and stated != digest_of_fields(fields):
             raise UserError(
                 f"{path} has other content than when it was handed off: copy it again, or take {_OWN_DIGEST} out of it "
                 "if it was changed on purpose"
             )
-        for name in transformers_files.FIELDS if isinstance(fields, dict) else ():
+        for name in transformers_files.FIELDS:
             fields.pop(name, None)
         return HandoffConfig.model_validate(fields)
     except ValidationError as error:

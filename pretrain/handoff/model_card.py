@@ -12,23 +12,17 @@ _SHOWN = 10
 _WEIGHTS = {"raw": "those of the last step", "average": "their exponential moving average (EMA)"}
 _LAVIT = "LaViT (Less-Attention Vision Transformer, arXiv 2406.00427)"
 _TRANSFORMERS = """\
-With torch, transformers and Pillow; `trust_remote_code=True` runs the Python files of this folder.
-{rectangle}
+With torch, transformers and Pillow; `trust_remote_code=True` runs the Python files of this folder. `pixels` come from \
+`AutoImageProcessor.from_pretrained` where images are square, else they are made as `input` in `config.json` states.
+
 ```python
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification
 
 source = "PATH/TO/THIS/FOLDER or ORGANIZATION/NAME"
 model = AutoModelForImageClassification.from_pretrained(source, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(source)
-pixels = processor(image, return_tensors="pt").pixel_values  # of an image of Pillow
 logits, maps = model(pixels).logits, model.forward_features(pixels)  # four maps, (batch, C, H, W)
-pipeline("image-classification", model=source, trust_remote_code=True)(image)
 ```
 
-"""
-_RECTANGLE = """
-transformers has no image processor that cuts a rectangle out of the center, so there is none here: below, `processor`
-and `pipeline` do not work. `input` in `config.json` states how to make `pixels`.
 """
 _LEVELS = """\
 - The classes form a hierarchy: scores compare within a level (`class_levels` in `config.json`). A softmax over all, \
@@ -54,7 +48,6 @@ def model_card(
     )
     size, own = data["image_size"], "factory" not in content["architecture"]
     about = ", not stated; `python -m pretrain.export RUN --license ID` states it" if license_id == "unknown" else ""
-    rectangle = "" if isinstance(size, int) or size[0] == size[1] else _RECTANGLE
     return f"""---
 {yaml.safe_dump(_front_matter(content, license_id), sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -96,7 +89,7 @@ Measured during training after {evaluated_at:,} images, in the precision of trai
 
 ## Use
 
-{_TRANSFORMERS.format(rectangle=rectangle) if own else ""}\
+{_TRANSFORMERS if own else ""}\
 With the project that trained it, which checks the digests in `config.json` and runs no code of this folder\
 {"" if own else f"; factory is the callable that builds the network, {network}"}:
 
@@ -149,25 +142,13 @@ def _lineage(origin: dict[str, Any] | None) -> str:
 
 
 def _front_matter(content: dict[str, Any], license_id: str) -> dict[str, Any]:
-    metrics, recipe, name = content["metrics"], content["recipe"], printable(content["dataset"]["name"])
-    measured = [
-        {"type": "accuracy", "name": "top-1 accuracy, percent", "value": round(metrics["top1"], 4)},
-        {"type": "accuracy", "name": "top-5 accuracy, percent", "value": round(metrics["top5"], 4)},
-        {"type": "loss", "name": "cross-entropy, nats", "value": round(metrics["loss"], 6)},
-    ]
     own = "factory" not in content["architecture"]
     of_lavit = ("custom_code", "lavit", content["architecture"]["name"], "arxiv:2406.00427") if own else ()
-    result = {
-        "task": {"type": "image-classification", "name": "Image Classification"},
-        "dataset": {"type": name, "name": name, "split": printable(recipe["data"]["val_split"])},
-        "metrics": measured,
-    }
     return {
         "library_name": "transformers" if own else "lavit-pretrain",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", *of_lavit],
         "license": license_id,
-        "datasets": [name],
+        "datasets": [printable(content["dataset"]["name"])],
         "metrics": ["accuracy"],
-        "model-index": [{"name": recipe["name"], "results": [result]}],
     }

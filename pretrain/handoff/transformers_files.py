@@ -42,17 +42,16 @@ def fields(config: "HandoffConfig") -> dict[str, Any]:
         name if count[name] == 1 else f"{name} ({class_id})"
         for name, class_id in zip(config.class_names, ids, strict=True)
     ]
-    values: tuple[Any, ...] = (
-        "lavit",
-        ["LaViTForImageClassification"],
-        {
+    return {
+        "model_type": "lavit",
+        "architectures": ["LaViTForImageClassification"],
+        "auto_map": {
             "AutoConfig": f"{module}.LaViTPretrainedConfig",
             "AutoModelForImageClassification": f"{module}.LaViTForImageClassification",
         },
-        {str(label): name for label, name in enumerate(names)},
-        {name: label for label, name in enumerate(names)},
-    )
-    return dict(zip(FIELDS, values, strict=True))
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
 
 
 def _preprocessor(config: "HandoffConfig") -> dict[str, Any]:

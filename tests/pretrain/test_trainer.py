@@ -64,7 +64,8 @@ def test_a_stop_between_the_evaluations_of_weights_and_average_leaves_nothing_of
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, average = Evaluation(70.0, 90.0, 1.0, 10), Evaluation(60.0, 90.0, 1.0, 10)
-    monkeypatch.setattr(module, "evaluate", mock.Mock(side_effect=[weights, None, weights, average]))
+    first, second = (mock.Mock(total=lambda result=result: result) for result in (weights, average))
+    monkeypatch.setattr(module, "evaluate", mock.Mock(side_effect=[first, None, first, second]))
     at(trainer, 2)
     before = asdict(trainer.state)
     trainer.evaluate()

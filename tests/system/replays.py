@@ -7,6 +7,7 @@ next checkpoint; where it finds nothing, the fault must have left no trace in th
 """
 
 import argparse
+import math
 import random
 import re
 import shutil
@@ -223,8 +224,8 @@ def replay_here(control: dist.ProcessGroup, run: Path) -> str:
 def final_state(run: Path) -> dict[tuple[str, str], bytes]:
     index = _ShardIndex(run / f"checkpoints/step-{2 * HALF:08d}")
     return {
-        (name, kind): index.read(name, kind, 0, index.numel(name)).numpy().tobytes()
-        for name in index.shapes
+        (name, kind): index.read(name, kind, 0, math.prod(shape)).numpy().tobytes()
+        for name, shape in index.shapes.items()
         for kind in ("parameter", "exp_avg", "exp_avg_sq", "average")
     }
 

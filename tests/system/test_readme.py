@@ -56,7 +56,7 @@ def words_of(command: str) -> tuple[str, ...]:
 
 
 def runnable(language: str) -> list[tuple[str, str]]:
-    """Snippets except those of other packages, which test_timm_handoff.py and test_hub.py run."""
+    """Snippets except those of other packages, which test_timm_registration.py and test_transformers.py run."""
     return [
         (page, block) for page, block in snippets(language) if not re.search(r"timm|torchvision|transformers", block)
     ]
