@@ -156,10 +156,11 @@ def test_neither_a_taken_port_nor_a_second_job_of_the_run_nor_other_code_does_ha
         ended = run.wait_for_end(0)
     assert (ended.cause, ended.action, ended.node) == ("crashed", "requeue", "")
     assert "is taken" in ended.reason
+    run.wait_for(lambda: run.attempts()[0].notes, "what follows")  # the last line before the next attempt
+    assert run.attempts()[0].notes == ["starts again after 6 s, which Slurm imposes"]
     history = run.folder / "slurm/history.jsonl"
     history.write_text(history.read_text().replace(ended.code, "0" * 32))
     begun = run.wait_for_attempts(2)[1]
-    assert any("starts again after 6 s, which Slurm imposes" in note for note in run.attempts()[0].notes)
     run.wait_for_step(2)
     event = json.loads((run.folder / "events.jsonl").read_text().splitlines()[0])
     assert (event["event"], "0" * 32 in event["text"]) == ("other code", True)
