@@ -92,8 +92,10 @@ def test_the_images_of_its_batch_are_listed_and_a_full_disk_does_not_stop_traini
 def losses_are_global(control: dist.ProcessGroup) -> None:
     rank, engine = dist.get_rank(), mock.Mock()
     engine.train_batch_size.return_value, engine.get_global_grad_norm.side_effect = BATCH, [2.5, 0.1, None, 7.0]
-    monitor = Monitor(engine, device=torch.device("cpu"), precision="fp32", attention_images=0, data=mock.Mock(),
-                      class_names=(), macs=1)  # fmt: skip
+    monitor = Monitor(
+        engine, mock.MagicMock(), device=torch.device("cpu"), precision="fp32", attention_images=0, data=mock.Mock(),
+        class_names=(), macs=1,
+    )  # fmt: skip
     for step in range(3):
         for part in range(2):
             monitor.see_batch(mock.Mock(digest=2**63 + step))
