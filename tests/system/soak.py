@@ -61,7 +61,7 @@ def soak(folder: Path, data: Path, *, rounds: int, seed: int) -> Soak:
         ranks, stage = chance.choice([1, 2, 4]), chance.choice([0, 1, 2, 3])
         victim = chance.choice(["a rank", "the launcher", "everything"])
         before, saved = reached(run_folder), saved_step(run_folder)
-        with launched(folder / "killed", *fields, *at_stage(stage), ranks=ranks) as run:
+        with launched(folder / "killed", *fields, *at_stage(stage), ranks=ranks, anew=True) as run:
             aim = before + chance.randint(0, STEPS_A_ROUND + 2)
             wait_for_step(run, run_folder, aim)
             time.sleep(chance.random())
