@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak bench lint docs clean
+.PHONY: setup wheelhouse demo test test-system test-cluster test-all soak storm bench lint docs clean
 setup: $(STAMP)
 
 # pip's progress is shown on a terminal and left out of logs.
@@ -45,7 +45,11 @@ test-system: setup
 
 # Slurm clusters on this machine. The tests mostly wait for Slurm, so two run at a time; their clusters share nothing.
 test-cluster: setup
-	$(PYTEST) --numprocesses 2 --dist worksteal -m slurm
+	$(PYTEST) --numprocesses 2 --dist worksteal -m "slurm and not evening"
+
+# Forty random events over a run on a cluster like a site's, where Slurm waits two minutes before each restart.
+storm: setup
+	$(PYTEST) -m evening
 
 test-all: test test-system test-cluster
 

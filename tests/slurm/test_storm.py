@@ -1,8 +1,9 @@
-"""Twenty random events over one run, where cron calls slurm.release: it finishes, and its numbers are those of a run
+"""Random events over one run, where cron calls slurm.release: it finishes, and its numbers are those of a run
 that nobody touched."""
 
 import contextlib
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.slurm.cluster import cluster
 from tests.slurm.conftest import run_alone
 from tests.slurm.runs import ClusterRun, assert_equals
 
@@ -26,12 +28,27 @@ LONG = 160
 def test_a_storm_of_twenty_events_changes_nothing(
     on_cluster: Callable[[int], ClusterRun], digits: Path, tmp_path: Path
 ) -> None:
-    chance = random.Random(6)
-    events = chance.sample(EVENTS, len(EVENTS))
     untouched = run_alone(tmp_path / "untouched", digits, steps=LONG)
-    run = on_cluster(3)
+    survives(on_cluster(3), EVENTS, 6, digits, untouched=untouched, steps=LONG)
+
+
+@pytest.mark.evening
+@pytest.mark.timeout(4 * 3600)
+def test_a_storm_of_forty_events_on_a_cluster_like_a_sites_changes_nothing(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untouched = run_alone(tmp_path / "untouched", digits, steps=8 * LONG)
+    with cluster(3, site=True) as made:
+        data = shutil.copytree(digits, made.home / "digits")
+        survives(ClusterRun(made, made.home / "runs", capsys), 2 * EVENTS, 7, data, untouched=untouched, steps=8 * LONG)
+
+
+def survives(run: ClusterRun, kinds: list[str], seed: int, data: Path, *, untouched: Path, steps: int) -> None:
+    """Launch a run, let events of these kinds strike in random order, and compare it with the untouched one."""
+    chance = random.Random(seed)
+    events = chance.sample(kinds, len(kinds))
     run.released_every_s = 5.0  # a slurmctld that is killed may lose a job, see docs/cluster.md; nothing else may
-    run.launch(digits, "--max-restarts", "50", "--retry-wait", "0", steps=LONG)
+    run.launch(data, "--max-restarts", "50", "--retry-wait", "0", steps=steps)
     begun = killing = 0
     while events:
         together = [events.pop() for _ in range(min(chance.randint(1, 2), len(events)))]
@@ -45,14 +62,14 @@ def test_a_storm_of_twenty_events_changes_nothing(
         for event in sorted(together, key=EVENTS.index):
             strike(run, event, chance)
     told = run.finish()
-    assert told["step"] == LONG
+    assert told["step"] == steps
     ends = [attempt.cause for attempt in run.attempts()]
     assert ends[-1] == "finished"
     assert len(ends) > killing, ends
     assert None not in ends
     assert {"preempted", "crashed", "lost"} <= {*ends}
-    assert len(run.released) <= EVENTS.count("restart slurmctld"), run.released
-    assert_equals(run.folder, untouched, steps=LONG)
+    assert len(run.released) <= kinds.count("restart slurmctld"), run.released
+    assert_equals(run.folder, untouched, steps=steps)
     assert not list((run.folder / "checkpoints").glob(".*")), "something half-written was left"
 
 
