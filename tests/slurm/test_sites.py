@@ -217,6 +217,14 @@ def test_a_users_variables_do_not_mislead_and_slurms_own_wait_is_logged(on_site:
     assert "is cancelled" in run.stop()
 
 
+def test_what_a_site_refuses_leaves_no_run(on_site: ClusterRun) -> None:
+    data = on_site.cluster.home / "digits"
+    said = on_site.launch(data, "--sbatch", "wckey=none", code=ExitCode.WILL_FAIL_AGAIN)
+    assert said.splitlines()[-1].startswith("error: sbatch: sbatch: error: ")
+    assert "wckey" in said.splitlines()[-1]
+    assert not on_site.folder.exists()
+
+
 def test_where_only_one_job_is_accepted_release_goes_on_with_the_environment_of_the_launch(
     on_site: ClusterRun, reference: Path
 ) -> None:
