@@ -13,26 +13,24 @@ from pretrain.fields import dotted_names
 from pretrain.recipe import CHANGEABLE, Recipe
 from tests.pages import PAGES, ROOT, SITE
 
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+
 
 def test_versions_are_pinned_in_constraints_alone() -> None:
-    pins = (ROOT / "constraints.txt").read_text().splitlines()[1:]
-    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line) for line in pins)
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", f"{name}=={version}") for name, version in PINS.items())
+    named = [*PROJECT["project"]["dependencies"], *(name for extra in EXTRAS.values() for name in extra)]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in named), "pyproject.toml names a version"
-    assert {name.lower() for name in named} <= pinned
+    assert {canonicalize_name(name) for name in named} <= {canonicalize_name(name) for name in PINS}
 
 
 def test_whatever_an_installation_pulls_in_is_pinned() -> None:
     """On a machine with GPUs the CUDA libraries of torch and DALI, too."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
-    pinned = {canonicalize_name(name) for name in pins}
-    assert project["build-system"]["requires"] == [f"setuptools=={pins['setuptools']}"], "a wheelhouse would need both"
+    pinned = {canonicalize_name(name) for name in PINS}
+    assert PROJECT["build-system"]["requires"] == [f"setuptools=={PINS['setuptools']}"], "a wheelhouse would need both"
     installed = re.search(r"^EXTRAS \?= (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(",")
-    names = [*project["project"]["dependencies"], *(name for extra in installed for name in extras[extra])]
+    names = [*PROJECT["project"]["dependencies"], *(name for extra in installed for name in EXTRAS[extra])]
     wanted = [Requirement(name) for name in names]
     seen: set[str] = set()
     while wanted:
@@ -48,9 +46,8 @@ def test_whatever_an_installation_pulls_in_is_pinned() -> None:
 
 
 def test_pre_commit_has_the_pinned_version_of_ruff() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()[1:])
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert repository["rev"] == f"v{pins['ruff']}"
+    assert repository["rev"] == f"v{PINS['ruff']}"
 
 
 def test_pages_are_short_and_open_with_a_command() -> None:
