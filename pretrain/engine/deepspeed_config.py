@@ -191,9 +191,10 @@ def _plan_batch(config: dict[str, Any], world_size: int, *, pairs: bool) -> tupl
         raise UserError(f"train_batch_size must be given as a positive number (the global batch), got {total!r}")
     if total % world_size:
         lower = max(ranks for ranks in range(1, world_size) if total % ranks == 0)
+        higher = next((ranks for ranks in range(world_size, total) if total % ranks == 0), total)
         raise UserError(
             f"the global batch of {total} (train_batch_size) cannot be divided by {world_size} ranks: start {lower} "
-            f"ranks, or choose a multiple of {world_size} as train_batch_size"
+            f"or {higher} ranks, or choose a multiple of {world_size} as train_batch_size"
         )
     per_rank = total // world_size
     limit = config.get("train_micro_batch_size_per_gpu", "auto")
