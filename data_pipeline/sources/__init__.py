@@ -70,15 +70,17 @@ class Source(ABC):
 
 
 class HeldOut(Source):
-    """Another source, of whose first split a share of each class becomes the val split, chosen by a hash of the names.
+    """Another source, ``name`` in messages, of whose first split a share of each class becomes the val split.
+
+    It is chosen by a hash of the images' names.
 
     Raises:
         DataError: it has a val split of its own.
     """
 
-    def __init__(self, source: Source, fraction: float) -> None:
+    def __init__(self, source: Source, name: object, fraction: float) -> None:
         if "val" in source.splits:
-            raise DataError("SOURCE comes with a val split; leave --val-fraction out")
+            raise DataError(f"{name} comes with a val split; leave --val-fraction out")
         self._source, self._divided = source, source.splits[0]
         by_class: dict[str, list[str]] = {}
         for image in source.images(self._divided):

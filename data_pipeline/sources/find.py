@@ -74,7 +74,7 @@ def find_source(wanted: Wanted) -> Source:
             raise DataError(
                 f"--{option.replace('_', '-')} does not go with {name}, which comes with what it sets; leave it out"
             )
-    return HeldOut(source, wanted.val_fraction) if wanted.val_fraction else source
+    return HeldOut(source, name, wanted.val_fraction) if wanted.val_fraction else source
 
 
 def _in_file(path: Path, wanted: Wanted) -> Source:
