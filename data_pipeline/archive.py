@@ -12,7 +12,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -40,14 +40,21 @@ class Extent:
     offset: int
     length: int
 
-    def read(self) -> bytes:
-        """Read the bytes; StorageError when the file has vanished, is unreadable or has become shorter."""
-        with reading(self.path), open(self.path, "rb") as stream:  # noqa: PTH123  (a path of 14 M images is kept as text)
+    def read(self, opened: IO[bytes] | None = None) -> bytes:
+        """Read the bytes, of the file that is ``opened`` or of its own.
+
+        Raises:
+            StorageError: the file has vanished, is unreadable or has become shorter.
+        """
+        with reading(self.path), self._stream(opened) as stream:
             stream.seek(self.offset)
             data = stream.read(self.length)
         if len(data) != self.length:
             raise StorageError(f"{self.path} ended early: it changed while it was read; build again when it is at rest")
         return data
+
+    def _stream(self, opened: IO[bytes] | None) -> AbstractContextManager[IO[bytes]]:
+        return open(self.path, "rb") if opened is None else nullcontext(opened)  # noqa: PTH123  (of 14 M images)
 
 
 Content = Extent | bytes | Rejected
@@ -95,7 +102,11 @@ class _Header(tarfile.TarInfo):
         return header
 
     def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        member: tarfile.TarInfo = super()._proc_pax(archive)  # type: ignore[misc]  # not in its stubs
+        if self.type == tarfile.XGLTYPE:
+            return super()._proc_pax(archive)  # type: ignore[misc]  # not in its stubs
+        common, archive.pax_headers = archive.pax_headers, {}  # tarfile would add those of all members
+        member: tarfile.TarInfo = super()._proc_pax(archive)  # type: ignore[misc]
+        archive.pax_headers = common
         if not member.pax_headers:  # as where zeros took the place of a name: the short name would be taken for it
             raise _DamagedError("an extended header without a record")
         return member

@@ -265,14 +265,15 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             dest.rmdir()  # if nothing is in it
         raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno == errno.ENOSPC and not in_place:
             raise StorageError(
                 f"no space left for {dest}; building needs twice the size of the dataset for a while. "
                 "Free space and run the same command again: it resumes from here"
             ) from None
         where = f"{error.filename or dest}: {error.strerror}"
         if in_place:
-            raise DataError(f"{where}; fix it, or write the index elsewhere: --index FOLDER") from None
+            elsewhere = ", or write the index elsewhere: --index FOLDER" if args.index is None else ""
+            raise DataError(f"{where}; fix it{elsewhere}") from None
         raise StorageError(f"{where}; fix it and run the same command again") from None
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL
@@ -144,17 +144,18 @@ def index_shard(job: Job) -> Indexed:
     elif job.idx.read_bytes() != text.encode():
         raise DataError(f"{job.idx} is not the index of {job.tar.name}; remove it and it will be made again")
     rows, rejected = [], []
-    for sample in samples:
-        row = row_of(sample)
-        if isinstance(row, Rejected):
-            rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
-        else:
-            rows.append(row)
+    with job.tar.open("rb") as stream:
+        for sample in samples:
+            row = row_of(sample, stream)
+            if isinstance(row, Rejected):
+                rejected.append(Reject(name=f"{job.tar.name}:{sample.key}", reason=row.reason))
+            else:
+                rows.append(row)
     record = Shard(samples=len(rows), tar=file_of(job.tar, job.name), idx=file_of(job.idx, job.idx_name))
     return np.array(rows, ROW), rejected, record
 
 
-def row_of(sample: Sample, *, decode: bool = True) -> tuple[int, ...] | Rejected:
+def row_of(sample: Sample, shard: IO[bytes], *, decode: bool = True) -> tuple[int, ...] | Rejected:
     """Return a sample's values of ROW, without a decoded size if that is not wanted, or why it cannot be used."""
     image, class_id = sample.image(), Labels().of(sample, ("cls",))
     if isinstance(image, Rejected):
@@ -164,7 +165,7 @@ def row_of(sample: Sample, *, decode: bool = True) -> tuple[int, ...] | Rejected
     if not class_id.isdigit():
         return Rejected(f"its label is no number (build a dataset from the shards): {class_id[:40]!r}")
     assert isinstance(image.content, Extent)
-    data = image.content.read()
+    data = image.content.read(shard)
     row = (int(class_id), image.offset, image.size, zlib.crc32(data))
     size = size_as_it_is(data) if decode else ()
     return size if isinstance(size, Rejected) else (*row, *size)

@@ -6,13 +6,15 @@ unit, sorts them by key and writes them to scratch. `data_pipeline.assemble` the
 """
 
 import hashlib
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from data_pipeline.acceptance import Rejected, normalize
 from data_pipeline.archive import Extent
@@ -31,7 +33,7 @@ class Unit(BaseModel):
     """What a unit holds."""
 
     images: int
-    class_ids: list[str]
+    class_ids: list[Annotated[str, AfterValidator(sys.intern)]]
     """In the order of the table's class numbers; also of images that cannot be used, so that a class of such images
     only is seen to have none."""
     rejected: list[Reject]

@@ -89,16 +89,19 @@ def check_shard(job: tuple[Shard, NDArray[Any]], folder: Path, *, decode: bool) 
     if index_text(samples) != idx.read_text():
         problems.append(f"{idx} is not the index of its shard; {_AGAIN}")
     at = {member.offset: sample for sample in samples for member in sample.members}
-    for row in rows:
-        sample = at.get(int(row["offset"]))
-        found = Rejected("no sample begins there") if sample is None else row_of(sample, decode=decode)
-        if isinstance(found, Rejected):
-            wrong = [found.reason]
-        else:
-            values = zip(ROW.names or (), found, strict=False)
-            wrong = [f"its {name} is {value}, in the table {row[name]}" for name, value in values if row[name] != value]
-        where = f"byte {row['offset']}" if sample is None else sample.key
-        problems += [f"{tar}, {where}: {line}; {_AGAIN}" for line in wrong]
+    with tar.open("rb") as stream:
+        for row in rows:
+            sample = at.get(int(row["offset"]))
+            found = Rejected("no sample begins there") if sample is None else row_of(sample, stream, decode=decode)
+            if isinstance(found, Rejected):
+                wrong = [found.reason]
+            else:
+                pairs = [(name, value, row[name]) for name, value in zip(ROW.names or (), found, strict=False)]
+                wrong = [
+                    f"its {name} is {value}, in the table {there}" for name, value, there in pairs if there != value
+                ]
+            where = f"byte {row['offset']}" if sample is None else sample.key
+            problems += [f"{tar}, {where}: {line}; {_AGAIN}" for line in wrong]
     return problems
 
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, TrainLoader
-from models import LaViT
 from pretrain.checkpoints.checkpoint import load_newest
 from pretrain.checkpoints.optimizer_shards import OptimizerShards
 from pretrain.checkpoints.writer import CheckpointWriter, Retention
@@ -26,7 +25,7 @@ from pretrain.engine.distributed import (
 from pretrain.engine.engine import build_engine, build_model
 from pretrain.engine.schedule import Schedule, draw_step
 from pretrain.evaluation.probes import Probes, open_probe_sets
-from pretrain.factory import architecture, try_network
+from pretrain.factory import architecture, is_lavit, try_network
 from pretrain.fault_tolerance.nonfinite import NonFiniteSteps
 from pretrain.fault_tolerance.signals import StopFlag
 from pretrain.fault_tolerance.spikes import LossLevel
@@ -37,7 +36,7 @@ from pretrain.ledger import describe_setup
 from pretrain.losses import Classification, TrainingLoss
 from pretrain.metrics import MetricsWriter
 from pretrain.monitoring.monitor import Monitor
-from pretrain.monitoring.profile import step_profile
+from pretrain.monitoring.profile import StepProfiler
 from pretrain.monitoring.sinks import check_trackers, open_trackers
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder, checkpoint_facts
@@ -125,9 +124,8 @@ def build_trainer(
         "local_ranks": rank.local_world_size,
         "on_bad_sample": partial(folder.append_bad_sample, rank=rank.rank),
     }
-    profiler = profiled and step_profile(
-        profiled, range(state.step, total), folder.profile / f"rank-{rank.rank:05d}", console.say
-    )
+    base = folder.profile / f"rank-{rank.rank:05d}"
+    profiler = profiled and StepProfiler(profiled, range(state.step, total), base, device, console.say)
     metrics = None
     if rank.is_first:
         trackers = open_trackers(recipe.watch.sinks, folder.path, recipe.model_dump(mode="json"), console.say)
@@ -142,7 +140,7 @@ def build_trainer(
         shards,
         device=device,
         precision=resolved.precision,
-        attention_images=recipe.watch.attention_images if isinstance(model, LaViT) else 0,
+        attention_images=recipe.watch.attention_images if is_lavit(model) else 0,
         data=recipe.data,
         class_names=train_set.class_names,
         show_batch=rank.is_first and not state.step,

@@ -76,7 +76,7 @@ class RunConsole:
         columns = min(BAR, self._console.width)
         bar = "━" * (columns * self._step // max(self._total, 1))
         lines = [bar.ljust(columns, "╌"), f"step {self._step}/{self._total}  {self._rate()}"]
-        lines += [*filter(None, [self._metrics]), *(f"· {event}" for event in self._events)]
+        lines += [*filter(None, [self._metrics]), *(f"· {event}" for event in [*self._events])]
         return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
     def _rate(self) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class FactoryConfig:
                 if not parameter.requires_grad:
                     delattr(module, name)
                     module.register_buffer(name, parameter.data)
+        network.of_factory = True  # type: ignore[assignment]
         return network.train()
 
 
@@ -111,6 +112,11 @@ def count_parameters(config: NetworkConfig) -> int:
     return sum(parameter.numel() for parameter in on_meta(config).parameters())
 
 
+def is_lavit(network: object) -> TypeGuard[LaViT]:
+    """Whether a network is trained as a LaViT; one that a factory made is trained as any other."""
+    return isinstance(network, LaViT) and not hasattr(network, "of_factory")
+
+
 def call_network(
     network: nn.Module, call: Callable[..., Any], images: Tensor, uniforms: Tensor | None, form: Any = True
 ) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +125,7 @@ def call_network(
     ``network`` is what ``call``, itself or DeepSpeed's engine, runs; ``uniforms`` (branches, m) decide which residual
     branches of a LaViT are skipped; ``form`` of the loss is as ``LaViT.forward`` takes it.
     """
-    if not isinstance(network, LaViT):
+    if not is_lavit(network):
         return call(images), None
     logits, diagonality = call(images, drop_path_uniforms=uniforms, with_diagonality=form)
     return logits, diagonality
@@ -127,7 +133,7 @@ def call_network(
 
 def drawn_branches(network: Any) -> int:
     """How many residual branches are skipped by numbers that are drawn for it: a LaViT's, with drop path on."""
-    return network.num_drop_paths if isinstance(network, LaViT) and network.config.drop_path else 0
+    return network.num_drop_paths if is_lavit(network) and network.config.drop_path else 0
 
 
 @contextmanager

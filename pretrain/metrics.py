@@ -8,7 +8,6 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,11 @@ class MetricsWriter:
         except OSError as error:
             raise UserError(f"{jsonl} cannot be read or written: {error}", storage_code(error)) from None
         if trackers:
-            self._sent = _sent_to_trackers(run / "trackers.json", self._sent)
+            try:
+                self._sent = _sent_to_trackers(run / "trackers.json", self._sent)
+            except OSError as error:
+                say(f"WARNING {', '.join(trackers)} takes no measurements until the next start ({error})")
+                trackers = None
         board = TensorBoard(run / "tensorboard", purge_from=purge_from)
         self._sinks: dict[str, Sink] = {"TensorBoard": board, **(trackers or {})}
         # TensorBoard purges all kinds alike: those that are not measured again are sent again.
@@ -150,8 +153,7 @@ def _sent_to_trackers(marks: Path, newest: Mapping[str, int]) -> dict[str, int]:
     except (OSError, UserError, ValueError, TypeError, OverflowError):
         known = {}  # then what metrics.jsonl holds is all that is known to have been sent
     sent = {kind: max(known.get(kind, -1), newest.get(kind, -1)) for kind in {*known, *newest}}
-    with suppress(OSError):  # no reason to stop
-        write_sealed(marks, sent)
+    write_sealed(marks, sent)
     return sent
 
 

@@ -90,9 +90,7 @@ def read_run(path: Path) -> Run:
     run.status = run.mapping("run.json") | (run.mapping("summary.json") if (path / "summary.json").exists() else {})
     run.settings = {name: dict(leaves(run.mapping(name))) for name in SETTINGS}
     for row in run.rows("metrics.jsonl"):
-        numbers = {
-            key: float(value) for key, value in row.items() if type(value) in (int, float) and abs(value) < 1e300
-        }
+        numbers = {key: float(x) for key, x in row.items() if type(x) in (int, float) and abs(x) < 1e300}
         for key in numbers.keys() - {"samples_seen", "step", "epoch"} if "samples_seen" in numbers else ():
             run.curves.setdefault((str(row.get("kind")), key), Curve()).add(numbers["samples_seen"], numbers[key])
     if not run.curves:
@@ -131,11 +129,13 @@ def read_events(run: Run) -> None:
         if counts[kind] <= MARKS:
             run.events.append((kind, float(seen), text[:300]))
 
+    starts = 0
     for row in run.rows("events.jsonl"):
-        event, before = str(row.get("event")), row["after"] if isinstance(row.get("after"), dict) else {}
-        if event != "start" or before:  # the first start is no restart
-            kind = {"went back": "rollback", "start": "restart"}.get(event, event)
-            add(kind, row, f"{row.get('text')} {before.get('state', '')} {before.get('reason', '')}")
+        kind, before = str(row.get("event")), row["after"] if isinstance(row.get("after"), dict) else {}
+        text = f"{row.get('text')} {before.get('state', '')} {before.get('reason', '')}"
+        starts += kind == "start"
+        if kind != "start" or starts > 1:
+            add({"went back": "rollback", "start": "restart"}.get(kind, kind), row, text)
     for row in run.rows("slurm/history.jsonl"):
         if row.get("event") == "end" and row.get("cause") != "finished":
             add("end of a Slurm attempt", row, f"{row.get('cause')}: {row.get('reason')}")

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,16 +123,20 @@ class RunLog:
             image: the training images of the interval, drawn, if there are any.
         """
         self.console.log_metrics(self._state.step, self._state.samples_seen / self._epoch_size, losses)
-        restarts = self.status.run_state.restarts if self.status.run_state else 0
-        counts = {"bad_samples": self._bad_samples(), "restarts": restarts}
-        for kind, values in (rows | {"train": losses | rows.get("train", {}) | counts}).items():
-            self._write(kind, values)
-        if image is not None:
-            self._image("images/training", image)
-        if not self._described:
-            self._guarded(lambda metrics: metrics.describe_run(self._state.samples_seen))
-            self._described = True
-        self._guarded(lambda _: self.status.write("running"))
+
+        def write(metrics: MetricsWriter) -> None:
+            restarts = self.status.run_state.restarts if self.status.run_state else 0
+            counts = {"bad_samples": self._bad_samples(), "restarts": restarts}
+            for kind, values in (rows | {"train": losses | rows.get("train", {}) | counts}).items():
+                metrics.write(kind, self._state.samples_seen, self._position() | values)
+            if image is not None:
+                metrics.image("images/training", self._state.samples_seen, image)
+            if not self._described:
+                metrics.describe_run(self._state.samples_seen)
+                self._described = True
+            self.status.write("running")
+
+        self._guarded(write)
 
     def steps(
         self, rows: list[Row], spikes: list[Spike], samples: Callable[[int, int], tuple[NDArray, NDArray]]
@@ -156,11 +159,10 @@ class RunLog:
 
     def take_image_request(self) -> bool:
         """Whether a user asked for images by a file of the run folder, which is removed; on rank 0 only."""
-        with suppress(OSError):
-            if self._metrics is not None:
-                self.folder.show.unlink()
-                return True
-        return False
+        if self._metrics is None or not self.folder.show.exists():
+            return False
+        self._guarded(lambda _: self.folder.show.unlink())
+        return True
 
     def event(self, name: EventName, text: str) -> None:
         """Add a line to ``events.jsonl``."""
@@ -180,9 +182,10 @@ class RunLog:
         self._guarded(lambda metrics: metrics.close())
 
     def _write(self, kind: str, values: dict[str, float]) -> None:
-        seen = self._state.samples_seen
-        position = {"step": self._state.step, "epoch": round(seen / self._epoch_size, 4)}
-        self._guarded(lambda metrics: metrics.write(kind, seen, position | values))
+        self._guarded(lambda metrics: metrics.write(kind, self._state.samples_seen, self._position() | values))
+
+    def _position(self) -> dict[str, float]:
+        return {"step": self._state.step, "epoch": round(self._state.samples_seen / self._epoch_size, 4)}
 
     def _image(self, name: str, pixels: NDArray[np.uint8]) -> None:
         self._guarded(lambda metrics: metrics.image(name, self._state.samples_seen, pixels))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import profile
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import EvalLoader, TrainLoader
@@ -28,6 +27,7 @@ from pretrain.fault_tolerance.stop import StopAgreement
 from pretrain.fault_tolerance.watchdog import REPORT_FIRST_S, Watchdog
 from pretrain.losses import TrainingLoss
 from pretrain.monitoring.monitor import Monitor
+from pretrain.monitoring.profile import StepProfiler
 from pretrain.outcome import ExitCode, UserError
 from pretrain.recipe import Recipe
 from pretrain.run_folder import write_summary
@@ -59,7 +59,7 @@ class Trainer:
     stop: StopAgreement
     watchdog: Watchdog
     startup: StartUp
-    profiler: profile | None
+    profiler: StepProfiler | None
     state: TrainState
 
     def train(self) -> ExitCode:
@@ -68,8 +68,6 @@ class Trainer:
         What is due is derived from ``state``: a run resumed at a boundary does there what was not reached before.
         """
         batches, self._clock = iter(self.train_loader), time.monotonic()
-        if self.profiler is not None:
-            self.profiler.start()
         while True:
             if self.evaluation_due():
                 self.evaluate()
@@ -81,11 +79,13 @@ class Trainer:
                     self.save()
             if self.done or self.stop.at_step_boundary():
                 break
+            if self.profiler is not None:
+                self.profiler.before_step(self.state.step)
             learning_rate = self.train_step(batches, measure_norms=self.log_due(ahead=1))
             self.state.step += 1
             self.state.samples_seen += self.batch.global_batch
             if self.profiler is not None:
-                self.profiler.step()
+                self.profiler.after_step(self.state.step)
             if self.watchdog.starting:
                 self._end_startup()
             self.log.console.step_done(self.state.step)
@@ -377,7 +377,7 @@ class Trainer:
         """Free the loaders, flush metrics, restore the terminal."""
         self.watchdog.close()
         if self.profiler is not None:
-            self.profiler.stop()
+            self.profiler.close()
         self.train_loader.close()
         self.eval_loader.close()
         self.log.close()

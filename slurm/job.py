@@ -56,6 +56,8 @@ def run_rank(folder: SlurmFolder) -> int:
             return 0
         return code if code >= 0 else 128 - code
 
+    if rank == 0 and node != (first := os.environ["NODE_NAMES"].split(",")[0]):
+        return write_exit(ExitCode.RETRY, cause="failed", message=f"rank 0 runs on {node}, but is expected on {first}")
     launch = folder.read_launch()
     limit = launch.policy.save_within_s - min(10.0, launch.policy.save_within_s / 4)  # the rest is for starting again
     received: list[str] = []

@@ -58,13 +58,14 @@ def _release_held(folder: SlurmFolder, found: RunStatus) -> str:
 
 def _include_again(folder: SlurmFolder, found: RunStatus) -> str:
     """Let a job that lacks nodes have those that the run avoids: rather them than none; a line."""
-    kept = scheduler.excluded(folder.script(found.job))
+    script = folder.script(found.job)
+    kept = scheduler.excluded(script)
     now = scheduler.show_job(found.job, retry_s=scheduler.PATIENCE_S).get("ExcNodeList", "")
-    avoided = {*nodes_to_exclude(found.history)} - {*scheduler.expand(kept)}
-    if not avoided & {*scheduler.expand(now)}:
+    avoided = sorted({*nodes_to_exclude(found.history)} & {*scheduler.expand(now)} - {*scheduler.expand(kept)})
+    if not avoided or scheduler.avoidable(script, avoided):  # it waits for another reason, such as maintenance
         return ""
     scheduler.update(found.job, f"ExcNodeList={kept}")
-    text = f"{', '.join(sorted(avoided))} may be used again: the other nodes are too few"
+    text = f"{', '.join(avoided)} may be used again: the other nodes are too few"
     folder.note(found.history[-1].attempt, f"{text} {stamp()}")
     return f"{folder.run}: job {found.job} waits for nodes; {text}"
 

@@ -19,13 +19,13 @@ _HELD = re.compile(r"held|JobHold", re.IGNORECASE)
 PATIENCE_S = 60.0
 """A controller that restarts or is overloaded may take its time to answer."""
 OUTAGE_S = 24 * 3600.0
-"""A batch script waits so long for a controller that does not answer: meanwhile nobody else can get its nodes, and
-nobody else would start the run again."""
+"""A batch script waits so long for a controller that does not answer: nobody else would start the run again."""
 _PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SUBMITIT_")
 _RANK = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_NAMES")
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 """Variables of Slurm without which its commands may not find or not know the cluster."""
 _SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|COOKIE|AUTH|PRIVATE|JWT", re.IGNORECASE)
+_NO_NODES = re.compile(r"nodes? .*(busy|not available)|invalid node", re.IGNORECASE)
 EXPIRY_S, MIN_EXPIRY_S = 120, 5
 """Slurm's default of AuthInfo's cred_expire, which it takes where less than the minimum is set."""
 # What 22.05 says of it. scontrol requeue and update only say that a message was unexpected: there was none.
@@ -247,7 +247,7 @@ def avoidable(script: Path, nodes: Sequence[str]) -> Sequence[str]:
     try:
         run("sbatch", "--test-only", f"--exclude={excluded(script, nodes)}", str(script), retry_s=PATIENCE_S)
     except SlurmError as error:
-        if "policy" not in str(error):  # the user's limit of jobs is reached; slurm.release undoes it where it must
+        if _NO_NODES.search(str(error)):  # of others nothing follows, as where no more jobs are allowed
             say(f"{', '.join(nodes)} failed more than once, but none is avoided: the job could not start: {error}")
             return ()
     return nodes

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -36,7 +37,7 @@ class _Part(BaseModel):
 class _Info(BaseModel):
     """What other people's _info.json says."""
 
-    num_classes: int | None = Field(None, gt=0, le=100_000)
+    num_classes: Any = None
     splits: dict[str, _Part] = {}
 
 
@@ -126,6 +127,8 @@ def _expanded(pattern: str) -> list[Path]:
     """Return the files that a pattern matches; DataError where one that it names by braces is missing."""
     from braceexpand import braceexpand  # noqa: PLC0415  (webdataset's)
 
+    if _exists(Path(pattern)):
+        return [Path(pattern)]
     try:
         parts = list(braceexpand(pattern))
     except ValueError as error:
@@ -205,7 +208,8 @@ def _shards(found: Iterable[tuple[str | None, Path]], wanted: Wanted, root: Path
     if None in paths and len(paths) > 1:
         raise DataError(f"{paths[None][0]} has no split in its name, but others do; name them as SPLIT=PATTERN")
     count = _info(next(iter(seen.values()))[1].parent).num_classes
-    names = wanted.classes or [str(number) for number in range(count or 0)]
+    known = isinstance(count, int) and 0 < count <= 100_000
+    names = wanted.classes or [str(number) for number in range(count if known else 0)]
     by_name = {name: str(number) for number, name in enumerate(wanted.classes)}
     stated_classes = {str(number): name for number, name in enumerate(names)}
     by_split = {split or "train": group for split, group in paths.items()}

@@ -78,13 +78,16 @@ class ClassFolders(Source):
     def images(self, split: str) -> Iterator[SourceImage]:
         """Yield the images of a split, in the order of the archive or of the folders' names."""
         beside: dict[str, Rejected] = {}
+        counts: Counter[str] = Counter()
         for parts, content in self._files():
             found, class_id, name = self._place(parts)
             if found == split:
                 yield SourceImage(name, class_id, _located(content) if isinstance(content, str) else content)
             elif not found:
                 reason = content if isinstance(content, Rejected) else Rejected("is in no class folder")
-                beside[name] = reason if name == "/".join(parts) else Rejected("a folder that is no class")
+                counts[name] += name != "/".join(parts)
+                inside = f"a folder that is no class, with {counts[name]:,} files"
+                beside[name] = Rejected(inside) if counts[name] else reason
         if split == self.splits[0]:
             yield from (SourceImage(name, "", reason) for name, reason in beside.items())
 

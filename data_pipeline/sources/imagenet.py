@@ -154,6 +154,8 @@ def _by_class(path: Path, expected: Collection[str], *, others: bool) -> Iterato
         check([wnid for wnid, *_ in archives])  # before hours of work, not after
     seen = set()
     for wnid, file, archive in archives:
+        if wnid in seen:
+            raise DataError(f"{path} holds {wnid} twice; download it again")
         if wnid:
             seen.add(wnid)
             images = [SourceImage(f"{wnid}/{member.name}", wnid, member.content) for member in members(file, archive)]

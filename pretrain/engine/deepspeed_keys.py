@@ -25,6 +25,9 @@ ELSEWHERE = {
     "compile": "set model.compile in the recipe",
     "checkpoint": "checkpoints are written by this project: set checkpoint.* in the recipe",
     "amp": "apex.amp was removed from DeepSpeed and apex: use bf16, fp16 or torch_autocast",
+    "tensorboard": "TensorBoard is always written to the run's folder",
+    "wandb": "set watch.sinks in the recipe",
+    "csv_monitor": "metrics.jsonl is always written to the run's folder",
     "bfloat16": "it is DeepSpeed's old name: write bf16",
 }
 """Keys that users of DeepSpeed may expect, and what to set instead."""
@@ -110,7 +113,8 @@ def _check_defaults(given: dict[str, Any], section: BaseModel, where: str) -> No
     """Check the fields of ``KEEP_DEFAULT``, and that nothing is offloaded elsewhere than to the CPU."""
     for why, names in KEEP_DEFAULT.items():
         for name in given.keys() & {*names.split()}:
-            if given[name] != type(section).model_fields[name].default:
+            default = type(section).model_fields[name].default
+            if given[name] not in (default, None) and not (default is None and given[name] is False):
                 raise UserError(f"{where}.{name}: leave it out: {why}")
     for name in ("offload_optimizer", "offload_param"):
         if given.get(name) is not None:

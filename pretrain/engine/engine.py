@@ -3,10 +3,12 @@
 import io
 import logging
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -75,7 +77,7 @@ def build_engine(
     notes += notes_on(model, recipe, input_dtype(resolved.precision))
     cast_statistics(model, input_dtype(resolved.precision))
     if recipe.model.compile:
-        notes.append(_compile(model, resolved.stage))
+        notes.append(_compile(model, resolved.stage, device))
     try:
         with start_up_noise(wanted=verbose, first=torch.distributed.get_rank() == 0):
             engine, *_ = deepspeed.initialize(
@@ -113,17 +115,36 @@ def start_up_noise(*, wanted: bool, first: bool) -> Iterator[None]:
             logger.setLevel(logging.WARNING)
 
 
-def _compile(model: torch.nn.Module, stage: int) -> str:
+def _compile(model: torch.nn.Module, stage: int, device: torch.device) -> str:
     """Compile the network in place: its parameters keep their names, and checkpoints fit either way."""
     if stage == 3:
         raise UserError(
             "model.compile does not go with ZeRO stage 3, which gathers parameters between layers: use "
             "zero_optimization.stage 2 or less, or model.compile=false"
         )
-    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
-        raise UserError("model.compile needs a C compiler and finds none: install gcc, or set model.compile=false")
+    lacking = _missing_compiler(device)
+    if lacking:
+        raise UserError(f"model.compile needs a {lacking} and finds none: install it, or set model.compile=false")
     compile_forward(model)
     return "compiled by torch.compile: the first steps take minutes"
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """What torch.compile lacks here, so that no rank raises a long error in its first step; "" for nothing."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # noqa: PLC0415 - slow to import
+        from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "C++ compiler (g++)"
+        return ""
+    # Triton compiles launchers of its kernels, on each node, with the compiler that CC names, or gcc or clang.
+    if find_spec("triton") is None:
+        return "Triton (torch's builds for CUDA bring it along)"
+    compilers = [shlex.split(os.environ["CC"])[0]] if os.environ.get("CC") else ["gcc", "clang"]
+    return "" if any(map(shutil.which, compilers)) else "C compiler (gcc)"
 
 
 def compile_forward(model: torch.nn.Module) -> None:

@@ -105,7 +105,7 @@ def evaluate(
             logits = within_level(logits, batch.labels, levels)
         if observe is not None:
             observe(batch, logits)
-        numbers = torch.tensor([number_of(sample) for sample in batch.sample_ids.tolist()], device=logits.device)
+        numbers = to_device(np.array([number_of(sample) for sample in batch.sample_ids.tolist()]), logits.device)
         tables.append(torch.cat([_scores(batch, logits), numbers[None].double()]))
     if not tables:
         raise UserError("the split to evaluate is empty")

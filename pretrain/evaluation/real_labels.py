@@ -42,6 +42,8 @@ class RealLabels:
                 f"{where} has labels of {len(self._labels)} images, but {dataset.path} was built from {images} for its "
                 f"split '{dataset.split}': give the file that belongs to this split"
             )
+        if len(dataset):
+            self.number(0)
 
     def number(self, sample: int) -> int:
         """The number of a sample's image, from 1; UserError: its name has none, or one out of range."""

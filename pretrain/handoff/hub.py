@@ -6,7 +6,10 @@ from pathlib import Path
 
 from pretrain.outcome import ExitCode, UserError
 
-_FINAL = {"ImportError", "ModuleNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"}
+_FINAL = {
+    "ImportError", "ModuleNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError",
+    "HFValidationError",
+}  # fmt: skip
 """What is raised where asking again is pointless."""
 
 

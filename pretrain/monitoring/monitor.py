@@ -224,7 +224,7 @@ class Monitor:
 def peak_of(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of a device in what a run multiplies in; None on a CPU and on a GPU whose peak is not known here.
 
-    ``precision`` is as ``pretrain.engine.precision`` names it.
+    ``precision`` is as ``Precision`` names it.
     """
     if device.type != "cuda":
         return None

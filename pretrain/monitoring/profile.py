@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import profile, schedule
+from torch.profiler import profile
 
 from pretrain.outcome import UserError
 
@@ -28,48 +28,68 @@ def parse_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
-def step_profile(steps: tuple[int, int], ahead: range, base: Path, say: Callable[[str], None]) -> profile | None:
-    """Profile the first to the last of ``steps``; when that is over, write ``BASE-steps-10-13`` with its endings.
+class StepProfiler:
+    """Profiles some steps of this rank; when that is over, writes ``BASE-steps-10-13`` with its endings.
 
     ``.trace.json.gz`` is for chrome://tracing or Perfetto, ``.txt`` a summary, and on a GPU ``.memory.pickle`` for
-    pytorch.org/memory_viz: the newest allocations.
+    pytorch.org/memory_viz.
 
     Args:
-        steps: counted from 1.
+        steps: the first and the last, counted from 1.
         ahead: what the run has still to take, from the steps taken to the steps of the run.
         base: of the files' names.
+        device: of this rank.
         say: prints a line.
-
-    Returns:
-        what is to be started, told of the end of every step, and stopped; None where the steps are past.
 
     Raises:
         UserError: the run does not have these steps.
     """
-    first, last = steps
-    if last > ahead.stop:
-        raise UserError(f"--profile {first}:{last}: the run has {ahead.stop} steps; choose steps that it takes")
-    if first <= ahead.start:
-        say(f"WARNING --profile {first}:{last}: the run is at step {ahead.start}; nothing is profiled")
-        return None
-    base = base.with_name(f"{base.name}-steps-{first}-{last}")
 
-    def write(found: profile) -> None:
-        sort = "self_cuda_time_total" if found.use_device == "cuda" else "self_cpu_time_total"
+    def __init__(
+        self, steps: tuple[int, int], ahead: range, base: Path, device: torch.device, say: Callable[[str], None]
+    ) -> None:
+        (self._first, self._last), asked = steps, "--profile {}:{}".format(*steps)
+        if self._last > ahead.stop:
+            raise UserError(f"{asked}: the run has {ahead.stop} steps; choose steps that it takes")
+        if self._first <= ahead.start:
+            say(f"WARNING {asked}: the run is at step {ahead.start}; nothing is profiled")
+        self._base = base.with_name(f"{base.name}-steps-{self._first}-{self._last}")
+        self._gpu, self._say = device.type == "cuda", say
+        self._profile: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Begin where the first step to profile follows step ``step``."""
+        if step == self._first - 1:
+            if self._gpu:
+                torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)  # noqa: SLF001 - no other way
+            self._profile = profile()
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """End after the last step to profile, and write what was found."""
+        if self._profile is None or step != self._last:
+            return
+        found, self._profile = self._profile, None
+        found.stop()
         try:
-            base.parent.mkdir(parents=True, exist_ok=True)
-            if torch.cuda.is_initialized():
-                torch.cuda.memory._dump_snapshot(f"{base}.memory.pickle")  # noqa: SLF001 - its only interface
-                torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
-            found.export_chrome_trace(f"{base}.trace.json.gz")
-            Path(f"{base}.txt").write_text(found.key_averages().table(sort_by=sort, row_limit=ROWS))
+            self._base.parent.mkdir(parents=True, exist_ok=True)
+            if self._gpu:
+                torch.cuda.memory._dump_snapshot(f"{self._base}.memory.pickle")  # noqa: SLF001
+            found.export_chrome_trace(f"{self._base}.trace.json.gz")
+            sort = "self_cuda_time_total" if self._gpu else "self_cpu_time_total"
+            Path(f"{self._base}.txt").write_text(found.key_averages().table(sort_by=sort, row_limit=ROWS))
         except OSError as error:
-            say(f"WARNING the profile could not be written: {error}")
+            self._say(f"WARNING the profile could not be written: {error}")
         else:
-            say(f"profile of steps {first} to {last}: {base}.txt, .trace.json.gz")
+            self._say(f"profile of steps {self._first} to {self._last}: {self._base}.txt, .trace.json.gz")
+        finally:
+            if self._gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
 
-    if torch.cuda.is_initialized():
-        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)  # noqa: SLF001
-    warmup = min(1, first - 1 - ahead.start)
-    wait = first - 1 - ahead.start - warmup
-    return profile(schedule=schedule(wait=wait, warmup=warmup, active=last - first + 1, repeat=1), on_trace_ready=write)
+    def close(self) -> None:
+        """End without a result if the run ends before the last step to profile."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+            steps = f"steps {self._first} to {self._last}"
+            self._say(f"WARNING the profile of {steps} was not written: the run ended before")

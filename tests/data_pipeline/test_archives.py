@@ -147,10 +147,12 @@ def test_zeros_over_a_long_name_are_refused_and_headers_for_all_members_are_not(
     start = data.rindex(b"path=caf")
     start -= start % tarfile.BLOCKSIZE
     path = tmp_path / "x.tar"
-    path.write_bytes(data[:start] + bytes(tarfile.BLOCKSIZE) + data[start + tarfile.BLOCKSIZE :])
-    with pytest.raises(DataError, match="an extended header without a record"):
-        list(members(path))
     common = tarfile.TarInfo.create_pax_global_header({"comment": "as git archive writes it"})
+    for before, pack in ((b"", bytes), (common, bytes), (common, gzip.compress)):
+        damaged = data[:start] + bytes(tarfile.BLOCKSIZE) + data[start + tarfile.BLOCKSIZE :]
+        path.write_bytes(pack(before + damaged))
+        with pytest.raises(DataError, match="an extended header without a record"):
+            list(members(path))
     path.write_bytes(common + data)
     assert [member.name for member in members(path)] == ["café/0.jpg", "café/1.jpg"]
 

@@ -113,8 +113,13 @@ FULL = AugmentConfig(
 
 @pytest.mark.parametrize(
     ("train", "augment", "at_most"),
-    [(True, FULL, 460), (True, FULL.model_copy(update={"rand_augment": None}), 20), (False, FULL, 10)],
-    ids=["RandAugment", "no policy", "evaluation"],
+    [
+        (True, FULL, 460),
+        (True, FULL.model_copy(update={"rand_augment": None, "trivial_augment": True}), 220),
+        (True, FULL.model_copy(update={"rand_augment": None}), 20),
+        (False, FULL, 10),
+    ],
+    ids=["RandAugment", "TrivialAugment", "no policy", "evaluation"],
 )
 def test_dali_has_every_operator_of_the_graph_for_a_gpu_and_images_never_leave_it(monkeypatch, train, augment, at_most):
     config = InputConfig(path="nowhere", augment=augment, image_size=64)
@@ -241,8 +246,9 @@ def test_dalis_remarks_on_its_own_augmentations_are_not_shown(train):
 
 
 @pytest.mark.slow
-def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train):
-    augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, rand_augment={})
+@pytest.mark.parametrize("policy", [{"rand_augment": {}}, {"trivial_augment": True}], ids=str)
+def test_random_policies_are_the_same_on_any_number_of_ranks_and_threads(train, policy):
+    augment = AugmentConfig(random_erasing={"probability": 0.5}, color_jitter={"hue": 0.1}, **policy)
     alone = digests(train, steps=3, micro=64, augment=augment)
     assert digests(train, world=2, steps=3, micro=8, threads=3, augment=augment) == alone
     plain = digests(train, steps=3, micro=64, augment=AugmentConfig())

@@ -6,6 +6,7 @@ from itertools import repeat
 import numpy as np
 import pytest
 from nvidia.dali import Pipeline, fn, types
+from PIL import Image
 
 from data_pipeline import graph
 from tests.data_pipeline.images import originals
@@ -45,3 +46,10 @@ def test_smaller_larger_and_other_shapes_are_pillows(photos, way, interpolation)
         assert apart.mean() < 0.25
         if way == "torch":  # its weights have fewer bits than Pillow's: seen where many pixels become one
             assert apart.max() <= 5
+
+
+def test_what_goes_wrong_while_resizing_is_told(photos):
+    images = [np.asarray(originals(photos)[0])]
+    with pytest.raises(RuntimeError, match="Input and output sizes should be greater than 0"):
+        resized("torch", images, [(0, 5)], "bicubic")
+    assert Image.fromarray(resized("torch", images, [(5, 5)], "bicubic")[0]).size == (5, 5)

@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -223,6 +224,15 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path, capsy
     assert run_build("x" * 5000, tmp_path / "out") == 2
     assert capsys.readouterr().err.count("\n") == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "n.tar", "x.tar"]
+
+
+def test_written_shards_can_be_indexed_again_by_others(digits, tmp_path):
+    for path in digits.glob("*-train-*.tar"):
+        shutil.copy(path, tmp_path)
+    assert run_build(tmp_path / "*.tar", tmp_path) == 0
+    ours, theirs = Dataset.open(digits, "train"), Dataset.open(tmp_path, "train")
+    for column in ("labels", "offset", "length", "width", "height", "crc32", "shard"):
+        assert np.array_equal(getattr(ours, column), getattr(theirs, column))
 
 
 ANT = {"ant": 1}

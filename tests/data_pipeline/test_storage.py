@@ -85,9 +85,12 @@ def test_a_stale_handle_is_closed_and_the_shard_opened_anew(train, monkeypatch):
 
 
 @pytest.mark.parametrize("loader_of", [training, evaluation])
-@pytest.mark.parametrize("code", [*MAY_PASS, *LASTS], ids=errno.errorcode.get)
-def test_a_storage_error_that_stays_ends_the_reader_threads_with_one_line(train, monkeypatch, pauses, code, loader_of):
-    monkeypatch.setattr(os, "open", failing(os.open, code, times=float("inf")))
+@pytest.mark.parametrize("failure", itertools.product(["open", "pread"], [*MAY_PASS, *LASTS]), ids=str)
+def test_a_storage_error_that_stays_ends_the_reader_threads_with_one_line(
+    train, monkeypatch, pauses, failure, loader_of
+):
+    call, code = failure
+    monkeypatch.setattr(os, call, failing(getattr(os, call), code, times=float("inf")))
     with loader_of(train) as loader, pytest.raises(DataError) as caught:
         next(iter(loader))
     tries = "after 3 tries " if code in MAY_PASS else ""

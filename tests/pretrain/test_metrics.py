@@ -135,9 +135,19 @@ def test_a_sink_that_cannot_forget_is_told_each_point_once_over_all_crashes(tmp_
     assert [call.args[:2] for call in book.image.call_args_list] == [("grid", 8), ("grid", 9)]
 
 
+def test_where_it_cannot_be_recorded_what_trackers_were_sent_they_are_sent_nothing(tmp_path: Path) -> None:
+    (tmp_path / "trackers.json").mkdir()
+    said, book = list[str](), mock.Mock()
+    writer = opened(tmp_path, 0, trackers={"book": book}, say=said.append)
+    writer.write("train", 1, {"loss": 1.0})
+    writer.close()
+    assert seen(tmp_path) == [1]
+    assert not book.mock_calls
+    assert said[0].startswith("WARNING book takes no measurements until the next start (")
+
+
 def test_a_sink_that_fails_is_given_up_loudly_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
-    (tmp_path / "trackers.json").mkdir()
     said: list[str] = []
     broken, whole = mock.Mock(flush=mock.Mock(side_effect=RuntimeError("no connection"))), mock.Mock()
     writer = opened(tmp_path, 0, trackers={"broken": broken, "whole": whole}, say=said.append)
