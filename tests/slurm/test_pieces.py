@@ -169,6 +169,39 @@ def test_two_releases_that_overlap_submit_a_lost_run_once(folder: SlurmFolder, m
     assert submitted == [(folder.script("7"), ())]
 
 
+@pytest.mark.parametrize(
+    ("answer", "avoided"),
+    [
+        ("allocation failure: Requested node configuration is not available", False),
+        ("allocation failure: Required node not available (down, drained or reserved)", False),
+        ("allocation failure: Requested nodes are busy", False),
+        ("allocation failure: Invalid node name specified", False),
+        ("allocation failure: Access/permission denied", True),
+        (
+            "allocation failure: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            True,
+        ),
+        ("", True),
+    ],
+)
+def test_a_node_is_avoided_unless_slurm_says_that_too_few_others_are_there(
+    answer: str, avoided: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run(*words: str, retry_s: float) -> str:
+        asked.extend(words)
+        if answer:
+            raise scheduler.failure("sbatch", answer)
+        return ""
+
+    script = tmp_path / "7_submission.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --exclude='bad[1-3]'\n")
+    monkeypatch.setattr(scheduler, "run", run)
+    assert scheduler.avoidable(script, ["a", "b"]) == (["a", "b"] if avoided else ())
+    assert "--exclude=bad[1-3],a,b" in asked
+
+
 def test_every_attempt_has_a_rendezvous_port_of_its_own() -> None:
     ports = [rendezvous_port(Attempt(str(job), restart)) for job in range(5000, 5100) for restart in range(20)]
     assert len({*ports}) == len(ports)
