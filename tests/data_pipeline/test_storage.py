@@ -85,7 +85,7 @@ def test_a_stale_handle_is_closed_and_the_shard_opened_anew(train, monkeypatch):
 
 
 @pytest.mark.parametrize("loader_of", [training, evaluation])
-@pytest.mark.parametrize("failure", itertools.product(["open", "pread"], [*MAY_PASS, *LASTS]), ids=str)
+@pytest.mark.parametrize("failure", [*itertools.product(["open", "pread"], [*MAY_PASS, *LASTS])], ids=str)
 def test_a_storage_error_that_stays_ends_the_reader_threads_with_one_line(
     train, monkeypatch, pauses, failure, loader_of
 ):
