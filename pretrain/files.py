@@ -99,10 +99,11 @@ def cut_lines(
     keep: Callable[[dict[str, Any]], bool],
     say: Callable[[str], None],
 ) -> None:
-    """Take lines that are damaged, or not to ``keep``, out of a file of JSON objects, which may be missing.
+    """Remove damaged lines, and those that ``keep`` rejects, from a file of JSON objects; it need not exist.
 
-    Only a line at a time is held, and the file is replaced only where a line goes. A last line that a crash has cut is
-    no damage; of others ``say`` is told, and the file that had them is kept.
+    One line at a time is held in memory, and the file is replaced only if a line is removed. A last line that was cut
+    by a crash does not count as damage; other damaged lines are reported through ``say``, and a copy of the file is
+    kept.
 
     Raises:
         OSError: the file cannot be read or replaced.
@@ -114,8 +115,9 @@ def cut_lines(
         new: BinaryIO | None = None
         for line in old:
             row = json_object(line)
-            kept = intact(row) and row is not None and keep(row)
-            damaged += not intact(row) and line.endswith(b"\n")
+            whole = intact(row)
+            kept = whole and row is not None and keep(row)
+            damaged += not whole and line.endswith(b"\n")
             if new is None and not (kept and line.endswith(b"\n")):
                 new = stack.enter_context(replacing(path))
                 with path.open("rb") as prefix:

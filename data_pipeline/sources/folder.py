@@ -85,11 +85,12 @@ class ClassFolders(Source):
                 yield SourceImage(name, class_id, _located(content) if isinstance(content, str) else content)
             elif not found:
                 reason = content if isinstance(content, Rejected) else Rejected("is in no class folder")
+                beside[name] = reason
                 counts[name] += name != "/".join(parts)
-                inside = f"a folder that is no class, with {counts[name]:,} files"
-                beside[name] = Rejected(inside) if counts[name] else reason
         if split == self.splits[0]:
-            yield from (SourceImage(name, "", reason) for name, reason in beside.items())
+            for name, reason in beside.items():
+                inside = Rejected(f"a folder that is no class (files: {counts[name]:,})")
+                yield SourceImage(name, "", inside if counts[name] else reason)
 
     def _files(self, inline: Callable[[str], bool] | None = None) -> Iterator[tuple[Parts, Content | str]]:
         """Yield all files, and folders that are left out, with their content, or their path on disk."""

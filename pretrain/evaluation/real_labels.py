@@ -1,4 +1,4 @@
-"""Several right labels per image: ``real.json`` of "Are we done with ImageNet?" (Beyer et al. 2020)."""
+"""Several correct labels per image: ``real.json`` of "Are we done with ImageNet?" (Beyer et al. 2020)."""
 
 import re
 from pathlib import Path
