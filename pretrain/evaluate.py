@@ -81,7 +81,7 @@ def evaluate_handoff(
     )
     began = time.monotonic()
     try:
-        verdicts = evaluate(forward, loader, levels=levels, number_of=int if real is None else real.number)
+        verdicts = evaluate(forward, loader, levels=levels, number_of=real.number if real else None)
     finally:
         loader.close()
     assert verdicts is not None

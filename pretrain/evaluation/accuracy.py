@@ -56,7 +56,7 @@ class Verdicts:
     confidence: NDArray[np.float64]
     """Highest probability of the softmax over the classes that compete."""
     number: NDArray[np.int64]
-    """Of the image, by ``number_of``."""
+    """Number of the image, by ``number_of`` of ``evaluate``."""
 
     def total(self) -> Evaluation:
         """The result over all images, the same in any order of them."""
@@ -73,7 +73,7 @@ def evaluate(
     loader: EvalLoader,
     *,
     levels: torch.Tensor | None = None,
-    number_of: Callable[[int], int] = int,
+    number_of: Callable[[int], int] | None = None,
     stop: Callable[[], bool] = lambda: False,
     observe: Callable[[Batch, torch.Tensor], None] | None = None,
 ) -> Verdicts | None:
@@ -86,7 +86,7 @@ def evaluate(
         loader: this rank's share; it has equally many batches on every rank.
         levels: (classes,) int64 on the logits' device: level of each class in the hierarchy of semantic softmax. A
             label then competes with the classes of its own level only.
-        number_of: sample -> number of its image in the verdicts.
+        number_of: sample -> number of its image in the verdicts; None for the sample itself.
         stop: polled at each batch; must return the same on all ranks.
         observe: called with each batch and its logits (b, classes) fp32, minus infinity where they do not compete.
 
@@ -105,8 +105,10 @@ def evaluate(
             logits = within_level(logits, batch.labels, levels)
         if observe is not None:
             observe(batch, logits)
-        numbers = to_device(np.array([number_of(sample) for sample in batch.sample_ids.tolist()]), logits.device)
-        tables.append(torch.cat([_scores(batch, logits), numbers[None].double()]))
+        numbers = batch.sample_ids
+        if number_of is not None:
+            numbers = np.array([number_of(sample) for sample in numbers.tolist()])
+        tables.append(torch.cat([_scores(batch, logits), to_device(numbers, logits.device)[None].double()]))
     if not tables:
         raise UserError("the split to evaluate is empty")
     table = gather_rows(torch.cat(tables, 1), 1)
